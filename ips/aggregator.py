@@ -1,0 +1,53 @@
+"""The pooling transformer that turns M patch embeddings into T task tokens (paper section 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ips.attention import CrossAttention
+
+
+class Aggregator(nn.Module):
+    """One layer: cross-attention, then an MLP, each with a residual and a layer norm after it.
+
+    The residual of the attention is the query, not the patches, and keys and values are not normed, as in the
+    official code. The same attention scores patches during selection, so selection learns through the aggregator.
+
+    Args:
+        dim: D, width of the patch embeddings and of the tokens.
+        tasks: T, one learned query a task.
+        heads: H.
+        key_dim: D_k of one head.
+        value_dim: D_v of one head.
+        hidden_dim: width of the MLP.
+        dropout: after the softmax, after the output projection and after the MLP.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tasks: int,
+        heads: int = 8,
+        key_dim: int = 64,
+        value_dim: int = 64,
+        hidden_dim: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.dim, self.tasks = dim, tasks
+        self.attention = CrossAttention(dim, tasks, heads, key_dim, value_dim, dropout)
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim))
+        self.mlp_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def folded(self) -> Tensor:
+        """The folded queries (J, D): a patch's logits are its embedding times their transpose."""
+        return self.attention.folded()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Pool x (B, M, D) where mask (B, M) is True -> tokens (B, T, D)."""
+        tokens: Tensor = self.dropout(self.attention(x, mask)) + self.attention.queries
+        tokens = self.attention_norm(tokens)
+        out: Tensor = self.mlp_norm(self.dropout(self.mlp(tokens)) + tokens)
+        return out

@@ -1,0 +1,120 @@
+"""What flows through selection: chunks in, winners out. Tensors only.
+
+Shapes: B images, N patches of an image, M patches kept (memory), I patches read at a time (chunk), D width of an
+embedding, H attention heads, T tasks (query tokens), J = H*T logits of a patch, C channels, (h, w) patch size in px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some patches of one image."""
+
+    patches: Tensor
+    """(n, C, h, w) pixels, uint8 or float in 0..1; or (n, F) float features."""
+    index: Tensor
+    """(n,) int64, the rows these patches have within their bag."""
+    positions: Tensor | None = None
+    """(n, 2) float32 (column, row) in grid units."""
+
+
+class Bag(Protocol):
+    """The N patches of one image, wherever they are kept."""
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Every row once, at most `size` rows at a time."""
+        ...
+
+    def take(self, rows: Tensor) -> Chunk:
+        """The patches of `rows` (n,) int64, in that order."""
+        ...
+
+
+class TensorBag:
+    """A bag whose patches lie in memory.
+
+    Args:
+        patches: (N, C, h, w) pixels or (N, F) features.
+        positions: (N, 2) float32 (column, row), or None.
+
+    Raises:
+        ValueError: `positions` does not fit `patches`.
+    """
+
+    def __init__(self, patches: Tensor, positions: Tensor | None = None) -> None:
+        if positions is not None and positions.shape != (len(patches), 2):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; {len(patches)} patches need ({len(patches)}, 2)"
+            )
+        self.patches = patches
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Rows in order, as views."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            positions = None if self.positions is None else self.positions[start:stop]
+            yield Chunk(self.patches[start:stop], torch.arange(start, stop), positions)
+
+    def take(self, rows: Tensor) -> Chunk:
+        """A copy of the patches of `rows`."""
+        at = rows.to(self.patches.device)
+        positions = None if self.positions is None else self.positions[rows.to(self.positions.device)]
+        return Chunk(self.patches[at], rows, positions)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How one image's low-precision selection compares with float32 (measured on a sample, not proven)."""
+
+    error: float
+    """Largest difference of a log score between the two precisions, seen on the sample."""
+    band: int
+    """Patches within 2 * error of the M-th log score; all of them were scored again in float32."""
+    changed: int
+    """Winners that the second scoring replaced."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The M winners of each of B images, best first."""
+
+    index: Tensor
+    """(B, M) int64 rows within each bag, on the host; -1 where `mask` is False."""
+    mask: Tensor
+    """(B, M) bool, True where a real patch stands (a bag may be shorter than M)."""
+    scores: Tensor
+    """(B, M) float32, softmax weight averaged over heads and tasks; 0 where masked."""
+    attention: tuple[Tensor, ...] | None = None
+    """Per image (N,) float32: the mean over H*T of the softmax over the whole image; sums to 1."""
+    certificates: tuple[Certificate, ...] | None = None
+    """Per image, when asked for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The winners' patches, padded to M."""
+
+    patches: Tensor
+    """(B, M, ...) as the bags give them; zeros where masked, and never encoded there."""
+    positions: Tensor | None
+    """(B, M, 2) float32, or None."""
+    index: Tensor
+    """(B, M) int64."""
+    mask: Tensor
+    """(B, M) bool."""

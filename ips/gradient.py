@@ -1,0 +1,186 @@
+"""One backward pass through B x M patches in the memory of `chunk` of them.
+
+    1. encode the winners chunk by chunk without gradient; keep the embeddings, B * M * D numbers
+    2. aggregator, heads and loss on those, with gradient: dL/d(embedding)
+    3. take and encode each chunk again, with gradient, and send its part of dL/d(embedding) through
+
+Chain rule, no approximation: the gradient is that of the plain step over the same chunks, to rounding. Both passes see
+the same chunks and the same dropout; running statistics move in the second only. The patches are taken from the bags
+twice and never held together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ips.bag import Bag, Chunk, Selection
+from ips.model import IPSModel
+from ips.stream import to_device
+
+Norm = Literal["frozen", "group"]
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def bounded_backward(
+    model: IPSModel,
+    bags: Sequence[Bag],
+    selection: Selection,
+    loss: Loss,
+    chunk: int,
+    norm: Norm = "frozen",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradient of the loss on the selected patches to the parameters' `grad`.
+
+    Args:
+        model: in training mode, or not: its modes hold, but for `norm`.
+        bags: B bags; `take` must give the same patches twice.
+        selection: of these bags.
+        loss: task -> logits (B, K) to a scalar.
+        chunk: patches encoded at a time, over images; the rest is spread so that chunks differ by one at most.
+        norm: `frozen`: the encoder's batch norms use their running statistics. `group`: those of each chunk, and the
+            running ones move chunk by chunk. (Statistics over the whole batch, as in the paper, need all patches at
+            once: the plain step.)
+        dtype: of autocast; float32 turns it off.
+
+    Returns:
+        The loss and the logits, detached.
+
+    Raises:
+        ValueError: `chunk` < 1, another `norm`, or a selection of other bags.
+    """
+    if chunk < 1 or norm not in ("frozen", "group"):
+        raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
+    if len(bags) != len(selection.index):
+        raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
+    device = model.mean.device
+    parts = _parts(selection, chunk)
+    with _norms(model.encoder, norm):
+        embeddings, positions, states = _embed_all(model, bags, parts, dtype)
+        leaf = embeddings.requires_grad_()
+        places = model.places(selection.index.to(device), _place(positions, selection, device))
+        with _autocast(device, dtype):
+            outputs = model.pool(leaf, selection.mask.to(device), places)
+            value = loss(outputs)
+        value.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+            _backward_all(model, bags, parts, leaf.grad, states, dtype)
+    return value.detach(), {task: logits.detach() for task, logits in outputs.items()}
+
+
+_Part = list[tuple[int, Tensor]]
+"""Rows to take, by bag number."""
+
+
+def _parts(selection: Selection, chunk: int) -> list[_Part]:
+    """The winners, image by image, cut into chunks of equal size (to one patch)."""
+    image, place = selection.mask.nonzero(as_tuple=True)
+    rows = selection.index[image, place]
+    count = -(-len(rows) // chunk)
+    return [
+        [(int(number), part_rows[part_image == number]) for number in torch.unique_consecutive(part_image)]
+        for part_image, part_rows in zip(image.tensor_split(count), rows.tensor_split(count), strict=True)
+    ]
+
+
+def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tensor, list[Chunk]]:
+    chunks = [bags[number].take(rows) for number, rows in part]
+    return to_device(torch.cat([chunk.patches for chunk in chunks]), device), chunks
+
+
+def _embed_all(
+    model: IPSModel, bags: Sequence[Bag], parts: list[_Part], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[_RngState]]:
+    """Embeddings (n, D) of all winners, their positions, and the RNG state before each chunk."""
+    device = model.mean.device
+    embeddings, positions, states = [], [], []
+    with torch.no_grad(), _statistics_held(model.encoder):
+        for part in parts:
+            patches, chunks = _take(bags, part, device)
+            states.append(_RngState(device))
+            with _autocast(device, dtype):
+                embeddings.append(model.embed(patches))
+            positions += [chunk.positions for chunk in chunks if chunk.positions is not None]
+    return torch.cat(embeddings), positions, states
+
+
+def _backward_all(
+    model: IPSModel,
+    bags: Sequence[Bag],
+    parts: list[_Part],
+    gradient: Tensor,
+    states: list[_RngState],
+    dtype: torch.dtype,
+) -> None:
+    device, after = model.mean.device, _RngState(model.mean.device)
+    start = 0
+    for part, state in zip(parts, states, strict=True):
+        patches, _ = _take(bags, part, device)
+        state.restore()
+        with _autocast(device, dtype):
+            embeddings = model.embed(patches)
+        stop = start + len(patches)
+        embeddings.backward(gradient[start:stop])  # type: ignore[no-untyped-call]
+        start = stop
+    after.restore()
+
+
+def _place(positions: list[Tensor], selection: Selection, device: torch.device) -> Tensor | None:
+    """Positions (n, 2) of the winners -> (B, M, 2), zeros where masked; None where bags have none."""
+    if sum(map(len, positions)) < int(selection.mask.sum()):
+        return None
+    placed = torch.zeros(*selection.mask.shape, 2)
+    placed[selection.mask] = torch.cat(positions).to("cpu", torch.float32)
+    return placed.to(device)
+
+
+class _RngState:
+    """The generators that dropout on `device` draws from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def _norms(encoder: nn.Module, norm: Norm) -> Iterator[None]:
+    """With `frozen`, batch norms in evaluation mode inside."""
+    live = [module for module in encoder.modules() if isinstance(module, _NORMS) and module.training]
+    for module in live:
+        module.training = norm == "group"
+    try:
+        yield
+    finally:
+        for module in live:
+            module.training = True
+
+
+@contextmanager
+def _statistics_held(encoder: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode use a chunk's statistics inside, without moving the running ones."""
+    live = [m for m in encoder.modules() if isinstance(m, _NORMS) and m.training and m.track_running_stats]
+    for module in live:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in live:
+            module.track_running_stats = True

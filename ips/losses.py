@@ -1,0 +1,141 @@
+"""Losses on logits, one a task, with missing labels and class weights.
+
+Each task gives a sum and a weight, not a mean, so that several batches or processes can be averaged exactly: add the
+sums, add the weights, divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812, the usual name
+
+from ips.heads import Kind
+
+
+class LossSum(NamedTuple):
+    """Scalars: the summed loss of the labelled images and the summed weight they carry."""
+
+    total: Tensor
+    weight: Tensor
+
+
+def task_loss(
+    outputs: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    kinds: Mapping[str, Kind],
+    class_weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, LossSum]:
+    """Loss of every task in `kinds`.
+
+    Targets of B images by kind; NaN is a missing label everywhere, -1 everywhere but in regression:
+    binary (B,) of 0 and 1; multiclass (B,) class numbers; multilabel (B, K) of 0 and 1; regression (B,) or (B, K);
+    survival (B, 2): the time bin and 1 where the event was seen, 0 where the patient was censored in that bin.
+
+    Args:
+        outputs: task -> logits (B, K), as the model gives them.
+        targets: task -> targets.
+        kinds: task -> kind.
+        class_weights: task -> (K,) weights of the classes ((2,) for binary), for binary and multiclass tasks.
+
+    Raises:
+        ValueError: a target whose length or class does not fit the logits.
+    """
+    losses = {}
+    for task, kind in kinds.items():
+        logits, target = outputs[task].float(), targets[task].to(outputs[task].device)
+        if len(target) != len(logits):
+            raise ValueError(f"targets[{task!r}] has {len(target)} images, the logits have {len(logits)}")
+        weights = None if class_weights is None else class_weights.get(task)
+        losses[task] = _KINDS[kind](task, logits, target, weights)
+    return losses
+
+
+def mean_loss(losses: Mapping[str, LossSum]) -> Tensor:
+    """Mean over tasks of total / weight; a task without any label in the batch adds 0 (and its gradient is 0)."""
+    means = [loss.total / torch.where(loss.weight > 0, loss.weight, 1.0) for loss in losses.values()]
+    return torch.stack(means).mean()
+
+
+def _binary(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    target = target.float().reshape(-1, 1)
+    known = _known(target)
+    labels = target.where(known, 0.0)
+    _check_range(task, labels, 2)
+    scale = known.float() if weights is None else known * weights.to(labels)[labels.long()]
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return LossSum((loss * scale).sum(), scale.sum())
+
+
+def _multiclass(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    known = _known(target)
+    labels = target.where(known, 0).long()
+    _check_range(task, labels, logits.shape[1])
+    scale = known.float() if weights is None else known * weights.to(logits)[labels]
+    return LossSum((F.cross_entropy(logits, labels, reduction="none") * scale).sum(), scale.sum())
+
+
+def _multilabel(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    _no_weights(task, weights)
+    target = _same_shape(task, logits, target)
+    known = _known(target)
+    labels = target.where(known, 0.0)
+    _check_range(task, labels, 2)
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return LossSum((loss * known).sum(), known.sum().float())
+
+
+def _regression(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    _no_weights(task, weights)
+    target = _same_shape(task, logits, target)
+    known = ~target.isnan()
+    error = (logits - target.where(known, logits.detach())).square()
+    return LossSum(error.sum(), known.sum().float())
+
+
+def _survival(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    """Negative log-likelihood of discrete hazards (Zadeh and Schmid 2020): a censored patient survived its bin."""
+    _no_weights(task, weights)
+    if target.shape != (len(logits), 2):
+        raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}; survival needs ({len(logits)}, 2)")
+    known = _known(target).all(dim=1)
+    time, event = target.where(known[:, None], 0).long().unbind(1)
+    _check_range(task, time, logits.shape[1])
+    _check_range(task, event, 2)
+    bins = torch.arange(logits.shape[1], device=logits.device)
+    died = (bins == time[:, None]) & (event == 1)[:, None]
+    survived = (bins <= time[:, None]) & ~died
+    loss = -(F.logsigmoid(logits) * died + F.logsigmoid(-logits) * survived).sum(dim=1)
+    return LossSum((loss * known).sum(), known.sum().float())
+
+
+_KINDS: Mapping[str, Callable[[str, Tensor, Tensor, Tensor | None], LossSum]] = {
+    "binary": _binary,
+    "multiclass": _multiclass,
+    "multilabel": _multilabel,
+    "regression": _regression,
+    "survival": _survival,
+}
+
+
+def _known(target: Tensor) -> Tensor:
+    return ~(target.isnan() | (target == -1))
+
+
+def _same_shape(task: str, logits: Tensor, target: Tensor) -> Tensor:
+    if target.numel() != logits.numel():
+        raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}, the logits {tuple(logits.shape)}")
+    return target.to(logits).reshape(logits.shape)
+
+
+def _check_range(task: str, labels: Tensor, classes: int) -> None:
+    if ((labels < 0) | (labels >= classes)).any() or (labels != labels.round()).any():
+        raise ValueError(f"targets[{task!r}] holds labels outside 0..{classes - 1}; missing ones are NaN or -1")
+
+
+def _no_weights(task: str, weights: Tensor | None) -> None:
+    if weights is not None:
+        raise ValueError(f"class_weights[{task!r}]: only binary and multiclass tasks take class weights")

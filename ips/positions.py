@@ -1,0 +1,61 @@
+"""Sinusoidal position encodings, added to embeddings after the encoder (paper section 3, official `pos_enc_1d`).
+
+Functions of the position alone: no table, no fixed N, so images of any size go through one model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BASE = 10_000.0
+"""The longest wavelength is 2*pi*BASE grid units; positions from BASE on are refused."""
+
+
+def sinusoid(position: Tensor, dim: int) -> Tensor:
+    """Encode positions (...,) as (..., dim): sin at even places, cos at odd, wavelengths 2*pi to 2*pi*BASE."""
+    rates = torch.exp(torch.arange(0, dim, 2, device=position.device) * (-math.log(BASE) / dim))
+    angle = position.to(torch.float32).unsqueeze(-1) * rates
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+class IndexPositions(nn.Module):
+    """1-D encoding of the row index of a patch (the paper's).
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+
+    limit = math.inf
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim={dim} is odd; sinusoids come in pairs, so it must be even")
+        self.dim = dim
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D)."""
+        return sinusoid(index, self.dim)
+
+
+class GridPositions(nn.Module):
+    """2-D encoding: the first half of D encodes the column, the second the row.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+    """
+
+    limit = BASE
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"dim={dim} must be a multiple of 4: sin and cos of column and row")
+        self.dim = dim
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(..., 2) float (column, row) in grid units -> (..., D)."""
+        return torch.cat([sinusoid(positions[..., axis], self.dim // 2) for axis in (0, 1)], dim=-1)

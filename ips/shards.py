@@ -1,0 +1,64 @@
+"""One huge image over several processes: each scores a strip of its rows, then all hold all logits.
+
+Logits are gathered, normalisers are never reduced, so the answer is that of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ips.bag import Bag, Chunk
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Which rows of a bag this process scores: the `rank`-th of `world` equal strips."""
+
+    group: dist.ProcessGroup
+    rank: int
+    world: int
+
+    def bounds(self, N: int) -> list[int]:
+        """The strips' borders, (world + 1,)."""
+        return [N * rank // self.world for rank in range(self.world + 1)]
+
+    def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
+        """This process's strip of every bag, read through `take`."""
+        for number, bag in enumerate(bags):
+            start, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
+            for low in range(start, stop, size):
+                yield number, bag.take(torch.arange(low, min(low + size, stop)))
+
+    def agree(self, *, failed: bool) -> None:
+        """Tell the others whether this process failed; raise where another one did, so that none waits for it."""
+        flag = torch.tensor([failed], dtype=torch.int32, device=self._device())
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        if flag.item() and not failed:
+            raise RuntimeError("the selection failed on another process of the group; see its error")
+
+    def merge(self, logits: Tensor) -> None:
+        """Fill logits (N, J), of which this process holds its strip, with the other processes' strips."""
+        bounds = self.bounds(len(logits))
+        longest = max(stop - start for start, stop in pairwise(bounds))
+        own = torch.zeros(longest, logits.shape[1], device=self._device())
+        mine = slice(*bounds[self.rank : self.rank + 2])
+        own[: mine.stop - mine.start] = logits[mine]
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own, self.group)
+        for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
+            logits[start:stop] = part[: stop - start]
+
+    def _device(self) -> torch.device:
+        nccl = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def strips(group: dist.ProcessGroup) -> Strips:
+    """The strips of the calling process."""
+    return Strips(group, dist.get_rank(group), dist.get_world_size(group))

@@ -1,0 +1,114 @@
+"""Peak memory of selection and bounded backward as images grow: `python -m tests.bench.memory`.
+
+Each line is a process of its own. On a CPU the peak is that of the resident set; on a GPU that of allocated memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+
+from ips.aggregator import Aggregator
+from ips.encoder import ResNet
+from ips.gradient import bounded_backward
+from ips.model import IPSModel
+from ips.scorer import Scorer
+from ips.select import select
+from tests.bench.scenes import EndlessBag
+
+_MIB = 2**20
+
+
+class PoolingStub(nn.Module):
+    """An encoder that costs nothing: channel means at three scales."""
+
+    dim = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, self.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w) -> (n, 16)."""
+        out: Tensor = self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1))
+        return out
+
+
+def _loss(outputs: dict[str, Tensor]) -> Tensor:
+    return torch.stack([logits.float().square().mean() for logits in outputs.values()]).sum()
+
+
+def one(encoder: str, N: int, B: int, M: int, device: torch.device) -> None:
+    """Select and step once; print peak MiB, reserved MiB and seconds."""
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    trunk: ResNet | PoolingStub = ResNet("resnet18") if encoder == "resnet18" else PoolingStub()
+    shape = (3, 224, 224) if encoder == "resnet18" else (3, 16, 16)
+    model = IPSModel(trunk, Aggregator(trunk.dim, 1, 8, 16, 16, 64), {"t": nn.Linear(trunk.dim, 1)}).to(device).train()
+    bags = [EndlessBag(N, shape, seed, device) for seed in range(B)]
+    start = time.perf_counter()
+    scorer = Scorer(model, dtype=torch.bfloat16)
+    selection = select(model, bags, M, 512 if device.type == "cuda" else 64, scorer=scorer)
+    bounded_backward(model, bags, selection, _loss, 256 if device.type == "cuda" else 16)
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        peak = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{peak / _MIB:.1f} {reserved / _MIB:.1f} {seconds:.1f}")
+
+
+def _peak(encoder: str, N: int, B: int, M: int) -> float:
+    """MiB, measured in a new process."""
+    command = [sys.executable, "-m", "tests.bench.memory", "--one", encoder, str(N), str(B), str(M)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    print(f"  {encoder:9s} N = {N:7d}  B = {B:2d}  M = {M:4d}: {found[0]:>8s} MiB ({found[1]} reserved), {found[2]} s")
+    return float(found[0])
+
+
+def _flat_on_host(encoder: str, lengths: list[int], B: int) -> bool:
+    """Growth beyond 100 B a patch stays within 10% of the smallest peak."""
+    peaks = [_peak(encoder, N, B, 64) for N in lengths]
+    allowed = 100 * B * (lengths[-1] - lengths[0]) / _MIB + 0.1 * peaks[0]
+    grown = peaks[-1] - peaks[0]
+    print(f"  grew by {grown:.1f} MiB, allowed {allowed:.1f}")
+    return grown <= allowed
+
+
+def _flat_on_device(lengths: list[int], M: int) -> bool:
+    """Peaks within 2% of each other and at most 2 GiB."""
+    peaks = [_peak("resnet18", N, 16, M) for N in lengths]
+    return max(peaks) <= 1.02 * peaks[0] and max(peaks) <= 2048
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=4, metavar=("ENCODER", "N", "B", "M"), help="a single line, in this process")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the patches")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.one:
+        encoder, *numbers = options.one
+        one(encoder, *map(int, numbers), device)  # type: ignore[call-arg, arg-type]
+        return 0
+    part = 10 if options.quick else 1
+    if device.type == "cuda":
+        met = [_flat_on_device([1000, 250_000 // part], M) for M in (64, 5000 // part)]
+    else:
+        met = [
+            _flat_on_host("resnet18", [1000 // part, 10_000 // part], 2),
+            _flat_on_host("stub", [1000, 250_000 // part], 1),
+        ]
+    print("met" if all(met) else "MISSED")
+    return int(not all(met))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ips.bag import Chunk, TensorBag
+from ips.certify import certified
+from ips.pools import LogitCache
+from ips.scorer import Scorer
+from ips.select import select
+from tests.ips.nets import bag_of, resnet_model, tiny_model
+
+
+def test_a_noisy_selection_is_repaired() -> None:
+    """Logits with noise of known size: the second scoring brings the float32 winners back."""
+    model, bag = tiny_model(scale=3.0), bag_of(800)
+    rows = select(model, [bag], 20, 50).index[0]
+    reference = Scorer(model)
+    exact, noisy = LogitCache(800, reference.width), LogitCache(800, reference.width)
+    model.eval()
+    with torch.no_grad():
+        exact.logits[:] = model.logits(model.embed(bag.patches), None)
+    noise = torch.empty(800, 1).uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0))
+    noisy.logits[:] = exact.logits + noise
+    assert sorted(noisy.winners(20)[0].tolist()) != sorted(rows.tolist())
+    (found, keys), certificate = certified(noisy, bag, 20, 64, reference)
+    assert sorted(found.tolist()) == sorted(rows.tolist())
+    assert keys.tolist() == sorted(keys.tolist(), reverse=True)
+    assert certificate.changed == len(set(found.tolist()) - set(noisy.winners(20)[0].tolist())) > 0
+    assert 0.04 < certificate.error <= 0.051
+    assert 20 < certificate.band < 800
+
+
+class _Counting(TensorBag):
+    def __init__(self, patches: Tensor) -> None:
+        super().__init__(patches)
+        self.taken: list[int] = []
+
+    def take(self, rows: Tensor) -> Chunk:
+        self.taken.append(len(rows))
+        return super().take(rows)
+
+
+def test_select_certifies_bfloat16_and_reads_only_the_band() -> None:
+    model = resnet_model(scale=5.0)
+    bag = _Counting(bag_of(300, h=19, w=23).patches)
+    found = select(model, [bag], 10, 32, dtype=torch.bfloat16, certify=True)
+    assert found.certificates is not None
+    (certificate,) = found.certificates
+    assert sum(bag.taken) == 256 + certificate.band
+    assert max(bag.taken) <= 32
+    exact = select(model, [bag], 10, 32)
+    assert set(found.index[0].tolist()) == set(exact.index[0].tolist())
+    assert select(model, [bag], 10, 32, dtype=torch.bfloat16).certificates is None
+
+
+def test_only_where_there_is_doubt() -> None:
+    with pytest.raises(ValueError, match="certify=True needs a bfloat16 selection"):
+        select(tiny_model(), [bag_of(3)], 2, 3, certify=True)
+    with pytest.raises(ValueError, match="mode='window': certify and group need mode='exact'"):
+        select(tiny_model(), [bag_of(3)], 2, 3, "window", dtype=torch.bfloat16, certify=True)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ips.bag import Chunk, TensorBag
+from ips.select import select
+from tests.ips.nets import bag_of, tiny_model
+
+
+def _bag(patches: Tensor, positions: Tensor | None = None) -> TensorBag:
+    return TensorBag(patches, positions)
+
+
+class _Repeats(TensorBag):
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        for chunk in super().chunks(size):
+            yield Chunk(chunk.patches, torch.zeros_like(chunk.index))
+
+
+class _Outside(TensorBag):
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        for chunk in super().chunks(size):
+            yield Chunk(chunk.patches, chunk.index + 3)
+
+
+_PATCHES = bag_of(5).patches
+_PLACES = torch.ones(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("bag", "message"),
+    [
+        (_bag(_PATCHES[:0]), r"bags\[0\] is empty"),
+        (_bag(_PATCHES[0]), r"patches has shape \(3, 13, 17\).*needs \(n, C, h, w\)"),
+        (_bag(_PATCHES.long()), r"dtype torch.int64; needs"),
+        (_bag(_PATCHES[:, 0, 0]), r"features must be float"),
+        (_bag(_PATCHES[:, 0, 0] / 255), r"the encoder needs pixels, \(n, 3, h, w\)"),
+        (_bag(_PATCHES[:, :1]), r"the encoder needs 3 channels"),
+        (_bag(_PATCHES / 255 * torch.tensor([1.0, 1, 1, torch.nan, 1]).view(5, 1, 1, 1)), r"row 3 holds NaN"),
+        (_bag(_PATCHES / torch.tensor([1.0, 0, 1, 1, 1]).view(5, 1, 1, 1)), r"row 1 holds NaN or infinity"),
+        (_bag(_PATCHES), r"positions: the model encodes grid positions"),
+        (_bag(_PATCHES, -_PLACES), r"positions reach from -1 to -1"),
+        (_bag(_PATCHES, _PLACES * torch.nan), r"must be finite"),
+        (_bag(_PATCHES, _PLACES * 1e4), r"< 10000"),
+        (_Repeats(_PATCHES, _PLACES), r"gave 1 different rows of 5|positions"),
+        (_Outside(_PATCHES, _PLACES), r"index reaches from 3 to 7; rows are 0..4"),
+    ],
+)
+def test_bad_bags_are_named(bag: TensorBag, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select(tiny_model(grid=True), [bag], 2, 5)
+
+
+def test_one_call_takes_one_patch_shape() -> None:
+    with pytest.raises(ValueError, match=r"bags\[1\].*the patches before it have \(3, 13, 17\)"):
+        select(tiny_model(), [bag_of(3), bag_of(3, h=11)], 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["exact", "window"])
+def test_diverged_weights_are_named(mode: str) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.encoder.get_parameter("linear.weight").fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"the logits of row 0 are NaN or infinite"):
+        select(model, [bag_of(3)], 2, 5, mode)  # type: ignore[arg-type]

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ips.aggregator import Aggregator
+from ips.bag import Batch
+from ips.model import IPSModel
+from ips.positions import IndexPositions
+from ips.select import gather, select
+from tests.ips.nets import TinyEncoder, bag_of, tiny_model
+
+
+def test_uint8_and_float_pixels_are_the_same_pixels() -> None:
+    model = tiny_model().eval()
+    patches = bag_of(5).patches
+    expected = (patches / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(model.normalise(patches), expected)
+    torch.testing.assert_close(model.normalise(patches / 255), expected)
+    features = torch.randn(4, 3)
+    assert torch.equal(model.normalise(features), features)
+
+
+def test_logits_by_task_in_the_order_of_tokens() -> None:
+    model = tiny_model().eval()
+    bags = [bag_of(9, 1), bag_of(5, 2)]
+    batch = gather(bags, select(model, bags, 5, 3), "cpu")
+    out = model(batch)
+    assert {task: tuple(logits.shape) for task, logits in out.items()} == {"task.0": (2, 1), "task.1": (2, 2)}
+    tokens = model.aggregator(model.embed(batch.patches.flatten(0, 1)).view(2, 5, -1), batch.mask)
+    torch.testing.assert_close(out["task.1"], model.heads[1](tokens[:, 1]))
+
+
+def _cut(batch: Batch, image: int, kept: int) -> Batch:
+    assert batch.positions is not None
+    part = slice(image, image + 1), slice(0, kept)
+    return Batch(batch.patches[part], batch.positions[part], batch.index[part], batch.mask[part])
+
+
+def test_padding_changes_nothing() -> None:
+    model = tiny_model(grid=True).eval()
+    bags = [bag_of(9, 1, grid=True), bag_of(3, 2, grid=True)]
+    batch = gather(bags, select(model, bags, 7, 3), "cpu")
+    together = model(batch)
+    for image, kept in ((0, 7), (1, 3)):
+        for task, logits in model(_cut(batch, image, kept)).items():
+            torch.testing.assert_close(together[task][image], logits[0])
+
+
+def test_padding_enters_no_batch_statistics_and_no_gradient() -> None:
+    padded, plain = tiny_model().train(), tiny_model().train()
+    for model in (padded, plain):
+        model.encoder.get_submodule("dropout").eval()
+    bag = bag_of(4)
+    long = gather([bag], select(padded, [bag], 50, 3), "cpu")
+    short = gather([bag], select(plain, [bag], 4, 3), "cpu")
+    for model, batch in ((padded, long), (plain, short)):
+        model.aggregator.eval()
+        model(batch)["task.1"].sum().backward()
+    for (name, a), (_, b) in zip(padded.state_dict().items(), plain.state_dict().items(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    for (name, p), (_, q) in zip(padded.named_parameters(), plain.named_parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_positions_matter_and_must_be_there() -> None:
+    model = tiny_model(grid=True).eval()
+    bag = bag_of(9, grid=True)
+    batch = gather([bag], select(model, [bag], 5, 3), "cpu")
+    assert batch.positions is not None
+    moved = Batch(batch.patches, batch.positions + 3, batch.index, batch.mask)
+    assert not torch.allclose(model(batch)["task.0"], model(moved)["task.0"])
+    with pytest.raises(ValueError, match="positions: the model encodes grid positions"):
+        model(Batch(batch.patches, None, batch.index, batch.mask))
+    model.position = IndexPositions(12)
+    assert torch.equal(model(batch)["task.0"], model(moved)["task.0"])
+
+
+def test_no_padding_ever_reaches_the_encoder() -> None:
+    seen: list[int] = []
+    model = tiny_model().eval()
+    model.encoder.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
+    bags = [bag_of(3, 1), bag_of(2, 2)]
+    model(gather(bags, select(model, bags, 6, 3), "cpu"))
+    assert seen[-1] == 5
+
+
+def test_bad_compositions_are_named() -> None:
+    encoder, aggregator = TinyEncoder(12), Aggregator(12, 2, 2, 3, 3, 5)
+    with pytest.raises(ValueError, match="heads has 1 tasks"):
+        IPSModel(encoder, aggregator, {"a": nn.Linear(12, 1)})
+    heads = {"a": nn.Linear(12, 1), "b": nn.Linear(12, 1)}
+    with pytest.raises(ValueError, match="need equal lengths and std > 0"):
+        IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 1))
+    with pytest.raises(ValueError, match="std > 0"):
+        IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 0, 1))

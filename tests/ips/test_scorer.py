@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ips.encoder import ResNet
+from ips.model import IPSModel
+from ips.scorer import Scorer, evaluating, pad_rows
+from tests.ips.nets import bag_of, resnet_model, tiny_model
+
+
+def _patches(n: int = 8) -> torch.Tensor:
+    return bag_of(n, h=37, w=29).patches
+
+
+def _plain(model: IPSModel, patches: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), evaluating(model):
+        return model.logits(model.embed(patches), None)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "measures", [{}, {"fuse": False}, {"channels_last": False}, {"fuse": False, "channels_last": False}]
+)
+def test_every_measure_alone_keeps_the_logits(name: str, measures: dict[str, bool]) -> None:
+    model, patches = resnet_model(name), _patches()
+    scorer = Scorer(model, batch=8, **measures)  # type: ignore[arg-type]
+    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "resnet"])
+def test_bfloat16_runs_the_encoder_in_bfloat16(encoder: str) -> None:
+    model = tiny_model(scale=1.0) if encoder == "tiny" else resnet_model(scale=1.0)
+    patches, full = _patches(), Scorer(model, batch=8)
+    half = Scorer(model, batch=8, dtype=torch.bfloat16)
+    with half.evaluating():
+        a, b = full.content_logits(patches), half.content_logits(patches)
+    assert b.dtype == torch.float32
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_refresh_takes_over_weights_and_statistics(fuse: bool) -> None:  # noqa: FBT001
+    model, patches = resnet_model(), _patches()
+    scorer = Scorer(model, batch=8, fuse=fuse)
+    before = scorer.content_logits(patches)
+    model.train()
+    for _ in range(3):
+        model.embed(patches).sum().backward()  # type: ignore[no-untyped-call]  # moves the running statistics
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    assert torch.equal(scorer.content_logits(patches), before)
+    scorer.refresh()
+    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
+    assert not torch.allclose(scorer.content_logits(patches), before, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_scorer_is_refreshed_without_compiling_again() -> None:
+    model, patches = resnet_model(), _patches()
+    scorer, graphs = Scorer(model, batch=8, compile=True), torch._dynamo.utils.counters["stats"]
+    scorer.content_logits(patches)
+    compiled = graphs["unique_graphs"]
+    assert compiled > 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    scorer.refresh()
+    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
+    assert graphs["unique_graphs"] == compiled
+
+
+def test_the_model_is_not_part_of_the_copy() -> None:
+    model = resnet_model()
+    scorer = Scorer(model)
+    model.train()
+    with scorer.evaluating():
+        assert model.encoder.training
+    assert isinstance(scorer._encoder, ResNet)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in scorer._encoder.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.encoder.modules())
+
+
+def test_evaluating_restores_each_mode() -> None:
+    model = tiny_model().train()
+    model.encoder.get_submodule("dropout").eval()
+    modes = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        _ = 1 // 0
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_pad_rows_repeats_the_first() -> None:
+    x = torch.arange(6).view(3, 2)
+    assert pad_rows(x, 5).tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [0, 1]]
+    assert pad_rows(x, 3) is x
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16 must be"):
+        Scorer(tiny_model(), dtype=torch.float16)
+    for batch in (0, 12, -8):
+        with pytest.raises(ValueError, match=f"batch={batch} must be a multiple of 8"):
+            Scorer(tiny_model(), batch=batch)

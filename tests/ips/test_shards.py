@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from ips.bag import TensorBag
+from ips.select import select
+from ips.shards import Strips
+from tests.ips.nets import bag_of, resnet_model
+
+
+def _bags() -> list[TensorBag]:
+    return [bag_of(n, n, h=37, w=29, grid=True) for n in (67, 1, 20)]
+
+
+def _worker(rank: int, folder: str, broken: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    bags = _bags()
+    if rank == broken:
+        patches = bags[0].patches / 255
+        patches[-1] = torch.nan
+        patches[0] = torch.nan
+        bags[0] = TensorBag(patches, bags[0].positions)
+    try:
+        found = select(resnet_model(grid=True), bags, 9, 5, attention=True, group=dist.group.WORLD)
+        torch.save((found.index, found.scores, found.attention), f"{folder}/{rank}.pt")
+    except (ValueError, RuntimeError) as error:
+        Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
+    spawn(_worker, args=(str(tmp_path), -1), nprocs=2)  # type: ignore[no-untyped-call]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = select(resnet_model(grid=True), _bags(), 9, 5, attention=True)
+    torch.set_num_threads(threads)
+    assert alone.attention is not None
+    for rank in range(2):
+        index, scores, attention = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(index, alone.index)
+        assert torch.equal(scores, alone.scores)
+        assert all(torch.equal(a, b) for a, b in zip(attention, alone.attention, strict=True))
+
+
+@pytest.mark.slow
+def test_a_failure_on_one_process_ends_both(tmp_path: Path) -> None:
+    spawn(_worker, args=(str(tmp_path), 1), nprocs=2)  # type: ignore[no-untyped-call]
+    assert "RuntimeError: the selection failed on another process" in (tmp_path / "0.txt").read_text()
+    assert "ValueError: bags[0]" in (tmp_path / "1.txt").read_text()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_strips_cover_every_row_once(world: int) -> None:
+    bags = [bag_of(n) for n in (1, 5, 23)]
+    found: list[list[int]] = [[], [], []]
+    for rank in range(world):
+        share = Strips(dist.group.WORLD, rank, world)  # type: ignore[arg-type]
+        for number, chunk in share.chunks(bags, 4):
+            assert 0 < len(chunk.index) <= 4
+            found[number] += chunk.index.tolist()
+    assert found == [list(range(len(bag))) for bag in bags]
+
+
+def test_the_window_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="need mode='exact'"):
+        select(resnet_model(), [bag_of(3)], 2, 3, "window", group=object())  # type: ignore[arg-type]

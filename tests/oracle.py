@@ -1,0 +1,181 @@
+"""Slow and obvious references, written apart from `ips`: they share its modules' weights, none of its algorithms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ips.aggregator import Aggregator
+from ips.encoder import ResNet
+from ips.model import IPSModel
+
+
+def exact_selection(
+    model: IPSModel, patches: Tensor, positions: Tensor | None, memory: int
+) -> tuple[list[int], list[float]]:
+    """The definition: one patch at a time through the network, keys head by head, float64 softmax over the image.
+
+    Returns the rows of the winners, best first, and the scores of all patches.
+    """
+    aggregator = model.aggregator
+    assert isinstance(aggregator, Aggregator)
+    attention = aggregator.attention
+    columns = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for n in range(len(patches)):
+            x = model.embed(patches[n : n + 1])
+            if model.position is not None:
+                assert positions is not None
+                x = x + model.position(positions[n : n + 1])
+            keys = attention.key_proj(x)[0].double()
+            queries = attention.query_proj(attention.queries).double()
+            size = attention.key_dim
+            columns.append(
+                [
+                    float(queries[t, h * size : (h + 1) * size] @ keys[h * size : (h + 1) * size]) / math.sqrt(size)
+                    for h in range(attention.heads)
+                    for t in range(attention.tasks)
+                ]
+            )
+    model.train(training)
+    weights = torch.tensor(columns, dtype=torch.float64).softmax(dim=0)
+    scores = [float(score) for score in weights.mean(dim=1)]
+    order = sorted(range(len(scores)), key=lambda n: (-scores[n], n))
+    return order[:memory], scores
+
+
+class _OfficialAttention(nn.Module):
+    """Parameters by the official names; keys and values of every patch are computed and stored."""
+
+    def __init__(self, T: int, H: int, D: int, D_k: int, D_v: int, dropout: float) -> None:
+        super().__init__()
+        self.H, self.D_k = H, D_k
+        self.q = nn.Parameter(torch.empty(1, T, D).uniform_(-1 / math.sqrt(D_k), 1 / math.sqrt(D_k)))
+        self.q_w = nn.Linear(D, H * D_k, bias=False)
+        self.k_w = nn.Linear(D, H * D_k, bias=False)
+        self.v_w = nn.Linear(D, H * D_v, bias=False)
+        self.fc = nn.Linear(H * D_v, D, bias=False)
+        self.layer_norm = nn.LayerNorm(D, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(len(x), x.shape[1], self.H, -1).transpose(1, 2)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, H, T, n)."""
+        q, k = self._heads(self.q_w(self.q)), self._heads(self.k_w(x))
+        out: Tensor = self.dropout(torch.softmax(torch.matmul(q / self.D_k**0.5, k.transpose(2, 3)), dim=-1))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.matmul(self.weights(x), self._heads(self.v_w(x)))
+        mixed = mixed.transpose(1, 2).reshape(len(x), self.q.shape[1], -1)
+        out: Tensor = self.layer_norm(self.dropout(self.fc(mixed)) + self.q)
+        return out
+
+
+class _OfficialMLP(nn.Module):
+    def __init__(self, D: int, D_inner: int, dropout: float) -> None:
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(D, D_inner), nn.Linear(D_inner, D)
+        self.layer_norm = nn.LayerNorm(D, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer_norm(self.dropout(self.w_2(torch.relu(self.w_1(x)))) + x)
+        return out
+
+
+class _OfficialTransformer(nn.Module):
+    def __init__(self, T: int, H: int, D: int, D_k: int, D_v: int, D_inner: int, dropout: float) -> None:
+        super().__init__()
+        self.crs_attn = _OfficialAttention(T, H, D, D_k, D_v, dropout)
+        self.mlp = _OfficialMLP(D, D_inner, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(self.crs_attn(x))
+        return out
+
+
+def _table(D: int, N: int) -> Tensor:
+    """The official 1-D position table (N, D)."""
+    angle = torch.arange(N)[:, None].float() * torch.exp(torch.arange(0, D, 2).float() * -(math.log(10000.0) / D))
+    table = torch.zeros(N, D)
+    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+    return table
+
+
+class OfficialNet(nn.Module):
+    """Faithful float32 twin of the official network and loop, with its parameter names, defects included.
+
+    Shuffling is left to the caller (permute the patches); `multi` tasks give sigmoids, all others softmaxes.
+    """
+
+    def __init__(
+        self,
+        trunk: ResNet,
+        tasks: Sequence[str],
+        classes: int,
+        *,
+        H: int,
+        D_k: int,
+        D_v: int,
+        D_inner: int,
+        dropout: float = 0.1,
+        N: int | None = None,
+    ) -> None:
+        super().__init__()
+        stages = [trunk.get_submodule(stage) for stage in trunk.stages]
+        self.encoder = nn.Sequential(
+            trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool, *stages, nn.AdaptiveAvgPool2d((1, 1))
+        )
+        self.transf = _OfficialTransformer(len(tasks), H, trunk.dim, D_k, D_v, D_inner, dropout)
+        self.output_layers = nn.ModuleDict(
+            {
+                t: nn.Sequential(nn.Linear(trunk.dim, classes), nn.Sigmoid() if t == "multi" else nn.Softmax(-1))
+                for t in tasks
+            }
+        )
+        self.pos_enc = None if N is None else _table(trunk.dim, N)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        """(B, n, C, h, w) -> (B, n, D)."""
+        flat: Tensor = self.encoder(patches.reshape(-1, *patches.shape[2:]))
+        return flat.view(len(patches), patches.shape[1], -1)
+
+    @torch.no_grad()
+    def ips(self, patches: Tensor, M: int, I: int) -> Tensor:  # noqa: E741, the paper's name
+        """The official loop: patches (B, N, C, h, w) -> rows kept (B, M), in the buffer's order."""
+        B, N = patches.shape[:2]
+        rows = torch.arange(N).expand(B, -1)
+        if M >= N:
+            return rows
+        training = self.training
+        self.encoder.eval()
+        self.transf.eval()
+        buffer, kept = self._embed(patches[:, :M]), rows[:, :M]
+        for start in range(M, N, I):
+            stop = min(start + I, N)
+            pool = torch.cat((buffer, self._embed(patches[:, start:stop])), dim=1)
+            index = torch.cat((kept, rows[:, start:stop]), dim=1)
+            placed = pool if self.pos_enc is None else pool + self.pos_enc[index]
+            score = self.transf.crs_attn.weights(placed).mean(dim=1).mean(dim=1)
+            top = torch.topk(score, M, dim=-1).indices
+            buffer = torch.gather(pool, 1, top[..., None].expand(-1, -1, pool.shape[-1]))
+            kept = torch.gather(index, 1, top)
+        self.encoder.train(training)
+        self.transf.train(training)
+        return kept
+
+    def forward(self, patches: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Selected patches (B, M, C, h, w) and their rows (B, M) -> task -> probabilities (B, K)."""
+        x = self._embed(patches)
+        if self.pos_enc is not None:
+            x = x + self.pos_enc[rows]
+        tokens = self.transf(x)
+        return {task: layer(tokens[:, i]) for i, (task, layer) in enumerate(self.output_layers.items())}

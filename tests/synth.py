@@ -1,0 +1,145 @@
+"""Generated slides: tiled JPEG pyramids that OpenSlide opens, with asymmetric tissue, and ways to spoil them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import tifffile
+from PIL import Image
+
+RGB = npt.NDArray[np.uint8]
+
+GLASS = 244
+
+
+def tissue_rgb(width: int, height: int, seed: int = 0) -> RGB:
+    """White glass with noise, a large piece of tissue in the upper left and a small one in the lower right.
+
+    No flip, turn or transposition maps the picture onto itself.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / np.array([height, width], float)[:, None, None]
+    wave = 0.03 * np.sin(19 * x + 3 * seed) + 0.02 * np.cos(23 * y)
+    large = ((x - 0.35) / 0.28) ** 2 + ((y - 0.40) / 0.33) ** 2 < 1 + 4 * wave
+    small = ((x - 0.82) / 0.10) ** 2 + ((y - 0.83) / 0.09) ** 2 < 1
+    rgb = np.full((height, width, 3), GLASS, np.float64) + rng.normal(0, 1.5, (height, width, 1))
+    texture = rng.normal(0, 14, (height, width, 1))
+    rgb[large] = (np.array([200, 120, 170]) + 30 * np.stack([y, x, x * y], -1) + texture)[large]
+    rgb[small] = (np.array([140, 80, 160]) + texture)[small]
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+
+
+def write_pyramid(
+    path: Path,
+    rgb: RGB,
+    *,
+    tile: int = 240,
+    levels: int = 3,
+    mpp: float | None = 0.5,
+    quality: int = 90,
+    subsampling: str = "444",
+    sparse: Container[int] = (),
+) -> Path:
+    """Write a generic tiled TIFF with JPEG tiles (YCbCr), each level half the one before.
+
+    The level-0 tiles numbered in `sparse` have length zero: the file says that there is nothing.
+    """
+    with path.open("wb") as file:
+        file.write(struct.pack("<2sHI", b"II", 42, 0))
+        link = 4  # where the offset of the next directory is written
+        for number in range(levels):
+            spans = []
+            for i, data in enumerate(_tiles(rgb, tile, quality, subsampling)):
+                kept = b"" if number == 0 and i in sparse else data
+                spans.append((file.tell() if kept else 0, len(kept)))
+                file.write(kept)
+            link = _write_directory(file, link, _tags(rgb, tile, subsampling, mpp, spans, reduced=number > 0))
+            size = (rgb.shape[1] // 2, rgb.shape[0] // 2)
+            rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
+    return path
+
+
+def _tags(
+    rgb: RGB, tile: int, subsampling: str, mpp: float | None, spans: list[tuple[int, int]], *, reduced: bool
+) -> list[tuple[int, str, tuple[int, ...]]]:
+    per_cm = (round(1e9 / mpp), 100_000) if mpp is not None else (0, 1)
+    return [
+        (254, "I", (int(reduced),)),
+        (256, "I", (rgb.shape[1],)),
+        (257, "I", (rgb.shape[0],)),
+        (258, "H", (8, 8, 8)),
+        (259, "H", (7,)),  # JPEG
+        (262, "H", (6,)),  # YCbCr
+        (277, "H", (3,)),
+        (282, "II", per_cm),
+        (283, "II", per_cm),
+        (284, "H", (1,)),
+        (296, "H", (3,)),
+        (322, "I", (tile,)),
+        (323, "I", (tile,)),
+        (324, "I", tuple(offset for offset, _ in spans)),
+        (325, "I", tuple(length for _, length in spans)),
+        (530, "H", {"444": (1, 1), "422": (2, 1), "420": (2, 2)}[subsampling]),
+    ]
+
+
+def _write_directory(file: BinaryIO, link: int, tags: list[tuple[int, str, tuple[int, ...]]]) -> int:
+    directory = struct.pack("<H", len(tags))
+    for tag, kind, values in tags:
+        packed = struct.pack(f"<{len(values)}{kind[0]}", *values)
+        if len(packed) > 4:
+            file.write(b"\0" * (file.tell() % 2))
+            packed, data = struct.pack("<I", file.tell()), packed
+            file.write(data)
+        code = {"H": 3, "I": 4, "II": 5}[kind]
+        directory += struct.pack("<HHI4s", tag, code, len(values) // len(kind), packed)
+    file.write(b"\0" * (file.tell() % 2))
+    start = file.tell()
+    file.write(directory + bytes(4))
+    end = file.tell()
+    file.seek(link)
+    file.write(struct.pack("<I", start))
+    file.seek(end)
+    return end - 4
+
+
+def _tiles(rgb: RGB, tile: int, quality: int, subsampling: str) -> Iterator[bytes]:
+    for top in range(0, rgb.shape[0], tile):
+        for left in range(0, rgb.shape[1], tile):
+            block = rgb[top : top + tile, left : left + tile]
+            margin = ((0, tile - block.shape[0]), (0, tile - block.shape[1]), (0, 0))
+            padded = np.ascontiguousarray(np.pad(block, margin, mode="edge"))
+            yield simplejpeg.encode_jpeg(padded, quality=quality, colorsubsampling=subsampling)
+
+
+def tile_span(path: Path, level: int, number: int) -> tuple[int, int]:
+    """Offset and length in the file of one tile (row by row) of a level."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[level]
+        assert isinstance(page, tifffile.TiffPage)
+        return page.dataoffsets[number], page.databytecounts[number]
+
+
+def zero_tile(path: Path, level: int, number: int) -> None:
+    """Overwrite the bytes of one tile with zeros: it no longer decodes."""
+    offset, length = tile_span(path, level, number)
+    overwrite(path, offset, bytes(length))
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Change bytes of a file in place."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def cut(path: Path, share: float) -> None:
+    """Keep only the first share of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
