@@ -1,0 +1,278 @@
+"""The commands. Results go to stdout (one JSON object with --json), everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from pipeline.compose import load_config
+from pipeline.config import Config, DemoConfig
+from pipeline.errors import ConfigError, Interrupted, PipelineError
+
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Learn from images too large for any GPU: from slides in a bucket to a registered model that predicts.",
+)
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Name of a config in conf/, without .yaml.")]
+DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs instead of conf/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=5 model=resnet18")]
+
+
+def main() -> None:
+    """Entry point of `ips` and `python -m pipeline`."""
+    app()
+
+
+@app.command()
+def run(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage that is not done: tile, train, evaluate, register."""
+    _stages(config, overrides, config_dir, last="register", as_json=as_json)
+
+
+@app.command()
+def tile(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut the cohort's slides into a committed patch store."""
+    _stages(config, overrides, config_dir, last="tile", as_json=as_json)
+
+
+@app.command()
+def train(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, after tiling what is not tiled; an interrupted training goes on from its last checkpoint."""
+    _stages(config, overrides, config_dir, last="train", as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate the trained model on the test split and write the report, after the stages before it."""
+    _stages(config, overrides, config_dir, last="evaluate", as_json=as_json)
+
+
+@app.command()
+def register(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Register the evaluated model and make it the champion, after the stages before it."""
+    _stages(config, overrides, config_dir, last="register", as_json=as_json)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `run` would do and why; change nothing."""
+    with _errors(as_json=as_json):
+        from pipeline.workflow import plan as make_plan
+
+        planned = make_plan(load_config(config, overrides or (), config_dir))
+        if as_json:
+            _print_json({"stages": [asdict(item) for item in planned]})
+            return
+        table = Table("stage", "action", "why", "fingerprint")
+        for item in planned:
+            table.add_row(item.stage, item.action, item.why, item.fingerprint or "")
+        Console().print(table)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write cohort.csv and the slides.")],
+    slides: Annotated[int, typer.Option(help="How many slides.", min=12)] = DemoConfig().slides,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the synthetic cohort: slides with and without small lesions."""
+    with _errors(as_json=as_json):
+        from pipeline.demo import write_demo
+
+        _must_be_local(folder)
+
+        cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), _progress("demo"))
+        _print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION or a model folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables and heatmaps.")] = Path("predictions"),
+    slides: Annotated[list[str] | None, typer.Argument(help="Slide URIs.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="Predict a cohort file instead of single slides.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's URI. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Level-0 microns per px of slides that state none.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict slides with a registered model: probabilities, attention of every patch, a heatmap each."""
+    with _errors(as_json=as_json):
+        from pipeline.predict import predict as make_predictions
+
+        _must_be_local(out)
+
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp)
+        if as_json:
+            _print_json(result)
+        else:
+            print(out.resolve() / "predictions.csv")
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check Python, torch, Ray, OpenSlide, MLflow, storage and devices, and say how to mend what is wrong."""
+    with _errors(as_json=as_json):
+        from pipeline.doctor import examine
+
+        checks = examine(config, overrides or (), config_dir)
+        if as_json:
+            _print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
+        else:
+            table = Table("check", "", "found", "remedy")
+            for check in checks:
+                table.add_row(check.name, "ok" if check.ok else "[red]bad[/red]", check.found, check.remedy)
+            Console().print(table)
+        if not all(check.ok for check in checks):
+            raise typer.Exit(1)
+
+
+def _stages(name: str, overrides: Sequence[str] | None, config_dir: Path | None, *, last: str, as_json: bool) -> None:
+    with _errors(as_json=as_json):
+        from pipeline.workflow import run as run_workflow
+
+        config = load_config(name, overrides or (), config_dir)
+        result = run_workflow(config, last)
+        summary = {
+            "outcome": result.outcome,
+            "stages": {
+                stage: {"outcome": done.outcome, **_shown(asdict(done.record))} for stage, done in result.stages.items()
+            },
+            "run_id": result.parent_run_id,
+            "root": config.storage.root,
+            "tracking_uri": config.tracking.uri,
+        }
+        _print_json(summary) if as_json else _print_summary(summary, config)
+
+
+def _shown(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what only the program needs."""
+    facts = {key: value for key, value in record["facts"].items() if key not in ("identity", "keys", "finished")}
+    return {**{key: value for key, value in record.items() if key != "stage"}, "facts": facts}
+
+
+def _print_summary(summary: dict[str, Any], config: Config) -> None:
+    table = Table("stage", "outcome", "seconds")
+    table.add_column("result", overflow="fold")  # a path that is cut cannot be copied
+    for stage, done in summary["stages"].items():
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in done["metrics"].items())
+        paths = "\n".join(done["outputs"].values())
+        table.add_row(stage, done["outcome"], f"{done['seconds']:.0f}", f"{numbers}\n{paths}".strip())
+    console = Console()
+    console.print(table)
+    if summary["outcome"] == "nothing to do":
+        console.print("Nothing to do: every stage is done and unchanged.")
+    console.print(f"mlflow ui --backend-store-uri {config.tracking.uri}", soft_wrap=True)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _must_be_local(folder: Path) -> None:
+    if folder.parts[:1] == ("s3:",):
+        raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A callback that logs every tenth of the work."""
+
+    def on_progress(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            log.info("%s: %d/%d", what, done, total)
+
+    return on_progress
+
+
+@contextmanager
+def _errors(*, as_json: bool) -> Iterator[None]:
+    """Logging to stderr, signals as Interrupted, and every PipelineError as a message and its exit code."""
+    _log_to_stderr()
+    received: list[int] = []
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        # Ray's waits let KeyboardInterrupt through, as a new one without arguments, and swallow every other error.
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except (PipelineError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, PipelineError) else Interrupted(received[-1])
+        print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            kind = type(error).__name__
+            _print_json({"outcome": "failed", "error": kind, "message": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from error
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _log_to_stderr() -> None:
+    """Coloured for a person, one plain line an event for a file."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported

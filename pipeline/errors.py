@@ -1,0 +1,99 @@
+"""Every error a user can cause or meet, and the exit code each one ends the program with.
+
+PipelineError                exit 1
+├── ConfigError              exit 2   a config field is wrong: all problems at once
+├── CohortError              exit 2   the cohort file is wrong: all problems at once, with row numbers
+├── StorageError             exit 1   a URI cannot be read or written
+├── SlideError               exit 1   one slide cannot be used; the tile stage quarantines it and goes on
+│   └── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
+├── DataBudgetError          exit 3   more bad slides or tiles than the config allows
+├── ResourceError            exit 5   the cluster can never give what was asked for
+├── TrackingError            exit 1   MLflow cannot be reached or refuses
+├── StageError               exit 1   a stage cannot run: an earlier one is missing, or training diverged
+└── Interrupted              exit 128 + signal (130 for SIGINT, 143 for SIGTERM)
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+
+class PipelineError(Exception):
+    """Base of the tree; the message names the file or field, the reason and the remedy."""
+
+    exit_code = 1
+
+
+class _ListedError(PipelineError):
+    """An error that reports several problems of one input at once."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.source, self.problems)  # crosses process borders (Ray) intact
+
+
+class ConfigError(_ListedError):
+    """The configuration is wrong."""
+
+
+class CohortError(_ListedError):
+    """The cohort file is wrong."""
+
+
+class StorageError(PipelineError):
+    """A URI cannot be read or written."""
+
+
+class SlideError(PipelineError):
+    """One slide cannot be used. `reason` is the short category that reports and ledgers count by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.reason, str(self))
+
+
+class BadTileError(SlideError):
+    """One tile of a slide cannot be decoded."""
+
+
+class DataBudgetError(PipelineError):
+    """More of the data is bad than the config allows."""
+
+    exit_code = 3
+
+
+class ResourceError(PipelineError):
+    """The cluster can never give what was asked for."""
+
+    exit_code = 5
+
+
+class TrackingError(PipelineError):
+    """MLflow cannot be reached, or refuses."""
+
+
+class StageError(PipelineError):
+    """A stage cannot run."""
+
+
+class Interrupted(PipelineError):
+    """SIGINT or SIGTERM arrived; committed work is kept and the next run goes on from it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        self.exit_code = 128 + signum
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; run the same command to go on")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.signum,)

@@ -1,0 +1,119 @@
+"""The grid of patches over a slide: which level is read, how large, and where each patch stands.
+
+Planes: level-0 px (full resolution), level px (the level that is read) and patch px (what the network sees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import TilingConfig
+from pipeline.errors import SlideError
+from pipeline.units import LevelPx, PatchPx
+
+Cells = npt.NDArray[np.int64]
+
+
+class LevelSize(Protocol):
+    """What the grid must know of a pyramid level."""
+
+    @property
+    def width(self) -> int:
+        """In px of the level."""
+
+    @property
+    def height(self) -> int:
+        """In px of the level."""
+
+    @property
+    def downsample(self) -> float:
+        """Level-0 px per px of the level."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Whole patches only, from the upper left corner, in rows of columns."""
+
+    level: int
+    downsample: float
+    """Level-0 px per px of `level`."""
+    read_px: LevelPx
+    """Edge of a patch at `level`; equal to `patch_px` when the level is read as it is."""
+    stride_px: LevelPx
+    patch_px: PatchPx
+    columns: int
+    rows: int
+
+    @property
+    def scale(self) -> float:
+        """Level-0 px per patch px."""
+        return self.downsample * self.read_px / self.patch_px
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, in level-0 px."""
+        return self.downsample * self.read_px
+
+    def cells(self) -> Cells:
+        """(rows * columns, 2) column and row of each patch, row by row."""
+        row, column = np.divmod(np.arange(self.rows * self.columns, dtype=np.int64), self.columns)
+        return np.stack([column, row], axis=1)
+
+    def level_origins(self, cells: Cells) -> Cells:
+        """(n, 2) x, y of the patches' upper left corners, in px of `level`."""
+        return cells * self.stride_px
+
+    def level0_origins(self, cells: Cells) -> Cells:
+        """(n, 2) x, y of the patches' upper left corners, in level-0 px."""
+        corners: Cells = np.rint(cells * (self.stride_px * self.downsample)).astype(np.int64)
+        return corners
+
+    def level0_boxes(self, cells: Cells) -> npt.NDArray[np.float64]:
+        """(n, 4) left, top, right, bottom of the patches, in level-0 px, not rounded."""
+        corner = cells * (self.stride_px * self.downsample)
+        return np.concatenate([corner, corner + self.extent], axis=1)
+
+
+def plan_grid(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None) -> Grid:
+    """Lay the grid of `spec` over a slide whose level 0 has `mpp` microns per px.
+
+    A level within `spec.mpp_tolerance` of `spec.mpp` is read as it is; otherwise the next finer one, at the
+    size that covers `patch_px` at `spec.mpp`. With `spec.mpp` null it is level 0 as it is, and `mpp` unused.
+
+    Raises:
+        SlideError: "too-coarse" (even level 0 is coarser than `spec.mpp`), "too-small" (no whole patch fits).
+    """
+    number, factor = (0, 1.0) if spec.mpp is None or mpp is None else _choose(levels, spec, spec.mpp, mpp)
+    level = levels[number]
+    read = round(spec.patch_px * factor)
+    stride = max(1, round((spec.patch_px - spec.overlap_px) * factor))
+    if level.width < read or level.height < read:
+        raise SlideError(
+            "too-small",
+            f"{level.width} x {level.height} px at level {number} hold no patch of {read} px "
+            f"(tiling.patch_px={spec.patch_px}); lower tiling.patch_px or leave the slide out",
+        )
+    columns, rows = ((size - read) // stride + 1 for size in (level.width, level.height))
+    return Grid(number, level.downsample, LevelPx(read), LevelPx(stride), PatchPx(spec.patch_px), columns, rows)
+
+
+def _choose(levels: Sequence[LevelSize], spec: TilingConfig, target: float, mpp: float) -> tuple[int, float]:
+    """The level to read, and the level px per patch px (1.0: as it is)."""
+    ratios = [mpp * level.downsample / target for level in levels]
+    nearest = min(range(len(ratios)), key=lambda number: abs(ratios[number] - 1.0))
+    if abs(ratios[nearest] - 1.0) <= spec.mpp_tolerance:
+        return nearest, 1.0
+    finer = [number for number, ratio in enumerate(ratios) if ratio < 1.0]
+    if not finer:
+        raise SlideError(
+            "too-coarse",
+            f"level 0 has {mpp:g} microns per px, coarser than tiling.mpp={target:g}; "
+            "raise tiling.mpp (patches are never enlarged) or correct the cohort's mpp",
+        )
+    best = max(finer, key=lambda number: ratios[number])
+    return best, 1.0 / ratios[best]

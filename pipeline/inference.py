@@ -1,0 +1,139 @@
+"""From a bag, or a slide file, to probabilities and attention: shared by validation, evaluate, predict and serving."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from ips.bag import Bag
+from ips.heads import Kind, probabilities
+from ips.model import IPSModel
+from ips.scorer import Scorer, evaluating
+from ips.select import gather, select
+from pipeline.bags import PatchBag
+from pipeline.build import build_model
+from pipeline.checkpoint import load_weights, read_config
+from pipeline.cohort import CohortSlide
+from pipeline.config import Config, SelectConfig
+from pipeline.errors import SlideError
+from pipeline.ingest import store_slide
+from pipeline.patches import PatchStore, StoredSlide
+from pipeline.schema import ATTENTION
+
+RGB = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BagPrediction:
+    """What the model says of one bag of N patches."""
+
+    probabilities: Mapping[str, npt.NDArray[np.float64]]
+    """Task -> (K,) class probabilities, in the config's order of classes."""
+    attention: npt.NDArray[np.float32]
+    """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1."""
+    selected: npt.NDArray[np.int64]
+    """(<= M,) rows of the patches that the aggregator saw, most attended first."""
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What the model says of one slide, with what a heatmap needs."""
+
+    probabilities: Mapping[str, npt.NDArray[np.float64]]
+    attention: pa.Table
+    """Schema ATTENTION."""
+    thumbnail: RGB
+    """(h, w, 3)."""
+    scale: float
+    """Level-0 px per thumbnail px."""
+    extent: float
+    """Edge of a patch, in level-0 px."""
+    n_bad_tiles: int
+    """Patches that could not be decoded and were left out."""
+
+
+def load_model(folder: Path) -> tuple[IPSModel, Config]:
+    """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
+
+    Raises:
+        StageError: the folder does not hold a model of this version.
+    """
+    config = read_config(folder)
+    model = build_model(config, pretrained=False)
+    load_weights(model, folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+
+
+def predict_bag(model: IPSModel, bag: Bag, selecting: SelectConfig, scorer: Scorer | None = None) -> BagPrediction:
+    """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
+
+    `scorer` saves preparing the encoder for each of many bags; it must be of this model, and refreshed.
+    """
+    selection = select(model, [bag], selecting.memory, selecting.chunk, selecting.mode, attention=True, scorer=scorer)
+    assert selection.attention is not None
+    with evaluating(model), torch.inference_mode():
+        outputs = model(gather([bag], selection, model.mean.device))
+    return BagPrediction(
+        {task: _probabilities(logits) for task, logits in outputs.items()},
+        selection.attention[0].numpy(),
+        selection.index[0][selection.mask[0]].numpy(),
+    )
+
+
+def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:
+    """Tile a slide into a temporary store, exactly as the tile stage does, and predict it.
+
+    Raises:
+        SlideError: the slide cannot be read or used.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        status = store_slide(slide, config.tiling, scratch)
+        if status.key is None:
+            reason, _, message = str(status.reason).partition(": ")
+            raise SlideError(reason, message)
+        stored = PatchStore(scratch, config.tiling.fingerprint()).slide(status.key)
+        bag = PatchBag([stored], threads=torch.get_num_threads(), augment=None)
+        found = predict_bag(model, bag, config.model.select)
+        return SlidePrediction(
+            probabilities=found.probabilities,
+            attention=attention_table(slide.slide_id, stored, found),
+            thumbnail=read_thumbnail(stored),
+            scale=stored.thumbnail_scale,
+            extent=stored.extent,
+            n_bad_tiles=status.n_bad_tiles,
+        )
+
+
+def read_thumbnail(stored: StoredSlide) -> RGB:
+    """The stored thumbnail (h, w, 3), `stored.thumbnail_scale` level-0 px per px."""
+    return np.asarray(Image.open(io.BytesIO(stored.thumbnail())).convert("RGB"))
+
+
+def attention_table(slide_id: str, stored: StoredSlide, found: BagPrediction) -> pa.Table:
+    """One row a patch, schema ATTENTION."""
+    index = stored.index()
+    selected = np.zeros(len(index.x), np.bool_)
+    selected[found.selected] = True
+    columns = [
+        pa.array([slide_id]).take(pa.array(np.zeros(len(index.x), np.int64))),
+        np.arange(len(index.x)),
+        index.x,
+        index.y,
+        found.attention,
+        selected,
+    ]
+    return pa.table(dict(zip(ATTENTION.names, columns, strict=True)), schema=ATTENTION)
+
+
+def _probabilities(logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    kind: Kind = "binary" if logits.shape[-1] == 1 else "multiclass"
+    return probabilities(kind, logits.double()).squeeze(0).cpu().numpy()

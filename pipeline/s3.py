@@ -1,0 +1,129 @@
+"""The S3 client, and its failures in words. The only module that knows s3fs and botocore."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from pipeline.errors import StorageError
+
+CONNECT_S = 5.0
+READ_S = 15.0  # without a byte; S3 itself answers within seconds
+_BAD_CREDENTIALS = {"SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken"}
+_KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+_MISSPELT = "it does not exist; check the spelling"
+
+
+def client() -> Any:
+    """The process's s3fs filesystem: it is not fork-safe, and the environment may change between calls."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return _connect(os.getpid(), tuple(sorted(settings.items())))
+
+
+def key(uri: str) -> str:
+    """bucket/key of an S3 URI."""
+    path = uri.split("://", 1)[1].rstrip("/")
+    if not path or path.startswith("/"):
+        raise StorageError(f"{uri}: no bucket is named; write s3://bucket/prefix")
+    return path
+
+
+def code(error: BaseException) -> str | None:
+    """S3's error code, which s3fs keeps in the cause of the OSError it raises."""
+    response: Mapping[str, Any] = getattr(error.__cause__, "response", {})
+    found = response.get("Error", {}).get("Code")
+    return None if found is None else str(found)
+
+
+def reason(error: Exception, uri: str) -> str | None:
+    """Why the client failed and what to do; None when the error is not S3's."""
+    from botocore import exceptions as boto
+
+    match error:
+        case boto.NoCredentialsError() | boto.PartialCredentialsError():
+            return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        case boto.ProfileNotFound():
+            return f"{error}; correct AWS_PROFILE"
+        case boto.ParamValidationError() if "/" not in key(uri):
+            return "it is a bucket; name a file in it"
+        case boto.HTTPClientError() | boto.ConnectionError() | TimeoutError():
+            return f"the endpoint ({_endpoint()}) cannot be reached ({error}); check AWS_ENDPOINT_URL and the network"
+        case ValueError() if "endpoint" in str(error):
+            return f"{error}; AWS_ENDPOINT_URL needs a scheme, as in http://host:port"
+        case boto.BotoCoreError():
+            return f"{error}; check the bucket's name and the AWS_* variables"
+        case OSError():
+            return _answer(error, uri)
+    return None
+
+
+def _answer(error: OSError, uri: str) -> str | None:
+    """What the server's refusal means."""
+    bucket, answer = key(uri).partition("/")[0], code(error)
+    match error:
+        case PermissionError() if answer in _BAD_CREDENTIALS:
+            return f"the server refuses the credentials ({answer}); check {_KEYS}"
+        case PermissionError() if answer is not None:
+            return (
+                f"access denied: the credentials are wrong, or may not do this in bucket {bucket}; check {_KEYS}, "
+                "and the bucket's policy"
+            )
+        case FileNotFoundError() if answer != "NoSuchBucket" and _is_folder(uri):
+            return "it is a folder; name a file"
+        case FileNotFoundError() if "NoSuchBucket" in (answer, _bucket_code(uri)):
+            return (
+                f"bucket {bucket} does not exist at the endpoint ({_endpoint()}); create it, or check its name and "
+                "AWS_ENDPOINT_URL"
+            )
+        case FileNotFoundError():
+            return _MISSPELT
+        case OSError() if answer == "InvalidRange":
+            return "it ends before the bytes that are needed; it is truncated or was changed: make it again"
+        case OSError() if answer is not None:
+            return f"the server answers {answer} ({error}); try again, then ask whoever runs it"
+    return None
+
+
+def _is_folder(uri: str) -> bool:
+    """A GET's answer does not tell a folder from nothing at all."""
+    try:
+        return bool(client().info(key(uri))["type"] == "directory")
+    except OSError:  # absent, or the reason is told by the first error
+        return False
+
+
+def _bucket_code(uri: str) -> str | None:
+    """NoSuchBucket when that is why nothing was found."""
+    try:
+        client().ls(key(uri).partition("/")[0] + "/nothing", detail=False)
+    except OSError as error:
+        return code(error)
+    return None
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS itself"
+
+
+@lru_cache(maxsize=2)
+def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    import s3fs  # 0.7 s, which processes that work on local files need not pay
+
+    environment = dict(settings)
+    config = {
+        "connect_timeout": CONNECT_S,
+        "read_timeout": READ_S,
+        "retries": {"total_max_attempts": 2, "mode": "standard"},
+        "max_pool_connections": 32,
+        "request_checksum_calculation": _checksums(environment, "AWS_REQUEST_CHECKSUM_CALCULATION"),
+        "response_checksum_validation": _checksums(environment, "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+    }
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    filesystem.retries = 2  # of requests with their bodies; with s3fs's own 5 a silent endpoint would cost 150 s
+    return filesystem
+
+
+def _checksums(environment: Mapping[str, str], variable: str) -> str:
+    return environment.get(variable, "when_required").lower()

@@ -1,0 +1,56 @@
+"""The registered model as MLflow serves it: slide URIs in, probabilities out.
+
+MLflow runs this file when the model is loaded ("models from code"). S3 credentials and endpoint come from the
+serving host's AWS_* environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from pipeline.cohort import CohortSlide
+from pipeline.errors import SlideError
+from pipeline.inference import load_model, predict_slide
+from pipeline.storage import absolute
+
+
+class SlideModel(PythonModel):
+    """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<class> ..., error), row by row in the given order.
+
+    `mpp` is microns per level-0 px, for slides whose file states none. A slide that cannot be used has
+    probabilities NaN and its reason in `error`; the others are predicted.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights; called once."""
+        self.model, self.config = load_model(Path(context.artifacts["weights"]).parent)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """One row a slide."""
+        mpps = model_input["mpp"] if "mpp" in model_input else [None] * len(model_input)
+        rows = [self._row(uri, mpp) for uri, mpp in zip(model_input["uri"], mpps, strict=True)]
+        names = [f"{task.name}_{label}" for task in self.config.tasks for label in task.classes]
+        return pd.DataFrame(rows, columns=["uri", *names, "error"])
+
+    def _row(self, uri: str, mpp: float | None) -> dict[str, Any]:
+        slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {})
+        try:
+            found = predict_slide(self.model, self.config, slide)
+        except SlideError as error:
+            return {"uri": uri, "error": str(error)}
+        values = {
+            f"{task.name}_{label}": value
+            for task in self.config.tasks
+            for label, value in zip(task.classes, found.probabilities[task.name].tolist(), strict=True)
+        }
+        return {"uri": uri, **values, "error": None}
+
+
+set_model(SlideModel())

@@ -1,0 +1,290 @@
+"""Files by URI: plain paths, `file://` and `s3://`. The only module that knows where bytes are kept.
+
+S3 goes through s3fs. The endpoint, region and credentials come from the standard AWS variables alone
+(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`,
+`AWS_DEFAULT_REGION`). Checksums beyond S3's own are used only `when_required`: servers other than AWS often
+refuse the uploads of newer SDKs, or answer a range read with the whole object's checksum. Set
+`AWS_REQUEST_CHECKSUM_CALCULATION` or `AWS_RESPONSE_CHECKSUM_VALIDATION` to `when_supported` to have them.
+
+A write is whole or absent: a temporary name, fsync and rename locally; one PUT or multipart upload on S3.
+Every failure is a `StorageError` that names the URI, the reason and the remedy. Waits are finite: 5 s to connect and
+15 s without a byte, twice; a body that breaks off is asked for once more. A dead endpoint costs 10 s, one that
+connects and is silent a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import pyarrow.fs
+
+from pipeline import s3
+from pipeline.errors import StorageError
+
+PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one object may have 156 GiB
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True)
+class SourceVersion:
+    """What tells one state of a file from another without reading it: size and etag (S3) or mtime (local)."""
+
+    size: int
+    """Bytes."""
+    etag: str | None
+    """S3's entity tag without quotes."""
+    mtime: float | None
+    """Seconds since the epoch."""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI lies on S3."""
+    found = _SCHEME.match(uri)
+    if found is None or found[1].lower() == "file":
+        return False
+    if found[1].lower() != "s3":
+        raise StorageError(f"{uri}: {found[0]} is not supported; use a path, file:// or s3://")
+    return True
+
+
+def join(root: str, *parts: str) -> str:
+    """The URI of `parts` below `root`."""
+    return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def parent(uri: str) -> str:
+    """The URI of the folder that holds it."""
+    return absolute(uri).rpartition("/")[0] or "/"
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
+    return "s3://" + s3.key(uri) if is_remote(uri) else str(_path(uri))
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there. A bucket that does not exist is a StorageError."""
+    with _failures(uri, "look up"):
+        if not is_remote(uri):
+            return _path(uri).exists()
+        try:
+            s3.client().info(s3.key(uri))
+        except FileNotFoundError as error:
+            if s3.code(error) == "NoSuchBucket":
+                raise
+            return False
+        return True
+
+
+def source_version(uri: str) -> SourceVersion:
+    """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
+    with _failures(uri, "read"):
+        if is_remote(uri):
+            info = s3.client().info(s3.key(uri))
+            if info["type"] == "directory":
+                raise IsADirectoryError
+            return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)
+        path = _path(uri)
+        if path.is_dir():
+            raise IsADirectoryError
+        found = path.stat()
+        return SourceVersion(found.st_size, None, found.st_mtime)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    with _failures(uri, "read"):
+        data: bytes = s3.client().cat_file(s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
+        return data
+
+
+def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (start, length), in that order; concurrent requests on S3."""
+    with _failures(uri, "read"):
+        if is_remote(uri):
+            wanted = [(start, start + length) for start, length in ranges if length]
+            starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
+            fetched = iter(s3.client().cat_ranges([s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
+            found = [next(fetched) if length else b"" for _, length in ranges]
+        else:
+            with _path(uri).open("rb") as file:
+                found = [os.pread(file.fileno(), length, start) for start, length in ranges]
+    for (start, length), data in zip(ranges, found, strict=True):
+        if len(data) != length:
+            raise StorageError(
+                f"cannot read {uri}: it ends at byte {start + len(data)}, {start + length} are needed; "
+                "it is truncated or was changed: make it again"
+            )
+    return found
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the file whole, over an old one."""
+    with _failures(uri, "write"):
+        if is_remote(uri):
+            s3.client().pipe_file(s3.key(uri), data, chunksize=PART_BYTES)
+        else:
+            _replace(_path(uri), lambda file: file.write(data))
+
+
+def read_json(uri: str) -> Any:
+    """The parsed JSON file."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"cannot read {uri}: not JSON ({error}); delete it and run again") from error
+
+
+def write_json(uri: str, obj: object) -> None:
+    """Write sorted, indented JSON: equal objects give equal bytes."""
+    text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(uri, (text + "\n").encode())
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of the files and folders directly in a folder, sorted; none when it does not exist."""
+    with _failures(uri, "list"):
+        try:
+            if is_remote(uri):
+                names = [str(path).rpartition("/")[2] for path in s3.client().ls(s3.key(uri), detail=False)]
+            else:
+                names = [entry.name for entry in _path(uri).iterdir()]
+        except FileNotFoundError as error:
+            if s3.code(error) == "NoSuchBucket":
+                raise
+            return []
+    return sorted(name for name in names if name and not _is_temporary(name))
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy a file to a local path, whole or not at all."""
+    with _failures(uri, "read"):
+        if not is_remote(uri):
+            with _path(uri).open("rb") as source:
+                _replace(path, lambda file: shutil.copyfileobj(source, file, PART_BYTES))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            s3.client().get_file(s3.key(uri), str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy a local file to a URI, whole or not at all, in constant memory."""
+    with _failures(uri, "write"):
+        if is_remote(uri):
+            s3.client().put_file(str(path), s3.key(uri), chunksize=PART_BYTES)
+        else:
+            with path.open("rb") as source:
+                _replace(_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
+
+
+def upload_tree(path: Path, uri: str) -> None:
+    """Copy all files below a local folder, one after another in the order of their names."""
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        upload(file, join(uri, file.relative_to(path).as_posix()))
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local path of the file, under its own name: the file itself, or a download kept for the block."""
+    if not is_remote(uri):
+        source_version(uri)
+        yield _path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="ips-") as folder:
+        path = Path(folder, s3.key(uri).rpartition("/")[2])
+        download(uri, path)
+        yield path
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """A picklable Arrow filesystem and the URI's path in it.
+
+    S3 is s3fs here too, not Arrow's own client: that one marks folders with empty objects named `folder/`,
+    which servers that map keys to files refuse. The pickle holds no credentials: each process reads its own.
+    """
+    if is_remote(uri):
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(s3.client())), s3.key(uri)
+    return pyarrow.fs.LocalFileSystem(), str(_path(uri))
+
+
+def _path(uri: str) -> Path:
+    """The absolute path of a local URI."""
+    if _SCHEME.match(uri):
+        split = urlsplit(uri.replace("?", "%3F").replace("#", "%23"))
+        if split.netloc not in ("", "localhost"):
+            raise StorageError(f"{uri}: file:// names the host {split.netloc}; write file:///absolute/path")
+        return Path(unquote(split.path))
+    # resolve() would follow links, which may lead elsewhere on another machine
+    return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}.tmp")
+
+
+def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name, flush it to the disk, then rename it; also flush the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _failures(uri: str, action: str) -> Iterator[None]:
+    """Turn what the file system or the S3 client raises into a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = s3.reason(error, uri) if is_remote(uri) else None
+        if reason is None and isinstance(error, OSError):
+            reason = _os_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot {action} {uri}: {reason}") from error
+
+
+def _os_reason(error: OSError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "it does not exist; check the spelling"
+        case IsADirectoryError():
+            return "it is a folder; name a file"
+        case NotADirectoryError() | FileExistsError():
+            return f"a folder of this path is a file ({error.filename}); name another path"
+        case PermissionError():
+            return "permission denied; check its owner and mode, and those of its folders"
+    return f"{error.strerror or error}; mend that and run again"

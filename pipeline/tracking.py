@@ -1,0 +1,259 @@
+"""MLflow runs, by explicit run id: the stages in the driver and rank 0 of training share one run safely.
+
+Nothing here uses MLflow's active run, so a worker can log into a run without ending it. The store is made, and
+migrated, by `open_tracking` in the driver before any worker starts: first use of an SQLite file by several
+processes at once fails ("duplicate column name").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking.context.registry import resolve_tags
+
+from pipeline.errors import Interrupted, PipelineError, TrackingError
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+_PARAM_CHARS = 6000  # MLflow's limits: characters of a value, and entries of one request
+_TAG_CHARS = 8000
+_PARAM_BATCH = 100
+_METRIC_BATCH = 1000
+# Three attempts of 4 s and one pause of 4 s: a server that is down is reported within 20 s. MLflow's own
+# patience (7 retries of up to 120 s) is kept for a run that is under way, so it survives a server's restart.
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """The runs of one experiment. Pickles as its two strings; every process makes its own client."""
+
+    uri: str
+    experiment_id: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.uri, self.experiment_id)
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """MLflow's client of this store."""
+        return MlflowClient(self.uri, self.uri)
+
+    def start_run(self, name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> str:
+        """Id of a new run in state RUNNING, a child of `parent_run_id` where that is given."""
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        with reported(self.uri):
+            run = self.client.create_run(
+                self.experiment_id, tags=resolve_tags({**_tags(tags or {}), **parent}), run_name=name
+            )
+        return str(run.info.run_id)
+
+    def end_run(self, run_id: str, status: RunStatus) -> None:
+        """Set the run's end time and status. MLflow prints the URL of the run; stdout is kept for results."""
+        with reported(self.uri), redirect_stdout(sys.stderr):
+            self.client.set_terminated(run_id, status)
+
+    @contextmanager
+    def run(self, name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> Iterator[str]:
+        """A run for the length of a block: FINISHED, or FAILED / KILLED with the message in the tag `error`.
+
+        KILLED is for Interrupted and KeyboardInterrupt. The block's own exception always goes on.
+        """
+        run_id = self.start_run(name, parent_run_id, tags)
+        try:
+            yield run_id
+        except BaseException as error:
+            status: RunStatus = "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+            try:
+                self.set_tags(run_id, {"error": f"{type(error).__name__}: {error}"})
+                self.end_run(run_id, status)
+            except TrackingError as unreachable:
+                error.add_note(f"The run {run_id} could not be marked {status}: {unreachable}")
+            raise
+        self.end_run(run_id, "FINISHED")
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Nested data as flat parameters `a.b.0.c`; values are cut at MLflow's 6,000 characters."""
+        entries = [Param(key, value[:_PARAM_CHARS]) for key, value in flatten(params)]
+        for start in range(0, len(entries), _PARAM_BATCH):
+            with reported(self.uri):
+                self.client.log_batch(run_id, params=entries[start : start + _PARAM_BATCH])
+
+    def log_metrics(
+        self, run_id: str, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None
+    ) -> None:
+        """Metrics at one step. MLflow appends: a step logged twice is stored twice (see `latest_step`)."""
+        now = time.time_ns() // 1_000_000
+        entries = [
+            Metric(key, float(value), now, step, model_id=model_id, run_id=run_id) for key, value in metrics.items()
+        ]
+        for start in range(0, len(entries), _METRIC_BATCH):
+            with reported(self.uri):
+                self.client.log_batch(run_id, metrics=entries[start : start + _METRIC_BATCH])
+
+    def latest_step(self, run_id: str, key: str) -> int:
+        """Greatest step at which the metric `key` was logged, -1 when never: log only beyond it after a restart."""
+        with reported(self.uri):
+            return max((metric.step for metric in self.client.get_metric_history(run_id, key)), default=-1)
+
+    def latest_metrics(self, run_id: str) -> dict[str, float]:
+        """The last value of every metric of a run."""
+        with reported(self.uri):
+            return dict(self.client.get_run(run_id).data.metrics)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run; values are cut at MLflow's 8,000 characters."""
+        with reported(self.uri):
+            for key, value in _tags(tags).items():
+                self.client.set_tag(run_id, key, value)
+
+    def log_dataset(self, run_id: str, name: str, digest: str, uri: str, context: str) -> None:
+        """The cohort as an input of the run. `context` is what it served: `training`, `evaluation`."""
+        source = json.dumps({"uri": uri})
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
+        with reported(self.uri):
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """A file as an artifact, in `folder` of the run's artifacts."""
+        with reported(self.uri):
+            self.client.log_artifact(run_id, str(path), folder)
+
+    def log_dir(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """All files under a directory as artifacts."""
+        with reported(self.uri):
+            self.client.log_artifacts(run_id, str(path), folder)
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Text as an artifact called `name` (config.yaml, report.html)."""
+        with reported(self.uri):
+            self.client.log_text(run_id, text, name)
+
+    @contextmanager
+    def system_metrics(self, run_id: str, interval_s: float = 5.0) -> Iterator[None]:
+        """Log this machine's CPU, memory, disk, network and GPU use as `system/...` while the block runs."""
+        monitor = SystemMetricsMonitor(run_id, sampling_interval=interval_s, tracking_uri=self.uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+
+def open_tracking(uri: str, experiment: str, artifact_root: str | None = None) -> Tracker:
+    """Open (for SQLite: make) the store and the experiment.
+
+    Args:
+        uri: `sqlite:///FILE`, `http(s)://...` or whatever else MLflow accepts as a tracking URI.
+        experiment: made when absent.
+        artifact_root: folder or s3:// URI of a new experiment's artifacts; None leaves it to the store. An
+            experiment that exists keeps the place it has.
+
+    Raises:
+        TrackingError: the store cannot be reached or refuses; within 20 s when a server is down.
+    """
+    uri = _absolute_sqlite(uri)
+    with _impatient(), reported(uri):
+        if uri.startswith("sqlite"):
+            Path(uri.partition(":///")[2]).parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(uri, uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            location = artifact_root if artifact_root is None else _location(artifact_root)
+            return Tracker(uri, client.create_experiment(experiment, artifact_location=location))
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment {experiment!r} at {uri} is deleted; restore it with "
+            f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {found.experiment_id}` "
+            "or set tracking.experiment to another name"
+        )
+    return Tracker(uri, found.experiment_id)
+
+
+def connect(uri: str) -> Tracker:
+    """Open a store that exists, to read from it; nothing is made.
+
+    Raises:
+        TrackingError: the store is not there or cannot be reached; within 20 s when a server is down.
+    """
+    uri = _absolute_sqlite(uri)
+    file = Path(uri.partition(":///")[2])
+    if uri.startswith("sqlite") and not file.is_file():
+        raise TrackingError(f"MLflow at {uri}: {file} does not exist; name the store of the run that trained the model")
+    with _impatient(), reported(uri):
+        (first, *_) = MlflowClient(uri, uri).search_experiments(max_results=1)
+    return Tracker(uri, first.experiment_id)
+
+
+@contextmanager
+def reported(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow and its vendors raise (HTTP, SQL, S3, files) into a TrackingError with the remedy."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise TrackingError(f"MLflow at {uri}: {type(error).__name__}: {error}\n{_remedy(uri)}") from error
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested mappings and sequences as (dotted path, text); a sequence of scalars is one JSON leaf."""
+    if isinstance(value, Mapping):
+        children: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        children = enumerate(value)
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)
+        return
+    for key, child in children:
+        yield from flatten(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: str(value)[:_TAG_CHARS] for key, value in tags.items()}
+
+
+def _location(root: str) -> str:
+    return root if "://" in root else Path(root).absolute().as_uri()
+
+
+def _absolute_sqlite(uri: str) -> str:
+    """A relative SQLite file made absolute: workers run in other directories."""
+    scheme, _, name = uri.partition(":///")
+    return f"{scheme}:///{Path(name).absolute()}" if scheme.startswith("sqlite") else uri
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Short HTTP patience while the store is opened, unless the environment sets its own."""
+    ours = {key: value for key, value in _IMPATIENT.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            del os.environ[key]
+
+
+def _remedy(uri: str) -> str:
+    if uri.startswith("http"):
+        return (
+            "Check that the server runs and that this machine may reach it (`mlflow server --host HOST "
+            "--allowed-hosts NAMES`), or correct tracking.uri; tracking.uri=null uses a local SQLite file."
+        )
+    return (
+        "Check that the file and its folder can be written and the artifact place can be reached; for a store "
+        f"made by another MLflow: `mlflow db upgrade {uri}`."
+    )

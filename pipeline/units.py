@@ -1,0 +1,18 @@
+"""The coordinate planes of a slide, and the conversions between them.
+
+`Level0Px`: pixels of the slide's full resolution. `LevelPx`: pixels of one pyramid level.
+`PatchPx`: pixels of a patch as the network sees it.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+Level0Px = NewType("Level0Px", int)
+LevelPx = NewType("LevelPx", int)
+PatchPx = NewType("PatchPx", int)
+
+
+def to_level0(px: LevelPx, downsample: float) -> Level0Px:
+    """A length in pixels of a level, in full-resolution pixels (downsample = level-0 px per level px)."""
+    return Level0Px(round(px * downsample))

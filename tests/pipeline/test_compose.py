@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.compose import find_config_dir, load_config
+from pipeline.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_is_valid(name: str) -> None:
+    assert load_config(name, ["cohort.uri=c.csv"], CONF).name == name
+
+
+@pytest.mark.parametrize("choice", [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))])
+def test_every_group_file_is_valid(choice: str) -> None:
+    load_config("default", ["cohort.uri=c.csv", choice], CONF)
+
+
+def test_all_problems_come_at_once_with_path_and_remedy() -> None:
+    wrong = ["train.epohcs=3", "train.lr=fast", "model=huge", "tiling.overlap_px=999", "nonsense", "cluster.workers=0"]
+    with pytest.raises(ConfigError) as caught:
+        load_config("default", wrong, CONF)
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    for part in (
+        "train.epohcs: unknown key; did you mean epochs?",
+        "train.lr: ",
+        "'fast'",
+        "model: no group file 'huge'; choose one of demo, resnet18, resnet18_small",
+        "overlap_px=999 must be smaller than patch_px=256",
+        "'nonsense': an override is written key=value",
+        "cluster.workers: ",
+        "cohort.uri: is required; give cohort.uri=VALUE",
+    ):
+        assert part in text, text
+
+
+def test_values_keep_equals_commas_spaces_and_colons() -> None:
+    uri = "s3://b/a=1,b 2/c: d.csv"
+    assert load_config("default", [f"cohort.uri={uri}"], CONF).cohort.uri == uri
+
+
+def test_values_are_typed() -> None:
+    config = load_config(
+        "default",
+        ["cohort.uri=c.csv", "train.lr=1e-3", "tiling.mpp=null", "train.augment=false", "model.mean=[0.1, 0.2, 0.3]"],
+        CONF,
+    )
+    assert config.train.lr == 1e-3
+    assert config.tiling.mpp is None
+    assert config.train.augment is False
+    assert config.model.mean == (0.1, 0.2, 0.3)
+
+
+def test_groups_are_chosen_by_name() -> None:
+    assert load_config("default", ["cohort.uri=c", "model=resnet18_small"], CONF).model.encoder.stages == 2
+
+
+def test_paths_become_absolute_and_defaults_are_derived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo", [], CONF)
+    root = str(tmp_path / "runs" / "demo")
+    assert config.storage.root == root
+    assert config.storage.patches == f"{root}/patches"
+    assert config.cohort.uri == f"{root}/cohort/cohort.csv"
+    assert config.tracking.uri == f"sqlite:///{root}/mlflow.db"
+    assert config.tracking.model == "demo"
+
+
+def test_unknown_config_names_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"it has: .*default.*demo"):
+        load_config("dmo", [], CONF)
+
+
+def test_conf_is_found_in_the_working_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config_dir() == CONF
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "default.yaml").write_text("name: mine\n")
+    assert find_config_dir() == tmp_path / "conf"
+    with pytest.raises(ConfigError, match="no such folder"):
+        find_config_dir(tmp_path / "absent")
+
+
+def test_a_relative_root_inside_a_ray_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match=r"storage.root: 'runs/demo' is relative inside a Ray job; .*absolute path"):
+        load_config("demo", [], CONF)
+    with pytest.raises(ConfigError, match="tracking.uri: is required in a Ray job"):
+        load_config("demo", ["storage.root=s3://bucket/demo"], CONF)
+    load_config("demo", ["storage.root=/data/demo"], CONF)
+
+
+def test_broken_yaml_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "default.yaml").write_text("name: [unclosed\n")
+    with pytest.raises(ConfigError, match=r"default"):
+        load_config("default", [], tmp_path)

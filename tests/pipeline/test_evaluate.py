@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipeline.cohort import Cohort
+from pipeline.errors import StageError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.inference import load_model
+from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+LABELS = ("no", "yes", "yes", "no", "no", "yes", None)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return write_cohort(tmp_path_factory.mktemp("slides"), LABELS)
+
+
+@pytest.fixture(scope="module")
+def evaluation(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path_factory.mktemp("model"), config))
+    return evaluate(model, config, store_slides(cohort, tmp_path_factory.mktemp("store"), config))
+
+
+def test_metrics_are_named_after_the_split_and_agree_with_the_table(evaluation: Evaluation) -> None:
+    assert set(evaluation.metrics) == {
+        "test_auc", "test_auc_low", "test_auc_high", "test_accuracy", "test_slides", "test_patients",
+    }  # fmt: skip
+    table = evaluation.predictions.to_pandas()
+    known = table.dropna(subset=["tumour_label"])
+    expected = roc_auc_score(known["tumour_label"] == "yes", known["tumour_yes"])
+    assert evaluation.metrics["test_auc"] == pytest.approx(expected)
+    assert evaluation.metrics["test_auc_low"] <= expected <= evaluation.metrics["test_auc_high"]
+    assert evaluation.metrics["test_accuracy"] == (known["tumour_label"] == known["tumour_predicted"]).mean()
+    assert evaluation.metrics["test_patients"] == 4
+    json.dumps(evaluation.metrics, allow_nan=False)
+
+
+def test_slides_without_a_label_are_predicted_and_not_measured(evaluation: Evaluation) -> None:
+    assert evaluation.predictions.num_rows == 7
+    assert evaluation.predictions.column("tumour_label").to_pylist() == list(LABELS)
+    (task,) = evaluation.tasks
+    assert task.slides.tolist() == [0, 1, 2, 3, 4, 5]
+    assert task.confusion.sum() == 6
+    assert list(task.roc) == ["yes"]
+    assert len(evaluation.found) == 7
+
+
+def test_several_tasks_average_and_the_first_ones_name_stays(cohort: Cohort, tmp_path: Path) -> None:
+    tasks = [
+        {"name": "tumour", "column": "label", "classes": ["no", "yes"]},
+        {"name": "grade", "column": "g", "kind": "multiclass", "classes": ["a", "b", "c"]},
+    ]
+    config = small_config(tasks=tasks)
+    graded = Cohort(
+        cohort.uri,
+        tuple(
+            type(slide)(slide.slide_id, slide.uri, slide.patient_id, "test", None, {**slide.labels, "grade": grade}, {})
+            for slide, grade in zip(cohort.slides, ("a", "b", None, "a", "b", "b", "a"), strict=True)
+        ),
+    )
+    model, _ = load_model(write_model(tmp_path, config))
+    result = evaluate(model, config, store_slides(graded, tmp_path / "store", config))
+    metrics = result.metrics
+    assert metrics["test_auc"] == pytest.approx((metrics["test_auc_tumour"] + metrics["test_auc_grade"]) / 2)
+    assert not np.isnan(list(metrics.values())).any()
+    assert sorted(result.tasks[1].roc) == ["a", "b"]  # no slide has class c
+
+
+def test_one_class_only_or_no_slides_is_an_error(tmp_path: Path) -> None:
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path, config))
+    with pytest.raises(StageError, match=r"evaluate: no slide of split 'test'"):
+        evaluate(model, config, [])
+    same = write_cohort(tmp_path, ("yes", "yes", None))
+    with pytest.raises(StageError, match="an AUC needs two"):
+        evaluate(model, config, store_slides(same, tmp_path / "store", config))

@@ -1,0 +1,149 @@
+"""What slide this is, by content."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import identity, storage
+from pipeline.errors import StorageError
+from pipeline.identity import slide_digest
+from tests.synth import overwrite, tile_span, tissue_rgb, write_pyramid
+
+SERIES = "1.2.826.0.1.3680043.8.498.1"
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    return write_pyramid(tmp_path / "a.tiff", tissue_rgb(1013, 787))
+
+
+@pytest.fixture
+def sampled(slide: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A slide that counts as larger than what is hashed whole, with few samples."""
+    monkeypatch.setattr(identity, "WHOLE", 1000)
+    monkeypatch.setattr(identity, "EDGE", 500)
+    monkeypatch.setattr(identity, "BLOCK", 50)
+    monkeypatch.setattr(identity, "SAMPLES", 4)
+    return slide
+
+
+def test_name_and_place_do_not_matter(slide: Path, tmp_path: Path) -> None:
+    other = tmp_path / "x" / "b c ä.svs"
+    other.parent.mkdir()
+    shutil.copy(slide, other)
+    assert slide_digest(str(slide)) == slide_digest(str(other))
+    assert len(slide_digest(str(slide))) == 64
+
+
+def test_every_byte_of_a_small_file_counts(slide: Path) -> None:
+    before = slide_digest(str(slide))
+    offset, length = tile_span(slide, 0, 7)
+    middle = offset + length // 2
+    overwrite(slide, middle, bytes([slide.read_bytes()[middle] ^ 1]))
+    assert slide_digest(str(slide)) != before
+
+
+def test_a_large_slide_is_sampled(sampled: Path) -> None:
+    before = slide_digest(str(sampled))
+    offset, length = tile_span(sampled, 0, 3)  # of 20 tiles 0, 6, 12 and 19 are taken
+    overwrite(sampled, offset + length // 2, b"unread")
+    assert slide_digest(str(sampled)) == before
+
+
+@pytest.mark.parametrize(("level", "tile"), [(0, 0), (0, 6), (0, 12), (0, 19), (1, 3), (2, 0)])
+def test_the_first_and_last_and_evenly_spaced_tiles_count(sampled: Path, level: int, tile: int) -> None:
+    before = slide_digest(str(sampled))
+    offset, length = tile_span(sampled, level, tile)
+    blocks = [offset + round(i * (length - 50) / 3) for i in range(4)]
+    overwrite(sampled, blocks[1] + 10, b"changed")
+    assert slide_digest(str(sampled)) != before
+
+
+def test_tables_count_although_no_tile_changed(sampled: Path) -> None:
+    before = slide_digest(str(sampled))
+    data = sampled.read_bytes()
+    _, length = tile_span(sampled, 0, 3)
+    at = data.index(length.to_bytes(4, "little"), len(data) // 2)
+    assert 500 < at < len(data) - 500  # in a table, not in the hashed edges
+    overwrite(sampled, at, (length - 1).to_bytes(4, "little"))
+    assert slide_digest(str(sampled)) != before
+
+
+def test_a_large_slide_is_read_by_few_bytes(sampled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = storage.read_ranges
+
+    def counted(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        read.append(sum(length for _, length in ranges))
+        return original(uri, ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    slide_digest(str(sampled))
+    assert sum(read) < 20_000 < sampled.stat().st_size / 8
+
+
+@pytest.mark.parametrize("broken", [b"JUNK", b"II\x2a\x00\xff\xff\xff\x7f"])
+def test_large_files_without_tiff_tables_are_sampled_too(sampled: Path, broken: bytes) -> None:
+    overwrite(sampled, 0, broken)
+    before = slide_digest(str(sampled))
+    size = sampled.stat().st_size
+    overwrite(sampled, round((size - 50) / 3) + 10, b"changed")
+    assert slide_digest(str(sampled)) != before
+
+
+def test_tiles_beyond_the_end_of_a_truncated_slide_are_left_out(sampled: Path) -> None:
+    _, length = tile_span(sampled, 0, 19)
+    data = sampled.read_bytes()
+    at = data.index(length.to_bytes(4, "little"), len(data) // 2)
+    overwrite(sampled, at, (400).to_bytes(4, "little"))
+    offset, _ = tile_span(sampled, 0, 19)
+    at = data.index(offset.to_bytes(4, "little"), len(data) // 2)
+    overwrite(sampled, at, (len(data) - 10).to_bytes(4, "little"))
+    assert len(slide_digest(str(sampled))) == 64
+
+
+def test_mrxs_companions_count(tmp_path: Path) -> None:
+    main, data = tmp_path / "a.mrxs", tmp_path / "a"
+    main.write_bytes(b"preview")
+    data.mkdir()
+    (data / "Slidedat.ini").write_text("[GENERAL]")
+    (data / "Data0000.dat").write_bytes(b"pixels")
+    before = slide_digest(str(main))
+    (data / "Data0000.dat").write_bytes(b"Pixels")
+    assert slide_digest(str(main)) != before
+
+
+def test_vms_companions_count_and_strangers_do_not(tmp_path: Path) -> None:
+    (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile=a-0.jpg\nImageFile(0,1)=a-1.jpg\n")
+    for name in ("a-0.jpg", "a-1.jpg", "other.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    before = slide_digest(str(tmp_path / "a.vms"))
+    (tmp_path / "other.jpg").write_bytes(b"changed")
+    assert slide_digest(str(tmp_path / "a.vms")) == before
+    (tmp_path / "a-1.jpg").write_bytes(b"changed")
+    assert slide_digest(str(tmp_path / "a.vms")) != before
+
+
+def dicom(uid: str, pixels: bytes) -> bytes:
+    value = uid.encode() + b"\0" * (len(uid) % 2)
+    return bytes(128) + b"DICM" + b"\x20\x00\x0e\x00UI" + len(value).to_bytes(2, "little") + value + pixels
+
+
+def test_dicom_files_of_one_series_are_one_slide(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").write_bytes(dicom(SERIES, b"level 0"))
+    (tmp_path / "2.dcm").write_bytes(dicom(SERIES, b"level 1"))
+    (tmp_path / "3.dcm").write_bytes(dicom(SERIES + "9", b"another slide"))
+    one, two, other = (slide_digest(str(tmp_path / f"{i}.dcm")) for i in (1, 2, 3))
+    assert one == two != other
+    (tmp_path / "3.dcm").unlink()
+    assert slide_digest(str(tmp_path / "1.dcm")) == one
+    (tmp_path / "2.dcm").unlink()
+    assert slide_digest(str(tmp_path / "1.dcm")) != one
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"none\.svs"):
+        slide_digest(str(tmp_path / "none.svs"))

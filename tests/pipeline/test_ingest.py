@@ -1,0 +1,288 @@
+"""The tile stage: every slide gets a status, nothing is done twice, a bad slide costs that slide."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import ingest, storage, tiling
+from pipeline.cohort import CohortSlide
+from pipeline.config import TilingConfig
+from pipeline.errors import StorageError
+from pipeline.ingest import store_slide, tile_cohort
+from pipeline.patches import PatchStore, SlideStatus
+from tests.s3 import serve_s3
+from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+RGB = tissue_rgb(613, 487)
+SPEC = TilingConfig(patch_px=64, min_tissue=0.4)
+
+
+def row(path: Path, mpp: float | None = None) -> CohortSlide:
+    return CohortSlide(path.stem, str(path), path.stem, None, mpp, {"tumor": "1"}, {})
+
+
+def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> list[SlideStatus]:
+    seen: list[SlideStatus] = []
+    statuses = tile_cohort(slides, spec, str(store), cpus=1, on_status=seen.append)
+    assert sorted(s.slide_id for s in seen) == sorted(slide.slide_id for slide in slides)
+    assert [s.slide_id for s in statuses] == [slide.slide_id for slide in slides]
+    return statuses
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pyramid(tmp_path_factory.mktemp("slides") / "good.tiff", RGB, levels=2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_a_good_slide_is_committed(good: Path, store: Path) -> None:
+    status = store_slide(row(good), SPEC, str(store))
+    assert (status.status, status.reason, status.error) == ("committed", None, None)
+    assert status.key is not None
+    stored = PatchStore(str(store), SPEC.fingerprint()).slide(status.key)
+    assert stored.n_patches == status.n_patches > 10
+
+
+def spoilt(kind: str, good: Path, folder: Path) -> Path:
+    path = folder / f"{kind}.tiff"
+    if kind == "blank":
+        return write_pyramid(path, np.full((307, 411, 3), 244, np.uint8), levels=1)
+    if kind == "no-mpp":
+        return write_pyramid(path, RGB, levels=1, mpp=None)
+    if kind == "absurd-mpp":
+        return write_pyramid(path, RGB, levels=1, mpp=352.8)
+    if kind == "coarse":
+        return write_pyramid(path, RGB, levels=1, mpp=2.0)
+    if kind == "tiny":
+        return write_pyramid(path, tissue_rgb(61, 53), levels=1)
+    if kind == "folder":
+        path.mkdir()
+        return path
+    if kind != "none":
+        shutil.copy(good, path)
+    if kind == "zeroed":
+        zero_tile(path, 0, 1)
+    if kind in {"cut", "empty"}:
+        cut(path, {"cut": 0.7, "empty": 0.0}[kind])
+    if kind == "text":
+        path.write_text("not a slide")
+    return path
+
+
+PERMANENT = {
+    "blank": "no-tissue",
+    "no-mpp": "missing-mpp",
+    "absurd-mpp": "absurd-mpp",
+    "coarse": "too-coarse",
+    "tiny": "too-small",
+    "zeroed": "bad-tiles",
+    "cut": "not-a-slide",
+    "empty": "empty-file",
+    "text": "not-a-slide",
+}
+TRANSIENT = {"folder": "directory", "none": "missing"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("kind", "reason"), (PERMANENT | TRANSIENT).items())
+def test_bad_slides_are_quarantined_with_their_reason(
+    kind: str, reason: str, good: Path, tmp_path: Path, store: Path
+) -> None:
+    slide = row(spoilt(kind, good, tmp_path))
+    status = store_slide(slide, SPEC, str(store))
+    assert (status.status, status.key, status.n_patches) == ("quarantined", None, 0)
+    assert status.reason is not None
+    assert status.reason.startswith(reason + ": ")
+    assert status.error is not None
+    assert "Traceback" in status.error
+    assert not list(store.rglob("slide.json"))
+    if kind in PERMANENT:
+        patches = PatchStore(str(store), SPEC.fingerprint())
+        assert patches.status(slide, storage.source_version(slide.uri)) == status
+
+
+def test_a_few_bad_tiles_are_counted_and_shown(good: Path, tmp_path: Path, store: Path) -> None:
+    spec = SPEC.model_copy(update={"max_bad_tiles": 0.9})
+    status = store_slide(row(spoilt("zeroed", good, tmp_path)), spec, str(store))
+    assert status.status == "committed"
+    assert status.n_bad_tiles > 0
+    again = store_slide(row(spoilt("zeroed", good, tmp_path)), spec, str(store))
+    assert again == status
+
+
+@pytest.mark.ray
+def test_a_mended_slide_is_tiled_again(good: Path, tmp_path: Path, store: Path, ray_session: None) -> None:
+    path = spoilt("text", good, tmp_path)
+    assert tile([row(path)], store)[0].status == "quarantined"
+    shutil.copy(good, path)
+    assert tile([row(path)], store)[0].status == "committed"
+
+
+def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "plain.png")
+    Image.fromarray(RGB).save(tmp_path / "plain.jpg")
+    spec = SPEC.model_copy(update={"mpp": None})
+    assert store_slide(row(tmp_path / "plain.png"), spec, str(store)).status == "committed"
+    assert store_slide(row(tmp_path / "plain.jpg"), spec, str(store)).status == "committed"
+    assert store_slide(row(tmp_path / "plain.png", mpp=0.5), SPEC, str(store)).status == "committed"
+
+
+def test_a_slide_replaced_while_it_is_read_is_not_committed(
+    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(good, tmp_path / "moving.tiff"))
+    original = tiling.tile_slide
+
+    def replacing(*args: object) -> object:
+        os.utime(path, (1, 1))
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ingest, "tile_slide", replacing)
+    status = store_slide(row(path), SPEC, str(store))
+    assert status.reason is not None
+    assert status.reason.startswith("changed: ")
+    assert not list(store.rglob("*.json"))
+    monkeypatch.undo()
+    assert store_slide(row(path), SPEC, str(store)).status == "committed"
+
+
+def test_content_that_is_stored_is_not_tiled_again(
+    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store_slide(row(good), SPEC, str(store))
+    twin = Path(shutil.copy(good, tmp_path / "twin.tiff"))
+    monkeypatch.delattr(ingest, "tile_slide")
+    second = store_slide(row(twin), SPEC, str(store))
+    assert (second.slide_id, second.key, second.n_patches) == ("twin", first.key, first.n_patches)
+
+
+def test_an_unforeseen_failure_costs_one_slide_and_is_not_remembered(
+    good: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ingest, "tile_slide", failing)
+    status = store_slide(row(good), SPEC, str(store))
+    assert status.reason == "crash: ZeroDivisionError"
+    assert not list(store.rglob("*.json"))
+
+
+def test_a_store_that_cannot_be_written_is_no_slides_fault(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file"):
+        store_slide(row(good), SPEC, str(tmp_path / "file" / "store"))
+
+
+def test_slides_and_store_on_s3(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        bucket, uri = server.bucket("slides"), "s3://slides/a b/good.tiff"
+        storage.write_bytes(uri, good.read_bytes())
+        slides = [CohortSlide(name, f"{bucket}/a b/{name}.tiff", name, None, None, {}, {}) for name in ("good", "none")]
+        remote, missing = (store_slide(slide, SPEC, f"{bucket}/store") for slide in slides)
+        assert (remote.status, (missing.reason or "")[:9]) == ("committed", "missing: ")
+        local = store_slide(row(good), SPEC, str(tmp_path / "store"))
+        assert remote.key == local.key is not None
+        mirror = tmp_path / "s3" / "slides" / "store"
+        for path in (tmp_path / "store").glob("*/*/*"):
+            if path.parent.name != "sources":
+                assert path.read_bytes() == (mirror / path.relative_to(tmp_path / "store")).read_bytes()
+        assert tile_cohort(slides[:1], SPEC, f"{bucket}/store", cpus=1, on_status=print) == [remote]
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(StorageError, match="no slide can be reached"):
+            tile_cohort(slides[:1], SPEC, str(tmp_path / "other"), cpus=1, on_status=print)
+
+
+@pytest.mark.ray
+def test_a_cohort_on_ray(good: Path, tmp_path: Path, store: Path, ray_session: None) -> None:
+    other = write_pyramid(tmp_path / "other.tiff", tissue_rgb(613, 487, seed=3), levels=2)
+    twin = Path(shutil.copy(good, tmp_path / "twin.tiff"))
+    slides = [row(spoilt("blank", good, tmp_path)), row(good), row(tmp_path / "gone.tiff"), row(other), row(twin)]
+    statuses = tile(slides, store)
+    assert [s.status for s in statuses] == ["quarantined", "committed", "quarantined", "committed", "committed"]
+    assert statuses[1].key == statuses[4].key != statuses[3].key
+    assert len(list(store.rglob("slide.json"))) == 2
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    shutil.copy(good, tmp_path / "gone.tiff")  # what was missing is there now: only that one is done
+    again = tile(slides, store)
+    assert again[2].status == "committed"
+    assert [s for i, s in enumerate(again) if i != 2] == [s for i, s in enumerate(statuses) if i != 2]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.ray
+def test_a_failing_store_fails_the_stage(good: Path, tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="store"):
+        tile([row(good)], tmp_path / "file" / "store")
+
+
+@pytest.mark.ray
+def test_real_slides(shared_slides: Path, store: Path, ray_session: None) -> None:
+    names = ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs", "unreadable.svs", "unopenable.tiff"]
+    slides = [row(shared_slides / name, 0.5 if name.startswith("TCGA") else None) for name in names]
+    statuses = tile(slides, store, TilingConfig())
+    assert [s.status for s in statuses] == ["committed", "committed", "quarantined", "quarantined"]
+    assert [(s.reason or "").partition(":")[0] for s in statuses] == ["", "", "unreadable", "unopenable"]
+    assert statuses[0].n_patches > 30
+    assert statuses[1].n_patches > 120
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pipeline import ingest
+from pipeline.cohort import CohortSlide
+from pipeline.config import TilingConfig
+ingest.store_slide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+row = {"number": 7, "slide": pickle.dumps(CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))}
+status = pickle.loads(ingest._tile_row(row, TilingConfig(), "store", "run")["status"])
+print(status.status, status.reason)
+"""
+
+
+def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    command, environment = [sys.executable, "-c", KILLED], {**os.environ, "TMPDIR": str(tmp_path)}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=False) for _ in range(4)]
+    assert [run.returncode for run in runs] == [-9, -9, -9, 0], runs[-1].stderr
+    assert runs[-1].stdout.startswith("quarantined crash: /data/s.svs: its process was killed 3 times")
+    assert not list(tmp_path.iterdir())
+
+
+NO_RAY = """
+import sys
+from pathlib import Path
+from pipeline.cohort import CohortSlide
+from pipeline.config import TilingConfig
+from pipeline.ingest import store_slide, tile_cohort
+path, store = sys.argv[1:]
+spec = TilingConfig(patch_px=64, min_tissue=0.4)
+slide = CohortSlide("good", path, "good", None, None, {}, {})
+store_slide(slide, spec, store)
+statuses = tile_cohort([slide], spec, store, cpus=1, on_status=lambda status: None)
+assert statuses[0].status == "committed"
+print(sorted(name for name in ("ray", "torch", "mlflow") if name in sys.modules))
+"""
+
+
+def test_tiling_loads_no_torch_and_a_complete_store_no_ray(good: Path, store: Path) -> None:
+    command = [sys.executable, "-c", NO_RAY, str(good), str(store)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.stdout.strip() == "[]", result.stderr
+    meta = [sys.executable, "-c", "import sys; sys.modules['torch'] = sys\n" + NO_RAY, str(good), str(store)]
+    assert "torch" in subprocess.run(meta, capture_output=True, text=True, check=True, timeout=120).stdout

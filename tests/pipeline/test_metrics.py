@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
+
+from pipeline.errors import StageError
+from pipeline.metrics import (
+    Floats,
+    Ints,
+    accuracy,
+    auc,
+    bootstrap,
+    check_labels,
+    confusion,
+    interval,
+    roc_points,
+    task_auc,
+)
+
+scored = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=60).filter(
+    lambda rows: len({positive for _, positive in rows}) == 2
+)
+
+
+@given(scored)
+def test_auc_and_roc_agree_with_scikit_learn_ties_included(rows: list[tuple[int, bool]]) -> None:
+    scores = np.array([score / 9 for score, _ in rows])
+    positive = np.array([flag for _, flag in rows])
+    assert auc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    ours = roc_points(scores, positive)
+    theirs = roc_curve(positive, scores, drop_intermediate=False)
+    np.testing.assert_allclose(ours[0], theirs[0])
+    np.testing.assert_allclose(ours[1], theirs[1])
+
+
+def test_multiclass_agrees_with_scikit_learn() -> None:
+    generator = np.random.default_rng(3)
+    probabilities = generator.dirichlet(np.ones(5), 83)
+    labels = generator.integers(5, size=83)
+    expected = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
+    assert task_auc(probabilities, labels) == pytest.approx(expected)
+    np.testing.assert_array_equal(confusion(probabilities, labels), confusion_matrix(labels, probabilities.argmax(1)))
+    assert accuracy(probabilities, labels) == pytest.approx(np.trace(confusion(probabilities, labels)) / 83)
+
+
+def test_a_class_that_is_absent_is_left_out_of_the_mean() -> None:
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
+    assert task_auc(probabilities, np.array([0, 1, 1])) == pytest.approx(1.0)
+    assert confusion(probabilities, np.array([0, 1, 1])).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_a_perfect_and_an_inverted_score() -> None:
+    positive = np.array([False, True, True])
+    assert auc(np.array([0.1, 0.4, 0.5]), positive) == 1.0
+    assert auc(np.array([0.6, 0.4, 0.5]), positive) == 0.0
+    assert np.isnan(auc(np.array([0.6, 0.4]), np.array([True, True])))
+
+
+def _mean_at(values: Floats, index: Ints) -> Floats:
+    return np.array([values[index].mean()])
+
+
+def test_the_bootstrap_draws_patients_not_slides() -> None:
+    values = np.repeat(np.arange(10.0), 7)  # ten patients with seven equal slides each
+    patients = [f"p{int(value)}" for value in values]
+    by_patient = bootstrap(partial(_mean_at, values), patients, 2000, seed=1)[:, 0]
+    alone = bootstrap(partial(_mean_at, values), [str(i) for i in range(70)], 2000, seed=1)[:, 0]
+    assert by_patient.std() == pytest.approx(values[::7].std() / np.sqrt(10), rel=0.1)
+    assert alone.std() == pytest.approx(values.std() / np.sqrt(70), rel=0.1)
+
+
+def test_the_bootstrap_is_seeded_and_skips_resamples_without_a_class() -> None:
+    scores, labels = np.array([0.1, 0.2, 0.3, 0.9]), np.array([0, 0, 0, 1])
+
+    def statistic(index: Ints) -> Floats:
+        return np.array([auc(scores[index], labels[index] == 1)])
+
+    first = bootstrap(statistic, list("abcd"), 200, seed=5)
+    assert first.shape == (200, 1)
+    assert not np.isnan(first).any()
+    np.testing.assert_array_equal(first, bootstrap(statistic, list("abcd"), 200, seed=5))
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        values = generator.normal(size=60)
+        resampled = bootstrap(partial(_mean_at, values), [str(i) for i in range(60)], 200, trial)
+        bounds = interval(float(values.mean()), resampled[:, 0])
+        covered += bounds.low <= 0 <= bounds.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize("labels", [np.array([1, 1]), np.array([], dtype=np.int64)])
+def test_one_class_only_is_an_error(labels: Ints) -> None:
+    with pytest.raises(StageError, match=r"split 'test' has \d slides labelled for task 'tumour'.*evaluate\.split"):
+        check_labels("tumour", "test", labels, ("no", "yes"))
+    check_labels("tumour", "test", np.array([0, 1]), ("no", "yes"))

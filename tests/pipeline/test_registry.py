@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model
+
+from pipeline.cohort import CohortSlide
+from pipeline.errors import StageError, TrackingError
+from pipeline.inference import load_model, predict_slide
+from pipeline.registry import RegisteredVersion, fetch, find_version, promote, register_model
+from pipeline.tracking import Tracker, open_tracking
+from tests.pipeline.small import small_config, write_model, write_slide
+
+# MLflow 3.17 on SQLAlchemy 2.1 and pandas 3
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return open_tracking(mlflow_uri, "registry", str(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), small_config())
+
+
+def _register(tracker: Tracker, name: str, folder: Path) -> RegisteredVersion:
+    with tracker.run("register") as run_id:
+        return register_model(
+            tracker, name, folder, run_id,
+            tags={"cohort_digest": "c0ffee"}, metrics={"test_auc": 0.75}, example_uri="/slides/a.svs",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def registered(tracker: Tracker, model_folder: Path) -> RegisteredVersion:
+    return _register(tracker, "small", model_folder)
+
+
+def test_a_version_carries_lineage_metrics_and_run(tracker: Tracker, registered: RegisteredVersion) -> None:
+    entry = tracker.client.get_model_version("small", registered.version)
+    assert entry.tags["cohort_digest"] == "c0ffee"
+    assert entry.run_id == registered.run_id
+    model_id = entry.source.removeprefix("models:/")
+    logged = tracker.client.get_logged_model(model_id)
+    assert logged.status == "READY"
+    assert {metric.key: metric.value for metric in logged.metrics} == {"test_auc": 0.75}
+    run = tracker.client.get_run(registered.run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [model_id]
+    assert run.data.metrics["test_auc"] == 0.75
+
+
+def test_fetch_brings_back_the_same_weights(
+    tracker: Tracker, registered: RegisteredVersion, model_folder: Path, tmp_path: Path
+) -> None:
+    version, folder = fetch(tracker, registered.uri, tmp_path)
+    assert version == registered
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights.safetensors"]
+    ours, config = load_model(folder)
+    theirs, _ = load_model(model_folder)
+    assert config == small_config()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_aliases_move_and_the_former_champion_stays_reachable(tracker: Tracker, model_folder: Path) -> None:
+    first, second = (_register(tracker, "moving", model_folder) for _ in range(2))
+    assert promote(tracker, "moving", first.version) is None
+    assert promote(tracker, "moving", first.version) == first.version
+    with pytest.raises(TrackingError, match="previous"):
+        find_version(tracker, "models:/moving@previous")
+    assert promote(tracker, "moving", second.version) == first.version
+    assert find_version(tracker, "models:/moving@champion") == second
+    assert find_version(tracker, "models:/moving@previous") == first
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("models:/absent@champion", r"no model 'absent', only \[.*'small'"),
+        ("models:/small@champion", r"has versions \[1\] and aliases \{\}"),
+        ("models:/small/7", r"has versions \[1\]"),
+        ("models:/small", "models:/NAME@ALIAS"),
+        ("small", "models:/NAME@ALIAS"),
+    ],
+)
+def test_what_is_absent_is_named_with_what_there_is(
+    tracker: Tracker, registered: RegisteredVersion, uri: str, message: str
+) -> None:
+    with pytest.raises(TrackingError, match=message):
+        find_version(tracker, uri)
+
+
+def test_a_folder_without_a_model_is_refused(tracker: Tracker, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"config\.json"):
+        _register(tracker, "none", tmp_path)
+
+
+def test_the_signature_and_the_requirements_are_what_a_host_can_install(
+    tracker: Tracker, registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    source = tracker.client.get_model_version_download_uri("small", registered.version)
+    local = Path(download_artifacts(source, dst_path=str(tmp_path)))
+    model = Model.load(str(local))
+    assert model.signature is not None
+    assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp"]
+    assert [spec.name for spec in model.signature.outputs.inputs] == ["uri", "tumour_no", "tumour_yes", "error"]
+    requirements = (local / "requirements.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in requirements)
+    assert not any("+" in line for line in requirements)
+    assert (local / "code" / "pipeline" / "serving.py").is_file()
+    assert (local / "code" / "ips" / "model.py").is_file()
+    assert not list(local.rglob("*.pyc"))
+
+
+@pytest.mark.slow
+def test_a_host_without_the_product_loads_it_and_a_bad_slide_fails_alone(
+    tracker: Tracker, registered: RegisteredVersion, model_folder: Path, tmp_path: Path
+) -> None:
+    write_slide(tmp_path / "good.png", 5)
+    code = f"""
+import json, sys
+import mlflow, pandas as pd
+assert "pipeline" not in sys.modules
+mlflow.set_tracking_uri({tracker.uri!r})
+model = mlflow.pyfunc.load_model({registered.uri!r})
+print(model.predict(pd.DataFrame({{"uri": ["good.png", "none.png"]}})).to_json(orient="records"))
+import pipeline
+assert "artifacts" in pipeline.__path__[0], pipeline.__path__
+assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host needs more than is listed"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    good, bad = json.loads(done.stdout.splitlines()[-1])
+    model, config = load_model(model_folder)
+    slide = CohortSlide("good", str(tmp_path / "good.png"), "p", None, None, {}, {})
+    expected = predict_slide(model, config, slide).probabilities["tumour"]
+    assert [good["tumour_no"], good["tumour_yes"]] == pytest.approx(expected, abs=1e-5)
+    assert good["error"] is None
+    assert bad["tumour_yes"] is None
+    assert "none.png" in bad["error"]
+
+
+@contextmanager
+def _serve_mlflow(folder: Path) -> Iterator[str]:
+    """A real tracking server on a free port; it starts helpers, so the whole session is ended."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "served"),
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(300):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                break
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.slow
+def test_through_a_tracking_server_and_stdout_stays_free(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _serve_mlflow(tmp_path) as uri:
+        remote = open_tracking(uri, "served")
+        registered = _register(remote, "remote", model_folder)
+        promote(remote, "remote", registered.version)
+        version, folder = fetch(remote, "models:/remote@champion", tmp_path / "fetched")
+    assert version == registered
+    assert (folder / "weights.safetensors").read_bytes() == (model_folder / "weights.safetensors").read_bytes()
+    assert capfd.readouterr().out == ""

@@ -1,0 +1,131 @@
+"""What can be wrong with an object store: each failure is told apart, with the variable to mend."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pipeline import s3, storage
+from pipeline.errors import StorageError
+from tests.s3 import S3Server, serve_s3
+
+Call = Callable[[str], object]
+CALLS: dict[str, Call] = {
+    "exists": storage.exists,
+    "version": storage.source_version,
+    "read": storage.read_bytes,
+    "ranges": lambda uri: storage.read_ranges(uri, [(0, 3)]),
+    "list": storage.list_names,
+    "write": lambda uri: storage.write_bytes(uri, b"new"),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket("bucket")
+        (server.folder / "bucket" / "file").write_bytes(b"old")
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@every_call
+def test_no_such_bucket(server: S3Server, call: Call) -> None:
+    with pytest.raises(StorageError) as caught:
+        call("s3://absent-bucket/file")
+    assert "s3://absent-bucket/file: bucket absent-bucket does not exist at the endpoint" in str(caught.value)
+    assert server.endpoint in str(caught.value)
+    assert "create it" in str(caught.value)
+
+
+@every_call
+@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_credentials(server: S3Server, call: Call, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "WRONG")
+    with pytest.raises(StorageError, match=rf"s3://bucket/file: .*credentials.*check .*{variable}"):
+        call("s3://bucket/file")
+    assert (server.folder / "bucket" / "file").read_bytes() == b"old"
+
+
+@every_call
+def test_no_credentials(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    with pytest.raises(StorageError, match="s3://bucket/file: no credentials were found; set AWS_ACCESS_KEY_ID"):
+        call("s3://bucket/file")
+
+
+def test_an_unknown_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError, match="nobody.*correct AWS_PROFILE"):
+        storage.read_bytes("s3://bucket/file")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no-such-host.invalid:9000"])
+def test_a_dead_endpoint_fails_soon(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match=rf"endpoint \({endpoint}\) cannot be reached .*check AWS_ENDPOINT_URL"):
+        storage.exists("s3://bucket/file")
+
+
+@pytest.mark.timeout(30)  # four attempts, and the pauses between them
+def test_a_silent_endpoint_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setattr(s3, "READ_S", 0.25)
+        with pytest.raises(StorageError, match="cannot be reached"):
+            storage.exists("s3://bucket/file")
+
+
+def test_an_endpoint_without_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL needs a scheme"):
+        storage.exists("s3://bucket/file")
+
+
+def test_tls_on_a_plain_endpoint(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint.replace("http:", "https:"))
+    with pytest.raises(StorageError, match=r"cannot be reached .*SSL"):
+        storage.exists("s3://bucket/file")
+
+
+def test_a_bucket_is_no_file() -> None:
+    assert storage.exists("s3://bucket")
+    with pytest.raises(StorageError, match="s3://bucket: it is a folder; name a file"):
+        storage.source_version("s3://bucket")
+    with pytest.raises(StorageError, match="s3://bucket: it is a bucket; name a file in it"):
+        storage.read_bytes("s3://bucket")
+
+
+def test_what_others_write_is_seen(server: S3Server) -> None:
+    assert storage.list_names("s3://bucket/others") == []
+    assert not storage.exists("s3://bucket/others/new")
+    (server.folder / "bucket" / "others").mkdir()
+    for name in ("new", "newer"):
+        (server.folder / "bucket" / "others" / name).touch()
+        assert storage.exists(f"s3://bucket/others/{name}")
+        assert name in storage.list_names("s3://bucket/others")
+
+
+def test_checksums_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = "request_checksum_calculation"
+    assert s3.client().config_kwargs[chosen] == "when_required"
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "WHEN_SUPPORTED")
+    assert s3.client().config_kwargs[chosen] == "when_supported"
+
+
+def test_one_client_for_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = s3.client()
+    assert s3.client() is first
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "other")
+    assert s3.client() is not first

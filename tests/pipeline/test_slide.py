@@ -1,0 +1,211 @@
+"""Readers: pixels as the file has them, one bad tile costs one read, every bad file its own reason."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import simplejpeg
+from PIL import Image
+
+from pipeline.errors import BadTileError, SlideError
+from pipeline.slide import UNREAD, open_slide, tool_versions
+from tests.synth import cut, overwrite, tile_span, tissue_rgb, write_pyramid, zero_tile
+
+RGB = tissue_rgb(1013, 787)
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    return write_pyramid(tmp_path / "Schnitt 1 ä.tiff", RGB)
+
+
+def test_facts_of_a_pyramid(slide: Path) -> None:
+    with open_slide(slide) as reader:
+        assert reader.dimensions == (1013, 787)
+        assert [(lv.width, lv.height) for lv in reader.levels] == [(1013, 787), (506, 393), (253, 196)]
+        assert reader.levels[1].downsample == pytest.approx(2.0, rel=2e-3)
+        assert reader.mpp == pytest.approx(0.5)
+        assert reader.vendor == "generic-tiff"
+
+
+def test_level0_pixels_are_those_of_the_tiles(slide: Path) -> None:
+    offset, length = tile_span(slide, 0, 1)  # tile row 0, column 1
+    tile = simplejpeg.decode_jpeg(slide.read_bytes()[offset : offset + length])
+    with open_slide(slide) as reader:
+        got = reader.read(0, 240, 0, 240, 240)
+    assert got.dtype == np.uint8
+    assert np.array_equal(got, tile)
+
+
+def test_boxes_are_placed_in_the_px_of_their_level(slide: Path) -> None:
+    with open_slide(slide) as reader:
+        at1, at0 = reader.read(1, 101, 67, 53, 31), reader.read(0, 202, 134, 106, 62)
+    halved = np.asarray(Image.fromarray(at0).resize((53, 31), Image.Resampling.BOX))
+    assert at1.shape == (31, 53, 3)
+    assert np.abs(at1.astype(int) - halved).mean() < 6
+    assert np.abs(at1.astype(int) - halved[::-1]).mean() > 6
+
+
+@pytest.mark.parametrize("spoil", ["zeroed", "bits flipped", "cut short"])
+def test_a_bad_tile_costs_only_the_reads_that_touch_it(slide: Path, spoil: str) -> None:
+    with open_slide(slide) as reader:
+        neighbour = reader.read(0, 480, 0, 240, 240)
+    offset, length = tile_span(slide, 0, 1)
+    data = slide.read_bytes()[offset : offset + length]
+    spoilt = {
+        "zeroed": bytes(length),
+        "bits flipped": bytes(b ^ 255 for b in data),
+        "cut short": data[:20] + bytes(length - 20),
+    }
+    overwrite(slide, offset, spoilt[spoil])
+    with open_slide(slide) as reader:
+        for _ in range(2):
+            with pytest.raises(BadTileError, match=r"level 0, x 230, y 0") as caught:
+                reader.read(0, 230, 0, 20, 20)
+            assert caught.value.reason == "bad-tile"
+            assert np.array_equal(reader.read(0, 480, 0, 240, 240), neighbour)
+
+
+def test_a_slide_that_vanishes_while_read_is_a_slide_error(slide: Path) -> None:
+    zero_tile(slide, 0, 0)
+    with open_slide(slide) as reader:
+        slide.unlink()
+        with pytest.raises(SlideError) as caught:
+            reader.read(0, 0, 0, 10, 10)
+    assert not isinstance(caught.value, BadTileError)
+    assert caught.value.reason == "unopenable"
+
+
+def test_sparse_tiles_are_white(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "sparse.tiff", RGB, levels=1, sparse={0})
+    with open_slide(path) as reader:
+        assert (reader.read(0, 0, 0, 240, 240) == 255).all()
+        assert reader.read(0, 240, 240, 240, 240).mean() < 220
+
+
+@pytest.mark.parametrize("max_px", [64, 500, 1013, 5000])
+def test_overview_is_the_slide_in_small(slide: Path, max_px: int) -> None:
+    with open_slide(slide) as reader:
+        overview = reader.overview(max_px)
+    height, width, _ = overview.rgb.shape
+    assert max(width, height) == min(max_px, 1013)
+    assert overview.scale * width == pytest.approx(1013)
+    assert overview.scale * height == pytest.approx(787, abs=1.5 * overview.scale)
+    small = np.asarray(Image.fromarray(RGB).resize((width, height), Image.Resampling.BOX)).astype(int)
+    assert np.abs(overview.rgb - small).mean() < 3
+    assert not overview.unread.any()
+
+
+def test_overview_of_one_level_is_read_in_blocks(tmp_path: Path) -> None:
+    rgb = tissue_rgb(1409, 1103)
+    path = write_pyramid(tmp_path / "flat.tiff", rgb, levels=1)
+    with open_slide(path) as reader:
+        overview = reader.overview(313)
+    small = np.asarray(Image.fromarray(rgb).resize((313, 245), Image.Resampling.BOX)).astype(int)
+    assert overview.rgb.shape == small.shape
+    assert np.abs(overview.rgb - small).mean() < 3
+
+
+def test_overview_marks_what_it_could_not_read(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "flat.tiff", tissue_rgb(1409, 1103), levels=1)
+    zero_tile(path, 0, 0)
+    with open_slide(path) as reader:
+        overview = reader.overview(500)
+    assert overview.unread[0, 0]
+    assert overview.unread.mean() == pytest.approx(240 * 240 / (1409 * 1103), rel=0.3)
+    assert (overview.rgb[:85, :85] == UNREAD).all()
+    assert not overview.unread[110:].any()
+
+
+def test_overview_of_a_small_slide_survives_a_bad_tile(slide: Path) -> None:
+    zero_tile(slide, 0, 0)
+    with open_slide(slide) as reader:
+        overview = reader.overview(1013)
+    assert overview.unread[:240, :240].all()
+    assert not overview.unread[300:].any()
+
+
+def test_thumbnail(slide: Path) -> None:
+    with open_slide(slide) as reader:
+        assert reader.thumbnail(100).shape == (78, 100, 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("name", "share"), [("x.png", 0.5), ("x.jpg", 0.5), ("x.tiff", 0.5)])
+def test_truncated_files(tmp_path: Path, name: str, share: float) -> None:
+    path = tmp_path / name
+    if name.endswith("tiff"):
+        write_pyramid(path, RGB)
+    else:
+        Image.fromarray(RGB).save(path)
+    cut(path, share)
+    with pytest.raises(SlideError, match="x\\.") as caught:
+        open_slide(path)
+    assert caught.value.reason in {"unreadable", "unopenable", "not-a-slide"}
+
+
+def test_plain_images(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as reader:
+        assert (reader.dimensions, reader.mpp, reader.vendor) == ((1013, 787), None, "png")
+        assert np.array_equal(reader.read(0, 7, 11, 13, 17), RGB[11:28, 7:20])
+
+
+def test_transparent_pixels_of_an_image_are_white(tmp_path: Path) -> None:
+    rgba = np.zeros((5, 7, 4), np.uint8)
+    rgba[2:, :, 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as reader:
+        pixels = reader.read(0, 0, 0, 7, 5)
+    assert (pixels[:2] == 255).all()
+    assert (pixels[2:] == 0).all()
+
+
+def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(SlideError, match="8 bits") as caught:
+        open_slide(tmp_path / "deep.png")
+    assert caught.value.reason == "pixel-type"
+
+
+def test_too_large_plain_image_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.slide.MAX_IMAGE_PX", 1013 * 787 - 1)
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with pytest.raises(SlideError, match="vips") as caught:
+        open_slide(tmp_path / "a.png")
+    assert caught.value.reason == "too-large"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.svs", "missing"), ("folder", "directory"), ("empty.svs", "empty-file"), ("text.svs", "not-a-slide")],
+)
+def test_files_that_are_no_slides(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.svs").touch()
+    (tmp_path / "text.svs").write_text("slide_id,uri\n")
+    with pytest.raises(SlideError, match=name) as caught:
+        open_slide(tmp_path / name)
+    assert caught.value.reason == reason
+
+
+def test_real_slides(shared_slides: Path, tmp_path: Path) -> None:
+    with open_slide(shared_slides / "CMU-1-Small-Region.svs") as reader:
+        assert (reader.dimensions, reader.mpp, reader.vendor) == ((2220, 2967), 0.499, "aperio")
+    with open_slide(shared_slides / "TCGA-CR-7395-01A-01-TS1.svs") as reader:
+        assert (reader.dimensions, reader.mpp, len(reader.levels)) == ((4443, 3567), None, 2)
+    with pytest.raises(SlideError) as caught:
+        open_slide(shared_slides / "unopenable.tiff")
+    assert caught.value.reason == "unopenable"
+    with open_slide(Path(shutil.copy(shared_slides / "unreadable.svs", tmp_path))) as reader:
+        with pytest.raises(SlideError) as caught:
+            reader.overview(512)
+        assert caught.value.reason == "unreadable"
+
+
+def test_tool_versions() -> None:
+    assert tool_versions()["openslide"] == openslide.__library_version__

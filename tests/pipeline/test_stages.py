@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from pipeline.errors import DataBudgetError, StageError
+from pipeline.patches import SlideStatus
+from pipeline.stages import _check_budget, _warn_small_bags, ledger_csv
+from tests.pipeline.small import small_config
+
+
+def _statuses(good: int, bad: int) -> list[SlideStatus]:
+    fine = [SlideStatus(f"g{i}", f"/s/g{i}.svs", f"key{i}", "committed", None, 7, 0, None) for i in range(good)]
+    wrong = [SlideStatus(f"b, {i}", "/s/b.svs", None, "quarantined", "no-tissue: empty", 0, 0, "") for i in range(bad)]
+    return [*fine, *wrong]
+
+
+@pytest.mark.parametrize(("good", "bad", "passes"), [(3, 1, True), (2, 2, False), (57, 3, True), (56, 4, False)])
+def test_the_default_budget_is_a_twentieth_at_least_one(good: int, bad: int, *, passes: bool) -> None:
+    if passes:
+        _check_budget(small_config(), _statuses(good, bad))
+    else:
+        with pytest.raises(DataBudgetError, match=f"tiling.max_bad_slides={bad}"):
+            _check_budget(small_config(), _statuses(good, bad))
+
+
+def test_an_explicit_budget_of_zero_tolerates_none() -> None:
+    strict = small_config(tiling={"max_bad_slides": 0})
+    _check_budget(strict, _statuses(3, 0))
+    with pytest.raises(DataBudgetError):
+        _check_budget(strict, _statuses(3, 1))
+
+
+def test_the_ledger_is_a_csv_of_every_slide() -> None:
+    rows = list(csv.DictReader(ledger_csv(_statuses(1, 1)).decode().splitlines()))
+    assert [row["status"] for row in rows] == ["committed", "quarantined"]
+    assert rows[1]["slide_id"] == "b, 0"
+    assert rows[1]["reason"] == "no-tissue: empty"
+
+
+def test_a_memory_above_every_bag_is_a_warning_and_no_bag_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_small_bags(small_config(), [4, 6])
+    assert not caplog.records
+    _warn_small_bags(small_config(), [4, 5])
+    assert "model.select.memory=5 is not below the largest bag (5 patches): all patches are used" in caplog.text
+    with pytest.raises(StageError, match="no slide of the train split is committed"):
+        _warn_small_bags(small_config(), [])

@@ -1,0 +1,204 @@
+"""Local files and a real S3 server behind the same calls."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from pipeline import storage
+from pipeline.errors import StorageError
+from tests.s3 import S3Server, serve_s3
+
+DATA = bytes(range(251)) * 7
+NAME = "slide é, 50% [a]?#=.bin"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket("bucket")
+        yield server
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder that does not exist yet, on each kind of storage."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    for name, value in request.getfixturevalue("server").env.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{tmp_path.name}"
+
+
+def test_bytes_come_back(root: str) -> None:
+    uri = storage.join(root, "deep", NAME)
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"first")
+    storage.write_bytes(uri, DATA)
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(root, "deep"))
+    assert storage.read_bytes(uri) == DATA
+    assert storage.list_names(root) == ["deep"]
+    assert storage.list_names(storage.join(root, "deep") + "/") == [NAME]
+    assert storage.list_names(storage.join(root, "nothing")) == []
+
+
+def test_ranges_in_their_order(root: str) -> None:
+    uri = storage.join(root, NAME)
+    storage.write_bytes(uri, DATA)
+    ranges = [(1700, 57), (0, 1), (9, 0), (250, 3), (250, 3)]
+    assert storage.read_ranges(uri, ranges) == [DATA[start : start + length] for start, length in ranges]
+    for start in (1750, 9000):
+        with pytest.raises(StorageError, match="truncated or was changed"):
+            storage.read_ranges(uri, [(0, 5), (start, 50)])
+
+
+def test_versions_tell_states_apart(root: str) -> None:
+    uri = storage.join(root, NAME)
+    storage.write_bytes(uri, DATA)
+    first = storage.source_version(uri)
+    assert first == storage.source_version(uri)
+    assert first.size == len(DATA)
+    assert (first.etag is None) != (first.mtime is None)
+    if first.mtime is not None:
+        os.utime(uri, (1, 1))
+    storage.write_bytes(uri, DATA[::-1])
+    assert storage.source_version(uri) != first
+
+
+def test_json_bytes_are_deterministic(root: str) -> None:
+    first, second = storage.join(root, "a.json"), storage.join(root, "b.json")
+    storage.write_json(first, {"b": [1, None], "a": "é"})
+    storage.write_json(second, {"a": "é", "b": [1, None]})
+    assert storage.read_bytes(first) == storage.read_bytes(second)
+    assert storage.read_json(first) == {"a": "é", "b": [1, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(first, math.nan)
+    storage.write_bytes(first, b'{"a": ')
+    with pytest.raises(StorageError, match=r"a\.json: not JSON"):
+        storage.read_json(first)
+
+
+def test_trees_and_copies(root: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub" / NAME).write_bytes(DATA)
+    (tree / "empty").touch()
+    storage.upload_tree(tree, storage.join(root, "copy"))
+    assert storage.list_names(storage.join(root, "copy")) == ["empty", "sub"]
+    uri = storage.join(root, "copy", "sub", NAME)
+    storage.download(uri, tmp_path / "new" / "here")
+    assert (tmp_path / "new" / "here").read_bytes() == DATA
+    with storage.local_copy(uri) as path:
+        assert path.name == NAME
+        assert path.read_bytes() == DATA
+    assert path.exists() is not storage.is_remote(root)
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.download(uri + "x", tmp_path / "new" / "gone")
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["here"]
+
+
+def test_large_files_in_parts(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # S3's smallest part
+    data = os.urandom((11 << 20) + 7)  # above twice that, and not a multiple of it
+    uri, path = storage.join(root, "large"), tmp_path / "large"
+    storage.write_bytes(uri, data)
+    assert storage.source_version(uri).size == len(data)
+    storage.download(uri, path)
+    assert path.read_bytes() == data
+    storage.upload(path, uri + "2")
+    assert storage.read_bytes(uri + "2") == data
+
+
+def test_arrow_reads_and_writes_the_same_files(root: str, tmp_path: Path) -> None:
+    filesystem, path = storage.arrow_filesystem(root)
+    if storage.is_remote(root):
+        assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(filesystem)
+        filesystem = pickle.loads(pickle.dumps(filesystem))
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "file").write_bytes(DATA)
+    filesystem.create_dir(path + "/made")
+    pyarrow.fs.copy_files(str(tmp_path / "tree"), path + "/made", destination_filesystem=filesystem)
+    assert storage.read_bytes(storage.join(root, "made", "sub", "file")) == DATA
+    filesystem.delete_dir(path + "/made")
+    assert not storage.exists(storage.join(root, "made", "sub", "file"))
+
+
+def test_absent_and_folders(root: str) -> None:
+    storage.write_bytes(storage.join(root, "folder", "file"), DATA)
+    folder, absent = storage.join(root, "folder"), storage.join(root, "absent")
+    for read in (storage.source_version, storage.read_bytes, lambda uri: storage.read_ranges(uri, [(0, 1)])):
+        with pytest.raises(StorageError, match="folder: it is a folder; name a file"):
+            read(folder)
+        with pytest.raises(StorageError, match="absent: it does not exist; check the spelling"):
+            read(absent)
+
+
+def test_uris() -> None:
+    assert storage.join("s3://b/p/", "a/", "c") == "s3://b/p/a/c"
+    assert storage.join("/", "a") == "/a"
+    assert storage.parent("s3://b/p/x y.csv") == "s3://b/p"
+    assert storage.parent("/x") == "/"
+    assert storage.absolute("a/../b") == f"{Path.cwd()}/b"
+    assert storage.absolute("~/b") == f"{Path.home()}/b"
+    assert storage.absolute("file:///a%20b/c?#d") == "/a b/c?#d"
+    assert storage.absolute("S3://b/p/") == "s3://b/p"
+    assert storage.is_remote("s3://b/p")
+    assert not storage.is_remote("/data/s3://b")
+    for uri, reason in [("gs://b/p", "gs:// is not"), ("s3:///p", "no bucket"), ("file://host/p", "names the host")]:
+        with pytest.raises(StorageError, match=reason):
+            storage.absolute(uri)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    storage.write_bytes(str(path), DATA)
+    with pytest.raises(TypeError):
+        storage.write_bytes(str(path), "text")  # type: ignore[arg-type]
+    assert path.read_bytes() == DATA
+    assert storage.list_names(str(tmp_path)) == ["file"] == [entry.name for entry in tmp_path.iterdir()]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_readers_never_see_half_a_write(tmp_path: Path) -> None:
+    uri, sizes = str(tmp_path / "file"), set()
+    storage.write_bytes(uri, b"")
+
+    def write() -> None:
+        for megabytes in (1, 0, 1, 0):
+            storage.write_bytes(uri, bytes(megabytes << 20))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        sizes.add(len(storage.read_bytes(uri)))
+        assert [n for n in storage.list_names(str(tmp_path)) if n != "file"] == []
+    writer.join()
+    assert sizes <= {0, 1 << 20}
+
+
+def _read_after_fork(uri: str) -> bytes:
+    return storage.read_bytes(uri)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_gets_its_own_client(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    storage.write_bytes("s3://bucket/fork", DATA)  # the parent's client and its thread are running now
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_read_after_fork, ("s3://bucket/fork",)).get(timeout=30) == DATA
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import math
+
+from pipeline.cohort import CohortSlide
+from pipeline.config import TaskConfig
+from pipeline.loop import StepDone
+from pipeline.worker import _epoch_metrics, _validates, checkpoint_name, targets
+
+
+def test_targets_are_class_indices_and_nan_where_missing() -> None:
+    tasks = [
+        TaskConfig(name="tumour", column="a", classes=("no", "yes")),
+        TaskConfig(name="grade", column="b", kind="multiclass", classes=("g1", "g2", "g3")),
+    ]
+    slide = CohortSlide("s", "s.svs", "p", "train", None, {"tumour": None, "grade": "g3"}, {})
+    found = targets(slide, tasks)
+    assert math.isnan(found["tumour"])
+    assert found["grade"] == 2.0
+
+
+def test_the_last_epoch_always_validates() -> None:
+    assert [epoch for epoch in range(1, 8) if _validates(epoch, 7, 3)] == [3, 6, 7]
+
+
+def test_epoch_metrics_average_losses_and_count_patches() -> None:
+    first = StepDone(4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, seconds=2.0)
+    last = StepDone(4, 10, last_of_epoch=True, loss=0.5, lr=0.1, slides=2, patches=100, seconds=2.0)
+    assert _epoch_metrics([first, last]) == {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 100.0, "epoch_s": 4.0}
+    assert checkpoint_name(5) == "epoch-0005"

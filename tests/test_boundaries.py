@@ -1,0 +1,33 @@
+"""What may be loaded when: checked in fresh processes, because import contracts do not see what runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def _loaded_by(statement: str, candidates: tuple[str, ...]) -> set[str]:
+    """Which of the candidate packages a fresh interpreter has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {candidates!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_ips_needs_torch_only() -> None:
+    modules = "import ips.select, ips.model, ips.scorer, ips.gradient, ips.losses, ips.baselines, ips.schedule"
+    assert _loaded_by(modules, ("ray", "mlflow", "pyarrow", "pandas", "pydantic", "pipeline")) == set()
+
+
+@pytest.mark.parametrize("module", ["pipeline.tiling", "pipeline.patches", "pipeline.cohort", "pipeline.compose"])
+def test_tile_workers_load_no_torch(module: str) -> None:
+    assert _loaded_by(f"import {module}", ("torch", "mlflow", "ray")) == set()
+
+
+def test_the_ray_data_graph_loads_no_torch_of_ours() -> None:
+    assert _loaded_by("import pipeline.ingest", ("mlflow", "ips")) == set()
+
+
+def test_a_forbidden_import_would_be_seen() -> None:
+    assert _loaded_by("import ips.bag, pyarrow", ("pyarrow", "ray")) == {"pyarrow"}
