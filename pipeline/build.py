@@ -10,7 +10,8 @@ from ips.heads import linear_head
 from ips.model import IPSModel
 from ips.positions import GridPositions
 from ips.schedule import parameter_groups
-from pipeline.config import Config, EncoderConfig, TrainConfig
+from pipeline.config import Config
+from pipeline.config_model import EncoderConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.storage import read_bytes
 

@@ -20,7 +20,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from pipeline.compose import load_config
-from pipeline.config import Config, DemoConfig
+from pipeline.config import Config
+from pipeline.config_data import DemoConfig
 from pipeline.errors import ConfigError, Interrupted, PipelineError
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.config import SplitConfig, TaskConfig
+from pipeline.config_data import SplitConfig, TaskConfig
 from pipeline.errors import CohortError, StorageError
 
 SPLITS = ("train", "val", "test")

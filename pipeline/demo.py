@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import DemoConfig
+from pipeline.config_data import DemoConfig
 from pipeline.demo_picture import SITES, draw_slide
 from pipeline.demo_tiff import write_pyramid
 from pipeline.errors import StorageError

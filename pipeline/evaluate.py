@@ -14,7 +14,8 @@ from ips.model import IPSModel
 from ips.scorer import Scorer
 from pipeline.bags import PatchBag
 from pipeline.cohort import CohortSlide
-from pipeline.config import Config, TaskConfig
+from pipeline.config import Config
+from pipeline.config_data import TaskConfig
 from pipeline.errors import StageError
 from pipeline.inference import BagPrediction, predict_bag
 from pipeline.metrics import (

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.units import LevelPx, PatchPx
 

@@ -23,7 +23,8 @@ from pipeline.bags import PatchBag
 from pipeline.build import build_model
 from pipeline.checkpoint import load_weights, read_config
 from pipeline.cohort import CohortSlide
-from pipeline.config import Config, SelectConfig
+from pipeline.config import Config
+from pipeline.config_model import SelectConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import store_slide
 from pipeline.patches import PatchStore, StoredSlide

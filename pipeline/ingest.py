@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
 from pipeline.identity import slide_digest
 from pipeline.patches import PatchStore, SlideStatus, slide_key

@@ -23,7 +23,7 @@ from ips.model import IPSModel
 from ips.schedule import warmup_cosine
 from ips.scorer import Scorer
 from ips.select import gather, select
-from pipeline.config import SelectConfig, TrainConfig
+from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.plan import Step, epoch_plan, steps_per_epoch
 from pipeline.ranks import Ranks, average_statistics, sum_gradients

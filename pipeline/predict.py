@@ -19,7 +19,8 @@ from pyarrow import csv
 from ips.model import IPSModel
 from pipeline.checkpoint import WEIGHTS
 from pipeline.cohort import CohortSlide, read_cohort
-from pipeline.config import Config, TaskConfig
+from pipeline.config import Config
+from pipeline.config_data import TaskConfig
 from pipeline.errors import SlideError, StageError
 from pipeline.figures import overlay_png
 from pipeline.inference import SlidePrediction, load_model, predict_slide

@@ -13,7 +13,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.cohort import Cohort, CohortSlide
-from pipeline.config import Config, TaskConfig
+from pipeline.config import Config
+from pipeline.config_data import TaskConfig
 from pipeline.evaluate import Evaluation, TaskResult
 from pipeline.figures import overlay_png, roc_png
 from pipeline.inference import read_thumbnail

@@ -23,7 +23,8 @@ from pyarrow import csv
 from pipeline import cluster
 from pipeline.checkpoint import CONFIG, WEIGHTS
 from pipeline.cohort import Cohort, CohortSlide
-from pipeline.config import Config, fingerprint
+from pipeline.config import Config
+from pipeline.config_base import fingerprint
 from pipeline.errors import DataBudgetError, StageError, StorageError
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.storage import SourceVersion, download, join, source_version, write_bytes

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import BadTileError, SlideError
 from pipeline.grid import Cells, Grid, plan_grid
 from pipeline.slide import RGB, Overview, SlideReader

@@ -22,7 +22,8 @@ from pipeline.bags import Augment, PatchBag
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pipeline.cohort import CohortSlide
-from pipeline.config import Config, TaskConfig
+from pipeline.config import Config
+from pipeline.config_data import TaskConfig
 from pipeline.inference import predict_bag
 from pipeline.loop import Slides, StepDone, train_steps
 from pipeline.metrics import task_auc

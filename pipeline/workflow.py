@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.cluster import connected
 from pipeline.cohort import Cohort, check_trainable, read_cohort, with_splits
-from pipeline.config import Config, fingerprint
+from pipeline.config import Config
+from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
 from pipeline.stages import STAGES, Record, Stage, Workspace
 from pipeline.storage import exists, is_remote, join, list_names, read_json, upload, upload_tree, write_json

@@ -21,7 +21,7 @@ from ips.bag import Chunk
 from pipeline import storage
 from pipeline.bags import Augment, PatchBag, oriented
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.ingest import store_slide
 from pipeline.patches import PatchStore, StoredSlide

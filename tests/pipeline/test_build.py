@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from ips.bag import Batch
 from ips.encoder import ResNet
 from pipeline.build import build_model, build_optimizer
-from pipeline.config import TrainConfig
+from pipeline.config_model import TrainConfig
 from pipeline.errors import ConfigError, StorageError
 from tests.pipeline.small import small_config
 

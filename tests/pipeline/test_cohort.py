@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cohort import SPLITS, Cohort, CohortSlide, check_trainable, read_cohort, with_splits
-from pipeline.config import SplitConfig, TaskConfig
+from pipeline.config_data import SplitConfig, TaskConfig
 from pipeline.errors import CohortError, StorageError
 from tests.s3 import S3Server, serve_s3
 

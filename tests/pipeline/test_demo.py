@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.config import DemoConfig
+from pipeline.config_data import DemoConfig
 from pipeline.demo import DemoSlide, plan_cohort, write_demo
 from pipeline.demo_picture import SITES, draw_slide
 from pipeline.errors import StorageError

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import ingest, storage, tiling
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.ingest import store_slide, tile_cohort
 from pipeline.patches import PatchStore, SlideStatus
@@ -248,7 +248,7 @@ KILLED = """
 import os, pickle, signal, sys
 from pipeline import ingest
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 ingest.store_slide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 row = {"number": 7, "slide": pickle.dumps(CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))}
 status = pickle.loads(ingest._tile_row(row, TilingConfig(), "store", "run")["status"])
@@ -268,7 +268,7 @@ NO_RAY = """
 import sys
 from pathlib import Path
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.ingest import store_slide, tile_cohort
 path, store = sys.argv[1:]
 spec = TilingConfig(patch_px=64, min_tissue=0.4)

@@ -16,7 +16,8 @@ from ips.heads import linear_head
 from ips.model import IPSModel
 from ips.schedule import parameter_groups
 from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
-from pipeline.config import Config, SelectConfig, TrainConfig
+from pipeline.config import Config
+from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.loop import Slides, StepDone, train_steps
 from pipeline.ranks import Ranks

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import patches, storage
 from pipeline.cohort import CohortSlide
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
 from pipeline.schema import PATCHES

@@ -9,7 +9,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.config import TilingConfig
+from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.slide import open_slide
 from pipeline.tiling import PatchRow, effective_mpp, tile_slide

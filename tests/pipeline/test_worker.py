@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from pipeline.cohort import CohortSlide
-from pipeline.config import TaskConfig
+from pipeline.config_data import TaskConfig
 from pipeline.loop import StepDone
 from pipeline.worker import _epoch_metrics, _validates, checkpoint_name, targets
 
