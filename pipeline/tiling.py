@@ -44,7 +44,7 @@ class Thumbnail:
 
 
 class SlideTiling:
-    """The patches of one slide: iterate over `rows()` once, then read `bad_tiles`."""
+    """The patches of one slide: iterate over `rows()` once, whole or in slices, then read `bad_tiles`."""
 
     def __init__(self, reader: SlideReader, spec: TilingConfig, mpp: float | None) -> None:
         self._reader = reader
@@ -68,14 +68,15 @@ class SlideTiling:
                 "lower tiling.min_tissue, or set tiling.tissue=none",
             )
 
-    def rows(self) -> Iterator[PatchRow]:
-        """The patches, row by row of the grid.
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[PatchRow]:
+        """The patches of `cells[start:stop]`, row by row of the grid; slices one after another give all of them.
 
         Raises:
-            SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the patches are lost.
+            SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the slide's patches are lost.
         """
-        corners = self.grid.level0_origins(self.cells).tolist()
-        for (x0, y0), (x, y) in zip(corners, self.grid.level_origins(self.cells).tolist(), strict=True):
+        cells = self.cells[start:stop]
+        corners = self.grid.level0_origins(cells).tolist()
+        for (x0, y0), (x, y) in zip(corners, self.grid.level_origins(cells).tolist(), strict=True):
             try:
                 rgb = self._reader.read(self.grid.level, x, y, self.grid.read_px, self.grid.read_px)
             except BadTileError as error:

@@ -52,6 +52,16 @@ def test_bytes_are_deterministic(slide: Path) -> None:
     assert patches(slide, spec()) == patches(slide, spec())
 
 
+def test_slices_of_the_cells_give_the_same_rows(slide: Path) -> None:
+    whole = patches(slide, spec())
+    with open_slide(slide) as reader:
+        tiling = tile_slide(reader, spec(), 0.5)
+        n = len(tiling.cells)
+        sliced = [list(tiling.rows(start, start + 29)) for start in range(0, n, 29)]
+    assert [len(part) for part in sliced] == [29] * (n // 29) + [n % 29]
+    assert [row for part in sliced for row in part] == whole
+
+
 def test_tissue_filter_keeps_the_tissue(slide: Path) -> None:
     kept = {(row.x, row.y) for row in patches(slide, spec(min_tissue=0.5))}
     assert (4 * 64, 4 * 64) in kept  # in the large piece
