@@ -32,7 +32,7 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
         hidden_dim=settings.hidden_dim,
         dropout=settings.dropout,
     )
-    heads = {task.name: linear_head(task.kind, encoder.dim, len(task.classes)) for task in config.tasks}
+    heads = {task.name: linear_head(task.kind, encoder.dim, len(task.outputs)) for task in config.tasks}
     position = GridPositions(encoder.dim) if config.model.positions == "grid" else None
     return IPSModel(encoder, aggregator, heads, position, config.model.mean, config.model.std)
 

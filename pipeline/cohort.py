@@ -2,8 +2,8 @@
 
 A CSV (UTF-8) or Parquet file at any URI. Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
 the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
-slide's own) and a column for each task's label; all others are kept as text. Everything wrong with the file is
-reported at once, with row numbers; the header is row 1.
+slide's own) and the columns of each task's label (`labels`); all others are kept as text. Everything wrong with
+the file is reported at once, with row numbers; the header is row 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,10 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config_data import SplitConfig, TaskConfig
 from pipeline.errors import CohortError, StorageError
+from pipeline.labels import MISSING, NONE, Label, finite, is_missing, lacks, read_label, stratum
 
 SPLITS = ("train", "val", "test")
-_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp")
-_MISSING = {"", "nan", "na", "n/a", "null", "none", "<na>"}
+_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords")
 _SHOWN_ROWS = 20  # of each problem; the rest are counted
 
 
@@ -42,10 +41,14 @@ class CohortSlide:
     """train, val, test, or None when the cohort has no splits yet."""
     mpp: float | None
     """Microns per level-0 px, in place of what the slide says."""
-    labels: Mapping[str, float | str | None]
-    """Task name -> one of the task's classes, spelled as the task spells it; None: not known."""
+    labels: Mapping[str, Label | None]
+    """Task name -> its label (`labels`), with classes spelled as the task spells them; None: not known."""
     extra: Mapping[str, str]
     """All other columns, as text."""
+    mask: str | None = None
+    """URI of a tissue mask: PNG, TIFF, or GeoJSON in level-0 px."""
+    coords: str | None = None
+    """URI of an HDF5 file of TRIDENT or CLAM with the patches to cut."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Cohort:
         hasher = hashlib.sha256()
         for slide in self.slides:
             row = [slide.slide_id, slide.uri, slide.patient_id, slide.split, slide.mpp, dict(slide.labels)]
+            row += [slide.mask, slide.coords]
             hasher.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return hasher.hexdigest()
 
@@ -86,12 +90,12 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     uri = storage.absolute(uri)
     data = storage.read_bytes(uri)
     columns, rows, problems = _parse(uri, data)
-    needed = dict.fromkeys(["slide_id", "uri", *(task.column for task in tasks)])
+    needed = dict.fromkeys(["slide_id", "uri", *(column for task in tasks for column in task.columns)])
     if missing := [column for column in needed if column not in columns]:
         problems.append(f"missing column{'s' * (len(missing) > 1)} {_names(missing)}; found {_names(columns)}")
     if {"slide_id", "uri"} & set(missing):
         raise CohortError(uri, problems)
-    tasks = [task for task in tasks if task.column not in missing]
+    tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
     folder = storage.parent(uri)
     slides = tuple(_slide(number, row, folder, tasks, found) for number, row in rows)
@@ -105,7 +109,7 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
 
 
 def check_trainable(cohort: Cohort, tasks: Sequence[TaskConfig], splits: Sequence[str] = ("train", "test")) -> None:
-    """Raise a CohortError unless each of `splits` has slides, and two classes of every task."""
+    """Raise a CohortError unless each of `splits` has slides, and labels of every task that something shows in."""
     sizes = {split: len(cohort.subset(split)) for split in SPLITS}
     counted = ", ".join(f"{split} {size}" for split, size in sizes.items())
     problems = []
@@ -114,12 +118,12 @@ def check_trainable(cohort: Cohort, tasks: Sequence[TaskConfig], splits: Sequenc
             problems.append(f"split {split} has no slide ({counted}); add slides or change cohort.split")
             continue
         for task in tasks:
-            classes = {slide.labels[task.name] for slide in cohort.subset(split)} - {None}
-            if len(classes) < 2:
-                seen = f"only class {_names(map(str, classes))}" if classes else "no label"
+            reason = lacks(task, [slide.labels[task.name] for slide in cohort.subset(split)])
+            if reason is not None:
+                found, _, remedy = reason.partition("; ")
                 problems.append(
-                    f"task {task.name}: split {split} has {seen} in column {task.column!r}, from which nothing can be "
-                    f"learned or measured; add slides of the other classes of {_names(task.classes)}"
+                    f"task {task.name}: split {split} has {found} in column {task.column!r}, from which nothing can be "
+                    f"learned or measured; {remedy}"
                 )
     if problems:
         raise CohortError(cohort.uri, problems)
@@ -128,15 +132,15 @@ def check_trainable(cohort: Cohort, tasks: Sequence[TaskConfig], splits: Sequenc
 def with_splits(cohort: Cohort, fractions: SplitConfig, seed: int, tasks: Sequence[TaskConfig]) -> Cohort:
     """Give every patient a split, stratified by the first task's label; unchanged when there are splits.
 
-    A patient's label is the highest class (in the order of `classes`) of its slides. The result depends on the
+    A patient's stratum is the highest (`labels.stratum`) of its slides. The result depends on the
     seed, the patients' ids and their labels alone, not on the order of the rows. A class with at least as many
     patients as there are splits stands in each of them.
     """
     if cohort.has_splits:
         return cohort
     strata: defaultdict[int, list[str]] = defaultdict(list)
-    for patient, stratum in _strata(cohort, tasks).items():
-        strata[stratum].append(patient)
+    for patient, rank in _strata(cohort, tasks).items():
+        strata[rank].append(patient)
     split_of: dict[str, str] = {}
     for patients in strata.values():
         patients.sort(key=lambda patient: hashlib.sha256(f"{seed}\0{patient}".encode()).digest())
@@ -146,11 +150,10 @@ def with_splits(cohort: Cohort, fractions: SplitConfig, seed: int, tasks: Sequen
 
 
 def _strata(cohort: Cohort, tasks: Sequence[TaskConfig]) -> dict[str, int]:
-    """Patient -> index of its highest class in the first task, -1 when it has no label."""
+    """Patient -> highest stratum of its slides in the first task, -1 when it has no label."""
     strata: dict[str, int] = {}
     for slide in cohort.slides:
-        label = slide.labels[tasks[0].name] if tasks else None
-        rank = -1 if label is None else tasks[0].classes.index(str(label))
+        rank = stratum(tasks[0], slide.labels[tasks[0].name]) if tasks else -1
         strata[slide.patient_id] = max(rank, strata.get(slide.patient_id, -1))
     return strata
 
@@ -249,6 +252,8 @@ def _text(value: object) -> str:
     """A Parquet value as CSV would hold it."""
     if value is None:
         return ""
+    if isinstance(value, list):  # the labels of a multilabel task
+        return ";".join(map(_text, value)) or NONE
     return str(int(value) if isinstance(value, bool) else value).strip()
 
 
@@ -261,10 +266,10 @@ def _slide(
     split = row.get("split", "")
     if split and split not in SPLITS:
         problems.add(number, f"split {split!r} is not one of {_names(SPLITS)}")
-    labels = {task.name: _label(number, row[task.column], task, problems) for task in tasks}
-    if tasks and all(_is_missing(row[task.column], task) for task in tasks):
+    labels = {task.name: _label(number, row, task, problems) for task in tasks}
+    if tasks and all(is_missing(task, row) for task in tasks):
         problems.add(number, f"no label in column {_names(dict.fromkeys(task.column for task in tasks))}")
-    used = {*_RESERVED, *(task.column for task in tasks)}
+    used = {*_RESERVED, *(column for task in tasks for column in task.columns)}
     return CohortSlide(
         slide_id=row["slide_id"],
         uri=_resolve(row["uri"], folder, number, problems),
@@ -273,51 +278,43 @@ def _slide(
         mpp=_mpp(number, row.get("mpp", ""), problems),
         labels=labels,
         extra={name: value for name, value in row.items() if name not in used},
+        mask=_beside("mask", row, folder, number, problems),
+        coords=_beside("coords", row, folder, number, problems),
     )
 
 
-def _resolve(uri: str, folder: str, row: int, problems: _Problems) -> str:
+def _beside(column: str, row: Mapping[str, str], folder: str, number: int, problems: _Problems) -> str | None:
+    """The URI of a file that belongs to the slide; None where the column is absent or empty."""
+    text = row.get(column, "")
+    return None if text.casefold() in MISSING else _resolve(text, folder, number, problems, column)
+
+
+def _resolve(uri: str, folder: str, row: int, problems: _Problems, column: str = "uri") -> str:
     """The absolute URI; what is relative starts in the cohort's folder."""
     try:
         relative = not storage.is_remote(uri) and not uri.startswith(("/", "~", "file://"))
         return storage.absolute(storage.join(folder, uri) if relative else uri)
     except StorageError as error:
-        problems.add(row, f"column 'uri': {error}")
+        problems.add(row, f"column {column!r}: {error}")
         return uri
 
 
 def _mpp(row: int, text: str, problems: _Problems) -> float | None:
-    if text.casefold() in _MISSING:
+    if text.casefold() in MISSING:
         return None
-    value = _number(text)
+    value = finite(text)
     if value is None or value <= 0:
         problems.add(row, f"mpp {text!r} is not a positive number; write microns per level-0 px, as in 0.25")
         return None
     return value
 
 
-def _label(row: int, text: str, task: TaskConfig, problems: _Problems) -> str | None:
-    """The class as the task spells it: the same text, or the same number (1, 1.0 and 01 are one label)."""
-    if text in task.classes or _is_missing(text, task):
-        return text if text in task.classes else None
-    number = _number(text)
-    for name in task.classes:
-        if number is not None and _number(name) == number:
-            return name
-    problems.add(row, f"column {task.column!r}: {text!r} is not a class of task {task.name} ({_names(task.classes)})")
-    return None
-
-
-def _is_missing(text: str, task: TaskConfig) -> bool:
-    return text.casefold() in _MISSING and text not in task.classes
-
-
-def _number(text: str) -> float | None:
+def _label(number: int, row: Mapping[str, str], task: TaskConfig, problems: _Problems) -> Label | None:
     try:
-        value = float(text)
-    except ValueError:
+        return read_label(task, row)
+    except ValueError as error:
+        problems.add(number, str(error))
         return None
-    return value if math.isfinite(value) else None
 
 
 def _check_rows(numbers: Sequence[int], slides: Sequence[CohortSlide], problems: _Problems) -> None:

@@ -104,6 +104,21 @@ def roc_png(curves: Mapping[str, tuple[Numbers, Numbers]]) -> bytes:
     return _png(figure)
 
 
+def scatter_png(true: Numbers, predicted: Numbers, name: str) -> bytes:
+    """Predicted against true values (n,), (n,), with the line on which they are equal."""
+    figure = _figure(640, 600)
+    axes = figure.add_axes((0.13, 0.12, 0.84, 0.85))
+    both = np.concatenate([true, predicted])
+    ends = [float(both.min()), float(both.max())]
+    axes.plot(ends, ends, color="#b8c0c8", linewidth=1, linestyle=(0, (4, 4)))
+    axes.plot(true, predicted, "o", color="#1f5f8b", alpha=0.6, markersize=5, markeredgewidth=0)
+    axes.set(xlabel=f"{name}, as labelled", ylabel=f"{name}, as predicted")
+    axes.tick_params(labelsize=8, colors=_INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
 def _figure(width_px: float, height_px: float) -> Figure:
     figure = Figure(figsize=(width_px / _DPI, height_px / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)

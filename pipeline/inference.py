@@ -1,4 +1,4 @@
-"""From a bag, or a slide file, to probabilities and attention: shared by validation, evaluate, predict and serving."""
+"""From a bag, or a slide file, to predictions and attention: shared by validation, evaluate, predict and serving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ips.bag import Bag
-from ips.heads import Kind, probabilities
+from ips.heads import probabilities
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating
 from ips.select import gather, select
@@ -24,7 +24,7 @@ from pipeline.build import build_model
 from pipeline.checkpoint import load_weights, read_config
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
-from pipeline.config_model import SelectConfig
+from pipeline.config_data import TaskConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import store_slide
 from pipeline.patches import PatchStore, StoredSlide
@@ -37,8 +37,9 @@ RGB = npt.NDArray[np.uint8]
 class BagPrediction:
     """What the model says of one bag of N patches."""
 
-    probabilities: Mapping[str, npt.NDArray[np.float64]]
-    """Task -> (K,) class probabilities, in the config's order of classes."""
+    values: Mapping[str, npt.NDArray[np.float64]]
+    """Task -> (K,), one number for each of the task's `outputs`: probabilities of classes or labels, the value of a
+    regression in its column's unit, or the probability of no event until the end of each time bin."""
     attention: npt.NDArray[np.float32]
     """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1."""
     selected: npt.NDArray[np.int64]
@@ -49,7 +50,8 @@ class BagPrediction:
 class SlidePrediction:
     """What the model says of one slide, with what a heatmap needs."""
 
-    probabilities: Mapping[str, npt.NDArray[np.float64]]
+    values: Mapping[str, npt.NDArray[np.float64]]
+    """As `BagPrediction.values`."""
     attention: pa.Table
     """Schema ATTENTION."""
     thumbnail: RGB
@@ -74,17 +76,18 @@ def load_model(folder: Path) -> tuple[IPSModel, Config]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
 
 
-def predict_bag(model: IPSModel, bag: Bag, selecting: SelectConfig, scorer: Scorer | None = None) -> BagPrediction:
+def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
     `scorer` saves preparing the encoder for each of many bags; it must be of this model, and refreshed.
     """
+    selecting = config.model.select
     selection = select(model, [bag], selecting.memory, selecting.chunk, selecting.mode, attention=True, scorer=scorer)
     assert selection.attention is not None
     with evaluating(model), torch.inference_mode():
         outputs = model(gather([bag], selection, model.mean.device))
     return BagPrediction(
-        {task: _probabilities(logits) for task, logits in outputs.items()},
+        {task.name: _values(task, outputs[task.name]) for task in config.tasks},
         selection.attention[0].numpy(),
         selection.index[0][selection.mask[0]].numpy(),
     )
@@ -103,9 +106,9 @@ def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlideP
             raise SlideError(reason, message)
         stored = PatchStore(scratch, config.tiling.fingerprint()).slide(status.key)
         bag = PatchBag([stored], threads=torch.get_num_threads(), augment=None)
-        found = predict_bag(model, bag, config.model.select)
+        found = predict_bag(model, bag, config)
         return SlidePrediction(
-            probabilities=found.probabilities,
+            values=found.values,
             attention=attention_table(slide.slide_id, stored, found),
             thumbnail=read_thumbnail(stored),
             scale=stored.thumbnail_scale,
@@ -135,6 +138,7 @@ def attention_table(slide_id: str, stored: StoredSlide, found: BagPrediction) ->
     return pa.table(dict(zip(ATTENTION.names, columns, strict=True)), schema=ATTENTION)
 
 
-def _probabilities(logits: torch.Tensor) -> npt.NDArray[np.float64]:
-    kind: Kind = "binary" if logits.shape[-1] == 1 else "multiclass"
-    return probabilities(kind, logits.double()).squeeze(0).cpu().numpy()
+def _values(task: TaskConfig, logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Logits (1, K) -> (K,), in the task's unit."""
+    values = probabilities(task.kind, logits.double()).squeeze(0).cpu().numpy()
+    return values * task.std + task.mean if task.kind == "regression" else values

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ips.bag import Bag
 from ips.baselines import random_selection
 from ips.heads import Kind
-from ips.losses import task_loss
+from ips.losses import LossSum, mean_loss, task_loss
 from ips.model import IPSModel
 from ips.schedule import warmup_cosine
 from ips.scorer import Scorer
@@ -38,12 +38,14 @@ class Slides:
     """The training slides, by index: how many patches each has, its targets, and how to open its bag."""
 
     sizes: Sequence[int]
-    targets: Sequence[Mapping[str, float]]
-    """Task -> class index; NaN where the label is missing."""
+    targets: Sequence[Mapping[str, float | tuple[float, ...]]]
+    """Task -> what `ips.losses.task_loss` reads of one slide; NaN where the label is missing."""
     kinds: Mapping[str, Kind]
     """Task -> kind of its loss."""
     bag: Callable[[int, int], Bag]
     """(slide index, epoch) -> bag, augmented for that epoch."""
+    class_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> (K,), for tasks whose classes weigh differently."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,16 @@ def _step(
 
 
 def _loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:
-    """Mean over tasks of the loss of this rank's slides over the labelled slides of all ranks.
+    """Mean over tasks of the loss of this rank's slides over the weight of the labelled slides of all ranks.
 
     Summed over ranks it is the loss of the whole batch; a task without any label in the batch adds 0.
     """
-    targets = {task: torch.tensor([slides.targets[i][task] for i in mine]) for task in slides.kinds}
-    labelled = {task: sum(not math.isnan(slides.targets[i][task]) for i in everyone) for task in slides.kinds}
-    sums = task_loss(outputs, targets, slides.kinds)
-    return torch.stack([sums[task].total / max(1, labelled[task]) for task in slides.kinds]).mean()
+    sums = _sums(outputs, slides, mine)
+    blank = {task: torch.zeros(len(everyone), logits.shape[1]) for task, logits in outputs.items()}
+    weights = {task: whole.weight for task, whole in _sums(blank, slides, everyone).items()}
+    return mean_loss({task: LossSum(sums[task].total, weights[task].to(sums[task].total)) for task in sums})
+
+
+def _sums(outputs: Mapping[str, Tensor], slides: Slides, which: Sequence[int]) -> dict[str, LossSum]:
+    targets = {task: torch.tensor([slides.targets[i][task] for i in which]) for task in slides.kinds}
+    return task_loss(outputs, targets, slides.kinds, slides.class_weights)

@@ -1,21 +1,33 @@
-"""Metrics from probabilities, with intervals that respect patients. n slides, K classes; plain numpy.
+"""Metrics from predictions, with intervals that respect patients. n slides, K outputs of a task; plain numpy.
 
-A slide's true class is an index into the task's classes; slides without a label are left out by the caller.
+A slide's true class is an index into the task's classes. `measure` leaves slides without a label out; the functions
+below it take labelled ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import StageError
+from pipeline.config_data import TaskConfig
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+
+MEASURES: Mapping[str, tuple[str, ...]] = {
+    "binary": ("auc", "accuracy"),
+    "multiclass": ("auc", "accuracy"),
+    "multilabel": ("auc", "exact_match"),
+    "regression": ("r2", "mae"),
+    "survival": ("c_index",),
+}
+"""Kind of a task -> what is measured; the first one is what models are compared by. Higher is better, but for `mae`,
+which is in the unit of the task's column."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,28 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+def measure(task: TaskConfig, values: Floats, truth: Floats) -> tuple[float, ...]:
+    """The `MEASURES` of a task over the slides that have a label; NaN where their labels cannot give one.
+
+    Args:
+        task: what was predicted.
+        values: (n, K), one number for each of `task.outputs`.
+        truth: (n,), or (n, K) for multilabel and (n, 2) for survival (`labels.truth`); NaN where missing.
+    """
+    known = ~np.isnan(truth.reshape(len(truth), -1)).any(axis=1)
+    p, y = values[known], truth[known]
+    if not len(y):
+        return (float("nan"),) * len(MEASURES[task.kind])
+    if task.kind == "multilabel":
+        return label_auc(p, y == 1), float(((p >= 0.5) == (y == 1)).all(axis=1).mean())
+    if task.kind == "regression":
+        return r_squared(p[:, 0], y), float(np.abs(p[:, 0] - y).mean())
+    if task.kind == "survival":
+        return (concordance(expected_time(p, task.bins), y[:, 0], y[:, 1] == 1),)
+    labels = y.astype(np.int64)
+    return task_auc(p, labels), accuracy(p, labels)
 
 
 def auc(scores: Floats, positive: Bools) -> float:
@@ -50,6 +84,41 @@ def task_auc(probabilities: Floats, labels: Ints) -> float:
     areas = np.array([auc(probabilities[:, k], labels == k) for k in classes])
     defined = areas[~np.isnan(areas)]
     return float(defined.mean()) if len(defined) else float("nan")
+
+
+def label_auc(probabilities: Floats, held: Bools) -> float:
+    """Mean AUC of the labels (n, K), (n, K); those that all slides have, or none has, are left out; NaN for none."""
+    areas = np.array([auc(probabilities[:, k], held[:, k]) for k in range(held.shape[1])])
+    defined = areas[~np.isnan(areas)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def r_squared(predicted: Floats, true: Floats) -> float:
+    """1 - residual / total sum of squares, (n,), (n,); NaN where all true values are one."""
+    total = float(np.square(true - true.mean()).sum())
+    return 1 - float(np.square(true - predicted).sum()) / total if total > 0 else float("nan")
+
+
+def expected_time(survival: Floats, bins: Sequence[float]) -> Floats:
+    """Time survived until the last bin's end (n,), of survival probabilities (n, K) at the bins' ends (K,).
+
+    The area under the survival curve, straight between the ends (restricted mean survival time).
+    """
+    before = np.concatenate([np.ones((len(survival), 1)), survival[:, :-1]], axis=1)
+    area: Floats = (before + survival) / 2 @ np.diff([0.0, *bins])
+    return area
+
+
+def concordance(predicted: Floats, time: Floats, event: Bools) -> float:
+    """Harrell's concordance index (1982) of predicted times (n,): the share of comparable pairs in the right order.
+
+    A pair is comparable where the shorter time ended in the event; equal predictions count half; NaN without pairs.
+    """
+    comparable = (time[:, None] < time[None, :]) & event[:, None]
+    if not comparable.any():
+        return float("nan")
+    order = np.sign(predicted[None, :] - predicted[:, None])
+    return float((0.5 + order[comparable] / 2).mean())
 
 
 def roc_points(scores: Floats, positive: Bools) -> tuple[Floats, Floats]:
@@ -96,13 +165,3 @@ def interval(value: float, resampled: Floats) -> Interval:
     """The 2.5 and 97.5 percentiles of resampled values (R,) around the value of the whole sample."""
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Interval(value, float(low), float(high))
-
-
-def check_labels(task: str, split: str, labels: Ints, classes: Sequence[str]) -> None:
-    """StageError unless at least two classes are there: with one, no AUC exists."""
-    found = [classes[k] for k in np.unique(labels)]
-    if len(found) < 2:
-        raise StageError(
-            f"evaluate: split {split!r} has {len(labels)} slides labelled for task {task!r}, of classes {found}; "
-            f"an AUC needs two of {list(classes)}: give the split slides of both, or choose evaluate.split"
-        )

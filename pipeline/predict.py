@@ -36,10 +36,10 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One slide: its probabilities, or the reason there are none."""
+    """One slide: its prediction, or the reason there is none."""
 
     slide: CohortSlide
-    probabilities: dict[str, list[float]]
+    values: dict[str, list[float]]
     n_patches: int
     n_bad_tiles: int
     error: str | None
@@ -137,7 +137,7 @@ def _predict_all(
         attention.write_table(found.attention)
         (heatmaps / f"{safe_name(slide.slide_id)}.png").write_bytes(_heatmap(found))
         log.info("predict: %d/%d %s: %d patches", number, len(slides), slide.slide_id, len(found.attention))
-        values = {task: p.tolist() for task, p in found.probabilities.items()}
+        values = {task: numbers.tolist() for task, numbers in found.values.items()}
         yield _Outcome(slide, values, len(found.attention), found.n_bad_tiles, None)
 
 
@@ -153,8 +153,8 @@ def _table(outcomes: Sequence[_Outcome], tasks: Sequence[TaskConfig]) -> pa.Tabl
         "uri": pa.array([one.slide.uri for one in outcomes], pa.string()),
     }
     for task in tasks:
-        for k, label in enumerate(task.classes):
-            values = [one.probabilities[task.name][k] if one.error is None else None for one in outcomes]
+        for k, label in enumerate(task.outputs):
+            values = [one.values[task.name][k] if one.error is None else None for one in outcomes]
             columns[f"{task.name}_{label}"] = pa.array(values, pa.float64())
     columns["n_patches"] = pa.array([one.n_patches for one in outcomes], pa.int64())
     columns["n_bad_tiles"] = pa.array([one.n_bad_tiles for one in outcomes], pa.int64())

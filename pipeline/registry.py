@@ -201,13 +201,13 @@ def _save_pyfunc(target: Path, folder: Path, config: Config, example_uri: str, m
 
 
 def _signature(config: Config) -> ModelSignature:
-    probabilities = [f"{task.name}_{label}" for task in config.tasks for label in task.classes]
+    outputs = [f"{task.name}_{label}" for task in config.tasks for label in task.outputs]
     return ModelSignature(
         Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
         Schema(
             [
                 ColSpec(DataType.string, "uri"),
-                *(ColSpec(DataType.double, name) for name in probabilities),
+                *(ColSpec(DataType.double, name) for name in outputs),
                 ColSpec(DataType.string, "error", required=False),
             ]
         ),

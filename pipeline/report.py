@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,8 +15,9 @@ from pipeline.cohort import Cohort, CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TaskConfig
 from pipeline.evaluate import Evaluation, TaskResult
-from pipeline.figures import overlay_png, roc_png
+from pipeline.figures import overlay_png, roc_png, scatter_png
 from pipeline.inference import read_thumbnail
+from pipeline.labels import Label, counts
 from pipeline.metrics import Interval
 
 RIGHT, WRONG, PATCHES = 4, 4, 6  # pictures of a task, and patches beside each
@@ -35,17 +35,13 @@ class SlideRow:
     n_patches: int
     label: str
     predicted: str
-    probabilities: tuple[float, ...]
-
-    @property
-    def right(self) -> bool:
-        """Whether the most probable class is the true one."""
-        return self.label == self.predicted
-
-    @property
-    def confidence(self) -> float:
-        """Probability of the predicted class."""
-        return max(self.probabilities)
+    right: bool | None
+    """Whether the prediction is the label; None for a number, which is never quite right."""
+    rank: float
+    """Confidence in the prediction: the probability of the predicted class, or the least of all labels'; of a number,
+    the number itself."""
+    values: tuple[float, ...]
+    """One number for each of the task's outputs."""
 
 
 def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineage: Mapping[str, str]) -> str:
@@ -77,12 +73,25 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
     )
 
 
+TITLES = {
+    "auc": "AUC",
+    "accuracy": "Accuracy",
+    "exact_match": "All labels right",
+    "r2": "R\N{SUPERSCRIPT TWO}",
+    "mae": "Mean absolute error",
+    "c_index": "Concordance",
+}
+
+
 def _headline(evaluation: Evaluation) -> list[tuple[str, Interval]]:
-    several = len(evaluation.tasks) > 1
-    return [
-        ("Mean AUC" if several else "AUC", evaluation.auc),
-        ("Mean accuracy" if several else "Accuracy", evaluation.accuracy),
-    ]
+    several = "Mean " if len(evaluation.tasks) > 1 else ""
+    return [(_sentence(several + TITLES[name]), found) for name, found in evaluation.measures.items()]
+
+
+def _sentence(title: str) -> str:
+    """Lower case after the first word, but for abbreviations."""
+    first, *rest = title.split(" ")
+    return " ".join([first, *(word if word[:2].isupper() or word[:1] == "R" else word.lower() for word in rest)])
 
 
 def _splits(cohort: Cohort, evaluation: Evaluation, tasks: Sequence[TaskConfig]) -> list[dict[str, object]]:
@@ -104,21 +113,23 @@ def _splits(cohort: Cohort, evaluation: Evaluation, tasks: Sequence[TaskConfig])
 
 
 def _label_counts(task: TaskConfig, slides: Sequence[CohortSlide]) -> str:
-    counts = Counter(slide.labels.get(task.name) for slide in slides)
-    known = [f"{label}: {counts[label]}" for label in task.classes]
-    return ", ".join([*known, f"unlabelled: {counts[None]}"] if counts[None] else known)
+    return counts(task, [slide.labels.get(task.name) for slide in slides])
 
 
 def _task(evaluation: Evaluation, result: TaskResult) -> dict[str, object]:
     rows = [_row(evaluation, result, i) for i in range(len(result.slides))]
-    by_confidence = sorted(rows, key=lambda row: (-row.confidence, row.slide_id))
-    wrong = [row for row in by_confidence if not row.right]
-    right = [row for row in by_confidence if row.right]
-    best = _spread(right, result.task.classes)
+    ranked = sorted(rows, key=lambda row: (-row.rank, row.slide_id))
+    wrong = [row for row in ranked if row.right is False]
+    right = [row for row in ranked if row.right is not False]
+    best = _spread(right, result.task.classes) if result.confusion is not None else _ends(right)
     return {
         "result": result,
+        "measures": [(TITLES[name], found) for name, found in result.measures.items()],
         "classes": result.task.classes,
-        "roc": _data_uri(roc_png(result.roc), "png"),
+        "shown": result.task.outputs[1:] if result.task.kind == "binary" else result.task.outputs,
+        "judged": not ranked or ranked[0].right is not None,
+        "roc": _data_uri(roc_png(result.roc), "png") if result.roc else None,
+        "scatter": _scatter(result),
         "rows": [*wrong, *right],
         "wrong": [_picture(evaluation, row) for row in wrong[:WRONG]],
         "n_wrong": len(wrong),
@@ -133,6 +144,18 @@ def _spread(rows: Sequence[SlideRow], classes: Sequence[str]) -> list[SlideRow]:
     return turns[:RIGHT]
 
 
+def _ends(rows: Sequence[SlideRow]) -> list[SlideRow]:
+    """The first rows and the last ones."""
+    return [*rows[: RIGHT // 2], *rows[RIGHT // 2 :][-(RIGHT // 2) :]]
+
+
+def _scatter(result: TaskResult) -> str | None:
+    """Predicted against true values, of a regression."""
+    if result.task.kind != "regression":
+        return None
+    return _data_uri(scatter_png(result.truth, result.values[:, 0], result.task.column), "png")
+
+
 def _row(evaluation: Evaluation, result: TaskResult, i: int) -> SlideRow:
     place = int(result.slides[i])
     slide, stored = evaluation.slides[place]
@@ -141,10 +164,23 @@ def _row(evaluation: Evaluation, result: TaskResult, i: int) -> SlideRow:
         slide.slide_id,
         slide.patient_id,
         stored.n_patches,
-        result.task.classes[int(result.labels[i])],
-        result.task.classes[int(result.probabilities[i].argmax())],
-        tuple(result.probabilities[i].tolist()),
+        _text(result.labels[i]),
+        _text(result.predicted[i]),
+        None if result.task.kind in ("regression", "survival") else result.labels[i] == result.predicted[i],
+        _rank(result, i),
+        tuple(result.values[i].tolist()),
     )
+
+
+def _text(label: Label) -> str:
+    return label if isinstance(label, str) else f"{label:.4g}"
+
+
+def _rank(result: TaskResult, i: int) -> float:
+    if result.task.kind in ("regression", "survival"):
+        return float(result.predicted[i])
+    values = result.values[i]
+    return float(np.maximum(values, 1 - values).min() if result.task.kind == "multilabel" else values.max())
 
 
 def _picture(evaluation: Evaluation, row: SlideRow) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The registered model as MLflow serves it: slide URIs in, probabilities out.
+"""The registered model as MLflow serves it: slide URIs in, predictions out.
 
 MLflow runs this file when the model is loaded ("models from code"). S3 credentials and endpoint come from the
 serving host's AWS_* environment.
@@ -20,10 +20,10 @@ from pipeline.storage import absolute
 
 
 class SlideModel(PythonModel):
-    """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<class> ..., error), row by row in the given order.
+    """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
 
     `mpp` is microns per level-0 px, for slides whose file states none. A slide that cannot be used has
-    probabilities NaN and its reason in `error`; the others are predicted.
+    outputs NaN and its reason in `error`; the others are predicted.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -36,7 +36,7 @@ class SlideModel(PythonModel):
         """One row a slide."""
         mpps = model_input["mpp"] if "mpp" in model_input else [None] * len(model_input)
         rows = [self._row(uri, mpp) for uri, mpp in zip(model_input["uri"], mpps, strict=True)]
-        names = [f"{task.name}_{label}" for task in self.config.tasks for label in task.classes]
+        names = [f"{task.name}_{label}" for task in self.config.tasks for label in task.outputs]
         return pd.DataFrame(rows, columns=["uri", *names, "error"])
 
     def _row(self, uri: str, mpp: float | None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class SlideModel(PythonModel):
         values = {
             f"{task.name}_{label}": value
             for task in self.config.tasks
-            for label, value in zip(task.classes, found.probabilities[task.name].tolist(), strict=True)
+            for label, value in zip(task.outputs, found.values[task.name].tolist(), strict=True)
         }
         return {"uri": uri, **values, "error": None}
 

@@ -23,10 +23,10 @@ from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
-from pipeline.config_data import TaskConfig
 from pipeline.inference import predict_bag
+from pipeline.labels import class_weights, target, truth
 from pipeline.loop import Slides, StepDone, train_steps
-from pipeline.metrics import task_auc
+from pipeline.metrics import MEASURES, measure
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
 from pipeline.tracking import Tracker
@@ -98,6 +98,8 @@ def _resume(model: IPSModel, optimizer: torch.optim.Optimizer, plan_digest: str)
 
 def _slides(job: Job) -> Slides:
     """The loop's view of the training slides."""
+    tasks = job.config.tasks
+    weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
     threads = max(1, math.floor(job.config.cluster.cpus_per_worker))
 
     def bag(index: int, epoch: int) -> PatchBag:
@@ -107,19 +109,11 @@ def _slides(job: Job) -> Slides:
 
     return Slides(
         sizes=[stored.n_patches for _, stored in job.train],
-        targets=[targets(slide, job.config.tasks) for slide, _ in job.train],
-        kinds={task.name: task.kind for task in job.config.tasks},
+        targets=[{task.name: target(task, slide.labels[task.name]) for task in tasks} for slide, _ in job.train],
+        kinds={task.name: task.kind for task in tasks},
+        class_weights={name: torch.tensor(weight) for name, weight in weights.items() if weight is not None},
         bag=bag,
     )
-
-
-def targets(slide: CohortSlide, tasks: Sequence[TaskConfig]) -> Mapping[str, float]:
-    """Task -> class index of the slide; NaN where its label is missing."""
-    values = {task.name: slide.labels.get(task.name) for task in tasks}
-    return {
-        task.name: math.nan if values[task.name] is None else float(task.classes.index(str(values[task.name])))
-        for task in tasks
-    }
 
 
 def _all_reduce(tensor: Tensor) -> None:
@@ -131,18 +125,14 @@ def _validates(epoch: int, epochs: int, every: int) -> bool:
 
 
 def _validate(model: IPSModel, job: Job) -> dict[str, float]:
-    """AUC of each task on the validation slides; absent where only one class is there."""
-    predictions = [
-        predict_bag(model, PatchBag([stored], threads=1, augment=None), job.config.model.select)
-        for _, stored in job.val
-    ]
+    """Measures of each task on the validation slides; absent where their labels cannot give them."""
+    predictions = [predict_bag(model, PatchBag([stored], threads=1, augment=None), job.config) for _, stored in job.val]
     result: dict[str, float] = {}
     for task in job.config.tasks:
-        truth = np.array([targets(slide, job.config.tasks)[task.name] for slide, _ in job.val])
-        known = ~np.isnan(truth)
-        if len(set(truth[known])) == len(task.classes):
-            scores = np.stack([p.probabilities[task.name] for p in predictions])[known]
-            result[f"val_auc_{task.name}"] = task_auc(scores, truth[known].astype(np.int64))
+        truths = np.array([truth(task, slide.labels[task.name]) for slide, _ in job.val])
+        values = np.stack([p.values[task.name] for p in predictions])
+        found = zip(MEASURES[task.kind], measure(task, values, truths), strict=True)
+        result |= {f"val_{name}_{task.name}": value for name, value in found if not math.isnan(value)}
     return result
 
 

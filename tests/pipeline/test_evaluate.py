@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipeline.cohort import Cohort
 from pipeline.errors import StageError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.inference import load_model
+from pipeline.report import render_report
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
 
 LABELS = ("no", "yes", "yes", "no", "no", "yes", None)
@@ -47,6 +49,7 @@ def test_slides_without_a_label_are_predicted_and_not_measured(evaluation: Evalu
     assert evaluation.predictions.column("tumour_label").to_pylist() == list(LABELS)
     (task,) = evaluation.tasks
     assert task.slides.tolist() == [0, 1, 2, 3, 4, 5]
+    assert task.confusion is not None
     assert task.confusion.sum() == 6
     assert list(task.roc) == ["yes"]
     assert len(evaluation.found) == 7
@@ -79,5 +82,47 @@ def test_one_class_only_or_no_slides_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"evaluate: no slide of split 'test'"):
         evaluate(model, config, [])
     same = write_cohort(tmp_path, ("yes", "yes", None))
-    with pytest.raises(StageError, match="an AUC needs two"):
+    with pytest.raises(StageError, match=r"'test' have, for task 'tumour', only class 'yes'; add slides"):
         evaluate(model, config, store_slides(same, tmp_path / "store", config))
+
+
+def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
+    tasks = [
+        {"name": "finds", "column": "f", "kind": "multilabel", "classes": ["x", "y"]},
+        {"name": "age", "column": "a", "kind": "regression", "mean": 60, "std": 10},
+        {"name": "death", "column": "t", "kind": "survival", "event_column": "e", "bins": [6, 24]},
+        {"name": "tumour", "column": "label", "classes": ["no", "yes"]},
+    ]
+    labels = zip(
+        ("x;y", "-", "y", None, "x", "y", "x"),
+        (61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0),
+        ("3.0", "8.5+", "90.0", "11.0", None, "2.0+", "7.0"),
+        strict=True,
+    )
+    slides = tuple(
+        replace(slide, labels={**slide.labels, "finds": finds, "age": age, "death": death})
+        for slide, (finds, age, death) in zip(cohort.slides, labels, strict=True)
+    )
+    config = small_config(tasks=tasks)
+    model, _ = load_model(write_model(tmp_path, config))
+    mixed = Cohort(cohort.uri, slides)
+    result = evaluate(model, config, store_slides(mixed, tmp_path / "store", config))
+    names = {
+        "auc", "auc_low", "auc_high", "accuracy", "exact_match", "r2", "c_index", "slides", "patients",
+        "auc_finds", "exact_match_finds", "r2_age", "mae_age", "c_index_death", "auc_tumour", "accuracy_tumour",
+    }  # fmt: skip
+    assert set(result.metrics) == {f"test_{name}" for name in names}
+    assert not np.isnan(list(result.metrics.values())).any()
+    table = result.predictions.to_pydict()
+    assert table["age_label"] == [61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0]
+    assert table["age_predicted"] == table["age_value"]
+    assert 30 < table["age_value"][0] < 90
+    assert table["death_label"][1] == "8.5+"
+    assert all(1 >= early >= late >= 0 for early, late in zip(table["death_6"], table["death_24"], strict=True))
+    assert {name for label in table["finds_predicted"] for name in label.split(";")} <= {"x", "y", "-"}
+    assert result.tasks[0].confusion is None
+    result = replace(result, tasks=result.tasks[1:3])  # each picture takes a tenth of a second
+    html = render_report(result, config, mixed, {})
+    assert html.count("<h2>") == 2 + len(result.tasks)
+    for text in ("R²", "Predicted against labelled", "P(after 24)", "8.5+", "61.5", "events: 4, censored: 2"):
+        assert text in html, text

@@ -26,9 +26,9 @@ def _bag(n: int) -> TensorBag:
 
 def test_a_bag_gives_probabilities_and_the_whole_bag_attention(folder: Path) -> None:
     model, config = load_model(folder)
-    found = predict_bag(model, _bag(23), config.model.select)
-    assert found.probabilities["tumour"].shape == (2,)
-    assert found.probabilities["tumour"].sum() == pytest.approx(1.0)
+    found = predict_bag(model, _bag(23), config)
+    assert found.values["tumour"].shape == (2,)
+    assert found.values["tumour"].sum() == pytest.approx(1.0)
     assert found.attention.shape == (23,)
     assert found.attention.sum() == pytest.approx(1.0, abs=1e-6)
     np.testing.assert_array_equal(found.selected, np.argsort(-found.attention, kind="stable")[:5])
@@ -36,7 +36,7 @@ def test_a_bag_gives_probabilities_and_the_whole_bag_attention(folder: Path) -> 
 
 def test_a_bag_shorter_than_the_memory_is_used_whole(folder: Path) -> None:
     model, config = load_model(folder)
-    found = predict_bag(model, _bag(3), config.model.select)
+    found = predict_bag(model, _bag(3), config)
     assert sorted(found.selected.tolist()) == [0, 1, 2]
 
 
@@ -45,7 +45,7 @@ def test_a_bag_prediction_is_the_model_in_evaluation_mode_and_modes_come_back(fo
     model.train()
     model.encoder.eval()
     bag = _bag(4)
-    found = predict_bag(model, bag, config.model.select)
+    found = predict_bag(model, bag, config)
     assert model.training
     assert not model.encoder.training
 
@@ -53,15 +53,15 @@ def test_a_bag_prediction_is_the_model_in_evaluation_mode_and_modes_come_back(fo
     with torch.inference_mode():
         tokens = model.aggregator(model.embed(bag.patches[found.selected])[None], torch.ones(1, 4, dtype=torch.bool))
         positive = torch.sigmoid(model.heads[0](tokens[:, 0])).item()
-    assert found.probabilities["tumour"][1] == pytest.approx(positive, abs=1e-6)
+    assert found.values["tumour"][1] == pytest.approx(positive, abs=1e-6)
 
 
 def test_a_multiclass_head_gives_a_softmax(tmp_path: Path) -> None:
     task = {"name": "grade", "column": "g", "kind": "multiclass", "classes": ["a", "b", "c"]}
     model, config = load_model(write_model(tmp_path, small_config(tasks=[task])))
-    found = predict_bag(model, _bag(6), config.model.select)
-    assert found.probabilities["grade"].shape == (3,)
-    assert found.probabilities["grade"].sum() == pytest.approx(1.0)
+    found = predict_bag(model, _bag(6), config)
+    assert found.values["grade"].shape == (3,)
+    assert found.values["grade"].sum() == pytest.approx(1.0)
 
 
 def test_a_slide_is_tiled_and_predicted(folder: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_slide_is_tiled_and_predicted(folder: Path, tmp_path: Path) -> None:
     assert found.extent == PATCH
     assert found.scale == 1.0
     assert found.thumbnail.shape == (157, 211, 3)
-    assert found.probabilities["tumour"].sum() == pytest.approx(1.0)
+    assert found.values["tumour"].sum() == pytest.approx(1.0)
 
 
 def test_a_slide_that_cannot_be_used_raises(folder: Path, tmp_path: Path) -> None:

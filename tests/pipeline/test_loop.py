@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.bag import Bag, TensorBag
-from ips.heads import linear_head
+from ips.heads import Kind, linear_head
 from ips.model import IPSModel
 from ips.schedule import parameter_groups
 from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -179,6 +179,36 @@ def test_a_loss_that_is_not_finite_stops_with_step_slides_and_rate() -> None:
     settings = TrainConfig(epochs=1, batch_size=4, warmup_epochs=0)
     with pytest.raises(StageError, match=r"step 1 \(epoch 1, lr 0.001, slides \[.*train.lr"):
         list(train_steps(model, _optimizer(model), slides, settings, SELECT, seed=0, start_epoch=0, ranks=Ranks()))
+
+
+def test_every_kind_of_task_trains_at_once_and_missing_labels_add_nothing() -> None:
+    kinds: dict[str, Kind] = {"b": "binary", "m": "multiclass", "l": "multilabel", "r": "regression", "s": "survival"}
+    widths = {"b": 1, "m": 3, "l": 2, "r": 1, "s": 4}
+    bags, _ = _bags(6)
+    rows: list[dict[str, float | tuple[float, ...]]] = [
+        {"b": i % 2, "m": i % 3, "l": (1.0, i % 2), "r": 0.5 * i, "s": (i % 4, 1.0)} for i in range(6)
+    ]
+    nothing: dict[str, float | tuple[float, ...]] = {
+        "b": math.nan,
+        "m": math.nan,
+        "l": (math.nan, math.nan),
+        "r": math.nan,
+        "s": (math.nan, math.nan),
+    }
+    rows[2] = {**nothing, "b": 1.0}
+    settings = TrainConfig(epochs=1, batch_size=6, warmup_epochs=0)
+    losses = {}
+    for weight in (1.0, 5.0):
+        torch.manual_seed(0)
+        aggregator = Aggregator(8, tasks=5, heads=2, key_dim=4, value_dim=4, hidden_dim=16, dropout=0.0)
+        heads = {task: nn.Linear(8, width) for task, width in widths.items()}
+        model = IPSModel(TinyEncoder(), aggregator, heads, None, (0.5,) * 3, (0.25,) * 3)
+        weights = {"m": torch.tensor([weight, 1.0, 1.0])}
+        slides = Slides([len(b) for b in bags], rows, kinds, partial(_open, bags), weights)
+        (step,) = train_steps(model, _optimizer(model), slides, settings, SELECT, seed=0, start_epoch=0, ranks=Ranks())
+        losses[weight] = step.loss
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.heads.parameters())
+    assert losses[1.0] != losses[5.0]
 
 
 def test_missing_labels_of_one_task_do_not_change_its_mean() -> None:

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
+from sklearn.metrics import accuracy_score, confusion_matrix, r2_score, roc_auc_score, roc_curve
 
-from pipeline.errors import StageError
+from pipeline.config_data import TaskConfig
 from pipeline.metrics import (
+    MEASURES,
     Floats,
     Ints,
     accuracy,
     auc,
     bootstrap,
-    check_labels,
+    concordance,
     confusion,
+    expected_time,
     interval,
+    measure,
+    r_squared,
     roc_points,
     task_auc,
 )
@@ -97,8 +101,55 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 0.99
 
 
-@pytest.mark.parametrize("labels", [np.array([1, 1]), np.array([], dtype=np.int64)])
-def test_one_class_only_is_an_error(labels: Ints) -> None:
-    with pytest.raises(StageError, match=r"split 'test' has \d slides labelled for task 'tumour'.*evaluate\.split"):
-        check_labels("tumour", "test", labels, ("no", "yes"))
-    check_labels("tumour", "test", np.array([0, 1]), ("no", "yes"))
+def _task(kind: str, **fields: object) -> TaskConfig:
+    return TaskConfig.model_validate({"name": "t", "column": "a", "kind": kind, **fields})
+
+
+def test_multilabel_agrees_with_scikit_learn_and_leaves_constant_labels_out() -> None:
+    generator = np.random.default_rng(3)
+    p, y = generator.random((41, 3)), generator.integers(0, 2, (41, 3)).astype(float)
+    y[:, 1] = 1
+    y[7] = np.nan
+    known = np.arange(41) != 7
+    area, exact = measure(_task("multilabel", classes=["x", "y", "z"]), p, y)
+    assert area == pytest.approx(np.mean([roc_auc_score(y[known, k], p[known, k]) for k in (0, 2)]))
+    assert exact == pytest.approx(accuracy_score(y[known].astype(int), (p[known] >= 0.5).astype(int)))
+
+
+def test_regression_agrees_with_scikit_learn() -> None:
+    generator = np.random.default_rng(4)
+    y = generator.normal(size=23)
+    p = y + generator.normal(size=23)
+    r2, mae = measure(_task("regression"), p[:, None], np.append(y[:-1], np.nan))
+    assert r2 == pytest.approx(r2_score(y[:-1], p[:-1]))
+    assert mae == pytest.approx(np.abs(p - y)[:-1].mean())
+    assert np.isnan(r_squared(p, np.ones(23)))
+
+
+outcomes = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 4)), min_size=2, max_size=20)
+
+
+@given(outcomes)
+def test_concordance_is_the_share_of_ordered_pairs(rows: list[tuple[int, bool, int]]) -> None:
+    pairs = [0.5 if p == q else float(p < q) for t, event, p in rows for u, _, q in rows if event and t < u]
+    found = concordance(
+        np.array([p for _, _, p in rows], float), np.array([t for t, _, _ in rows]), np.array([e for _, e, _ in rows])
+    )
+    assert found == pytest.approx(np.mean(pairs) if pairs else np.nan, nan_ok=True)
+
+
+def test_expected_time_is_the_area_under_the_survival_curve() -> None:
+    times = expected_time(np.array([[1.0, 1.0], [0.5, 0.0], [0.0, 0.0]]), (6, 10))
+    assert times.tolist() == [10.0, 4.5 + 1.0, 3.0]
+    task = _task("survival", event_column="e", bins=[6, 10])
+    truth = np.array([[9.0, 1.0], [np.nan, np.nan], [2.0, 1.0]])
+    assert measure(task, np.array([[1.0, 1.0], [0.5, 0.0], [0.0, 0.0]]), truth) == (1.0,)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel", "regression", "survival"])
+def test_no_label_at_all_measures_nothing(kind: str) -> None:
+    task = _task(kind, **({"event_column": "e", "bins": [1.0, 2.0]} if kind == "survival" else {}))
+    wide = kind in ("multilabel", "survival")
+    found = measure(task, np.zeros((3, 2)), np.full((3, 2) if wide else 3, np.nan))
+    assert len(found) == len(MEASURES[kind])
+    assert np.isnan(found).all()

@@ -150,7 +150,7 @@ assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host nee
     good, bad = json.loads(done.stdout.splitlines()[-1])
     model, config = load_model(model_folder)
     slide = CohortSlide("good", str(tmp_path / "good.png"), "p", None, None, {}, {})
-    expected = predict_slide(model, config, slide).probabilities["tumour"]
+    expected = predict_slide(model, config, slide).values["tumour"]
     assert [good["tumour_no"], good["tumour_yes"]] == pytest.approx(expected, abs=1e-5)
     assert good["error"] is None
     assert bad["tumour_yes"] is None

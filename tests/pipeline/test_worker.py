@@ -1,22 +1,7 @@
 from __future__ import annotations
 
-import math
-
-from pipeline.cohort import CohortSlide
-from pipeline.config_data import TaskConfig
 from pipeline.loop import StepDone
-from pipeline.worker import _epoch_metrics, _validates, checkpoint_name, targets
-
-
-def test_targets_are_class_indices_and_nan_where_missing() -> None:
-    tasks = [
-        TaskConfig(name="tumour", column="a", classes=("no", "yes")),
-        TaskConfig(name="grade", column="b", kind="multiclass", classes=("g1", "g2", "g3")),
-    ]
-    slide = CohortSlide("s", "s.svs", "p", "train", None, {"tumour": None, "grade": "g3"}, {})
-    found = targets(slide, tasks)
-    assert math.isnan(found["tumour"])
-    assert found["grade"] == 2.0
+from pipeline.worker import _epoch_metrics, _validates, checkpoint_name
 
 
 def test_the_last_epoch_always_validates() -> None:
