@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import PurePosixPath
 
 import numpy as np
 import tifffile
 
 from pipeline import storage
+from pipeline.errors import SlideError, StorageError
+from pipeline.storage import SourceVersion
+
+COMPANIONS = frozenset({"mrxs", "vms", "dcm"})
+"""Suffixes of formats whose slides are several files."""
 
 WHOLE = 64 * 2**20  # bytes: below, the file is hashed whole
 EDGE = 2**20  # bytes hashed at both ends
@@ -36,8 +44,52 @@ def slide_digest(uri: str) -> str:
     Raises:
         StorageError: a file of the slide cannot be read.
     """
-    members = sorted(_file_digest(member) for member in {uri, *_companions(uri)})
+    members = sorted(_file_digest(member) for member in slide_files(uri))
     return members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
+
+
+def slide_files(uri: str) -> list[str]:
+    """The slide's main file and its companions: what has to lie together for the slide to open.
+
+    Raises:
+        StorageError: the main file, or a folder, cannot be read.
+    """
+    return [uri, *sorted(set(_companions(uri)) - {uri})]
+
+
+def slide_version(uri: str) -> SourceVersion:
+    """Which state of its files a slide is in: that of its one file, or all its companions' in one.
+
+    Raises:
+        StorageError: the main file is absent, denied or a folder.
+    """
+    main = storage.source_version(uri)
+    if _suffix(uri) not in COMPANIONS:
+        return main
+    folder = _companion_folder(uri)
+    versions = storage.list_versions(folder)
+    if _suffix(uri) == "vms":  # else all of the folder: a stranger's change costs one more look at the slide
+        versions = {name: found for name, found in versions.items() if name in _vms_names(uri)}
+    rows = [[name, *astuple(found)] for name, found in sorted(versions.items())]
+    size = main.size + sum(found.size for found in versions.values())
+    digest = hashlib.sha256(json.dumps([astuple(main), rows]).encode()).hexdigest()
+    return SourceVersion(size, digest, None)
+
+
+@contextmanager
+def reading_source() -> Iterator[None]:
+    """Tell a slide that cannot be reached (a SlideError) from a store that cannot (a StorageError)."""
+    try:
+        yield
+    except StorageError as error:
+        match error.__cause__:
+            case FileNotFoundError():
+                reason = "missing"
+            case IsADirectoryError():
+                reason = "directory"
+            case _:
+                reason = "source"
+        raise SlideError(reason, str(error)) from error
 
 
 def _file_digest(uri: str) -> str:
@@ -81,23 +133,34 @@ def _samples(offsets: Sequence[int], counts: Sequence[int], size: int) -> list[R
     return [(start, length) for start, length in ranges if length and start + length <= size]  # sparse, cut off
 
 
+def _suffix(uri: str) -> str:
+    return uri.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _companion_folder(uri: str) -> str:
+    folder, _, name = uri.rpartition("/")
+    return storage.join(folder, name.rpartition(".")[0]) if _suffix(uri) == "mrxs" else folder
+
+
 def _companions(uri: str) -> Iterator[str]:
     """The other files that belong to the slide whose main file is `uri`."""
-    folder, _, name = uri.rpartition("/")
-    stem, _, suffix = name.rpartition(".")
-    if suffix.lower() == "mrxs":
-        data = storage.join(folder, stem)
-        yield from (storage.join(data, entry) for entry in storage.list_names(data))
-    elif suffix.lower() == "vms":
-        text = storage.read_bytes(uri).decode("latin-1")
-        named = set(re.findall(r"^\w+(?:\(\d+,\d+\))?=(\S+)\s*$", text, re.MULTILINE))
-        yield from (storage.join(folder, entry) for entry in storage.list_names(folder) if entry in named)
-    elif suffix.lower() == "dcm":
+    suffix = _suffix(uri)
+    if suffix not in COMPANIONS:
+        return
+    folder = _companion_folder(uri)
+    names = storage.list_names(folder)
+    if suffix == "vms":
+        names = [name for name in names if name in _vms_names(uri)]
+    elif suffix == "dcm":
         series = _dicom_series(uri)
-        for entry in storage.list_names(folder) if series else ():
-            member = storage.join(folder, entry)
-            if entry.lower().endswith(".dcm") and _dicom_series(member) == series:
-                yield member
+        names = [name for name in names if _suffix(name) == "dcm"] if series else []
+        names = [name for name in names if _dicom_series(storage.join(folder, name)) == series]
+    yield from (storage.join(folder, name) for name in names)
+
+
+def _vms_names(uri: str) -> set[str]:
+    text = storage.read_bytes(uri).decode("latin-1")
+    return set(re.findall(r"^\w+(?:\(\d+,\d+\))?=(\S+)\s*$", text, re.MULTILINE))
 
 
 def _dicom_series(uri: str) -> bytes | None:

@@ -1,37 +1,48 @@
 """The tile stage on Ray Data: slides of a cohort to committed slides of a patch store.
 
-One row is one slide reference; pixels never pass through Ray's object store. Each task reads one slide, writes
-it to the store and returns its status, so a bad slide costs that slide. The tasks load no torch.
+A row is a reference to slides, or to parts of one; pixels never pass through Ray's object store. First, groups of
+slides: each task tiles its small ones and plans its large ones. Then shares of the large ones, whose parts tasks
+write straight to the store from any node; the driver commits a slide when its last share is done. A bad slide costs
+that slide. The tasks load no torch.
 """
 
 from __future__ import annotations
 
 import pickle
 import tempfile
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline.balance import group_slides, share_count, shares
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
-from pipeline.identity import slide_digest
-from pipeline.patches import PatchStore, SlideStatus, slide_key
-from pipeline.slide import open_slide
-from pipeline.storage import SourceVersion
-from pipeline.tiling import PatchRow, effective_mpp, tile_slide
-
-TRANSIENT = frozenset({"missing", "directory", "source", "changed", "crash"})
-"""Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
+from pipeline.parts import part_count
+from pipeline.patches import PatchStore, SlideStatus
+from pipeline.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
 
 STATUS_THREADS = 16  # look-ups wait on the storage, not on the CPU
-MAX_ATTEMPTS = 3  # on one node, at a slide whose process is killed
-MAX_BLOCKS = 4096  # Ray Data tasks of one job; beyond, a task tiles several slides in turn
+MAX_ATTEMPTS = 3  # on one node, at a slide or share whose process is killed
+WAVE = 1024  # tasks handed to Ray Data at a time: plans of 50 KB that the driver sends along
+
+Outcome = SlideStatus | LargeSlide | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all tasks of one call share. Picklable."""
+
+    run: str
+    spec: TilingConfig
+    store: str
+    cpus: float
 
 
 def tile_cohort(
@@ -44,15 +55,15 @@ def tile_cohort(
 ) -> list[SlideStatus]:
     """Tile the slides that the store does not know yet; statuses come back in the order of `slides`.
 
-    Ray must be initialised, unless every slide is known already. Each slide is committed on its own: after an
-    interruption the next call goes on with the rest.
+    Ray must be initialised, unless every slide is known already. Each slide is committed on its own, and the parts
+    of a large one are kept: after an interruption the next call goes on with the rest.
 
     Args:
         slides: rows of the cohort; two with the same content become one stored slide.
         spec: how to tile.
         store: root of the patch store.
         cpus: CPUs that Ray reserves for each task.
-        on_status: called for every slide, known ones first, then as they are finished.
+        on_status: called once for every slide, known ones first, then as they are finished.
 
     Raises:
         StorageError: the store itself cannot be read or written, or no slide at all can be reached (wrong
@@ -60,139 +71,114 @@ def tile_cohort(
     """
     patches = PatchStore(store, spec.fingerprint())
     with ThreadPoolExecutor(STATUS_THREADS) as pool:
-        statuses = list(pool.map(lambda slide: _known(slide, patches), slides))
-    known = [status for status in statuses if status is not None]
-    unreachable = [status for status in known if status.reason is not None and status.reason.startswith("source: ")]
+        found = list(pool.map(lambda slide: _look_up(slide, spec, patches), slides))
+    statuses = {number: status for number, status in enumerate(found) if isinstance(status, SlideStatus)}
+    sizes = {number: size for number, size in enumerate(found) if isinstance(size, int)}
+    unreachable = [s for s in statuses.values() if s.reason is not None and s.reason.startswith("source: ")]
     if unreachable and len(unreachable) == len(slides):
-        raise StorageError(f"no slide can be reached; the first one: {known[0].reason}")
-    for status in known:
+        raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
+    for status in statuses.values():
         on_status(status)
-    pending = [number for number, status in enumerate(statuses) if status is None]
-    for number, status in _run([(number, slides[number]) for number in pending], spec, store, cpus):
+    for number, status in _tile(slides, sizes, _Job(uuid.uuid4().hex, spec, store, cpus)):
         statuses[number] = status
         on_status(status)
-    return [status for status in statuses if status is not None]
+    return [statuses[number] for number in range(len(slides))]
 
 
-def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:
-    """Tile one slide into the store, here and now; whatever is wrong with it becomes its status.
-
-    Raises:
-        StorageError: the store itself cannot be read or written.
-    """
-    patches = PatchStore(store, spec.fingerprint())
+def _look_up(slide: CohortSlide, spec: TilingConfig, patches: PatchStore) -> SlideStatus | int:
+    """The status of a slide that needs no work, done before or out of reach; else the bytes of its file."""
     try:
-        version = _version(slide)
+        version = version_of(slide, spec)
     except SlideError as error:
-        return _quarantined(slide, error.reason, error)
-    try:
-        status = _commit(slide, version, spec, patches)
-    except SlideError as error:
-        status = _quarantined(slide, error.reason, error)
-        if error.reason in TRANSIENT:
-            return status
-    except StorageError:
-        raise  # the store's: what concerns the slide is a SlideError by now
-    except Exception as error:  # one slide's unforeseen failure must not end the others' run
-        return _quarantined(slide, "crash", error)
-    patches.record(slide, version, status)
-    return status
+        return quarantined(slide, error.reason, error)
+    return patches.status(slide, version) or version.size
 
 
-def _commit(slide: CohortSlide, version: SourceVersion, spec: TilingConfig, patches: PatchStore) -> SlideStatus:
-    if version.size == 0:
-        raise SlideError("empty-file", f"{slide.uri}: zero bytes; copy the slide again")
-    with ExitStack() as stack:
-        with _reading(slide):
-            digest = slide_digest(slide.uri)
-            path = stack.enter_context(storage.local_copy(slide.uri))
-        reader = stack.enter_context(open_slide(path))
-        mpp = effective_mpp(reader.mpp, spec, slide.mpp)
-        key = slide_key(digest, mpp)
-        if patches.has(key):
-            stored = patches.slide(key)
+def _tile(slides: Sequence[CohortSlide], sizes: dict[int, int], job: _Job) -> Iterator[tuple[int, SlideStatus]]:
+    """Tile the slides whose numbers and bytes are given; statuses come as they are final."""
+    if not sizes:
+        return
+    numbers = list(sizes)
+    groups = group_slides(list(sizes.values()), _slots(job.cpus))
+    items = [pickle.dumps([(numbers[place], slides[numbers[place]]) for place in group]) for group in groups]
+    large: dict[int, LargeSlide] = {}
+    for number, outcome in _run(_tile_group, items, job):
+        if isinstance(outcome, LargeSlide):
+            large[number] = outcome
         else:
-            tiling = tile_slide(reader, spec, mpp)
-            stored = patches.write(digest, mpp, reader, tiling, _unchanged(tiling.rows(), slide, version))
-    n_patches, n_bad_tiles = stored.n_patches, stored.n_bad_tiles
-    return SlideStatus(slide.slide_id, slide.uri, key, "committed", None, n_patches, n_bad_tiles)
+            assert outcome is not None
+            yield number, outcome
+    yield from _tile_large(large, job)
 
 
-def _unchanged(rows: Iterator[PatchRow], slide: CohortSlide, version: SourceVersion) -> Iterator[PatchRow]:
-    """The rows; fails before the commit when the slide was replaced while it was read."""
-    yield from rows
-    if _version(slide) != version:
-        raise SlideError("changed", f"{slide.uri}: the file was replaced while it was read; run again")
+def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, SlideStatus]]:
+    """Tile the planned slides share by share, and commit each one when its last share is done."""
+    cut: dict[int, list[range]] = {}
+    for number, slide in large.items():
+        parts = part_count(slide.planned.tiling)
+        cut[number] = shares(parts, share_count(parts, slide.planned.tiling.grid.patch_px))
+    open_shares = {number: len(parts) for number, parts in cut.items()}
+    items = (pickle.dumps((number, large[number], parts)) for number in cut for parts in cut[number])
+    final: dict[int, SlideStatus] = {}
+    for number, outcome in _run(_tile_share, items, job):
+        assert not isinstance(outcome, LargeSlide)
+        open_shares[number] -= 1
+        if outcome is not None:
+            final.setdefault(number, outcome)
+        if not open_shares[number]:
+            yield number, final.get(number) or finish_slide(large[number], job.spec, job.store)
 
 
-def _known(slide: CohortSlide, patches: PatchStore) -> SlideStatus | None:
-    """The status of a slide that needs no work: done before, or out of reach."""
-    try:
-        version = _version(slide)
-    except SlideError as error:
-        return _quarantined(slide, error.reason, error)
-    return patches.status(slide, version)
+def _slots(cpus: float) -> float:
+    """Tasks that the cluster runs at a time."""
+    import ray
 
-
-def _version(slide: CohortSlide) -> SourceVersion:
-    with _reading(slide):
-        return storage.source_version(slide.uri)
-
-
-@contextmanager
-def _reading(slide: CohortSlide) -> Iterator[None]:
-    """Tell a slide that cannot be reached (a SlideError) from a store that cannot (a StorageError)."""
-    try:
-        yield
-    except StorageError as error:
-        match error.__cause__:
-            case FileNotFoundError():
-                reason = "missing"
-            case IsADirectoryError():
-                reason = "directory"
-            case _:
-                reason = "source"
-        raise SlideError(reason, str(error)) from error
-
-
-def _quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatus:
-    message = f"{reason}: {error}" if str(error) else f"{reason}: {type(error).__name__}"
-    trace = "".join(traceback.format_exception(error))
-    return SlideStatus(slide.slide_id, slide.uri, None, "quarantined", message, error=trace)
+    return max(1.0, float(ray.cluster_resources().get("CPU", 1.0)) / cpus)
 
 
 def _run(
-    work: Sequence[tuple[int, CohortSlide]], spec: TilingConfig, store: str, cpus: float
-) -> Iterator[tuple[int, SlideStatus]]:
-    """Tile the numbered slides on Ray; results come as they are finished."""
-    if not work:
-        return
+    task: Callable[[dict[str, bytes], _Job], Iterator[dict[str, Any]]], items: Iterable[bytes], job: _Job
+) -> Iterator[tuple[int, Outcome]]:
+    """Run one task for each item on Ray, in waves; results come as tasks end."""
     import ray.data  # loads for seconds, and a complete store needs none of it
 
-    run = uuid.uuid4().hex
-    items = [{"number": number, "slide": pickle.dumps(slide)} for number, slide in work]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map(
-        _tile_row, fn_kwargs={"spec": spec, "store": store, "run": run}, num_cpus=cpus
-    )
-    for row in dataset.iter_rows():
-        if row["failure"] is not None:
-            raise StorageError(row["failure"])
-        yield row["number"], pickle.loads(row["status"])
+    rest = iter(items)
+    while wave := [{"item": item} for item in islice(rest, WAVE)]:
+        dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
+        for row in dataset.flat_map(task, fn_kwargs={"job": job}, num_cpus=job.cpus).iter_rows():
+            if row["failure"] is not None:
+                raise StorageError(row["failure"])
+            yield row["number"], pickle.loads(row["outcome"])
 
 
-def _tile_row(row: dict[str, Any], spec: TilingConfig, store: str, run: str) -> dict[str, Any]:
-    """One Ray Data row to another; a failing store is data here, so that Ray neither retries nor wraps it."""
-    slide: CohortSlide = pickle.loads(row["slide"])
+def _tile_group(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
+    """Small slides to statuses, large ones to plans."""
+    work: list[tuple[int, CohortSlide]] = pickle.loads(row["item"])
+    for number, slide in work:
+        begin = partial(begin_slide, slide, job.spec, job.store, whole=False)
+        yield _guarded(number, f"{job.run}-{number}", slide, begin)
+
+
+def _tile_share(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
+    """Some parts of a large slide."""
+    work: tuple[int, LargeSlide, range] = pickle.loads(row["item"])
+    number, large, parts = work
+    share = partial(store_share, large, parts, job.spec, job.store)
+    yield _guarded(number, f"{job.run}-{number}-{parts.start}", large.slide, share)
+
+
+def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outcome]) -> dict[str, Any]:
+    """The row of what the work gives; a failing store is data here, so that Ray neither retries nor wraps it."""
     try:
-        with _attempt(f"{run}-{row['number']}") as attempts:
+        with _attempt(name) as attempts:
             if attempts > MAX_ATTEMPTS:
                 killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
-                status = _quarantined(slide, "crash", killed)
+                outcome: Outcome = quarantined(slide, "crash", killed)
             else:
-                status = store_slide(slide, spec, store)
+                outcome = work()
     except StorageError as error:
-        return {"number": row["number"], "status": b"", "failure": str(error)}
-    return {"number": row["number"], "status": pickle.dumps(status), "failure": None}
+        return {"number": number, "outcome": b"", "failure": str(error)}
+    return {"number": number, "outcome": pickle.dumps(outcome), "failure": None}
 
 
 @contextmanager

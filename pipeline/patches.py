@@ -1,20 +1,20 @@
-"""The patch store: what tiling commits, and exact reads of it.
+"""The patch store: which slides are committed, what became of each source, and exact reads.
 
 `<root>/<spec fingerprint>/<slide key>/` holds `part-00000.arrow` (uncompressed Arrow IPC files), `index.parquet`,
 `thumbnail.jpg` and `slide.json`, which is written last: a slide without it does not exist. All bytes follow from
 the slide's content and the spec, so two writers of one slide write the same files and a lost race harms nothing.
 `<root>/<spec fingerprint>/sources/` remembers for each source URI which version of it gave which slide, or why
-it gave none.
+it gave none; `unfinished/` which parts are whole of a slide that several tasks share, until it is committed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,11 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.errors import StorageError
-from pipeline.schema import INDEX, PATCHES, SCHEMA_VERSION
-from pipeline.slide import SlideReader, tool_versions
+from pipeline.parts import part_name
 from pipeline.storage import SourceVersion
-from pipeline.tiling import PatchRow, SlideTiling
 
-BATCH_PATCHES = 256  # a record batch: 8 to 15 MB of 256 px patches
-PART_PATCHES = 8192
-PART_BYTES = 64 * 2**20  # a part is built in memory: this bounds a tiling task, whatever the slide
+SOURCES, UNFINISHED = "sources", "unfinished"
+"""Folders beside those of the slides."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -180,148 +177,17 @@ class PatchStore:
             **values,
         )
 
-    def write(
-        self, digest: str, mpp: float | None, reader: SlideReader, tiling: SlideTiling, rows: Iterator[PatchRow]
-    ) -> StoredSlide:
-        """Tile an open slide into the store and commit it.
-
-        Args:
-            digest: of the slide's content (`identity.slide_digest`).
-            mpp: microns per level-0 px the tiling was planned with.
-            reader: the open slide, for its facts.
-            tiling: its planned patches.
-            rows: `tiling.rows()`, not yet iterated.
-
-        Raises:
-            SlideError: the slide turned out unusable; nothing is committed.
-            StorageError: the store cannot be written.
-        """
-        key = slide_key(digest, mpp)
-        uri = storage.join(self.uri, key)
-        index, parts = [], []
-        for number, (part, first) in enumerate(_parts(rows)):
-            data = _part_bytes(part, first)
-            storage.write_bytes(storage.join(uri, part_name(number)), data)
-            index.append(_part_index(data, number))
-            parts.append(_digest(part_name(number), data, len(part)))
-        table = _parquet(pa.concat_tables(index))
-        storage.write_bytes(storage.join(uri, "index.parquet"), table)
-        storage.write_bytes(storage.join(uri, "thumbnail.jpg"), tiling.thumbnail.jpeg)
-        facts = {
-            "schema_version": SCHEMA_VERSION,
-            "key": key,
-            "content": digest,
-            "mpp": mpp,
-            **_slide_facts(reader),
-            **_tiling_facts(tiling),
-            "parts": parts,
-            "index": _digest("index.parquet", table, sum(part["patches"] for part in parts)),
-            "tools": tool_versions(),
-        }
-        storage.write_json(storage.join(uri, "slide.json"), facts)
-        return self.slide(key)
-
     def _pointer(self, slide: CohortSlide) -> str:
         source = json.dumps([slide.uri, slide.mpp])
-        return storage.join(self.uri, "sources", hashlib.sha256(source.encode()).hexdigest() + ".json")
+        return storage.join(self.uri, SOURCES, hashlib.sha256(source.encode()).hexdigest() + ".json")
 
 
-def slide_key(digest: str, mpp: float | None) -> str:
-    """Name of a slide in the store: its content and the microns per px it is taken to have."""
-    return hashlib.sha256(json.dumps([digest, mpp]).encode()).hexdigest()[:32]
-
-
-def part_name(number: int) -> str:
-    """File name of a part."""
-    return f"part-{number:05d}.arrow"
-
-
-def _parts(rows: Iterator[PatchRow]) -> Iterator[tuple[list[PatchRow], int]]:
-    """Cut the rows into parts; with each, the number of its first row."""
-    part: list[PatchRow] = []
-    first = size = 0
-    for row in rows:
-        part.append(row)
-        size += len(row.image)
-        if len(part) == PART_PATCHES or size >= PART_BYTES:
-            yield part, first
-            first, size, part = first + len(part), 0, []
-    if part:
-        yield part, first
-
-
-def _part_bytes(rows: Sequence[PatchRow], first: int) -> bytes:
-    """An Arrow IPC file of the rows, numbered from `first`."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, PATCHES) as writer:
-        for start in range(0, len(rows), BATCH_PATCHES):
-            batch = rows[start : start + BATCH_PATCHES]
-            columns = [
-                range(first + start, first + start + len(batch)),
-                [row.x for row in batch],
-                [row.y for row in batch],
-                [row.level for row in batch],
-                [row.image for row in batch],
-            ]
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, PATCHES, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=PATCHES))
-    return bytes(sink.getvalue())
-
-
-def _part_index(data: bytes, number: int) -> pa.Table:
-    """The index rows of one part; offsets come from the addresses Arrow itself reads the images at."""
-    buffer = pa.py_buffer(data)
-    reader = pa.ipc.open_file(buffer)
-    batches = []
-    for i in range(reader.num_record_batches):
-        batch = reader.get_batch(i)
-        _, offsets, images = batch.column("image").buffers()
-        bounds = np.frombuffer(offsets, np.int64, len(batch) + 1) + (images.address - buffer.address)
-        arrays = [
-            *(batch.column(name) for name in ("row", "x", "y", "level")),
-            pa.array(np.full(len(batch), number, np.int32)),
-            pa.array(bounds[:-1]),
-            pa.array(np.diff(bounds)),
-        ]
-        batches.append(pa.record_batch(arrays, schema=INDEX))
-    return pa.Table.from_batches(batches, schema=INDEX)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
-
-
-def _digest(name: str, data: bytes, patches: int) -> dict[str, Any]:
-    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "patches": patches}
-
-
-def _slide_facts(reader: SlideReader) -> Mapping[str, Any]:
-    return {
-        "vendor": reader.vendor,
-        "stated_mpp": reader.mpp,
-        "dimensions": list(reader.dimensions),
-        "levels": [[level.width, level.height, level.downsample] for level in reader.levels],
-    }
-
-
-def _tiling_facts(tiling: SlideTiling) -> Mapping[str, Any]:
-    grid, thumbnail, lost = tiling.grid, tiling.thumbnail, len(tiling.bad_tiles)
-    return {
-        "spec": tiling.spec.model_dump(mode="json", exclude={"max_bad_slides", "cpus"}),
-        "level": grid.level,
-        "read_px": grid.read_px,
-        "patch_px": grid.patch_px,
-        "downsample": grid.scale,
-        "stride": grid.stride_px * grid.downsample,
-        "grid": [grid.columns, grid.rows],
-        "n_patches": len(tiling.cells) - lost,
-        "rejects": {"tissue": tiling.n_grid - len(tiling.cells), "bad-tile": lost},
-        "n_bad_tiles": lost,
-        "bad_tiles": tiling.bad_tiles,
-        "thumbnail": {"width": thumbnail.width, "height": thumbnail.height, "scale": thumbnail.scale},
-    }
+def slide_key(digest: str, mpp: float | None, guide: str | None = None) -> str:
+    """Name of a slide in the store: its content, the microns per px it is taken to have, and the digest of the mask
+    and coordinates that say where its patches are.
+    """
+    identity = [digest, mpp] if guide is None else [digest, mpp, guide]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 @lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each

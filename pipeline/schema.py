@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1  # part of the patch store's key, so a change of layout never reads old files
+SCHEMA_VERSION = 2  # part of the patch store's key, so a change of layout never reads old files
 
 _META = {b"ips.schema_version": str(SCHEMA_VERSION).encode()}
 
 PATCHES = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
+        pa.field("cell", pa.int64(), nullable=False),  # number in the slide's plan, with gaps where one was lost
         pa.field("x", pa.int64(), nullable=False),  # level-0 px of the patch's left edge
         pa.field("y", pa.int64(), nullable=False),  # level-0 px of its upper edge
         pa.field("level", pa.int32(), nullable=False),  # pyramid level that was read
@@ -21,7 +21,8 @@ PATCHES = pa.schema(
 
 INDEX = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),  # of the slide's stored patches, without gaps
+        pa.field("cell", pa.int64(), nullable=False),  # as in the part
         pa.field("x", pa.int64(), nullable=False),
         pa.field("y", pa.int64(), nullable=False),
         pa.field("level", pa.int32(), nullable=False),

@@ -9,7 +9,7 @@ refuse the uploads of newer SDKs, or answer a range read with the whole object's
 A write is whole or absent: a temporary name, fsync and rename locally; one PUT or multipart upload on S3.
 Every failure is a `StorageError` that names the URI, the reason and the remedy. Waits are finite: 5 s to connect and
 15 s without a byte, twice; a body that breaks off is asked for once more. A dead endpoint costs 10 s, one that
-connects and is silent a minute.
+connects and is silent a minute. `AWS_MAX_ATTEMPTS` sets another patience than 2 (training: 24, about 4 minutes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,15 +91,13 @@ def source_version(uri: str) -> SourceVersion:
     """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
     with _failures(uri, "read"):
         if is_remote(uri):
-            info = s3.client().info(s3.key(uri))
-            if info["type"] == "directory":
-                raise IsADirectoryError
-            return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)
-        path = _path(uri)
-        if path.is_dir():
+            version = _s3_version(s3.client().info(s3.key(uri)))
+        else:
+            path = _path(uri)
+            version = None if path.is_dir() else _local_version(path.stat())
+        if version is None:
             raise IsADirectoryError
-        found = path.stat()
-        return SourceVersion(found.st_size, None, found.st_mtime)
+        return version
 
 
 def read_bytes(uri: str) -> bytes:
@@ -107,6 +105,16 @@ def read_bytes(uri: str) -> bytes:
     with _failures(uri, "read"):
         data: bytes = s3.client().cat_file(s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
         return data
+
+
+def read_if_there(uri: str) -> bytes | None:
+    """The whole file; None when it does not exist."""
+    try:
+        return read_bytes(uri)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -154,17 +162,61 @@ def write_json(uri: str, obj: object) -> None:
 
 def list_names(uri: str) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; none when it does not exist."""
+    return sorted(name for name in _entries(uri) if not is_temporary(name))
+
+
+def list_versions(uri: str) -> dict[str, SourceVersion]:
+    """The state of each file directly in a folder, by name and unfinished ones included; of S3 in one request."""
+    found = _entries(uri)
+    return {name: version for name, version in sorted(found.items()) if version is not None}
+
+
+def _entries(uri: str) -> dict[str, SourceVersion | None]:
+    """What is directly in a folder, by name; folders have no version."""
     with _failures(uri, "list"):
         try:
             if is_remote(uri):
-                names = [str(path).rpartition("/")[2] for path in s3.client().ls(s3.key(uri), detail=False)]
-            else:
-                names = [entry.name for entry in _path(uri).iterdir()]
+                entries = s3.client().ls(s3.key(uri), detail=True)
+                named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
+                return {name: _s3_version(entry) for name, entry in named.items() if name}
+            with os.scandir(_path(uri)) as entries:
+                return {entry.name: None if entry.is_dir() else _local_version(entry.stat()) for entry in entries}
         except FileNotFoundError as error:
             if s3.code(error) == "NoSuchBucket":
                 raise
-            return []
-    return sorted(name for name in names if name and not _is_temporary(name))
+            return {}
+
+
+def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:
+    if info["type"] == "directory":
+        return None
+    return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)
+
+
+def _local_version(found: os.stat_result) -> SourceVersion:
+    return SourceVersion(found.st_size, None, found.st_mtime)
+
+
+def delete(uri: str) -> None:
+    """Remove a file; one that does not exist is no error."""
+    with _failures(uri, "delete"):
+        try:
+            if is_remote(uri):
+                s3.client().rm_file(s3.key(uri))
+            else:
+                _path(uri).unlink()
+        except FileNotFoundError:
+            return
+
+
+def delete_folder(uri: str) -> None:
+    """Remove a folder with all below it; one that does not exist is no error."""
+    with _failures(uri, "delete"):
+        if is_remote(uri):
+            for name in s3.client().find(s3.key(uri)):
+                s3.client().rm_file(name)
+        elif _path(uri).is_dir():
+            shutil.rmtree(_path(uri))
 
 
 def download(uri: str, path: Path) -> None:
@@ -200,16 +252,22 @@ def upload_tree(path: Path, uri: str) -> None:
 
 
 @contextmanager
-def local_copy(uri: str) -> Iterator[Path]:
-    """A local path of the file, under its own name: the file itself, or a download kept for the block."""
+def local_copy(uri: str, files: Sequence[str] = ()) -> Iterator[Path]:
+    """A local path of the file, under its own name: the file itself, or a download kept for the block.
+
+    Args:
+        uri: the file.
+        files: what has to lie beside or below it, by the same names: companions of a slide.
+    """
     if not is_remote(uri):
         source_version(uri)
         yield _path(uri)
         return
+    above = s3.key(uri).rpartition("/")[0] + "/"
     with tempfile.TemporaryDirectory(prefix="ips-") as folder:
-        path = Path(folder, s3.key(uri).rpartition("/")[2])
-        download(uri, path)
-        yield path
+        for file in (uri, *(file for file in files if file != uri)):
+            download(file, Path(folder, s3.key(file).removeprefix(above)))
+        yield Path(folder, s3.key(uri).removeprefix(above))
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -234,7 +292,8 @@ def _path(uri: str) -> Path:
     return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100
 
 
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is being written, or was when its writer was killed."""
     return name.startswith(".") and name.endswith(".tmp")
 
 

@@ -13,8 +13,8 @@ from pipeline.build import build_model
 from pipeline.checkpoint import save_model
 from pipeline.cohort import Cohort, CohortSlide
 from pipeline.config import Config
-from pipeline.ingest import store_slide
 from pipeline.patches import PatchStore, StoredSlide
+from pipeline.tiler import store_slide
 
 WIDTH, HEIGHT, PATCH = 211, 157, 32  # a grid of 6 x 4 whole patches
 

@@ -8,27 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from pipeline import ingest, storage, tiling
+from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
-from pipeline.ingest import store_slide, tile_cohort
-from pipeline.patches import PatchStore, SlideStatus
+from pipeline.ingest import tile_cohort
+from pipeline.patches import SlideStatus
+from pipeline.tiler import store_slide
+from tests.pipeline.slides import RGB, SPEC, row, spoilt
 from tests.s3 import serve_s3
-from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
+from tests.synth import tissue_rgb, write_pyramid
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-
-RGB = tissue_rgb(613, 487)
-SPEC = TilingConfig(patch_px=64, min_tissue=0.4)
-
-
-def row(path: Path, mpp: float | None = None) -> CohortSlide:
-    return CohortSlide(path.stem, str(path), path.stem, None, mpp, {"tumor": "1"}, {})
 
 
 def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> list[SlideStatus]:
@@ -49,143 +42,12 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_a_good_slide_is_committed(good: Path, store: Path) -> None:
-    status = store_slide(row(good), SPEC, str(store))
-    assert (status.status, status.reason, status.error) == ("committed", None, None)
-    assert status.key is not None
-    stored = PatchStore(str(store), SPEC.fingerprint()).slide(status.key)
-    assert stored.n_patches == status.n_patches > 10
-
-
-def spoilt(kind: str, good: Path, folder: Path) -> Path:
-    path = folder / f"{kind}.tiff"
-    if kind == "blank":
-        return write_pyramid(path, np.full((307, 411, 3), 244, np.uint8), levels=1)
-    if kind == "no-mpp":
-        return write_pyramid(path, RGB, levels=1, mpp=None)
-    if kind == "absurd-mpp":
-        return write_pyramid(path, RGB, levels=1, mpp=352.8)
-    if kind == "coarse":
-        return write_pyramid(path, RGB, levels=1, mpp=2.0)
-    if kind == "tiny":
-        return write_pyramid(path, tissue_rgb(61, 53), levels=1)
-    if kind == "folder":
-        path.mkdir()
-        return path
-    if kind != "none":
-        shutil.copy(good, path)
-    if kind == "zeroed":
-        zero_tile(path, 0, 1)
-    if kind in {"cut", "empty"}:
-        cut(path, {"cut": 0.7, "empty": 0.0}[kind])
-    if kind == "text":
-        path.write_text("not a slide")
-    return path
-
-
-PERMANENT = {
-    "blank": "no-tissue",
-    "no-mpp": "missing-mpp",
-    "absurd-mpp": "absurd-mpp",
-    "coarse": "too-coarse",
-    "tiny": "too-small",
-    "zeroed": "bad-tiles",
-    "cut": "not-a-slide",
-    "empty": "empty-file",
-    "text": "not-a-slide",
-}
-TRANSIENT = {"folder": "directory", "none": "missing"}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize(("kind", "reason"), (PERMANENT | TRANSIENT).items())
-def test_bad_slides_are_quarantined_with_their_reason(
-    kind: str, reason: str, good: Path, tmp_path: Path, store: Path
-) -> None:
-    slide = row(spoilt(kind, good, tmp_path))
-    status = store_slide(slide, SPEC, str(store))
-    assert (status.status, status.key, status.n_patches) == ("quarantined", None, 0)
-    assert status.reason is not None
-    assert status.reason.startswith(reason + ": ")
-    assert status.error is not None
-    assert "Traceback" in status.error
-    assert not list(store.rglob("slide.json"))
-    if kind in PERMANENT:
-        patches = PatchStore(str(store), SPEC.fingerprint())
-        assert patches.status(slide, storage.source_version(slide.uri)) == status
-
-
-def test_a_few_bad_tiles_are_counted_and_shown(good: Path, tmp_path: Path, store: Path) -> None:
-    spec = SPEC.model_copy(update={"max_bad_tiles": 0.9})
-    status = store_slide(row(spoilt("zeroed", good, tmp_path)), spec, str(store))
-    assert status.status == "committed"
-    assert status.n_bad_tiles > 0
-    again = store_slide(row(spoilt("zeroed", good, tmp_path)), spec, str(store))
-    assert again == status
-
-
 @pytest.mark.ray
 def test_a_mended_slide_is_tiled_again(good: Path, tmp_path: Path, store: Path, ray_session: None) -> None:
     path = spoilt("text", good, tmp_path)
     assert tile([row(path)], store)[0].status == "quarantined"
     shutil.copy(good, path)
     assert tile([row(path)], store)[0].status == "committed"
-
-
-def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
-    Image.fromarray(RGB).save(tmp_path / "plain.png")
-    Image.fromarray(RGB).save(tmp_path / "plain.jpg")
-    spec = SPEC.model_copy(update={"mpp": None})
-    assert store_slide(row(tmp_path / "plain.png"), spec, str(store)).status == "committed"
-    assert store_slide(row(tmp_path / "plain.jpg"), spec, str(store)).status == "committed"
-    assert store_slide(row(tmp_path / "plain.png", mpp=0.5), SPEC, str(store)).status == "committed"
-
-
-def test_a_slide_replaced_while_it_is_read_is_not_committed(
-    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(shutil.copy(good, tmp_path / "moving.tiff"))
-    original = tiling.tile_slide
-
-    def replacing(*args: object) -> object:
-        os.utime(path, (1, 1))
-        return original(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ingest, "tile_slide", replacing)
-    status = store_slide(row(path), SPEC, str(store))
-    assert status.reason is not None
-    assert status.reason.startswith("changed: ")
-    assert not list(store.rglob("*.json"))
-    monkeypatch.undo()
-    assert store_slide(row(path), SPEC, str(store)).status == "committed"
-
-
-def test_content_that_is_stored_is_not_tiled_again(
-    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = store_slide(row(good), SPEC, str(store))
-    twin = Path(shutil.copy(good, tmp_path / "twin.tiff"))
-    monkeypatch.delattr(ingest, "tile_slide")
-    second = store_slide(row(twin), SPEC, str(store))
-    assert (second.slide_id, second.key, second.n_patches) == ("twin", first.key, first.n_patches)
-
-
-def test_an_unforeseen_failure_costs_one_slide_and_is_not_remembered(
-    good: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*_: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(ingest, "tile_slide", failing)
-    status = store_slide(row(good), SPEC, str(store))
-    assert status.reason == "crash: ZeroDivisionError"
-    assert not list(store.rglob("*.json"))
-
-
-def test_a_store_that_cannot_be_written_is_no_slides_fault(good: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file"):
-        store_slide(row(good), SPEC, str(tmp_path / "file" / "store"))
 
 
 def test_slides_and_store_on_s3(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,9 +111,10 @@ import os, pickle, signal, sys
 from pipeline import ingest
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
-ingest.store_slide = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-row = {"number": 7, "slide": pickle.dumps(CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))}
-status = pickle.loads(ingest._tile_row(row, TilingConfig(), "store", "run")["status"])
+ingest.begin_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))]
+rows = ingest._tile_group({"item": pickle.dumps(work)}, ingest._Job("run", TilingConfig(), "store", 1))
+status = pickle.loads(next(rows)["outcome"])
 print(status.status, status.reason)
 """
 
@@ -269,7 +132,8 @@ import sys
 from pathlib import Path
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
-from pipeline.ingest import store_slide, tile_cohort
+from pipeline.ingest import tile_cohort
+from pipeline.tiler import store_slide
 path, store = sys.argv[1:]
 spec = TilingConfig(patch_px=64, min_tissue=0.4)
 slide = CohortSlide("good", path, "good", None, None, {}, {})

@@ -1,29 +1,24 @@
-"""The patch store: commits, deterministic bytes, exact reads."""
+"""The patch store: what is committed, what became of each source, exact reads."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline import patches, storage
+from pipeline import parts, storage
 from pipeline.cohort import CohortSlide
+from pipeline.commit import plan_slide, write_slide
 from pipeline.config_data import TilingConfig
-from pipeline.errors import SlideError, StorageError
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
-from pipeline.schema import PATCHES
 from pipeline.slide import open_slide
 from pipeline.storage import SourceVersion
-from pipeline.tiling import PatchRow, tile_slide
+from pipeline.tiling import tile_slide
 from tests.synth import tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(1013, 787)
@@ -35,23 +30,15 @@ def cohort_slide(uri: str, mpp: float | None = None) -> CohortSlide:
     return CohortSlide("s1", uri, "p1", None, mpp, {}, {})
 
 
-def write(store: Path, source: Path, digest: str = "d1") -> StoredSlide:
-    with open_slide(source) as reader:
-        tiling = tile_slide(reader, SPEC, 0.5)
-        return PatchStore(str(store), SPEC.fingerprint()).write(digest, 0.5, reader, tiling, tiling.rows())
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pyramid(tmp_path_factory.mktemp("slides") / "a.tiff", RGB)
-
-
 @pytest.fixture
-def stored(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> StoredSlide:
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoredSlide:
     """A slide of several parts of several batches."""
-    monkeypatch.setattr(patches, "BATCH_PATCHES", 37)
-    monkeypatch.setattr(patches, "PART_PATCHES", 101)
-    return write(tmp_path / "store", source)
+    monkeypatch.setattr(parts, "BATCH_PATCHES", 37)
+    monkeypatch.setattr(parts, "MAX_PART_PATCHES", 101)
+    source = write_pyramid(tmp_path / "a.tiff", RGB)
+    with open_slide(source) as reader:
+        planned = plan_slide("d1", 0.5, reader, tile_slide(reader, SPEC, 0.5))
+        return write_slide(PatchStore(str(tmp_path / "store"), SPEC.fingerprint()), planned, lambda: None)
 
 
 def test_offsets_point_at_the_jpegs(stored: StoredSlide) -> None:
@@ -65,17 +52,6 @@ def test_offsets_point_at_the_jpegs(stored: StoredSlide) -> None:
         assert image.endswith(b"\xff\xd9")
         x, y = index.x[row], index.y[row]
         assert np.abs(simplejpeg.decode_jpeg(image).astype(int) - RGB[y : y + 32, x : x + 32]).mean() < 8
-
-
-def test_parts_are_plain_arrow_files(stored: StoredSlide) -> None:
-    tables = []
-    for path in sorted(Path(stored.uri).glob("part-*.arrow")):
-        with pa.ipc.open_file(path) as reader:
-            assert reader.schema.equals(PATCHES, check_metadata=True)
-            tables.append(reader.read_all())
-    table = pa.concat_tables(tables)
-    assert table.column("row").to_pylist() == list(range(stored.n_patches))
-    assert table.column("image").to_pylist() == stored.payloads(range(stored.n_patches))
 
 
 def test_payloads_come_in_the_order_asked_for(stored: StoredSlide) -> None:
@@ -107,26 +83,6 @@ def test_positions_are_grid_cells(stored: StoredSlide) -> None:
     assert positions[:, 0].max() > positions[:, 1].max()
 
 
-def test_two_writers_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    write(tmp_path / "a", source)
-    write(tmp_path / "b", source)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert [p.name for p in files] == ["index.parquet", "part-00000.arrow", "slide.json", "thumbnail.jpg"]
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_record_of_the_commit(stored: StoredSlide) -> None:
-    facts = json.loads((Path(stored.uri) / "slide.json").read_text())
-    assert facts["key"] == stored.key == slide_key("d1", 0.5)
-    assert facts["rejects"] == {"tissue": 31 * 24 - stored.n_patches, "bad-tile": 0}
-    assert sum(part["patches"] for part in facts["parts"]) == stored.n_patches
-    for entry in [*facts["parts"], facts["index"]]:
-        data = (Path(stored.uri) / entry["name"]).read_bytes()
-        assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"])
-    assert "max_bad_slides" not in facts["spec"]
-
-
 def test_a_stored_slide_is_small_and_picklable(stored: StoredSlide) -> None:
     stored.index()
     data = pickle.dumps(stored)
@@ -139,45 +95,6 @@ def test_thumbnail_fits_its_scale(stored: StoredSlide) -> None:
     with Image.open(io.BytesIO(stored.thumbnail())) as image:
         assert image.size == (512, 398)
     assert stored.thumbnail_scale == pytest.approx(1013 / 512)
-
-
-def test_the_commit_is_written_last(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-    original = storage.write_bytes
-
-    def noted(uri: str, data: bytes) -> None:
-        written.append(uri.rpartition("/")[2])
-        original(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", noted)
-    write(tmp_path, source)
-    assert written[-1] == "slide.json"
-    assert sorted(written)[:2] == ["index.parquet", "part-00000.arrow"]
-
-
-def test_a_slide_that_fails_midway_is_not_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "PART_PATCHES", 50)
-
-    def failing(rows: Iterator[PatchRow]) -> Iterator[PatchRow]:
-        for row, _ in zip(rows, range(120), strict=False):
-            yield row
-        raise SlideError("bad-tiles", "too many")
-
-    store = PatchStore(str(tmp_path), SPEC.fingerprint())
-    with open_slide(source) as reader:
-        tiling = tile_slide(reader, SPEC, 0.5)
-        with pytest.raises(SlideError, match="too many"):
-            store.write("d1", 0.5, reader, tiling, failing(tiling.rows()))
-    assert len(list(tmp_path.rglob("part-*.arrow"))) == 2
-    assert not store.has(slide_key("d1", 0.5))
-    with pytest.raises(StorageError, match="run the tile stage"):
-        store.slide(slide_key("d1", 0.5))
-
-
-def test_parts_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "PART_BYTES", 1000)
-    rows = [PatchRow(i, 0, 0, bytes(300)) for i in range(10)]
-    assert [(len(part), first) for part, first in patches._parts(iter(rows))] == [(4, 0), (4, 4), (2, 8)]
 
 
 def test_keys_tell_content_and_mpp_apart() -> None:

@@ -1,0 +1,183 @@
+"""Writing a slide to the patch store: planned, its parts written by one task or by several, then committed.
+
+Everything in a slide's folder follows from the slide's content and the spec, however the work was split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.config_base import fingerprint
+from pipeline.errors import StorageError
+from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, read_part, unpack
+from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
+from pipeline.schema import SCHEMA_VERSION
+from pipeline.slide import SlideReader, tool_versions
+from pipeline.tiling import SlideTiling
+
+RECORD_THREADS = 16  # requests of some KB each, which wait on the storage
+
+
+@dataclass(frozen=True)
+class PlannedSlide:
+    """A slide whose patches are known and not yet read. Picklable, without the open slide."""
+
+    key: str
+    digest: str
+    mpp: float | None
+    facts: Mapping[str, Any]
+    tiling: SlideTiling
+
+    def attached(self, reader: SlideReader) -> PlannedSlide:
+        """With the slide opened anew, so that its parts can be read."""
+        return replace(self, tiling=self.tiling.attached(reader))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what decides the parts' bytes beyond the spec: parts of another plan are not its parts."""
+        cells = hashlib.sha256(np.ascontiguousarray(self.tiling.cells).tobytes()).hexdigest()
+        return fingerprint({"cells": cells, **self.facts})
+
+
+def plan_slide(
+    digest: str, mpp: float | None, reader: SlideReader, tiling: SlideTiling, guide: str | None = None
+) -> PlannedSlide:
+    """An open slide's patches, planned and not yet read.
+
+    Args:
+        digest: of the slide's content (`identity.slide_digest`).
+        mpp: microns per level-0 px the tiling was planned with.
+        reader: the open slide, for its facts.
+        tiling: its planned patches.
+        guide: digest of the mask and coordinates that were given beside it.
+    """
+    facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
+    return PlannedSlide(slide_key(digest, mpp, guide), digest, mpp, facts, tiling)
+
+
+def write_slide(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
+    """Tile a planned slide into the store, whole, and commit it.
+
+    Args:
+        store: where to.
+        planned: its tiling is attached to the open slide.
+        unchanged: raises when the slide's file is no longer what it was; called before the commit.
+
+    Raises:
+        SlideError: the slide turned out unusable; nothing is committed.
+        StorageError: the store cannot be written.
+    """
+    parts = [_write_part(store, planned, number) for number in range(part_count(planned.tiling))]
+    unchanged()
+    return _commit(store, planned, parts)
+
+
+def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
+    """Write some parts of a slide that several tasks share; those that a killed run left finished are kept.
+
+    A part is recorded in `unfinished/` once it is whole, until the commit. Arguments and errors as `write_slide`.
+    """
+    for number in parts:
+        if _finished(store, planned, number) is None:
+            part = _write_part(store, planned, number)
+            unchanged()
+            storage.write_bytes(_record(store, planned, number), pack(part, planned.fingerprint))
+
+
+def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
+    """Commit a slide all of whose parts were written by `write_share`.
+
+    Raises:
+        SlideError: "bad-tiles", over all parts.
+        StorageError: a part's record is absent, or the store cannot be written.
+    """
+    numbers = range(part_count(planned.tiling))
+    with ThreadPoolExecutor(RECORD_THREADS) as pool:
+        if not store.has(planned.key):
+            parts = list(pool.map(lambda number: _finished(store, planned, number), numbers))
+            if None not in parts:
+                _commit(store, planned, [part for part in parts if part is not None])
+            elif not store.has(planned.key):  # else another job committed it meanwhile, and deleted the records
+                raise StorageError(f"{store.uri}/unfinished/{planned.key}: a part's record is gone; run again")
+        list(pool.map(lambda number: storage.delete(_record(store, planned, number)), numbers))
+    return store.slide(planned.key)
+
+
+def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
+    data, part = read_part(planned.tiling, number)
+    storage.write_bytes(storage.join(store.uri, planned.key, part.name), data)
+    return part
+
+
+def _finished(store: PatchStore, planned: PlannedSlide, number: int) -> Part | None:
+    """What a task left of a part that is whole; None when it is to be written."""
+    data = storage.read_if_there(_record(store, planned, number))
+    return None if data is None else unpack(data, planned.fingerprint)
+
+
+def _record(store: PatchStore, planned: PlannedSlide, number: int) -> str:
+    return storage.join(store.uri, UNFINISHED, planned.key, f"part-{number:05d}.parquet")
+
+
+def _commit(store: PatchStore, planned: PlannedSlide, parts: Sequence[Part]) -> StoredSlide:
+    uri, tiling = storage.join(store.uri, planned.key), planned.tiling
+    bad_tiles = [corner for part in parts for corner in part.bad_tiles]
+    tiling.check_lost(len(bad_tiles))
+    index = parquet_bytes(join_index(parts))
+    storage.write_bytes(storage.join(uri, "index.parquet"), index)
+    storage.write_bytes(storage.join(uri, "thumbnail.jpg"), tiling.thumbnail.jpeg)
+    for name, data in tiling.evidence.files.items():
+        storage.write_bytes(storage.join(uri, name), data)
+    thumbnail = {name: getattr(tiling.thumbnail, name) for name in ("width", "height", "scale")}
+    facts = {
+        **planned.facts,
+        "schema_version": SCHEMA_VERSION,
+        "key": planned.key,
+        "content": planned.digest,
+        "mpp": planned.mpp,
+        "rejects": {**planned.facts["rejects"], "bad-tile": len(bad_tiles)},
+        "n_patches": sum(part.patches for part in parts),
+        "n_bad_tiles": len(bad_tiles),
+        "bad_tiles": bad_tiles,
+        "parts": [part.facts() for part in parts],
+        "index": _file_facts("index.parquet", index),
+        "thumbnail": {**_file_facts("thumbnail.jpg", tiling.thumbnail.jpeg), **thumbnail},
+        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
+    }
+    storage.write_json(storage.join(uri, "slide.json"), facts)
+    return store.slide(planned.key)
+
+
+def _slide_facts(reader: SlideReader) -> dict[str, Any]:
+    return {
+        "vendor": reader.vendor,
+        "stated_mpp": reader.mpp,
+        "dimensions": list(reader.dimensions),
+        "levels": [[level.width, level.height, level.downsample] for level in reader.levels],
+    }
+
+
+def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
+    grid = tiling.grid
+    return {
+        "spec": tiling.spec.model_dump(mode="json", exclude={"max_bad_slides", "cpus", "coords"}),
+        "level": grid.level,
+        "read_px": grid.read_px,
+        "patch_px": grid.patch_px,
+        "downsample": grid.scale,
+        "stride": grid.stride_px * grid.downsample,
+        "grid": [grid.columns, grid.rows],
+        "rejects": dict(tiling.rejects),
+        "evidence": dict(tiling.evidence.facts),
+    }
+
+
+def _file_facts(name: str, data: bytes) -> dict[str, Any]:
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,150 @@
+"""One part of a stored slide: which of the slide's cells it holds, its bytes, and where in them each patch stands.
+
+Part k holds the patches of cells [k * P, (k + 1) * P) of the slide's plan, less those that cannot be decoded; P
+follows from the edge of a patch alone. So a part depends on the slide and the spec, and not on which task wrote it,
+on how many tasks shared the slide, or on what was lost elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.identity import reading_source
+from pipeline.schema import INDEX, PATCHES
+from pipeline.tiling import PatchRow, SlideTiling
+
+BATCH_PATCHES = 256  # a record batch: 3 to 15 MB of 256 px patches
+PART_PX = 2**26  # 1024 patches of 256 px: 10 to 60 MB of JPEG; a task holds one part, whatever the slide's size
+MAX_PART_PATCHES = 8192
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of a written part."""
+
+    name: str
+    bytes: int
+    sha256: str
+    patches: int
+    bad_tiles: tuple[tuple[int, int], ...]
+    """Level-0 x, y of the cells that could not be decoded."""
+    index: pa.Table
+    """Schema INDEX; `row` counts from 0 in the part."""
+
+    def facts(self) -> dict[str, Any]:
+        """The part's entry in the slide's commit."""
+        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "patches": self.patches}
+
+
+def part_name(number: int) -> str:
+    """File name of a part."""
+    return f"part-{number:05d}.arrow"
+
+
+def part_patches(patch_px: int) -> int:
+    """Cells of a part (P)."""
+    return max(1, min(MAX_PART_PATCHES, PART_PX // patch_px**2))
+
+
+def part_count(tiling: SlideTiling) -> int:
+    """Parts that a planned slide has."""
+    return -(-len(tiling.cells) // part_patches(tiling.grid.patch_px))
+
+
+def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
+    """Read and encode one part of an open slide: the file's bytes, and what is to be known of it.
+
+    Raises:
+        SlideError: "bad-tiles", or the slide broke as a whole.
+    """
+    size = part_patches(tiling.grid.patch_px)
+    start, stop = number * size, min((number + 1) * size, len(tiling.cells))
+    lost_before = len(tiling.bad_tiles)
+    corners = tiling.grid.level0_origins(tiling.cells[start:stop]).tolist()
+    cells = {(x, y): start + i for i, (x, y) in enumerate(corners)}
+    sink = pa.BufferOutputStream()
+    rows = tiling.rows(start, stop)
+    with reading_source(), pa.ipc.new_file(sink, PATCHES) as writer:
+        while batch := list(itertools.islice(rows, BATCH_PATCHES)):
+            writer.write_batch(_batch(batch, [cells[row.x, row.y] for row in batch]))
+    data = bytes(sink.getvalue())
+    index = part_index(data, number)
+    bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
+    sha256 = hashlib.sha256(data).hexdigest()
+    return data, Part(part_name(number), len(data), sha256, len(index), bad_tiles, index)
+
+
+def part_index(data: bytes, number: int) -> pa.Table:
+    """The index of one part's bytes; offsets come from the addresses that Arrow itself reads the images at.
+
+    Raises:
+        pyarrow.ArrowInvalid: the bytes are no Arrow file.
+    """
+    buffer = pa.py_buffer(data)
+    reader = pa.ipc.open_file(buffer)
+    batches, row = [], 0
+    for i in range(reader.num_record_batches):
+        batch = reader.get_batch(i)
+        _, offsets, images = batch.column("image").buffers()
+        bounds = np.frombuffer(offsets, np.int64, len(batch) + 1) + (images.address - buffer.address)
+        arrays = [
+            pa.array(np.arange(row, row + len(batch), dtype=np.int64)),
+            *(batch.column(name) for name in ("cell", "x", "y", "level")),
+            pa.array(np.full(len(batch), number, np.int32)),
+            pa.array(bounds[:-1]),
+            pa.array(np.diff(bounds)),
+        ]
+        batches.append(pa.record_batch(arrays, schema=INDEX))
+        row += len(batch)
+    return pa.Table.from_batches(batches, schema=INDEX)
+
+
+def join_index(parts: Sequence[Part]) -> pa.Table:
+    """The slide's index: its parts' one after another, rows counted through."""
+    table = pa.concat_tables([part.index for part in parts])
+    return table.set_column(0, INDEX.field("row"), pa.array(np.arange(len(table), dtype=np.int64)))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file of the table; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def pack(part: Part, plan: str) -> bytes:
+    """A finished part's record for a slide that is not yet committed: its index, with the rest as metadata."""
+    facts = {**part.facts(), "bad_tiles": part.bad_tiles, "plan": plan}
+    metadata = {**INDEX.metadata, b"ips.part": json.dumps(facts).encode()}
+    return parquet_bytes(part.index.replace_schema_metadata(metadata))
+
+
+def unpack(data: bytes, plan: str) -> Part | None:
+    """The record that `pack` wrote; None when it belongs to another plan of the slide."""
+    table = pq.read_table(pa.BufferReader(data))
+    facts = json.loads(table.schema.metadata[b"ips.part"])
+    if facts.pop("plan") != plan:
+        return None
+    facts["bad_tiles"] = tuple((x, y) for x, y in facts["bad_tiles"])
+    return Part(**facts, index=table.cast(INDEX))
+
+
+def _batch(rows: Sequence[PatchRow], cells: Sequence[int]) -> pa.RecordBatch:
+    columns = [
+        cells,
+        [row.x for row in rows],
+        [row.y for row in rows],
+        [row.level for row in rows],
+        [row.image for row in rows],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, PATCHES, strict=True)]
+    return pa.record_batch(arrays, schema=PATCHES)

@@ -1,0 +1,180 @@
+"""What a tile worker does: one slide into the store, whole or a share of it, and the status it ends with."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline import storage
+from pipeline.balance import share_count
+from pipeline.cohort import CohortSlide
+from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_share, write_slide
+from pipeline.config_data import TilingConfig
+from pipeline.errors import SlideError, StorageError
+from pipeline.guide import guided_version, read_guide
+from pipeline.identity import reading_source, slide_digest, slide_files, slide_version
+from pipeline.parts import part_count
+from pipeline.patches import PatchStore, SlideStatus, slide_key
+from pipeline.slide import SlideReader, open_slide
+from pipeline.storage import SourceVersion
+from pipeline.tiling import effective_mpp, tile_slide
+
+TRANSIENT = frozenset({"missing", "directory", "source", "changed", "crash"})
+"""Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LargeSlide:
+    """A planned slide of more patches than one task should read. Picklable."""
+
+    slide: CohortSlide
+    version: SourceVersion
+    planned: PlannedSlide
+
+
+def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:
+    """Tile one slide into the store, here and now; whatever is wrong with it becomes its status.
+
+    Raises:
+        StorageError: the store itself cannot be read or written.
+    """
+    status = begin_slide(slide, spec, store, whole=True)
+    assert isinstance(status, SlideStatus)
+    return status
+
+
+def begin_slide(slide: CohortSlide, spec: TilingConfig, store: str, *, whole: bool) -> SlideStatus | LargeSlide:
+    """As `store_slide`; unless `whole`, a slide for more than one task is only planned."""
+    patches = PatchStore(store, spec.fingerprint())
+    try:
+        version = version_of(slide, spec)
+    except SlideError as error:
+        return quarantined(slide, error.reason, error)
+    known = patches.status(slide, version)  # another job may have been faster
+    if known is not None:
+        return known
+    return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole))
+
+
+def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str) -> SlideStatus | None:
+    """Write some parts of a large slide; None when all is well, else the status that the slide ends with.
+
+    Raises:
+        StorageError: the store itself cannot be read or written.
+    """
+    slide, patches = large.slide, PatchStore(store, spec.fingerprint())
+    known = patches.status(slide, large.version)  # given up by another share, or committed by another job
+    if known is not None:
+        return known
+
+    def work() -> None:
+        check = _unchanged(slide, spec, large.version)
+        check()
+        with _opened(slide) as reader:
+            write_share(patches, large.planned.attached(reader), parts, check)
+
+    return _outcome(slide, large.version, patches, work)
+
+
+def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStatus:
+    """Commit a large slide whose shares are all written.
+
+    Raises:
+        StorageError: the store itself cannot be read or written.
+    """
+    patches = PatchStore(store, spec.fingerprint())
+
+    def work() -> SlideStatus:
+        _unchanged(large.slide, spec, large.version)()
+        stored = commit_shares(patches, large.planned)
+        return _committed(large.slide, stored.key, stored.n_patches, stored.n_bad_tiles)
+
+    return _outcome(large.slide, large.version, patches, work)
+
+
+def quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatus:
+    """The status of a slide that cannot be used."""
+    message = f"{reason}: {error}" if str(error) else f"{reason}: {type(error).__name__}"
+    trace = "".join(traceback.format_exception(error))
+    return SlideStatus(slide.slide_id, slide.uri, None, "quarantined", message, error=trace)
+
+
+def _begin(
+    slide: CohortSlide, version: SourceVersion, spec: TilingConfig, patches: PatchStore, *, whole: bool
+) -> SlideStatus | LargeSlide:
+    if version.size == 0:
+        raise SlideError("empty-file", f"{slide.uri}: zero bytes; copy the slide again")
+    with reading_source():
+        digest, guide = slide_digest(slide.uri), read_guide(slide, spec)
+    with _opened(slide) as reader:
+        mpp = effective_mpp(reader.mpp, spec, slide.mpp)
+        key = slide_key(digest, mpp, guide.digest)
+        if patches.has(key):
+            stored = patches.slide(key)
+            return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
+        planned = plan_slide(digest, mpp, reader, tile_slide(reader, spec, mpp, guide), guide.digest)
+        check = _unchanged(slide, spec, version)
+        if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
+            check()  # the plan is of this version
+            return LargeSlide(slide, version, planned)
+        stored = write_slide(patches, planned, check)
+        return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
+
+
+def _outcome(
+    slide: CohortSlide, version: SourceVersion, patches: PatchStore, work: Callable[[], Result]
+) -> Result | SlideStatus:
+    """What the work gives; whatever is wrong with the slide as its status. A final status is recorded."""
+    try:
+        found = work()
+    except SlideError as error:
+        status = quarantined(slide, error.reason, error)
+        if error.reason in TRANSIENT:
+            return status
+    except StorageError:
+        raise  # the store's: what concerns the slide is a SlideError by now
+    except Exception as error:  # one slide's unforeseen failure must not end the others' run
+        return quarantined(slide, "crash", error)
+    else:
+        if not isinstance(found, SlideStatus):
+            return found
+        status = found
+    patches.record(slide, version, status)
+    return status
+
+
+@contextmanager
+def _opened(slide: CohortSlide) -> Iterator[SlideReader]:
+    with ExitStack() as stack:
+        with reading_source():
+            path = stack.enter_context(storage.local_copy(slide.uri, slide_files(slide.uri)))
+        yield stack.enter_context(open_slide(path))
+
+
+def _unchanged(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -> Callable[[], None]:
+    """A check that the slide's file is still the one that was looked at first."""
+
+    def check() -> None:
+        if version_of(slide, spec) != version:
+            raise SlideError("changed", f"{slide.uri}: the file was replaced while it was read; run again")
+
+    return check
+
+
+def version_of(slide: CohortSlide, spec: TilingConfig) -> SourceVersion:
+    """Which state the slide's files are in, its mask and coordinates included.
+
+    Raises:
+        SlideError: one of them cannot be reached ("missing", "directory", "source", "coords").
+    """
+    with reading_source():
+        return guided_version(slide, spec, slide_version(slide.uri))
+
+
+def _committed(slide: CohortSlide, key: str, n_patches: int, n_bad_tiles: int) -> SlideStatus:
+    return SlideStatus(slide.slide_id, slide.uri, key, "committed", None, n_patches, n_bad_tiles)

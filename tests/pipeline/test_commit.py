@@ -1,0 +1,185 @@
+"""Writing a slide: the same bytes from one task or several, the commit last, what is there is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline import commit, parts, storage
+from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_share, write_slide
+from pipeline.config_data import TilingConfig
+from pipeline.errors import SlideError, StorageError
+from pipeline.parts import part_count
+from pipeline.patches import PatchStore, slide_key
+from pipeline.slide import SlideReader, open_slide
+from pipeline.tiling import tile_slide
+from tests.pipeline.slides import contents
+from tests.synth import tissue_rgb, write_pyramid, zero_tile
+
+SPEC = TilingConfig(patch_px=32, tissue="none", max_bad_tiles=0.2)  # 31 x 24 cells, of which a bad tile costs 64
+RGB = tissue_rgb(1013, 787)
+
+
+def nothing() -> None:
+    """The slide is unchanged."""
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MAX_PART_PATCHES", 199)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide with one bad tile."""
+    path = write_pyramid(tmp_path_factory.mktemp("slides") / "a.tiff", RGB)
+    zero_tile(path, 0, 6)
+    return path
+
+
+@pytest.fixture
+def reader(path: Path) -> Iterator[SlideReader]:
+    with open_slide(path) as reader:
+        yield reader
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PatchStore:
+    return PatchStore(str(tmp_path / "store"), SPEC.fingerprint())
+
+
+def plan(reader: SlideReader, spec: TilingConfig = SPEC) -> PlannedSlide:
+    return plan_slide("d1", 0.5, reader, tile_slide(reader, spec, 0.5))
+
+
+def share(store: PatchStore, planned: PlannedSlide, numbers: range, path: Path) -> None:
+    """What a task on another node does."""
+    with open_slide(path) as reader:
+        write_share(store, pickle.loads(pickle.dumps(planned)).attached(reader), numbers, nothing)
+
+
+def test_a_plan_travels_small_and_whole(reader: SlideReader) -> None:
+    planned = plan(reader)
+    data = pickle.dumps(planned)
+    assert len(data) < 60_000
+    twin = pickle.loads(data)
+    assert (twin.tiling.cells == planned.tiling.cells).all()
+    assert twin.tiling.cells.dtype == planned.tiling.cells.dtype
+    assert twin.fingerprint == planned.fingerprint
+    assert twin.attached(reader).tiling.bad_tiles == []
+
+
+@pytest.mark.parametrize("cuts", [[0, 1, 4], [0, 2, 3, 4], [0, 4]])
+def test_the_bytes_do_not_depend_on_the_shares(
+    cuts: list[int], reader: SlideReader, path: Path, store: PatchStore, tmp_path: Path
+) -> None:
+    whole = PatchStore(str(tmp_path / "whole"), SPEC.fingerprint())
+    stored = write_slide(whole, plan(reader), nothing)
+    planned = plan(reader)
+    assert part_count(planned.tiling) == 4
+    for start, stop in reversed(list(pairwise(cuts))):
+        assert not store.has(planned.key)
+        share(store, planned, range(start, stop), path)
+    shared = commit_shares(store, planned)
+    assert shared.n_bad_tiles == stored.n_bad_tiles == 64
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_parts_that_are_whole_are_kept(
+    reader: SlideReader, path: Path, store: PatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(reader)
+    share(store, planned, range(1, 3), path)
+    with pytest.raises(StorageError, match=f"unfinished/{planned.key}: a part's record is gone; run again"):
+        commit_shares(store, planned)
+    read: list[int] = []
+    original = commit.read_part
+    monkeypatch.setattr(commit, "read_part", lambda tiling, number: (read.append(number), original(tiling, number))[1])
+    share(store, planned, range(4), path)
+    assert read == [0, 3]
+    commit_shares(store, planned)
+    assert commit_shares(store, planned).n_patches == 680  # another job's second commit does nothing
+
+
+def test_parts_of_another_plan_are_not_kept(reader: SlideReader, path: Path, store: PatchStore) -> None:
+    other = plan_slide("d1", 0.5, reader, tile_slide(reader, SPEC.model_copy(update={"overlap_px": 1}), 0.5))
+    share(store, other, range(2), path)
+    planned = plan(reader)
+    share(store, planned, range(4), path)
+    assert commit_shares(store, planned).n_patches == 680
+
+
+def test_too_many_bad_tiles_over_all_shares(reader: SlideReader, path: Path, store: PatchStore) -> None:
+    planned = plan(reader, SPEC.model_copy(update={"max_bad_tiles": 0.08}))
+    for number in range(4):
+        share(store, planned, range(number, number + 1), path)  # none of them is over the budget
+    with pytest.raises(
+        SlideError, match="64 of 744 patches cannot be decoded, over tiling.max_bad_tiles=0.08"
+    ) as found:
+        commit_shares(store, planned)
+    assert found.value.reason == "bad-tiles"
+    assert not store.has(planned.key)
+
+
+@pytest.mark.parametrize("write", [write_slide, lambda *a: write_share(a[0], a[1], range(4), a[2])])
+def test_a_slide_that_changed_is_neither_committed_nor_recorded(
+    write: Callable[..., object], reader: SlideReader, store: PatchStore, tmp_path: Path
+) -> None:
+    def changed() -> None:
+        raise SlideError("changed", "replaced")
+
+    with pytest.raises(SlideError, match="replaced"):
+        write(store, plan(reader), changed)
+    assert not [name for name in contents(tmp_path / "store") if not name.endswith(".arrow")]
+
+
+def test_record_of_the_commit(reader: SlideReader, store: PatchStore) -> None:
+    stored = write_slide(store, plan(reader), nothing)
+    facts = json.loads((Path(stored.uri) / "slide.json").read_text())
+    assert facts["key"] == stored.key == slide_key("d1", 0.5)
+    assert facts["rejects"]["bad-tile"] == 64
+    assert len(facts["bad_tiles"]) == facts["n_bad_tiles"] == stored.n_bad_tiles == 64
+    assert [part["patches"] for part in facts["parts"]] == [199, 151, 183, 147]
+    for entry in [*facts["parts"], facts["index"], facts["thumbnail"]]:
+        data = (Path(stored.uri) / entry["name"]).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"])
+    assert "max_bad_slides" not in facts["spec"]
+
+
+def test_parts_are_plain_arrow_files_and_the_index_finds_each_patch(reader: SlideReader, store: PatchStore) -> None:
+    stored = write_slide(store, plan(reader), nothing)
+    tables = [pa.ipc.open_file(path).read_all() for path in sorted(Path(stored.uri).glob("part-*.arrow"))]
+    table = pa.concat_tables(tables)
+    assert table.column("image").to_pylist() == stored.payloads(range(stored.n_patches))
+    assert table.column("x").to_pylist() == stored.index().x.tolist()
+
+
+def test_the_commit_is_written_last(reader: SlideReader, store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    original = storage.write_bytes
+
+    def noted(uri: str, data: bytes) -> None:
+        written.append(uri.rpartition("/")[2])
+        original(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", noted)
+    write_slide(store, plan(reader), nothing)
+    assert written[:5] == [*(f"part-0000{i}.arrow" for i in range(4)), "index.parquet"]
+    assert written.index("slide.json") == len(written) - 1
+
+
+def test_a_slide_that_fails_midway_is_not_there(reader: SlideReader, store: PatchStore, tmp_path: Path) -> None:
+    planned = plan(reader, SPEC.model_copy(update={"max_bad_tiles": 0.06}))
+    with pytest.raises(SlideError, match="cannot be decoded"):
+        write_slide(store, planned, nothing)
+    assert [name.rpartition("/")[2] for name in contents(tmp_path / "store")] == ["part-00000.arrow"]
+    assert not store.has(planned.key)
+    with pytest.raises(StorageError, match="run the tile stage"):
+        store.slide(planned.key)
