@@ -6,7 +6,7 @@ Planes: level-0 px (full resolution), level px (the level that is read) and patc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
+from pipeline.interchange import Coordinates
 from pipeline.units import LevelPx, PatchPx
 
 Cells = npt.NDArray[np.int64]
@@ -117,3 +118,64 @@ def _choose(levels: Sequence[LevelSize], spec: TilingConfig, target: float, mpp:
         )
     best = max(finer, key=lambda number: ratios[number])
     return best, 1.0 / ratios[best]
+
+
+@dataclass(frozen=True)
+class PlacedGrid(Grid):
+    """Patches that stand where a file says, not on a lattice: one row, a column for each, in the file's order."""
+
+    corners: Cells = field(repr=False, compare=False)
+    """(columns, 2) x, y of their upper left corners, level-0 px."""
+
+    def level_origins(self, cells: Cells) -> Cells:
+        """See `Grid.level_origins`; the nearest px of the level."""
+        origins: Cells = np.rint(self.corners[cells[:, 0]] / self.downsample).astype(np.int64)
+        return origins
+
+    def level0_origins(self, cells: Cells) -> Cells:
+        """See `Grid.level0_origins`; as the file says."""
+        corners: Cells = self.corners[cells[:, 0]]
+        return corners
+
+    def level0_boxes(self, cells: Cells) -> npt.NDArray[np.float64]:
+        """See `Grid.level0_boxes`."""
+        corner = self.corners[cells[:, 0]].astype(np.float64)
+        return np.concatenate([corner, corner + self.extent], axis=1)
+
+
+def placed_grid(
+    grid: Grid, coords: Coordinates, levels: Sequence[LevelSize], spec: TilingConfig
+) -> tuple[PlacedGrid, dict[str, int]]:
+    """The patches of a coordinate file that lie wholly on the slide, each once; with the number of the others.
+
+    Args:
+        grid: as `plan_grid` lays it: the level, and the size of a patch.
+        coords: the file.
+        levels: the slide's pyramid.
+        spec: how to tile.
+
+    Raises:
+        SlideError: "coords", its patches have another size, or none of them lies on the slide.
+    """
+    if abs(coords.extent / grid.extent - 1) > max(spec.mpp_tolerance, 1 / grid.extent):
+        raise SlideError(
+            "coords",
+            f"{coords.tool}'s patches are {coords.extent:g} level-0 px wide and those of tiling.patch_px="
+            f"{spec.patch_px} at tiling.mpp={spec.mpp} are {grid.extent:g}; set both to what {coords.tool} was given",
+        )
+    level = levels[grid.level]
+    first = np.sort(np.unique(coords.corners, axis=0, return_index=True)[1])
+    corners = coords.corners[first]
+    origins = np.rint(corners / grid.downsample)
+    last = np.array([level.width, level.height]) - grid.read_px
+    inside = ((origins >= 0) & (origins <= last)).all(axis=1)
+    corners = corners[inside]
+    if not len(corners):
+        raise SlideError(
+            "coords", f"none of {len(first)} patches lies on the slide; is it {coords.tool}'s file of another slide?"
+        )
+    stride = LevelPx(max(1, round(coords.step / grid.downsample)))
+    placed = PlacedGrid(
+        grid.level, grid.downsample, grid.read_px, stride, grid.patch_px, len(corners), 1, corners=corners
+    )
+    return placed, {"outside": int((~inside).sum()), "twice": len(coords.corners) - len(first)}

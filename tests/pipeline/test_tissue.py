@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tissue import otsu, tissue_fraction, tissue_mask
+from pipeline.slide import open_slide
+from pipeline.tissue import artefact_mask, otsu, tissue_fraction, tissue_mask
 from tests.synth import tissue_rgb
 
 
@@ -66,3 +69,56 @@ def test_fraction_of_fractional_boxes_is_exact() -> None:
     mask[2, 3] = True
     boxes = np.array([[3.25, 2.5, 4.25, 3.5], [2.5, 1.5, 4.5, 3.5], [0, 0, 7, 5], [6.5, 4.5, 7, 5]], float)
     assert tissue_fraction(mask, boxes) == pytest.approx([0.75 * 0.5, 0.25, 1 / 35, 0.0])
+
+
+def _pen_and_tissue(noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Glass with a green stroke along two edges and a piece of tissue: rgb, pen, tissue."""
+    generator = np.random.default_rng(5)
+    rgb = 240 + generator.normal(0, noise, (251, 349, 1)) * np.ones(3)
+    pen, tissue = np.zeros((2, 251, 349), bool)
+    pen[20:38, 30:300] = pen[38:200, 30:41] = True
+    tissue[120:190, 150:260] = True
+    rgb[pen] = np.array([40, 110, 60]) + generator.normal(0, noise, (pen.sum(), 1))
+    rgb[tissue] = np.array([200, 120, 170]) + generator.normal(0, 9, (tissue.sum(), 1))
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8), pen, tissue
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.8])
+def test_pen_is_an_artefact_and_tissue_is_not(noise: float) -> None:
+    rgb, pen, tissue = _pen_and_tissue(noise)
+    coloured = tissue_mask(rgb)
+    artefact = artefact_mask(rgb, coloured)
+    assert coloured[pen].all()
+    assert artefact[pen].all()
+    assert not artefact[tissue].any()
+    assert not (artefact & ~coloured).any()
+
+
+def test_tinted_glass_is_an_artefact_and_the_tissue_on_it_stays() -> None:
+    rgb, _, tissue = _pen_and_tissue(0.6)
+    tinted = rgb.astype(int)
+    tinted[~tissue] = [235, 228, 190]  # yellow all over, from a filter or old mounting medium
+    tinted = np.clip(tinted + np.random.default_rng(2).normal(0, 0.6, (*tissue.shape, 1)), 0, 255).astype(np.uint8)
+    coloured = tissue_mask(tinted)
+    left = coloured & ~artefact_mask(tinted, coloured)
+    assert coloured.mean() > 0.9
+    assert left[tissue].mean() > 0.97
+    assert left[~tissue].mean() < 0.02  # a rim of px mixed with tissue
+
+
+def test_specks_too_small_to_judge_stay() -> None:
+    rgb = np.full((61, 83, 3), 240, np.uint8)
+    rgb[20:22, 30:32] = (210, 120, 180)
+    coloured = tissue_mask(rgb)
+    assert coloured.any()
+    assert not artefact_mask(rgb, coloured).any()
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"])
+@pytest.mark.parametrize("px", [97, 512])
+def test_real_tissue_has_texture_at_any_scale(shared_slides: Path, name: str, px: int) -> None:
+    with open_slide(shared_slides / name) as reader:
+        rgb = reader.overview(px).rgb
+    coloured = tissue_mask(rgb)
+    assert coloured.mean() > 0.3
+    assert artefact_mask(rgb, coloured).sum() <= 0.001 * coloured.sum()

@@ -1,0 +1,176 @@
+"""Patch coordinates as other tools keep them: the HDF5 files of TRIDENT and of CLAM, read and written.
+
+Both hold one dataset `coords` (n, 2), the level-0 px of the patches' upper left corners, and say in its attributes
+what a patch is. TRIDENT (`<name>_patches.h5`): int64, one row a chunk; `patch_size` at the target magnification,
+`patch_size_level0`, `level0_magnification`, `target_magnification`, `overlap` (target px), `name`, `savetodir`,
+`level0_width`, `level0_height` (TRIDENT 0.2; its `IO.coords_to_h5`). CLAM (`<name>.h5`): int64, 32 rows a chunk;
+`patch_size` at `patch_level`, `downsample` of that level in x and y, `downsampled_level_dim`, `level_dim`, `name`,
+`save_path` (`WholeSlideImage.process_contour` with `file_utils.save_hdf5`).
+
+h5py comes with `pip install "ips-pipeline[interchange]"` and is imported here alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ConfigError, SlideError
+
+Tool = Literal["trident", "clam"]
+Corners = npt.NDArray[np.int64]
+
+MICRONS_AT_1X = 10.0  # um per px of a 1x scan: 20x is 0.5 and 40x is 0.25, the convention both tools stand on
+_CHUNK: Mapping[Tool, int] = {"trident": 1, "clam": 32}  # rows, as each tool writes them
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Patches of one slide."""
+
+    corners: Corners
+    """(n, 2) x, y of the upper left corners, level-0 px."""
+    extent: float
+    """Edge of a patch, level-0 px."""
+    step: float
+    """From one patch to the next where they stand side by side, level-0 px."""
+    tool: Tool
+
+
+@dataclass(frozen=True)
+class StoredGrid:
+    """What a file says of a stored slide's patches."""
+
+    name: str
+    corners: Corners
+    patch_px: int
+    """Edge of a patch as the network sees it."""
+    extent: float
+    """Its edge, level-0 px."""
+    overlap_px: int
+    """In px of `patch_px`."""
+    level: int
+    """Pyramid level that is read, and its facts."""
+    read_px: int
+    level_size: tuple[int, int]
+    level_downsample: float
+    dimensions: tuple[int, int]
+    """Level-0 px."""
+    mpp: float | None
+    """Microns per level-0 px."""
+
+
+def read_coordinates(data: bytes, source: str) -> Coordinates:
+    """The patches that a file of TRIDENT or CLAM lists, told apart by its attributes.
+
+    Raises:
+        SlideError: "coords", it is neither, or what it holds makes no sense.
+        ConfigError: h5py is not installed.
+    """
+    h5py = _h5py()
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            dataset = file["coords"]
+            corners, attributes = dataset[:], dict(dataset.attrs)
+    except (OSError, KeyError) as error:
+        raise _bad(source, f"no HDF5 file with a dataset `coords` ({error}); give TRIDENT's or CLAM's file") from error
+    if corners.ndim != 2 or corners.shape[1] != 2 or not np.issubdtype(corners.dtype, np.integer):
+        raise _bad(source, f"`coords` is {corners.dtype} {corners.shape}, not integers (n, 2); write it again")
+    try:
+        tool, extent, step = _extent(attributes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _bad(
+            source, f"the attributes of `coords` are neither TRIDENT's nor CLAM's ({error}); patch it again"
+        ) from error
+    if not extent > 0 or not step > 0:
+        raise _bad(source, f"a patch of {extent:g} level-0 px, {step:g} px apart, makes no sense; patch it again")
+    return Coordinates(corners.astype(np.int64), extent, step, tool)
+
+
+def _extent(attributes: Mapping[str, Any]) -> tuple[Tool, float, float]:
+    """Tool, edge of a patch and distance of neighbours, in level-0 px."""
+    size = float(attributes["patch_size"])
+    if "patch_size_level0" in attributes:
+        extent = float(attributes["patch_size_level0"])
+        return "trident", extent, extent * (1 - float(attributes.get("overlap", 0)) / size)
+    # CLAM's own steps are not in the file; `custom_downsample` was in its files of 2020
+    downsample = float(np.ravel(attributes["downsample"])[0]) * float(attributes.get("custom_downsample", 1))
+    return "clam", size * downsample, size * downsample
+
+
+def file_name(tool: Tool, name: str) -> str:
+    """What the tool calls the file of a slide."""
+    return f"{name}_patches.h5" if tool == "trident" else f"{name}.h5"
+
+
+def coordinates_h5(grid: StoredGrid, tool: Tool, folder: str, target_mpp: float | None) -> bytes:
+    """The file that the tool would have written of these patches.
+
+    Args:
+        grid: the stored slide.
+        tool: whose file.
+        folder: the tool's output folder, which its file names.
+        target_mpp: microns per patch px.
+
+    Raises:
+        SlideError: "coords", TRIDENT's file names magnifications and the slide has no microns per px.
+        ConfigError: h5py is not installed.
+    """
+    attributes = _trident(grid, folder, target_mpp) if tool == "trident" else _clam(grid, folder)
+    sink = io.BytesIO()
+    with _h5py().File(sink, "w") as file:
+        dataset = file.create_dataset(
+            "coords", shape=grid.corners.shape, maxshape=(None, 2), chunks=(_CHUNK[tool], 2), dtype=np.int64
+        )
+        dataset[:] = grid.corners
+        for key, value in attributes.items():
+            dataset.attrs[key] = value
+    return sink.getvalue()
+
+
+def _trident(grid: StoredGrid, folder: str, target_mpp: float | None) -> dict[str, Any]:
+    if grid.mpp is None or target_mpp is None:
+        raise _bad(grid.name, "TRIDENT's file names magnifications, and tiling.mpp is null; export for CLAM")
+    return {
+        "patch_size": grid.patch_px,
+        "patch_size_level0": round(grid.extent),
+        "level0_magnification": round(MICRONS_AT_1X / grid.mpp),
+        "target_magnification": round(MICRONS_AT_1X / target_mpp),
+        "overlap": grid.overlap_px,
+        "name": grid.name,
+        "savetodir": folder,
+        "level0_width": grid.dimensions[0],
+        "level0_height": grid.dimensions[1],
+    }
+
+
+def _clam(grid: StoredGrid, folder: str) -> dict[str, Any]:
+    return {
+        "patch_size": grid.read_px,
+        "patch_level": grid.level,
+        "downsample": (grid.level_downsample, grid.level_downsample),
+        "downsampled_level_dim": grid.level_size,
+        "level_dim": grid.level_size,
+        "name": grid.name,
+        "save_path": folder,
+    }
+
+
+def _bad(source: str, message: str) -> SlideError:
+    return SlideError("coords", f"{source}: {message}")
+
+
+def _h5py() -> ModuleType:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ConfigError(
+            "patch coordinates", ["HDF5 files need h5py; run: pip install 'ips-pipeline[interchange]'"]
+        ) from error
+    return h5py  # type: ignore[no-any-return]

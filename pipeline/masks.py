@@ -1,0 +1,161 @@
+"""Tissue masks that somebody else made: an image of any resolution, or GeoJSON in level-0 px as QuPath writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageSequence, UnidentifiedImageError
+
+from pipeline import storage
+from pipeline.errors import SlideError
+
+Mask = npt.NDArray[np.bool_]
+Ring = npt.NDArray[np.float64]
+
+FORMATS = ("PNG", "TIFF")
+MAX_MASK_PX = 2**28  # of the page that is read: 268 MB
+ASPECT = 0.02  # how far the mask's width to height may be from the slide's; rounding of small masks stays below
+IGNORED = "*"  # QuPath's classes whose name ends so ("Ignore*") stand for nothing
+
+
+@dataclass(frozen=True)
+class ExternalMask:
+    """The mask of one slide, not yet brought to a resolution."""
+
+    uri: str
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the file."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def at(self, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+        """(height, width): px of which at least half is tissue.
+
+        Args:
+            width: of the mask that is wanted.
+            height: of the mask that is wanted.
+            dimensions: width and height of the slide, level-0 px.
+
+        Raises:
+            SlideError: "mask", the file is not what it should be, or does not fit the slide.
+        """
+        if self.uri.lower().endswith((".geojson", ".json")):
+            return _from_geojson(self.uri, self.data, width, height, dimensions)
+        return _from_image(self.uri, self.data, width, height, dimensions)
+
+
+def read_mask(uri: str) -> ExternalMask:
+    """Read the mask file; its content is looked at when it is used.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return ExternalMask(uri, storage.read_bytes(uri))
+
+
+def _bad(uri: str, message: str) -> SlideError:
+    return SlideError("mask", f"{uri}: {message}")
+
+
+def _from_image(uri: str, data: bytes, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            page = _best_page(image, max(width, height))
+            image.seek(page)
+            _check_size(uri, image.size, dimensions)
+            found = np.asarray(image.convert("L") if image.mode in {"RGBA", "LA", "PA"} else image)
+    except UnidentifiedImageError as error:
+        raise _bad(uri, f"not a mask; give {' or '.join(FORMATS)} with tissue above 0, or GeoJSON") from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow: SyntaxError for a broken PNG
+        raise _bad(uri, f"the mask cannot be decoded ({error}); write it again") from error
+    tissue = found.any(axis=2) if found.ndim == 3 else found > 0
+    share = Image.fromarray(tissue.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(share) >= 128
+
+
+def _best_page(image: Image.Image, edge: int) -> int:
+    """The smallest page of a pyramid that is at least as large as what is wanted; else the largest one."""
+    sizes = [max(page.size) for page in ImageSequence.Iterator(image)]
+    large_enough = [number for number, size in enumerate(sizes) if size >= edge]
+    return min(large_enough or range(len(sizes)), key=lambda number: sizes[number] if large_enough else -sizes[number])
+
+
+def _check_size(uri: str, size: tuple[int, int], dimensions: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_MASK_PX:
+        raise _bad(uri, f"{size[0]} x {size[1]} px are over {MAX_MASK_PX}; give the mask at a lower resolution")
+    wide, slide = size[0] / size[1], dimensions[0] / dimensions[1]
+    slack = 1 / min(size) + ASPECT  # half a px at both ends
+    if abs(wide / slide - 1) > slack:
+        raise _bad(
+            uri,
+            f"the mask is {size[0]} x {size[1]} px and the slide {dimensions[0]} x {dimensions[1]}: not one shape; "
+            "the mask must show the whole slide, neither turned nor cropped",
+        )
+
+
+def _from_geojson(uri: str, data: bytes, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+    try:
+        polygons = [[_ring(points) for points in rings] for rings in _polygons(json.loads(data))]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _bad(uri, f"not GeoJSON ({type(error).__name__}: {error}); export the annotations again") from error
+    if not polygons:
+        raise _bad(uri, "no Polygon or MultiPolygon in it; draw the tissue as areas, or leave the mask out")
+    scale = np.array([width / dimensions[0], height / dimensions[1]])
+    canvas = Image.new("1", (width, height))
+    for rings in polygons:
+        _draw(canvas, [ring * scale for ring in rings])
+    return np.asarray(canvas)
+
+
+def _ring(points: Sequence[Sequence[float]]) -> Ring:
+    ring = np.asarray(points, np.float64)[:, :2]
+    if len(ring) < 3 or not np.isfinite(ring).all():
+        raise ValueError(f"an outline of {len(ring)} points, all of which must be finite; it needs 3")
+    return ring
+
+
+def _draw(canvas: Image.Image, rings: Sequence[Ring]) -> None:
+    """Paint an outer ring and cut its holes, without touching what others painted in them."""
+    corner = np.floor(np.min([ring.min(axis=0) for ring in rings], axis=0)).astype(int)
+    corner = np.maximum(corner, 0)
+    end = np.minimum(np.ceil(rings[0].max(axis=0)).astype(int) + 1, canvas.size)
+    if (end <= corner).any():
+        return  # outside of the slide
+    piece = Image.new("1", (int(end[0] - corner[0]), int(end[1] - corner[1])))
+    brush = ImageDraw.Draw(piece)
+    for number, ring in enumerate(rings):
+        # Pillow paints px whose centre lies inside, and counts px from their centres
+        brush.polygon([(float(x), float(y)) for x, y in ring - corner - 0.5], fill=int(number == 0))
+    canvas.paste(1, (int(corner[0]), int(corner[1])), piece)
+
+
+def _polygons(node: Any) -> Iterator[list[Any]]:
+    """The rings of every area in a GeoJSON document: outer one, then holes."""
+    if isinstance(node, list):  # QuPath before 0.3 wrote a bare list of features
+        for item in node:
+            yield from _polygons(item)
+        return
+    kind = node["type"]
+    if kind == "FeatureCollection":
+        yield from _polygons(node["features"])
+    elif kind == "Feature" and not _is_ignored(node.get("properties") or {}):
+        yield from _polygons(node["geometry"])
+    elif kind == "GeometryCollection":
+        yield from _polygons(node["geometries"])
+    elif kind == "Polygon":
+        yield node["coordinates"]
+    elif kind == "MultiPolygon":
+        yield from node["coordinates"]
+
+
+def _is_ignored(properties: Mapping[str, Any]) -> bool:
+    return str((properties.get("classification") or {}).get("name", "")).endswith(IGNORED)
