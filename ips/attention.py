@@ -40,6 +40,12 @@ class CrossAttention(nn.Module):
         folded = torch.einsum("thk,hkd->htd", q_THK, keys_HKD) / math.sqrt(self.key_dim)
         return folded.flatten(0, 1)
 
+    def unfolded(self) -> tuple[Tensor, Tensor]:
+        """The two factors of `folded`: keys' projection (H*D_k, D), and the scaled queries (J, H*D_k), head by head."""
+        q_THK = self.query_proj(self.queries).view(self.tasks, self.heads, self.key_dim) / math.sqrt(self.key_dim)
+        own_head = torch.eye(self.heads, dtype=q_THK.dtype, device=q_THK.device)
+        return self.key_proj.weight, torch.einsum("thk,hg->htgk", q_THK, own_head).flatten(2).flatten(0, 1)
+
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., J)."""
         return nn.functional.linear(x, self.folded())

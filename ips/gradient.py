@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, Selection
 from ips.model import IPSModel
-from ips.stream import to_device
+from ips.transfer import to_device
 
 Norm = Literal["frozen", "group"]
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def bounded_backward(
@@ -48,7 +48,7 @@ def bounded_backward(
         norm: `frozen`: the encoder's batch norms use their running statistics. `group`: those of each chunk, and the
             running ones move chunk by chunk. (Statistics over the whole batch, as in the paper, need all patches at
             once: the plain step.)
-        dtype: of autocast; float32 turns it off.
+        dtype: of autocast, if of 16 bits; others mean the model's own and turn it off.
 
     Returns:
         The loss and the logits, detached.
@@ -122,15 +122,17 @@ def _backward_all(
 ) -> None:
     device, after = model.mean.device, _RngState(model.mean.device)
     start = 0
-    for part, state in zip(parts, states, strict=True):
-        patches, _ = _take(bags, part, device)
-        state.restore()
-        with _autocast(device, dtype):
-            embeddings = model.embed(patches)
-        stop = start + len(patches)
-        embeddings.backward(gradient[start:stop])  # type: ignore[no-untyped-call]
-        start = stop
-    after.restore()
+    try:
+        for part, state in zip(parts, states, strict=True):
+            patches, _ = _take(bags, part, device)
+            state.restore()
+            with _autocast(device, dtype):
+                embeddings = model.embed(patches)
+            stop = start + len(patches)
+            embeddings.backward(gradient[start:stop])  # type: ignore[no-untyped-call]
+            start = stop
+    finally:
+        after.restore()
 
 
 def _place(positions: list[Tensor], selection: Selection, device: torch.device) -> Tensor | None:
@@ -157,7 +159,7 @@ class _RngState:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
 
 
 @contextmanager

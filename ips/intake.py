@@ -12,14 +12,15 @@ from ips.model import IPSModel
 
 
 def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
-    """Pass on (bag number, chunk) pairs that `model` can take; `sizes` are the lengths of the bags."""
+    """Pass on (bag number, chunk) pairs that `model` can take, but for empty chunks; `sizes` are the bags' lengths."""
     shape: tuple[int, ...] | None = None
     for number, chunk in chunks:
         if shape is None:
             shape = tuple(chunk.patches.shape[1:])
         _check_patches(f"bags[{number}]", model, chunk, shape)
         _check_rows(f"bags[{number}]", model, chunk, sizes[number])
-        yield number, chunk
+        if len(chunk.index):
+            yield number, chunk
 
 
 def _check_patches(name: str, model: IPSModel, chunk: Chunk, shape: tuple[int, ...]) -> None:
@@ -31,12 +32,18 @@ def _check_patches(name: str, model: IPSModel, chunk: Chunk, shape: tuple[int, .
         raise ValueError(f"{found}; features must be float")
     if tuple(patches.shape[1:]) != shape:
         raise ValueError(f"{found}; the patches before it have {shape}, and one call takes one shape")
+    if min(shape) < 1:
+        raise ValueError(f"{found}; every size but n must be at least 1")
+    width = getattr(model.encoder, "inputs", None)
+    if width is not None and shape != (width,):
+        raise ValueError(f"{found}; the encoder needs features (n, {width})")
     channels = getattr(model.encoder, "channels", None if patches.ndim == 2 else patches.shape[1])
     if patches.ndim == 2 and channels is not None:
         raise ValueError(f"{found}; the encoder needs pixels, (n, {channels}, h, w)")
     if patches.ndim == 4 and (patches.shape[1] != channels or len(model.mean) not in (1, channels)):
         raise ValueError(f"{found}; the encoder needs {channels} channels, mean and std give {len(model.mean)}")
-    if patches.is_floating_point() and not patches.isfinite().all():
+    # one cheap pass: a sum that is finite had finite terms; only where it is not, each is looked at
+    if patches.is_floating_point() and not patches.sum().isfinite() and not patches.isfinite().all():
         bad = (~patches.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
         raise ValueError(f"{found}; row {int(chunk.index[int(bad)])} holds NaN or infinity")
 

@@ -46,7 +46,7 @@ def task_loss(
     """
     losses = {}
     for task, kind in kinds.items():
-        logits, target = outputs[task].float(), targets[task].to(outputs[task].device)
+        logits, target = _at_least_float32(outputs[task]), targets[task].to(outputs[task].device)
         if len(target) != len(logits):
             raise ValueError(f"targets[{task!r}] has {len(target)} images, the logits have {len(logits)}")
         weights = None if class_weights is None else class_weights.get(task)
@@ -61,11 +61,11 @@ def mean_loss(losses: Mapping[str, LossSum]) -> Tensor:
 
 
 def _binary(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
-    target = target.float().reshape(-1, 1)
+    target = target.to(logits.dtype).reshape(-1, 1)
     known = _known(target)
     labels = target.where(known, 0.0)
     _check_range(task, labels, 2)
-    scale = known.float() if weights is None else known * weights.to(labels)[labels.long()]
+    scale = known.to(logits.dtype) if weights is None else known * weights.to(labels)[labels.long()]
     loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     return LossSum((loss * scale).sum(), scale.sum())
 
@@ -74,7 +74,7 @@ def _multiclass(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
     known = _known(target)
     labels = target.where(known, 0).long()
     _check_range(task, labels, logits.shape[1])
-    scale = known.float() if weights is None else known * weights.to(logits)[labels]
+    scale = known.to(logits.dtype) if weights is None else known * weights.to(logits)[labels]
     return LossSum((F.cross_entropy(logits, labels, reduction="none") * scale).sum(), scale.sum())
 
 
@@ -85,7 +85,7 @@ def _multilabel(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
     labels = target.where(known, 0.0)
     _check_range(task, labels, 2)
     loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return LossSum((loss * known).sum(), known.sum().float())
+    return LossSum((loss * known).sum(), known.sum().to(logits.dtype))
 
 
 def _regression(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
@@ -93,7 +93,7 @@ def _regression(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
     target = _same_shape(task, logits, target)
     known = ~target.isnan()
     error = (logits - target.where(known, logits.detach())).square()
-    return LossSum(error.sum(), known.sum().float())
+    return LossSum(error.sum(), known.sum().to(logits.dtype))
 
 
 def _survival(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
@@ -109,7 +109,7 @@ def _survival(task: str, logits: Tensor, target: Tensor, weights: Tensor | None)
     died = (bins == time[:, None]) & (event == 1)[:, None]
     survived = (bins <= time[:, None]) & ~died
     loss = -(F.logsigmoid(logits) * died + F.logsigmoid(-logits) * survived).sum(dim=1)
-    return LossSum((loss * known).sum(), known.sum().float())
+    return LossSum((loss * known).sum(), known.sum().to(logits.dtype))
 
 
 _KINDS: Mapping[str, Callable[[str, Tensor, Tensor, Tensor | None], LossSum]] = {
@@ -119,6 +119,10 @@ _KINDS: Mapping[str, Callable[[str, Tensor, Tensor, Tensor | None], LossSum]] = 
     "regression": _regression,
     "survival": _survival,
 }
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _known(target: Tensor) -> Tensor:

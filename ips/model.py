@@ -51,11 +51,8 @@ class IPSModel(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def normalise(self, patches: Tensor) -> Tensor:
-        """Pixels (n, C, h, w), uint8 or float in 0..1 -> float32 (x - mean) / std. Features pass unchanged."""
-        if patches.ndim == 2:
-            return patches.float()
-        pixels = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
-        return (pixels - self.mean) / self.std
+        """Pixels (n, C, h, w), uint8 or float in 0..1 -> (x - mean) / std in the model's dtype. Features pass."""
+        return normalised(patches, self.mean, self.std)
 
     def embed(self, patches: Tensor) -> Tensor:
         """(n, C, h, w) or (n, F), on the model's device -> (n, D), without positions."""
@@ -102,3 +99,11 @@ class IPSModel(nn.Module):
         """Winners -> task -> logits (B, K). Masked places are never encoded, so they touch no batch statistics."""
         embeddings = self.embed(batch.patches[batch.mask])
         return self.pool(embeddings, batch.mask, self.places(batch.index, batch.positions))
+
+
+def normalised(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`IPSModel.normalise` with mean and std (C, 1, 1) at hand; the result has their dtype."""
+    x = patches.to(mean.dtype)
+    if patches.ndim == 2:
+        return x
+    return ((x / 255 if patches.dtype == torch.uint8 else x) - mean) / std

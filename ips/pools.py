@@ -23,10 +23,10 @@ class Pool(Protocol):
 
 
 class LogitCache:
-    """All logits of one image, (N, J) float32 on the host."""
+    """All logits of one image, (N, J) on the host."""
 
-    def __init__(self, N: int, J: int) -> None:
-        self.logits = torch.empty(N, J)
+    def __init__(self, N: int, J: int, dtype: torch.dtype = torch.float32) -> None:
+        self.logits = torch.empty(N, J, dtype=dtype)
 
     def add(self, index: Tensor, logits: Tensor) -> None:
         """Keep logits (n, J) of rows (n,)."""
@@ -46,9 +46,9 @@ class LogitCache:
 class Window:
     """The official loop: first M rows, then I at a time; the best M of each pool of M + I stay."""
 
-    def __init__(self, memory: int, chunk: int, J: int) -> None:
+    def __init__(self, memory: int, chunk: int, J: int, dtype: torch.dtype = torch.float32) -> None:
         self._memory, self._step = memory, chunk
-        self._index, self._logits = torch.empty(0, dtype=torch.int64), torch.empty(0, J)
+        self._index, self._logits = torch.empty(0, dtype=torch.int64), torch.empty(0, J, dtype=dtype)
 
     def add(self, index: Tensor, logits: Tensor) -> None:
         """Rank every pool that is full and not the last."""

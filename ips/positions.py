@@ -14,10 +14,10 @@ BASE = 10_000.0
 """The longest wavelength is 2*pi*BASE grid units; positions from BASE on are refused."""
 
 
-def sinusoid(position: Tensor, dim: int) -> Tensor:
+def sinusoid(position: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Encode positions (...,) as (..., dim): sin at even places, cos at odd, wavelengths 2*pi to 2*pi*BASE."""
-    rates = torch.exp(torch.arange(0, dim, 2, device=position.device) * (-math.log(BASE) / dim))
-    angle = position.to(torch.float32).unsqueeze(-1) * rates
+    rates = torch.exp(torch.arange(0, dim, 2, dtype=dtype, device=position.device) * (-math.log(BASE) / dim))
+    angle = position.to(dtype).unsqueeze(-1) * rates
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
@@ -29,16 +29,19 @@ class IndexPositions(nn.Module):
     """
 
     limit = math.inf
+    like: Tensor
+    """Empty; its dtype, which follows the module's, is that of the codes."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim={dim} is odd; sinusoids come in pairs, so it must be even")
         self.dim = dim
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, index: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""
-        return sinusoid(index, self.dim)
+        return sinusoid(index, self.dim, self.like.dtype)
 
 
 class GridPositions(nn.Module):
@@ -49,13 +52,16 @@ class GridPositions(nn.Module):
     """
 
     limit = BASE
+    like: Tensor
+    """Empty; its dtype, which follows the module's, is that of the codes."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"dim={dim} must be a multiple of 4: sin and cos of column and row")
         self.dim = dim
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
         """(..., 2) float (column, row) in grid units -> (..., D)."""
-        return torch.cat([sinusoid(positions[..., axis], self.dim // 2) for axis in (0, 1)], dim=-1)
+        return torch.cat([sinusoid(positions[..., axis], self.dim // 2, self.like.dtype) for axis in (0, 1)], dim=-1)

@@ -1,7 +1,12 @@
 """The no-gradient pass: an inference copy of the encoder that turns patches into attention logits.
 
 What makes it fast, each of which can be turned off alone: the folded query (`ips.attention`), batch norm fused into the
-convolutions, channels-last memory, bfloat16, `torch.compile`, equal patches encoded once.
+convolutions, channels-last memory, bfloat16, `torch.compile`, equal patches encoded once, pinned transfers on a side
+stream, and pixels that travel as they are (uint8: a quarter of the bytes) to be normalised on the device.
+
+Tried and left out, CPU, Megapixel-MNIST network: ReLU and shortcut inside the convolutions (oneDNN post-ops) and
+weights packed beforehand gave 3%; normalisation folded into the first weights would give 0.5% and be wrong at the
+border, whose padding is zero after normalisation, not before.
 
 The encoder always sees `batch` patches (the last ones padded), so a logit depends on the patch alone, bit for bit, not
 on its neighbours or the chunking. Matrix products need care for that: MKL sums the rows of one product in different
@@ -21,7 +26,11 @@ from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.encoder import ResNet
-from ips.model import IPSModel
+from ips.model import IPSModel, normalised
+from ips.transfer import to_device
+
+_PLACES = 128
+"""Positions encoded at once: they cost calls, not arithmetic."""
 
 
 @contextmanager
@@ -44,13 +53,16 @@ class Scorer:
 
     Args:
         model: with an `Aggregator`.
-        dtype: float32 or bfloat16, of the encoder; logits are float32.
+        dtype: of the encoder: bfloat16 or the model's own, which None means. Logits have the model's.
         batch: patches the encoder sees at once, a multiple of 8; by default 32 on a CPU, where more only leaves the
             cache, and 256 elsewhere.
+        fold: multiply embeddings by the folded queries; without, by the keys' projection, then by the queries.
         fuse: fuse batch norm into the convolutions of a `ResNet`.
         channels_last: memory layout of a `ResNet`.
         compile: `torch.compile` with static shapes; pays where one scorer serves many selections.
         dedupe: encode byte-equal patches of a chunk once, and constant ones once a pass.
+        side_stream: to CUDA, copy through pinned memory on a stream of its own, behind the encoder's work.
+        device_normalise: normalise pixels on the device, after the transfer.
 
     Raises:
         ValueError: a model without attention logits, another dtype, or `batch`.
@@ -60,23 +72,28 @@ class Scorer:
         self,
         model: IPSModel,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         batch: int | None = None,
+        fold: bool = True,
         fuse: bool = True,
         channels_last: bool = True,
         compile: bool = False,  # noqa: A002, the name of what it turns on
         dedupe: bool = True,
+        side_stream: bool = True,
+        device_normalise: bool = True,
     ) -> None:
         if not isinstance(model.aggregator, Aggregator):
             raise ValueError(f"model: its {type(model.aggregator).__name__} has no attention logits; use Aggregator")  # noqa: TRY004
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype={dtype} must be torch.float32 or torch.bfloat16")
-        self.device = model.mean.device
+        self.device, self.logit_dtype = model.mean.device, model.mean.dtype
+        dtype = dtype or self.logit_dtype
+        if dtype not in (self.logit_dtype, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} must be torch.bfloat16 or the model's own, {self.logit_dtype}")
         if batch is None:
             batch = 32 if self.device.type == "cpu" else 256
         if batch < 8 or batch % 8:
             raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
-        self.model, self.dtype, self.batch, self.dedupe = model, dtype, batch, dedupe
+        self.model, self.dtype, self.batch, self.dedupe, self.fold = model, dtype, batch, dedupe, fold
+        self._side_stream, self._device_normalise = side_stream, device_normalise
         self._pairs: list[tuple[str, str]] = []
         self._encoder = model.encoder
         self._layout = torch.contiguous_format
@@ -91,9 +108,9 @@ class Scorer:
                 parameter.grad = None  # deepcopy brings gradients along
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=self._layout)
-        self.width = len(model.aggregator.folded())
+        self._products = [_pad_width(matrix) for matrix in self._matrices()]
+        self.width = len(self._products[-1])
         """J, logits of a patch."""
-        self._queries = _pad_width(torch.zeros_like(model.aggregator.folded(), requires_grad=False))
         self._embed: Callable[[Tensor], Tensor] = (
             torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if compile else self._plain_embed
         )
@@ -102,9 +119,9 @@ class Scorer:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the model's present weights, in place: nothing is compiled again."""
-        aggregator, encoder = self.model.aggregator, self.model.encoder
-        assert isinstance(aggregator, Aggregator)
-        self._queries.copy_(_pad_width(aggregator.folded()))
+        encoder = self.model.encoder
+        for product, matrix in zip(self._products, self._matrices(), strict=True):
+            product.copy_(_pad_width(matrix))
         if self._encoder is encoder:
             return
         fused = {name for pair in self._pairs for name in pair}
@@ -117,28 +134,47 @@ class Scorer:
                     getattr(own, key).copy_(value)
 
     @torch.no_grad()
+    def _matrices(self) -> list[Tensor]:
+        """What embeddings are multiplied by, one after the other, to give logits."""
+        aggregator = self.model.aggregator
+        assert isinstance(aggregator, Aggregator)
+        return [aggregator.folded()] if self.fold else list(aggregator.attention.unfolded())
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(batch, D) -> (batch, J)."""
+        for matrix in self._products:
+            x = nn.functional.linear(_pad_width(x), matrix)
+        return x
+
+    def receive(self, patches: Tensor) -> Tensor:
+        """Patches (n, ...) of a bag, on the device."""
+        if not self._device_normalise:
+            patches = normalised(patches, self.model.mean.to(patches.device), self.model.std.to(patches.device))
+        return to_device(patches, self.device, side_stream=self._side_stream)
+
+    @torch.no_grad()
     def content_logits(self, patches: Tensor) -> Tensor:
-        """Logits of patches (batch, ...) on the device, without the positions' part -> (batch, J) float32."""
+        """Logits of patches (batch, ...) as `receive` gives them, without the positions' part -> (batch, J)."""
         in_place = self._encoder is self.model.encoder
-        with torch.autocast(self.device.type, self.dtype, enabled=in_place and self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, enabled=in_place and self.dtype == torch.bfloat16):
             embeddings = self._embed(patches)
-        return nn.functional.linear(_pad_width(embeddings.float()), self._queries)
+        return self._product(embeddings.to(self.logit_dtype))
 
     def _plain_embed(self, patches: Tensor) -> Tensor:
-        x = self.model.normalise(patches)
+        x = self.model.normalise(patches) if self._device_normalise else patches
         if self._encoder is not self.model.encoder:
-            x = x.to(dtype=self.dtype, memory_format=self._layout)
+            x = x.to(dtype=self.dtype, memory_format=self._layout if x.ndim == 4 else torch.contiguous_format)
         embeddings: Tensor = self._encoder(x)
         return embeddings
 
     @torch.no_grad()
     def place_logits(self, places: Tensor) -> Tensor:
-        """The positions' part of the logits: places (n, ...) -> (n, J) float32, in static batches too."""
+        """The positions' part of the logits: places (n, ...) -> (n, J), in static batches too."""
         position = self.model.position
         assert position is not None
         parts = [
-            nn.functional.linear(_pad_width(position(pad_rows(part, self.batch))), self._queries)[: len(part)]
-            for part in torch.split(places.to(self.device), self.batch)
+            self._product(position(pad_rows(part, _PLACES)))[: len(part)]
+            for part in torch.split(places.to(self.device), _PLACES)
         ]
         return torch.cat(parts)
 

@@ -22,7 +22,8 @@ from ips.model import IPSModel
 from ips.pools import LogitCache, Pool, Window
 from ips.scorer import Scorer
 from ips.shards import Strips, strips
-from ips.stream import Stream, to_device
+from ips.stream import Stream
+from ips.transfer import to_device
 
 Mode = Literal["exact", "window"]
 
@@ -36,7 +37,7 @@ def select(
     mode: Mode = "exact",
     *,
     attention: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     scorer: Scorer | None = None,
     certify: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -50,8 +51,9 @@ def select(
         chunk: I, patches read at a time.
         mode: `exact` or `window`, see the module.
         attention: also return each image's full attention, (N,) on the host.
-        dtype: precision of the encoder in this pass: float32 or bfloat16.
-        scorer: reused between calls, then `dtype` is its own; call its `refresh` after each optimiser step.
+        dtype: precision of the encoder in this pass: bfloat16, or the model's own, which None means.
+        scorer: of this model, reused between calls, then `dtype` is its own; call its `refresh` after each optimiser
+            step.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (see `ips.certify`); exact only.
         group: split the rows of every bag over these processes, which all call with the same bags and all get the
             whole answer; exact only.
@@ -63,10 +65,10 @@ def select(
     """
     _check_arguments(bags, memory, chunk, mode, exact_only=certify or group is not None)
     scorer = scorer or Scorer(model, dtype=dtype)
-    if certify and scorer.dtype == torch.float32:
-        raise ValueError("certify=True needs a bfloat16 selection; a float32 one has no doubtful patches")
-    caches = [LogitCache(len(bag), scorer.width) for bag in bags] if attention or mode == "exact" else []
-    pools: Sequence[Pool] = caches if mode == "exact" else [Window(memory, chunk, scorer.width) for _ in bags]
+    _check_scorer(scorer, model, dtype, certify=certify)
+    kind = scorer.width, scorer.logit_dtype
+    caches = [LogitCache(len(bag), *kind) for bag in bags] if attention or mode == "exact" else []
+    pools: Sequence[Pool] = caches if mode == "exact" else [Window(memory, chunk, *kind) for _ in bags]
     sinks: list[tuple[Pool, ...]] = [(pool,) for pool in pools]
     if attention and mode == "window":
         sinks = list(zip(pools, caches, strict=True))
@@ -86,6 +88,15 @@ def select(
     return assemble(winners, memory, maps, certificates)
 
 
+def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *, certify: bool) -> None:
+    if scorer.model is not model:
+        raise ValueError("scorer scores another model than `model`; build a Scorer for each")
+    if dtype not in (None, scorer.dtype):
+        raise ValueError(f"dtype={dtype}, but the scorer given encodes in {scorer.dtype}; leave dtype out")
+    if certify and scorer.dtype != torch.bfloat16:
+        raise ValueError("certify=True needs a bfloat16 selection; a float32 one has no doubtful patches")
+
+
 def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
     if memory < 1 or chunk < 1:
         raise ValueError(f"memory={memory} and chunk={chunk} must be at least 1")
@@ -93,6 +104,8 @@ def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *,
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if exact_only and mode != "exact":
         raise ValueError(f"mode={mode!r}: certify and group need mode='exact', whose answer no order can change")
+    if not bags:
+        raise ValueError("bags holds no image; pass one at least")
     for number, bag in enumerate(bags):
         if not len(bag):
             raise ValueError(f"bags[{number}] is empty; drop images without patches before the selection")
@@ -121,15 +134,21 @@ def _fill(
     shares: Strips | None,
 ) -> None:
     seen = [torch.zeros(len(bag), dtype=torch.bool) for bag in bags]
+    came = [0] * len(bags)
     with scorer.evaluating():
         for number, index, logits in Stream(scorer).run(checked(scorer.model, chunks, [len(bag) for bag in bags])):
             check_logits(number, index, logits)
             seen[number][index] = True
+            came[number] += len(index)
             for sink in sinks[number]:
                 sink.add(index, logits)
     for number, rows in enumerate(seen):
-        if shares is None and not rows.all():
-            raise ValueError(f"bags[{number}].chunks gave {int(rows.sum())} different rows of {len(rows)}")
+        if shares is None and (came[number] != len(rows) or not rows.all()):
+            different = int(rows.sum())
+            raise ValueError(
+                f"bags[{number}].chunks gave {came[number]} rows, {different} different rows of {len(rows)}; "
+                "each must come once"
+            )
 
 
 def assemble(

@@ -46,7 +46,7 @@ class Strips:
         """Fill logits (N, J), of which this process holds its strip, with the other processes' strips."""
         bounds = self.bounds(len(logits))
         longest = max(stop - start for start, stop in pairwise(bounds))
-        own = torch.zeros(longest, logits.shape[1], device=self._device())
+        own = torch.zeros(longest, logits.shape[1], dtype=logits.dtype, device=self._device())
         mine = slice(*bounds[self.rank : self.rank + 2])
         own[: mine.stop - mine.start] = logits[mine]
         parts = [torch.empty_like(own) for _ in range(self.world)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ips.bag import Chunk
 from ips.scorer import Scorer, pad_rows
-from ips.unique import constant_rows, unique_rows
+from ips.unique import distinct_rows, unique_rows
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Stream:
 
     @torch.no_grad()
     def run(self, source: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(bag number, chunk) pairs -> (bag number, index (n,), logits (n, J) float32), on the host, in order."""
+        """(bag number, chunk) pairs -> (bag number, index (n,), logits (n, J)), on the host, in order."""
         waiting: deque[_Item] = deque()
         leaving: deque[_Leaving] = deque()
         for bag, chunk in source:
@@ -74,36 +74,37 @@ class Stream:
 
     def _admit(self, bag: int, chunk: Chunk) -> _Item:
         scorer = self._scorer
-        patches = to_device(chunk.patches, scorer.device)
+        patches = scorer.receive(chunk.patches)
         n = len(patches)
         rows = inverse = torch.arange(n, device=patches.device)
+        flat = 0
         if scorer.dedupe:
-            rows, inverse = unique_rows(patches)
-        table = torch.empty(len(rows), scorer.width, device=scorer.device)
+            rows, inverse, flat = distinct_rows(patches) if patches.ndim == 4 else (*unique_rows(patches), 0)
+        table = torch.empty(len(rows), scorer.width, dtype=scorer.logit_dtype, device=scorer.device)
         item = _Item(bag, chunk.index, scorer.model.places(chunk.index, chunk.positions), table, inverse, 0)
         open_rows = torch.arange(len(rows), device=patches.device)
-        if scorer.dedupe and patches.ndim == 4:
-            open_rows = self._recall(item, patches, rows)
+        if flat:
+            open_rows = self._recall(item, patches, rows, flat)
         item.missing = len(open_rows)
         if item.missing:
-            left = patches if item.missing == n else patches[rows[open_rows]]  # rows ascend: all of them is no change
+            left = patches if item.missing == n and not flat else patches[rows[open_rows]]
             self._queue.append(_Queued(item, open_rows, left))
             self._queued += item.missing
         return item
 
-    def _recall(self, item: _Item, patches: Tensor, rows: Tensor) -> Tensor:
-        """Fill in the constant patches whose colour this pass has met; return the table rows still open."""
-        constant = constant_rows(patches[rows]).nonzero().squeeze(1)
-        still_open = torch.ones(len(rows), dtype=torch.bool, device=patches.device)
-        colours = patches[rows[constant]][:, :, 0, 0].tolist()
-        for row, colour in zip(constant.tolist(), map(tuple, colours), strict=True):
+    def _recall(self, item: _Item, patches: Tensor, rows: Tensor, flat: int) -> Tensor:
+        """Fill in those of the last `flat` rows, of one colour each, that this pass has met; return the rows open."""
+        plain = len(rows) - flat
+        still_open = list(range(plain))
+        colours = patches[:, :, 0, 0][rows[plain:]].tolist()
+        for row, colour in enumerate(map(tuple, colours), start=plain):
             known = self._colours.get(colour)
             if known is None:
                 item.colours[colour] = row
+                still_open.append(row)
             else:
                 item.table[row] = known
-                still_open[row] = False
-        return still_open.nonzero().squeeze(1)
+        return torch.tensor(still_open, dtype=torch.int64, device=patches.device)
 
     def _encode(self, count: int) -> None:
         """Encode the first `count` queued patches as one padded batch and hand out their logits."""
@@ -143,7 +144,7 @@ class _Leaving:
         self._bag, self._index, self._logits = bag, index, logits
         self._event: torch.cuda.Event | None = None
         if logits.is_cuda:
-            self._logits = torch.empty(logits.shape, pin_memory=True)
+            self._logits = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
             self._logits.copy_(logits, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
@@ -152,24 +153,3 @@ class _Leaving:
         if self._event is not None:
             self._event.synchronize()
         return self._bag, self._index, self._logits
-
-
-def to_device(patches: Tensor, device: torch.device) -> Tensor:
-    """Patches on `device`; from pageable host memory to CUDA through pinned memory on a side stream."""
-    if device.type != "cuda" or patches.is_cuda:
-        return patches.to(device)
-    side = _side_stream(device)
-    with torch.cuda.stream(side):
-        moved = patches.contiguous().pin_memory().to(device, non_blocking=True)
-    torch.cuda.current_stream(device).wait_stream(side)
-    moved.record_stream(torch.cuda.current_stream(device))
-    return moved
-
-
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _side_streams[device]

@@ -8,6 +8,24 @@ from torch import Tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def distinct_rows(patches: Tensor) -> tuple[Tensor, Tensor, int]:
+    """`unique_rows` of pixels (n, C, h, w) that hashes only what is no single colour.
+
+    Returns:
+        rows (U,) int64, inverse (n,) int64, and how many of the rows, the last ones, are of one colour.
+    """
+    constant = constant_rows(patches)
+    flat = constant.nonzero().squeeze(1)
+    if not len(flat):
+        return *unique_rows(patches), 0
+    plain = (~constant).nonzero().squeeze(1)
+    plain_rows, plain_inverse = unique_rows(patches[plain])
+    flat_rows, flat_inverse = unique_rows(patches[:, :, :1, :1][flat])
+    inverse = torch.empty_like(constant, dtype=torch.int64)
+    inverse[plain], inverse[flat] = plain_inverse, flat_inverse + len(plain_rows)
+    return torch.cat((plain[plain_rows], flat[flat_rows])), inverse, len(flat_rows)
+
+
 def unique_rows(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that stand for all others.
 
@@ -15,13 +33,13 @@ def unique_rows(patches: Tensor) -> tuple[Tensor, Tensor]:
     collision only leaves a duplicate in.
 
     Args:
-        patches: (n, ...), contiguous.
+        patches: (n, ...).
 
     Returns:
         rows (U,) int64, ascending, and inverse (n,) int64: patches[rows][inverse] equals patches, byte for byte.
     """
     n = len(patches)
-    words = _words(patches)
+    words = _words(patches.flatten(1))
     generator = torch.Generator().manual_seed(0)  # any fixed numbers do
     keys = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
     mixed = words ^ (words.long() >> 32)  # or patches that differ in high bits alone would share their low hash bits
@@ -37,16 +55,21 @@ def unique_rows(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def constant_rows(patches: Tensor) -> Tensor:
-    """(n,) bool: True where all pixels of a patch (n, C, h, w) are the same colour."""
-    corner = patches[:, :, :1, :1]
-    likely = (patches[:, :, -1:, -1:] == corner).flatten(1).all(dim=1)  # spares most patches the full comparison
+    """(n,) bool: True where all pixels of a patch (n, C, h, w) are the same colour, byte for byte."""
+    pixels = patches.flatten(2)
+    words = _words(pixels)  # up to 8 pixels are compared at once: all words the same, and the pixels of the first word
+    width = pixels.shape[2] // words.shape[2]
+    likely = (words[:, :, 0] == words[:, :, -1]).all(dim=1)  # spares most patches the full comparison
     rows = likely.nonzero().squeeze(1)
-    likely[rows] = (patches[rows] == corner[rows]).flatten(1).all(dim=1)
-    return likely
+    words = words if 2 * len(rows) > len(patches) else words[rows]  # a copy of most would cost more than comparing all
+    same = (words == words[:, :, :1]).flatten(1).all(dim=1)
+    likely[rows] = same[rows] if len(same) == len(patches) else same
+    bits = _words(pixels[:, :, :width, None])
+    return likely & (bits == bits[:, :, :1]).flatten(1).all(dim=1)
 
 
-def _words(patches: Tensor) -> Tensor:
-    """The bytes of each patch as the widest integers that divide them, (n, words)."""
-    size = patches[0].numel() * patches.element_size()
+def _words(x: Tensor) -> Tensor:
+    """The bytes of x (..., k) as the widest integers that divide them, (..., words)."""
+    size = x.shape[-1] * x.element_size()
     width = next(width for width in (8, 4, 2, 1) if size % width == 0)
-    return patches.contiguous().flatten(1).view(torch.uint8).view(_WORDS[width])
+    return x.contiguous().view(torch.uint8).view(_WORDS[width])

@@ -66,3 +66,12 @@ def test_queries_start_within_the_official_bound() -> None:
     attention = CrossAttention(256, 4, 8, 16, 16)
     assert 0.2 < attention.queries.abs().max() <= 0.25
     assert not any(isinstance(m, nn.Linear) and m.bias is not None for m in attention.modules())
+
+
+def test_the_folded_query_is_the_product_of_its_factors() -> None:
+    torch.manual_seed(0)
+    attention = CrossAttention(12, 2, 3, 5, 7)
+    keys, queries = attention.unfolded()
+    assert keys.shape == (15, 12)
+    assert queries.shape == (6, 15)
+    torch.testing.assert_close(queries @ keys, attention.folded())

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -163,3 +165,16 @@ def test_other_files_are_refused(data: bytes) -> None:
 def test_old_files_without_batch_counts_load() -> None:
     state = {name: value for name, value in _full_state().items() if not name.endswith("num_batches_tracked")}
     load_weights(ResNet("resnet18"), state)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_layout_of_the_weights_is_followed_from_the_first_layer_on(channels: Literal[1, 3]) -> None:
+    torch.manual_seed(0)
+    plain = ResNet("resnet18", 2, channels).eval()
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen: list[Tensor] = []
+    for encoder in (plain, last):
+        encoder.conv1.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    x = torch.rand(3, channels, 37, 29)
+    torch.testing.assert_close(plain(x), last(x), rtol=1e-4, atol=1e-5)
+    assert [out.is_contiguous(memory_format=torch.channels_last) for out in seen] == [False, True]

@@ -114,6 +114,56 @@ class _Counting(TensorBag):
         return super().take(rows)
 
 
+def test_a_float64_model_gets_float64_gradients() -> None:
+    bounded = _without_dropout(resnet_model(grid=True, scale=1.0)).double().train()
+    plain = copy.deepcopy(bounded)
+    bags = [bag_of(n, n, h=37, w=29, grid=True) for n in (23, 3, 11)]
+    selection = select(bounded, bags, 6, 5)
+    value, outputs = bounded_backward(bounded, bags, selection, _loss, 4)
+    for norm in _norms(plain):
+        norm.eval()
+    expected = plain(gather(bags, selection, "cpu"))
+    _loss(expected).backward()  # type: ignore[no-untyped-call]
+    assert value.dtype == outputs["task.1"].dtype == torch.float64
+    torch.testing.assert_close(value, _loss(expected).detach(), rtol=1e-12, atol=1e-12)
+    for (name, p), (_, q) in zip(bounded.named_parameters(), plain.named_parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_synchronised_norms_are_frozen_too() -> None:
+    model = _without_dropout(tiny_model()).train()
+    plain, bags = copy.deepcopy(model), [bag_of(9)]
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    selection = select(model, bags, 4, 5)
+    bounded_backward(model, bags, selection, _loss, 2)  # torch refuses to train such norms on a CPU
+    bounded_backward(plain, bags, selection, _loss, 2)
+    _same(model, plain)
+
+
+def test_the_random_numbers_go_on_when_a_bag_raises_in_the_second_pass() -> None:
+    model, bag = tiny_model().train(), bag_of(9)
+    selection = select(model, [bag], 4, 5)
+    torch.manual_seed(3)
+    bounded_backward(model, [bag], selection, _loss, 2)
+    after, torn = torch.rand(3), _Torn(bag.patches)
+    torch.manual_seed(3)
+    with pytest.raises(OSError, match="torn"):
+        bounded_backward(model, [torn], selection, _loss, 2)
+    assert torch.equal(torch.rand(3), after)
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+class _Torn(TensorBag):
+    taken = 0
+
+    def take(self, rows: Tensor) -> Chunk:
+        self.taken += 1
+        if self.taken > 3:
+            raise OSError("torn")
+        return super().take(rows)
+
+
 def test_gradients_add_up_over_calls() -> None:
     model = _without_dropout(tiny_model()).train()
     bags = [bag_of(9)]

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ips.bag import Chunk, TensorBag
+from ips.encoder import FeatureProjector
+from ips.intake import checked
 from ips.select import select
-from tests.ips.nets import bag_of, tiny_model
+from tests.ips.nets import bag_of, model_of, tiny_model
 
 
 def _bag(patches: Tensor, positions: Tensor | None = None) -> TensorBag:
@@ -53,6 +55,24 @@ _PLACES = torch.ones(5, 2)
 def test_bad_bags_are_named(bag: TensorBag, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select(tiny_model(grid=True), [bag], 2, 5)
+
+
+def test_features_have_the_projectors_width() -> None:
+    model = model_of(FeatureProjector(9, 12), 12)
+    for patches in (torch.rand(4, 8), torch.rand(4, 3, 5, 5)):
+        with pytest.raises(ValueError, match=r"patches has shape \(4, .*the encoder needs features \(n, 9\)"):
+            select(model, [TensorBag(patches)], 2, 5)
+
+
+def test_patches_have_pixels() -> None:
+    with pytest.raises(ValueError, match="every size but n must be at least 1"):
+        select(tiny_model(), [TensorBag(torch.rand(4, 3, 0, 5))], 2, 5)
+
+
+def test_huge_but_finite_pixels_pass() -> None:
+    """Their sum is infinite, they are not."""
+    chunk = Chunk(torch.full((5, 3, 4, 4), 3e38), torch.arange(5))
+    assert list(checked(tiny_model(), [(0, chunk)], [5])) == [(0, chunk)]
 
 
 def test_one_call_takes_one_patch_shape() -> None:

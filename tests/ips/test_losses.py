@@ -115,3 +115,24 @@ def test_bad_targets_are_named(kind: Kind, target: Tensor, message: str) -> None
 def test_class_weights_only_where_they_mean_something() -> None:
     with pytest.raises(ValueError, match=r"class_weights\['t'\]"):
         _one("regression", torch.zeros(2, 1), torch.zeros(2), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("binary", [1.0, 0.0]),
+        ("multiclass", [2.0, 0.0]),
+        ("multilabel", [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        ("regression", [[0.3, 0.1, -2.0], [0.2, 0.7, 9.0]]),
+        ("survival", [[2.0, 1.0], [0.0, 0.0]]),
+    ],
+)
+def test_losses_have_the_precision_of_the_logits(kind: Kind, target: list[float]) -> None:
+    single = torch.randn(2, 1 if kind == "binary" else 3, generator=torch.Generator().manual_seed(0))
+    losses = [
+        task_loss({"t": logits}, {"t": torch.tensor(target)}, {"t": kind})
+        for logits in (single, single.double(), single.bfloat16())
+    ]
+    assert [mean_loss(loss).dtype for loss in losses] == [torch.float32, torch.float64, torch.float32]
+    assert all(loss["t"].total.dtype == loss["t"].weight.dtype for loss in losses)
+    torch.testing.assert_close(losses[0]["t"].total.double(), losses[1]["t"].total, rtol=1e-6, atol=1e-6)

@@ -38,3 +38,12 @@ def test_widths_that_cannot_hold_pairs() -> None:
         IndexPositions(7)
     with pytest.raises(ValueError, match="dim=6 must be a multiple of 4"):
         GridPositions(6)
+
+
+def test_codes_have_the_modules_dtype() -> None:
+    single, double = IndexPositions(6), IndexPositions(6).double()
+    index = torch.tensor([3, 2**24 + 1])
+    assert double(index).dtype == GridPositions(8).double()(torch.ones(1, 2)).dtype == torch.float64
+    torch.testing.assert_close(double(index)[1, 0], torch.tensor(math.sin(2**24 + 1), dtype=torch.float64))
+    assert single(index).dtype == torch.float32
+    assert not single.state_dict()

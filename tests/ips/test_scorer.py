@@ -21,12 +21,41 @@ def _plain(model: IPSModel, patches: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(
-    "measures", [{}, {"fuse": False}, {"channels_last": False}, {"fuse": False, "channels_last": False}]
+    "measures",
+    [
+        {},
+        {"fold": False},
+        {"fuse": False},
+        {"channels_last": False},
+        {"side_stream": False},
+        {"device_normalise": False},
+        {"dedupe": False},
+        dict.fromkeys(("fold", "fuse", "channels_last", "side_stream", "device_normalise", "dedupe"), False),
+    ],
 )
 def test_every_measure_alone_keeps_the_logits(name: str, measures: dict[str, bool]) -> None:
     model, patches = resnet_model(name), _patches()
     scorer = Scorer(model, batch=8, **measures)  # type: ignore[arg-type]
-    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3)
+    found = scorer.content_logits(scorer.receive(patches))
+    torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
+
+
+def test_pixels_travel_as_they_are_unless_told() -> None:
+    model, patches = resnet_model(), _patches()
+    assert Scorer(model).receive(patches) is patches
+    early = Scorer(model, device_normalise=False).receive(patches)
+    assert torch.equal(early, model.normalise(patches))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "resnet"])
+def test_a_float64_model_is_scored_in_float64(kind: str) -> None:
+    model = (tiny_model(scale=1.0) if kind == "tiny" else resnet_model(scale=1.0)).double()
+    scorer, patches = Scorer(model, batch=8), _patches()
+    assert scorer.dtype == torch.float64
+    with scorer.evaluating():
+        found = scorer.content_logits(patches)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, _plain(model, patches), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("encoder", ["tiny", "resnet"])
@@ -104,6 +133,8 @@ def test_pad_rows_repeats_the_first() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch\.float32 must be.*float64"):
+        Scorer(tiny_model().double(), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"dtype=torch\.float16 must be"):
         Scorer(tiny_model(), dtype=torch.float16)
     for batch in (0, 12, -8):

@@ -16,7 +16,7 @@ from ips.model import IPSModel
 from ips.official import load_official
 from ips.positions import IndexPositions
 from ips.scorer import Scorer
-from ips.select import gather, select
+from ips.select import Mode, gather, select
 from tests.ips.nets import LooseBag, bag_of, model_of, resnet_model, tiny_model
 from tests.oracle import OfficialNet, exact_selection
 
@@ -138,6 +138,54 @@ def test_bfloat16_is_close_and_not_equal() -> None:
     torch.testing.assert_close(full.attention[0], half.attention[0], rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("mode", ["exact", "window"])
+def test_a_float64_model_selects_in_float64(mode: Mode) -> None:
+    model, bag = resnet_model(grid=True, scale=1.0).double(), bag_of(71, h=37, w=29, grid=True)
+    order = torch.randperm(71, generator=torch.Generator().manual_seed(5))
+    plain = select(model, [bag], 71, 71, mode, attention=True)
+    loose = select(model, [LooseBag(bag, order if mode == "exact" else torch.arange(71))], 71, 7, mode, attention=True)
+    assert plain.attention is not None
+    assert loose.attention is not None
+    assert torch.equal(plain.index, loose.index)
+    assert torch.equal(plain.attention[0], loose.attention[0])
+    with torch.no_grad():
+        assert bag.positions is not None
+        expected = model.eval().logits(model.embed(bag.patches), bag.positions).softmax(dim=0).mean(dim=1)
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(plain.attention[0], expected.float(), rtol=1e-6, atol=0)
+    assert plain.index[0].tolist() == expected.argsort(descending=True).tolist()
+
+
+def test_a_window_refuses_rows_that_come_twice() -> None:
+    bag = bag_of(9)
+    with pytest.raises(ValueError, match=r"bags\[0\].chunks gave 10 rows, 9 different rows of 9"):
+        select(tiny_model(), [LooseBag(bag, torch.tensor([*range(9), 4]))], 2, 3, "window")
+
+
+def test_empty_chunks_are_passed_over() -> None:
+    model, bag, sizes = tiny_model(), bag_of(9), iter([4, 0, 5, 0])
+    found = select(model, [LooseBag(bag, torch.arange(9), lambda: next(sizes))], 4, 3)
+    assert torch.equal(found.index, select(model, [bag], 4, 3).index)
+
+
+def test_a_scorer_belongs_to_its_model_and_dtype() -> None:
+    model, bag = tiny_model(), bag_of(9)
+    with pytest.raises(ValueError, match="another model"):
+        select(model, [bag], 2, 3, scorer=Scorer(tiny_model()))
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16, but the scorer given encodes in torch.float32"):
+        select(model, [bag], 2, 3, scorer=Scorer(model), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="bags holds no image"):
+        select(model, [], 2, 3)
+
+
+def test_a_scorer_is_as_good_after_an_error() -> None:
+    model, bag = resnet_model(), bag_of(20, h=37, w=29)
+    scorer = Scorer(model)
+    with pytest.raises(OSError, match="disk on fire"):
+        select(model, [_Breaks(bag.patches)], 3, 5, scorer=scorer)
+    assert torch.equal(select(model, [bag], 3, 5, scorer=scorer).scores, select(model, [bag], 3, 5).scores)
+
+
 def test_features_are_selected_too() -> None:
     torch.manual_seed(0)
     model = model_of(FeatureProjector(9, 12), 12, scale=20.0)
@@ -226,7 +274,7 @@ def test_gather_takes_the_winners_and_pads() -> None:
 
 def test_rows_that_never_come_are_counted() -> None:
     bag = bag_of(9)
-    with pytest.raises(ValueError, match=r"bags\[0\].chunks gave 4 different rows of 9"):
+    with pytest.raises(ValueError, match=r"bags\[0\].chunks gave 5 rows, 4 different rows of 9"):
         select(tiny_model(), [LooseBag(bag, torch.tensor([0, 1, 2, 2, 8]))], 2, 3)
 
 

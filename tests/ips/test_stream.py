@@ -13,7 +13,7 @@ from ips.bag import Bag, Chunk, TensorBag
 from ips.intake import checked as checked_chunks
 from ips.model import IPSModel
 from ips.scorer import Scorer
-from ips.stream import Stream, to_device
+from ips.stream import Stream
 from tests.ips.nets import LooseBag, TinyEncoder, bag_of, model_of, resnet_model, tiny_model
 
 
@@ -105,8 +105,3 @@ def test_logits_are_the_models(batch: int) -> None:
         model.eval()
         expected = model.logits(model.embed(bag.patches), bag.positions)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_to_device_keeps_what_is_there() -> None:
-    patches = bag_of(3).patches
-    assert to_device(patches, torch.device("cpu")) is patches

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ips.unique import constant_rows, unique_rows
+from ips.unique import constant_rows, distinct_rows, unique_rows
 from tests.ips.nets import bag_of
 
 
@@ -51,3 +51,28 @@ def test_constant_is_every_pixel_in_every_channel() -> None:
     patches[3, 0, 0, 0] = 1
     patches[4, 2, -1, -1] = 1
     assert constant_rows(patches).tolist() == [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (1, 1), (3, 8), (2, 2)])
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_constant_rows_by_definition(dtype: torch.dtype, h: int, w: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(h)
+    patches = torch.randint(0, 2, (60, 3, h, w), generator=generator).to(dtype)
+    one_colour = torch.rand(60, generator=generator) < share
+    patches[one_colour] = patches[one_colour][:, :, :1, :1]
+    expected = [all(len(set(plane.flatten().tolist())) == 1 for plane in patch) for patch in patches]
+    assert constant_rows(patches).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_distinct_rows_stand_for_all_with_one_colours_last(which: list[int]) -> None:
+    kinds = torch.randint(0, 256, (6, 3, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    kinds[3], kinds[4] = 0, torch.tensor([9, 8, 7], dtype=torch.uint8).view(3, 1, 1)
+    patches = kinds[torch.tensor(which)]
+    rows, inverse, flat = distinct_rows(patches)
+    assert len(rows) == len(set(which))
+    assert torch.equal(patches[rows][inverse], patches)
+    assert flat == len(set(which) & {3, 4})
+    assert constant_rows(patches[rows]).tolist() == [False] * (len(rows) - flat) + [True] * flat
