@@ -3,28 +3,70 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import StorageError
 
+ANONYMOUS = "anonymous@"
 CONNECT_S = 5.0
 READ_S = 15.0  # without a byte; S3 itself answers within seconds
 _BAD_CREDENTIALS = {"SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken"}
+PATIENCE_S = 10.0  # a server restarts within seconds
+_BUSY = {"500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
 _MISSPELT = "it does not exist; check the spelling"
 
 
-def client() -> Any:
-    """The process's s3fs filesystem: it is not fork-safe, and the environment may change between calls."""
+def client(uri: str) -> Any:
+    """The process's s3fs filesystem for a URI: it is not fork-safe, and the environment may change between calls."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return _connect(os.getpid(), tuple(sorted(settings.items())))
+    return _connect(os.getpid(), tuple(sorted(settings.items())), is_anonymous(uri))
+
+
+def is_anonymous(uri: str) -> bool:
+    """Whether it is written `s3://anonymous@bucket/key`: a public bucket, asked without credentials."""
+    return uri.split("://", 1)[1].startswith(ANONYMOUS)
+
+
+def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """A method of the URI's client, tried again for `PATIENCE_S` where the failure may pass.
+
+    Such are a busy server and one that restarts. Only for what may be repeated: reads, writes of whole objects.
+    """
+    given_up = time.monotonic() + PATIENCE_S
+    pause = 0.1
+    while True:
+        try:
+            return getattr(client(uri), method)(*arguments, **options)
+        except Exception as error:
+            if not _may_pass(error) or time.monotonic() + pause > given_up:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.0))  # many workers should not come back at the same moment
+        pause = min(2 * pause, 2.0)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a while."""
+    import aiohttp
+    from botocore import exceptions as boto
+
+    match error:
+        case boto.SSLError():
+            return False
+        case boto.HTTPClientError() | boto.ConnectionError() | aiohttp.ClientPayloadError() | TimeoutError():
+            return True
+        case OSError():
+            return code(error) in _BUSY
+    return False
 
 
 def key(uri: str) -> str:
     """bucket/key of an S3 URI."""
-    path = uri.split("://", 1)[1].rstrip("/")
+    path = uri.split("://", 1)[1].removeprefix(ANONYMOUS).rstrip("/")
     if not path or path.startswith("/"):
         raise StorageError(f"{uri}: no bucket is named; write s3://bucket/prefix")
     return path
@@ -39,6 +81,7 @@ def code(error: BaseException) -> str | None:
 
 def reason(error: Exception, uri: str) -> str | None:
     """Why the client failed and what to do; None when the error is not S3's."""
+    import aiohttp
     from botocore import exceptions as boto
 
     match error:
@@ -48,6 +91,8 @@ def reason(error: Exception, uri: str) -> str | None:
             return f"{error}; correct AWS_PROFILE"
         case boto.ParamValidationError() if "/" not in key(uri):
             return "it is a bucket; name a file in it"
+        case aiohttp.ClientPayloadError():
+            return f"the endpoint ({_endpoint()}) breaks off its answers ({error}); try again, then ask whoever runs it"
         case boto.HTTPClientError() | boto.ConnectionError() | TimeoutError():
             return f"the endpoint ({_endpoint()}) cannot be reached ({error}); check AWS_ENDPOINT_URL and the network"
         case ValueError() if "endpoint" in str(error):
@@ -89,7 +134,7 @@ def _answer(error: OSError, uri: str) -> str | None:
 def _is_folder(uri: str) -> bool:
     """A GET's answer does not tell a folder from nothing at all."""
     try:
-        return bool(client().info(key(uri))["type"] == "directory")
+        return bool(client(uri).info(key(uri))["type"] == "directory")
     except OSError:  # absent, or the reason is told by the first error
         return False
 
@@ -97,7 +142,7 @@ def _is_folder(uri: str) -> bool:
 def _bucket_code(uri: str) -> str | None:
     """NoSuchBucket when that is why nothing was found."""
     try:
-        client().ls(key(uri).partition("/")[0] + "/nothing", detail=False)
+        client(uri).ls(key(uri).partition("/")[0] + "/nothing", detail=False)
     except OSError as error:
         return code(error)
     return None
@@ -107,8 +152,8 @@ def _endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS itself"
 
 
-@lru_cache(maxsize=2)
-def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+@lru_cache(maxsize=4)
+def _connect(pid: int, settings: tuple[tuple[str, str], ...], anonymous: bool) -> Any:  # noqa: FBT001, a cache's key
     import s3fs  # 0.7 s, which processes that work on local files need not pay
 
     environment = dict(settings)
@@ -120,9 +165,23 @@ def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
         "request_checksum_calculation": _checksums(environment, "AWS_REQUEST_CHECKSUM_CALCULATION"),
         "response_checksum_validation": _checksums(environment, "AWS_RESPONSE_CHECKSUM_VALIDATION"),
     }
-    filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    filesystem = s3fs.S3FileSystem(
+        anon=anonymous, skip_instance_cache=True, use_listings_cache=False, config_kwargs=config
+    )
     filesystem.retries = 2  # of requests with their bodies; with s3fs's own 5 a silent endpoint would cost 150 s
+    if "AWS_MAX_ATTEMPTS" in environment:  # s3fs pauses 0.1 s * 1.7^n between them, 15 s at most
+        filesystem.retries = int(environment["AWS_MAX_ATTEMPTS"])
+        s3fs.core.set_custom_error_handler(_passes)
     return filesystem
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a server that is away for a while would fail like this; s3fs itself gives up when one refuses to talk."""
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        return int(error.response["ResponseMetadata"]["HTTPStatusCode"]) >= 500
+    return isinstance(error, boto.ConnectionError)
 
 
 def _checksums(environment: Mapping[str, str], variable: str) -> str:

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-import pyarrow.fs
-
 from pipeline import s3
 from pipeline.errors import StorageError
 
@@ -70,7 +68,9 @@ def parent(uri: str) -> str:
 
 def absolute(uri: str) -> str:
     """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
-    return "s3://" + s3.key(uri) if is_remote(uri) else str(_path(uri))
+    if not is_remote(uri):
+        return str(_path(uri))
+    return "s3://" + (s3.ANONYMOUS if s3.is_anonymous(uri) else "") + s3.key(uri)
 
 
 def exists(uri: str) -> bool:
@@ -79,7 +79,7 @@ def exists(uri: str) -> bool:
         if not is_remote(uri):
             return _path(uri).exists()
         try:
-            s3.client().info(s3.key(uri))
+            s3.call(uri, "info", s3.key(uri))
         except FileNotFoundError as error:
             if s3.code(error) == "NoSuchBucket":
                 raise
@@ -91,7 +91,7 @@ def source_version(uri: str) -> SourceVersion:
     """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
     with _failures(uri, "read"):
         if is_remote(uri):
-            version = _s3_version(s3.client().info(s3.key(uri)))
+            version = _s3_version(s3.call(uri, "info", s3.key(uri)))
         else:
             path = _path(uri)
             version = None if path.is_dir() else _local_version(path.stat())
@@ -103,7 +103,7 @@ def source_version(uri: str) -> SourceVersion:
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
     with _failures(uri, "read"):
-        data: bytes = s3.client().cat_file(s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
+        data: bytes = s3.call(uri, "cat_file", s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
         return data
 
 
@@ -123,7 +123,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         if is_remote(uri):
             wanted = [(start, start + length) for start, length in ranges if length]
             starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
-            fetched = iter(s3.client().cat_ranges([s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
+            fetched = iter(s3.call(uri, "cat_ranges", [s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
             found = [next(fetched) if length else b"" for _, length in ranges]
         else:
             with _path(uri).open("rb") as file:
@@ -141,7 +141,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole, over an old one."""
     with _failures(uri, "write"):
         if is_remote(uri):
-            s3.client().pipe_file(s3.key(uri), data, chunksize=PART_BYTES)
+            s3.call(uri, "pipe_file", s3.key(uri), data, chunksize=PART_BYTES)
         else:
             _replace(_path(uri), lambda file: file.write(data))
 
@@ -176,7 +176,7 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
     with _failures(uri, "list"):
         try:
             if is_remote(uri):
-                entries = s3.client().ls(s3.key(uri), detail=True)
+                entries = s3.call(uri, "ls", s3.key(uri), detail=True)
                 named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
                 return {name: _s3_version(entry) for name, entry in named.items() if name}
             with os.scandir(_path(uri)) as entries:
@@ -202,7 +202,7 @@ def delete(uri: str) -> None:
     with _failures(uri, "delete"):
         try:
             if is_remote(uri):
-                s3.client().rm_file(s3.key(uri))
+                s3.call(uri, "rm_file", s3.key(uri))
             else:
                 _path(uri).unlink()
         except FileNotFoundError:
@@ -213,8 +213,8 @@ def delete_folder(uri: str) -> None:
     """Remove a folder with all below it; one that does not exist is no error."""
     with _failures(uri, "delete"):
         if is_remote(uri):
-            for name in s3.client().find(s3.key(uri)):
-                s3.client().rm_file(name)
+            for name in s3.call(uri, "find", s3.key(uri)):
+                s3.call(uri, "rm_file", name)
         elif _path(uri).is_dir():
             shutil.rmtree(_path(uri))
 
@@ -229,7 +229,7 @@ def download(uri: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         try:
-            s3.client().get_file(s3.key(uri), str(temporary))
+            s3.call(uri, "get_file", s3.key(uri), str(temporary))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -239,7 +239,7 @@ def upload(path: Path, uri: str) -> None:
     """Copy a local file to a URI, whole or not at all, in constant memory."""
     with _failures(uri, "write"):
         if is_remote(uri):
-            s3.client().put_file(str(path), s3.key(uri), chunksize=PART_BYTES)
+            s3.call(uri, "put_file", str(path), s3.key(uri), chunksize=PART_BYTES)
         else:
             with path.open("rb") as source:
                 _replace(_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
@@ -268,17 +268,6 @@ def local_copy(uri: str, files: Sequence[str] = ()) -> Iterator[Path]:
         for file in (uri, *(file for file in files if file != uri)):
             download(file, Path(folder, s3.key(file).removeprefix(above)))
         yield Path(folder, s3.key(uri).removeprefix(above))
-
-
-def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """A picklable Arrow filesystem and the URI's path in it.
-
-    S3 is s3fs here too, not Arrow's own client: that one marks folders with empty objects named `folder/`,
-    which servers that map keys to files refuse. The pickle holds no credentials: each process reads its own.
-    """
-    if is_remote(uri):
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(s3.client())), s3.key(uri)
-    return pyarrow.fs.LocalFileSystem(), str(_path(uri))
 
 
 def _path(uri: str) -> Path:

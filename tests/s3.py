@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 KEY_ID = "AKIAIPSTESTKEY000001"
@@ -23,11 +23,19 @@ class S3Server:
 
     endpoint: str
     folder: Path
+    process: subprocess.Popen[str]
+    killed: threading.Event = field(default_factory=threading.Event)
 
     def bucket(self, name: str) -> str:
         """Make a bucket and return its URI."""
         (self.folder / name).mkdir(exist_ok=True)
         return f"s3://{name}"
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would."""
+        self.killed.set()
+        self.process.kill()
+        self.process.wait(timeout=10)
 
     @property
     def env(self) -> dict[str, str]:
@@ -54,8 +62,9 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     command += ["--addr", "127.0.0.1:0", "--dir-cache-time", "1ms", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            yield S3Server(_endpoint(server), folder)
-            if server.poll() is not None:
+            handle = S3Server(_endpoint(server), folder, server)
+            yield handle
+            if server.poll() is not None and not handle.killed.is_set():
                 raise RuntimeError(f"rclone ended by itself, or was killed, with code {server.returncode}")
         finally:
             server.terminate()

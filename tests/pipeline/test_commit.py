@@ -16,10 +16,10 @@ from pipeline import commit, parts, storage
 from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_share, write_slide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
-from pipeline.parts import part_count
+from pipeline.parts import Part, part_count
 from pipeline.patches import PatchStore, slide_key
 from pipeline.slide import SlideReader, open_slide
-from pipeline.tiling import tile_slide
+from pipeline.tiling import SlideTiling, tile_slide
 from tests.pipeline.slides import contents
 from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
@@ -100,8 +100,13 @@ def test_parts_that_are_whole_are_kept(
     with pytest.raises(StorageError, match=f"unfinished/{planned.key}: a part's record is gone; run again"):
         commit_shares(store, planned)
     read: list[int] = []
-    original = commit.read_part
-    monkeypatch.setattr(commit, "read_part", lambda tiling, number: (read.append(number), original(tiling, number))[1])
+    original = parts.read_part
+
+    def noted(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
+        read.append(number)
+        return original(tiling, number)
+
+    monkeypatch.setattr(commit, "read_part", noted)
     share(store, planned, range(4), path)
     assert read == [0, 3]
     commit_shares(store, planned)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from pipeline import s3, storage
 from pipeline.errors import StorageError
+from tests.faults import Fault, Faults, faulty_s3
 from tests.s3 import S3Server, serve_s3
 
 Call = Callable[[str], object]
+DATA = bytes(range(251)) * 7
 CALLS: dict[str, Call] = {
     "exists": storage.exists,
     "version": storage.source_version,
@@ -74,6 +80,7 @@ def test_an_unknown_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no-such-host.invalid:9000"])
 def test_a_dead_endpoint_fails_soon(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.1)
     with pytest.raises(StorageError, match=rf"endpoint \({endpoint}\) cannot be reached .*check AWS_ENDPOINT_URL"):
         storage.exists("s3://bucket/file")
 
@@ -83,8 +90,76 @@ def test_a_silent_endpoint_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setattr(s3, "READ_S", 0.25)
+        monkeypatch.setattr(s3, "PATIENCE_S", 0.1)
         with pytest.raises(StorageError, match="cannot be reached"):
             storage.exists("s3://bucket/file")
+
+
+MORE: dict[str, Call] = {
+    "download": lambda uri: storage.download(uri, Path(os.environ["SCRATCH"]) / "copy"),
+    "upload": lambda uri: storage.upload(Path(os.environ["SCRATCH"]) / "file", uri),
+    "delete": lambda uri: storage.delete(uri),
+    "versions": lambda uri: storage.list_versions(storage.parent(uri)),
+}
+
+
+@pytest.fixture
+def faults(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Faults]:
+    """A proxy before the server, which the client takes for it."""
+    (tmp_path / "file").write_bytes(DATA)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setattr(s3, "READ_S", 0.25)
+    with faulty_s3(server.endpoint) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        storage.write_bytes("s3://bucket/spoilt/file", DATA)
+        yield faults
+
+
+SPOILT: list[tuple[Fault, str]] = [
+    *(("reset", name) for name in CALLS | MORE),
+    *(("busy", name) for name in ("version", "read", "write")),
+    *(("short", name) for name in ("read", "ranges", "download", "list")),
+    *(("silent", name) for name in ("read", "write")),
+]
+
+
+@pytest.mark.parametrize(("fault", "name"), SPOILT)
+def test_what_may_pass_is_tried_again(fault: Fault, name: str, faults: Faults) -> None:
+    call = (CALLS | MORE)[name]
+    without = call("s3://bucket/spoilt/file")
+    storage.write_bytes("s3://bucket/spoilt/file", DATA)
+    faults.times(fault, 3 if fault != "silent" else 1)
+    assert call("s3://bucket/spoilt/file") == without or isinstance(without, dict)
+    assert faults.spoilt == (3 if fault != "silent" else 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("busy", "answers SlowDown"), ("reset", "cannot be reached"), ("short", "breaks off its answers")],
+)
+def test_what_does_not_pass_is_given_up(
+    fault: Fault, words: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.3)
+    faults.times(fault, 1000, "GET")
+    with pytest.raises(StorageError, match=f"cannot read s3://bucket/spoilt/file: the .*{words}"):
+        storage.read_ranges("s3://bucket/spoilt/file", [(0, 100), (900, 50)])
+
+
+def test_a_server_that_restarts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(tmp_path) as server, faulty_s3(server.endpoint) as faults:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        server.bucket("bucket")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        storage.write_bytes("s3://bucket/file", DATA)
+        server.kill()
+        reader = ThreadPoolExecutor(1).submit(storage.read_bytes, "s3://bucket/file")
+        while faults.spoilt == 0 and not reader.done():
+            time.sleep(0.01)
+        with serve_s3(tmp_path) as again:
+            faults.upstream = again.endpoint
+            assert reader.result(timeout=20) == DATA
 
 
 def test_an_endpoint_without_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +194,13 @@ def test_what_others_write_is_seen(server: S3Server) -> None:
 
 def test_checksums_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = "request_checksum_calculation"
-    assert s3.client().config_kwargs[chosen] == "when_required"
+    assert s3.client("s3://bucket/file").config_kwargs[chosen] == "when_required"
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "WHEN_SUPPORTED")
-    assert s3.client().config_kwargs[chosen] == "when_supported"
+    assert s3.client("s3://bucket/file").config_kwargs[chosen] == "when_supported"
 
 
 def test_one_client_for_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = s3.client()
-    assert s3.client() is first
+    first = s3.client("s3://bucket/file")
+    assert s3.client("s3://bucket/file") is first
     monkeypatch.setenv("AWS_SESSION_TOKEN", "other")
-    assert s3.client() is not first
+    assert s3.client("s3://bucket/file") is not first
