@@ -22,7 +22,7 @@ from rich.table import Table
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.config_data import DemoConfig
-from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.errors import ConfigError, DataBudgetError, Interrupted, PipelineError
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -160,6 +160,32 @@ def predict(
             _print_json(result)
         else:
             print(out.resolve() / "predictions.csv")
+
+
+@app.command()
+def verify(
+    store: Annotated[str, typer.Argument(help="URI of the patch store, by default <storage.root>/patches.")],
+    threads: Annotated[int, typer.Option(help="Files read at a time, of some 60 MB each.", min=1)] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every committed slide of a patch store and compare it with its digests; exit 3 where one is damaged."""
+    with _errors(as_json=as_json):
+        from pipeline.verify import verify_store
+
+        report = verify_store(store, threads, _progress("verify"))
+        if as_json:
+            _print_json({"whole": not report.damage, **asdict(report)})
+        else:
+            table = Table("", "where", "found", "remedy")
+            for name, findings in (("[red]damage[/red]", report.damage), ("leftover", report.leftovers)):
+                for finding in findings:
+                    table.add_row(name, finding.uri, finding.what, finding.remedy)
+            if table.row_count:
+                Console().print(table)
+            damage = f"{len(report.damage)} damaged" if report.damage else "all whole"
+            print(f"{report.slides} slides, {report.patches} patches, {report.files} files, {report.bytes} B: {damage}")
+        if report.damage:
+            raise typer.Exit(DataBudgetError.exit_code)
 
 
 @app.command()

@@ -117,7 +117,9 @@ def _begin(
         if patches.has(key):
             stored = patches.slide(key)
             return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
-        planned = plan_slide(digest, mpp, reader, tile_slide(reader, spec, mpp, guide), guide.digest)
+        with reading_source():
+            tiling = tile_slide(reader, spec, mpp, guide)
+        planned = plan_slide(digest, mpp, reader, tiling, guide.digest)
         check = _unchanged(slide, spec, version)
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version

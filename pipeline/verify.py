@@ -1,0 +1,237 @@
+"""Whether a patch store still holds what was committed: every byte is read and compared, nothing is changed.
+
+*Damage* is a committed slide that is not whole: a file absent, of another length or another digest, an index that
+does not lead to its patches. *Leftovers* are what killed runs leave behind; they harm nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import StorageError
+from pipeline.parts import part_index
+from pipeline.patches import SOURCES, UNFINISHED, slide_key
+from pipeline.schema import INDEX
+
+_SPEC = re.compile(r"^[0-9a-f]{16}$")  # names of a store's folders: a tiling spec's fingerprint
+_SLIDE = re.compile(r"^[0-9a-f]{32}$")  # and in them: slides by their key
+_CLEAN = "delete it when no run is active"
+_REPAIR = "delete the slide's folder and the tile stage's records (stages/tile-*.json), and run the tile stage"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    uri: str
+    what: str
+    """What was found, and what it should be."""
+    remedy: str
+    damage: bool = False
+
+
+@dataclass
+class Report:
+    """What was looked at, and what was found."""
+
+    store: str
+    slides: int = 0
+    patches: int = 0
+    files: int = 0
+    bytes: int = 0
+    damage: list[Finding] = field(default_factory=list)
+    leftovers: list[Finding] = field(default_factory=list)
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Sort findings into damage and leftovers."""
+        for finding in findings:
+            (self.damage if finding.damage else self.leftovers).append(finding)
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """A slide's folder with what `slide.json` says of it."""
+
+    uri: str
+    facts: Mapping[str, Any]
+    indexed: bool
+    """Whether its index is whole."""
+
+
+_Check = Callable[[], list[Finding]]
+
+
+def _damage(uri: str, what: str, remedy: str = _REPAIR) -> Finding:
+    return Finding(uri, what, remedy, damage=True)
+
+
+def verify_store(store: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
+    """Read all of a patch store, or of one tiling spec's folder in it.
+
+    Args:
+        store: URI, the config's `storage.patches`.
+        threads: files read at a time; each takes the memory of one part, some 60 MB.
+        on_progress: called with the files read and their number.
+
+    Raises:
+        StorageError: no patch store is there, or the storage fails.
+    """
+    report = Report(storage.absolute(store))
+    _index_table.cache_clear()
+    with ThreadPoolExecutor(threads) as pool:
+        for spec in _specs(report.store):
+            _verify_spec(spec, report, pool, on_progress)
+    return report
+
+
+def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progress: Callable[[int, int], None]) -> None:
+    folders = [storage.join(spec, name) for name in storage.list_names(spec) if _SLIDE.match(name)]
+    commits = []
+    for commit, findings in pool.map(_look_at, folders):
+        report.add(findings)
+        if commit is not None:
+            commits.append(commit)
+    checks = [check for commit in commits for check in _checks(commit)]
+    for done, findings in enumerate(pool.map(_run, checks), 1):
+        report.add(findings)
+        on_progress(done, len(checks))
+    keys = {str(commit.facts["key"]) for commit in commits}
+    sources = [storage.join(spec, SOURCES, name) for name in storage.list_names(storage.join(spec, SOURCES))]
+    for findings in pool.map(lambda uri: _source(uri, keys), sources):
+        report.add(findings)
+    report.add(_unfinished(spec, keys))
+    entries = [entry for commit in commits for entry in _entries(commit.facts)]
+    report.slides += len(commits)
+    report.patches += sum(commit.facts["n_patches"] for commit in commits)
+    report.files += len(entries)
+    report.bytes += sum(entry["bytes"] for entry in entries)
+
+
+def _run(check: _Check) -> list[Finding]:
+    return check()
+
+
+def _specs(store: str) -> list[str]:
+    names = storage.list_names(store)
+    if found := [storage.join(store, name) for name in names if _SPEC.match(name)]:
+        return found
+    if SOURCES in names or any(_SLIDE.match(name) for name in names):
+        return [store]
+    raise StorageError(
+        f"{store}: no patch store; name the folder of storage.patches, by default <storage.root>/patches"
+    )
+
+
+def _entries(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]]
+
+
+def _look_at(uri: str) -> tuple[_Commit | None, list[Finding]]:
+    """A slide's folder: its commit with the index, and what is there that is not the commit's."""
+    names = storage.list_versions(uri)
+    stale = [name for name in names if storage.is_temporary(name)]
+    found = [Finding(storage.join(uri, name), "its writer was killed or is still writing", _CLEAN) for name in stale]
+    if "slide.json" not in names:
+        what = f"{len(names) - len(stale)} files of a slide that is not committed"
+        return None, [*found, Finding(uri, what, "the next run goes on with it")]
+    try:
+        facts = storage.read_json(storage.join(uri, "slide.json"))
+        right = facts["key"] == slide_key(facts["content"], facts["mpp"], facts["guide"]) == uri.rpartition("/")[2]
+        known = {"slide.json", *(entry["name"] for entry in _entries(facts))}
+    except (StorageError, KeyError, TypeError) as error:
+        return None, [*found, _damage(storage.join(uri, "slide.json"), f"no commit that can be read: {error}")]
+    if not right:
+        found.append(_damage(uri, "slide.json is of another slide"))
+    found += [
+        Finding(storage.join(uri, name), "a file that the commit does not name", "delete it")
+        for name in names
+        if name not in known and name not in stale
+    ]
+    broken = _index(uri, facts)
+    return _Commit(uri, facts, not broken), found + broken
+
+
+def _index(uri: str, facts: Mapping[str, Any]) -> list[Finding]:
+    place, entry = storage.join(uri, facts["index"]["name"]), facts["index"]
+    data, found = _read(place, entry)
+    if data is None:
+        return found
+    table = pq.read_table(pa.BufferReader(data))
+    if not table.schema.equals(INDEX) or table.column("row").to_pylist() != list(range(facts["n_patches"])):
+        return [_damage(place, f"does not number the {facts['n_patches']} patches of the slide")]
+    return []
+
+
+@lru_cache(maxsize=16)  # 50 bytes a patch; the parts of a slide are checked one after another
+def _index_table(uri: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).drop_columns(["row"])
+
+
+def _checks(commit: _Commit) -> Iterator[_Check]:
+    for number, entry in enumerate(commit.facts["parts"]):
+        yield partial(_part, commit, number, entry)
+    for entry in (commit.facts["thumbnail"], *commit.facts["files"]):
+        yield partial(_file, commit, entry)
+
+
+def _part(commit: _Commit, number: int, entry: Mapping[str, Any]) -> list[Finding]:
+    uri = storage.join(commit.uri, entry["name"])
+    data, found = _read(uri, entry)
+    if data is None or not commit.indexed:
+        return found
+    index = _index_table(storage.join(commit.uri, commit.facts["index"]["name"]))
+    if not index.filter(pc.equal(index.column("part"), number)).equals(part_index(data, number).drop_columns(["row"])):
+        return [_damage(uri, "index.parquet does not lead to its patches")]
+    return []
+
+
+def _file(commit: _Commit, entry: Mapping[str, Any]) -> list[Finding]:
+    return _read(storage.join(commit.uri, entry["name"]), entry)[1]
+
+
+def _read(uri: str, entry: Mapping[str, Any]) -> tuple[bytes | None, list[Finding]]:
+    """The file's bytes when they are the committed ones."""
+    data = storage.read_if_there(uri)
+    if data is None:
+        what = "is gone"
+    elif len(data) != entry["bytes"]:
+        what = f"has {len(data)} bytes, {entry['bytes']} were committed"
+    elif hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        what = "was changed: its sha256 is not the committed one"
+    else:
+        return data, []
+    return None, [_damage(uri, what)]
+
+
+def _source(uri: str, keys: set[str]) -> list[Finding]:
+    """What one source is remembered to have become."""
+    try:
+        record = storage.read_json(uri)
+        key = record["status"]["key"]
+    except (StorageError, KeyError, TypeError) as error:
+        return [_damage(uri, f"cannot be read: {error}", "delete it; the next run looks at the slide again")]
+    if key is not None and key not in keys:
+        return [Finding(uri, f"its slide {key} is not committed", "the next run tiles it")]
+    return []
+
+
+def _unfinished(spec: str, keys: set[str]) -> list[Finding]:
+    """Records of the parts of large slides, by slide."""
+    found = []
+    for key in storage.list_names(storage.join(spec, UNFINISHED)):
+        uri = storage.join(spec, UNFINISHED, key)
+        if count := len(storage.list_versions(uri)):
+            remedy = "delete the folder" if key in keys else "the next run goes on with it"
+            found.append(Finding(uri, f"records of {count} parts", remedy))
+    return found
