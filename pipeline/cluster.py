@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
 import ray
@@ -17,6 +19,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, ResourceError
 
 _POLL_S = 1.0
+_DUST = 1e-9  # CPUs: 0.1 goes three times into 0.3
 _LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; only references and status rows travel through it
 
 
@@ -71,24 +74,59 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def require(cpus: float, gpus: float, timeout_s: float, what: str) -> None:
-    """Wait until the cluster owns the resources; ResourceError (exit 5) when it does not in time.
+@dataclass(frozen=True)
+class Bundle:
+    """What one process needs, all of it on one node."""
 
-    Without this check Ray waits for ever for a GPU that no node has.
+    cpus: float
+    gpus: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+def require(bundles: Sequence[Bundle], timeout_s: float, what: str) -> None:
+    """Wait until the cluster's nodes can hold the bundles; ResourceError (exit 5) when they cannot in time.
+
+    Without this check Ray waits for ever for a GPU that no node has, or for 8 CPUs on nodes of 4. What others use at
+    the moment is not looked at: it comes free.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        has = ray.cluster_resources()
-        has_cpus, has_gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-        if has_cpus >= cpus and has_gpus >= gpus:
+        nodes = _nodes()
+        placed = _fitting(bundles, nodes)
+        if placed == len(bundles):
             return
         if time.monotonic() >= deadline:
             raise ResourceError(
-                f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {has_cpus:g} and {has_gpus:g} "
-                f"(waited {timeout_s:g} s). Lower cluster.workers, cluster.cpus_per_worker or "
-                "cluster.gpus_per_worker, add nodes, or raise cluster.start_timeout_s where nodes autoscale"
+                f"{what} needs {_counted(bundles)}, each on one node; the cluster has {_counted(nodes) or 'no node'}: "
+                f"room for {placed} of {len(bundles)} (waited {timeout_s:g} s). Lower cluster.workers, "
+                "cluster.cpus_per_worker or cluster.gpus_per_worker, add nodes, or raise cluster.start_timeout_s where "
+                "nodes autoscale"
             )
         time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+def _nodes() -> list[Bundle]:
+    """What each node has."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Bundle(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
+
+
+def _fitting(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
+    """How many of the bundles find room, the largest first, each on the first node that holds it."""
+    free = [[node.gpus, node.cpus] for node in nodes]
+    placed = 0
+    for bundle in sorted(bundles, key=lambda b: (b.gpus, b.cpus), reverse=True):
+        room = next((r for r in free if r[0] + _DUST >= bundle.gpus and r[1] + _DUST >= bundle.cpus), None)
+        if room is not None:
+            room[0], room[1], placed = room[0] - bundle.gpus, room[1] - bundle.cpus, placed + 1
+    return placed
+
+
+def _counted(bundles: Sequence[Bundle]) -> str:
+    counts = Counter(map(str, bundles))
+    return ", ".join(f"{count} x ({bundle})" for bundle, count in counts.items())
 
 
 def call(
@@ -100,7 +138,7 @@ def call(
     timeout_s: float,
 ) -> Result:
     """Run a function as one Ray task and return its result; an error of ours comes back as itself."""
-    require(cpus, gpus, timeout_s, function.__name__)
+    require([Bundle(cpus, gpus)], timeout_s, function.__name__)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_with_threads)
     try:
         result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))

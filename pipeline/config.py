@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config_base import Name, Positive, Section
 from pipeline.config_data import CohortConfig, TaskConfig, TilingConfig
@@ -45,17 +45,35 @@ class TrackingConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Ray (execution, but for `workers`, which fixes the order of the sums)."""
+    """Ray (execution, but for `workers`, which fixes the order of the sums: a range enters as the range)."""
 
     address: str | None = None
     """`auto` or ray://host:port. null: the Ray job's cluster inside a job, else a local one."""
-    workers: Positive = 1
+    workers: int | tuple[int, int] = 1
+    """Processes that train. A number, or [least, most]: as many as there is room for, at the start, after a failure
+    and, looked at once a minute, when nodes come. A step takes the same slides however many workers there are; sums in
+    another order round otherwise, so weights are bit-identical at a fixed number only."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long to wait for the asked-for resources before giving up with exit code 5."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the training workers after a crash."""
+
+
+    @property
+    def fewest_workers(self) -> int:
+        """With which training starts."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _workers(cls, value: object) -> object:
+        """One problem instead of one for each member of the union."""
+        ends = value if isinstance(value, list | tuple) else [value, value]
+        if len(ends) != 2 or not all(type(end) is int and end > 0 for end in ends) or ends[0] > ends[1]:
+            raise ValueError("must be a number from 1, or [least, most] as in [1, 4]")
+        return tuple(ends) if ends is value else value
 
 
 class Config(Section):

@@ -107,7 +107,7 @@ def _devices(config: Config) -> Check:
 
     wanted, has = config.cluster.gpus_per_worker, torch.cuda.device_count()
     local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
-    ok = not local or has >= wanted * config.cluster.workers
+    ok = not local or has >= wanted * config.cluster.fewest_workers
     remedy = "" if ok else "set cluster.gpus_per_worker=0 or cluster=local, or run where the GPUs are"
     return Check("devices", ok, f"{has} GPUs here, {wanted:g} a worker asked for", remedy)
 

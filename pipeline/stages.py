@@ -118,7 +118,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
 
     config, slides = space.config, space.cohort.slides
     space.ray()
-    cluster.require(config.tiling.cpus, 0, config.cluster.start_timeout_s, "tile")
+    cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
     done = 0
 
     def on_status(status: SlideStatus) -> None:

@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from pipeline.cluster import require
+from pipeline.cluster import Bundle, require
 from pipeline.config import Config
 from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.plan import plan_digest
@@ -50,12 +50,8 @@ def train(
     Raises ResourceError when the cluster can never give the workers, StageError when training fails.
     """
     cluster = config.cluster
-    require(
-        cluster.workers * cluster.cpus_per_worker,
-        cluster.workers * cluster.gpus_per_worker,
-        cluster.start_timeout_s,
-        "train",
-    )
+    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
+    require([worker] * cluster.fewest_workers, cluster.start_timeout_s, "train")
     name = f"{config.name}-{fingerprint}"
     root = join(config.storage.root, "train")
     keys, sizes = [s.key for _, s in slides], [s.n_patches for _, s in slides]
@@ -78,9 +74,9 @@ def _trainer(job: Job, name: str, root: str) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=cluster.workers,  # a range is elastic: as many as there is room for
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),

@@ -27,7 +27,13 @@ def test_execution_fields_do_not_enter_fingerprints() -> None:
 
 @pytest.mark.parametrize(
     "section",
-    [{"seed": 1}, {"train": {"lr": 1e-4}}, {"model": {"select": {"memory": 3}}}, {"cluster": {"workers": 2}}],
+    [
+        {"seed": 1},
+        {"train": {"lr": 1e-4}},
+        {"model": {"select": {"memory": 3}}},
+        {"cluster": {"workers": 2}},
+        {"cluster": {"workers": [1, 1]}},
+    ],
 )
 def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any]) -> None:
     assert fingerprint(_changed(**section).recipe()) != fingerprint(_changed().recipe())
@@ -43,3 +49,17 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
 def test_impossible_combinations_are_refused(section: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         _changed(**section)
+
+
+@pytest.mark.parametrize(("workers", "fewest"), [(3, 3), ([1, 4], 1), ([2, 2], 2)])
+def test_workers_are_a_number_or_a_range(workers: object, fewest: int) -> None:
+    config = _changed(cluster={"workers": workers})
+    assert config.cluster.fewest_workers == fewest
+    assert config.recipe()["workers"] == (tuple(workers) if isinstance(workers, list) else workers)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("workers", [0, True, "2", 1.5, None, [4, 1], [0, 2], [2], [1, 2, 3], ["1", "2"]])
+def test_other_workers_are_refused(workers: object) -> None:
+    with pytest.raises(ValueError, match=r"cluster.workers\n.*must be a number from 1, or \[least, most\]"):
+        _changed(cluster={"workers": workers})
