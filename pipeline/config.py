@@ -66,14 +66,14 @@ class ClusterConfig(Section):
         """With which training starts."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
-    @field_validator("workers", mode="plain")
+    @field_validator("workers", mode="before")
     @classmethod
     def _workers(cls, value: object) -> object:
         """One problem instead of one for each member of the union."""
         ends = value if isinstance(value, list | tuple) else [value, value]
         if len(ends) != 2 or not all(type(end) is int and end > 0 for end in ends) or ends[0] > ends[1]:
             raise ValueError("must be a number from 1, or [least, most] as in [1, 4]")
-        return tuple(ends) if ends is value else value
+        return value
 
 
 class Config(Section):
