@@ -14,6 +14,7 @@ connects and is silent a minute. `AWS_MAX_ATTEMPTS` sets another patience than 2
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -335,4 +336,6 @@ def _os_reason(error: OSError) -> str:
             return f"a folder of this path is a file ({error.filename}); name another path"
         case PermissionError():
             return "permission denied; check its owner and mode, and those of its folders"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk, or its quota, is full; free space, or name a place with more"
     return f"{error.strerror or error}; mend that and run again"

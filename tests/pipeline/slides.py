@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from pipeline import balance, parts
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
+from pipeline.patches import SlideStatus
+from pipeline.tiler import begin_slide, finish_slide, store_share
 from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
 
 RGB = tissue_rgb(613, 487)
-SPEC = TilingConfig(patch_px=64, min_tissue=0.4)
+PATCH = 64
+SPEC = TilingConfig(patch_px=PATCH, min_tissue=0.4)
 
 
 def row(path: Path | str, mpp: float | None = None) -> CohortSlide:
@@ -52,3 +57,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder that is not a killed writer's leftover, by path."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def small_tasks(patch: Callable[[object, str, object], None]) -> None:
+    """Parts of 9 cells and tasks of 2 parts of `SPEC`: a small slide stands for one of 100,000 patches."""
+    patch(parts, "MAX_PART_PATCHES", 9)
+    patch(balance, "TASK_PX", 2 * 9 * PATCH**2)
+
+
+def tile_in_shares(slide: CohortSlide, store: str) -> SlideStatus:
+    """What the tasks of one run do with a large slide, one after another."""
+    begun = begin_slide(slide, SPEC, store, whole=False)
+    if isinstance(begun, SlideStatus):
+        return begun
+    count = parts.part_count(begun.planned.tiling)
+    for share in balance.shares(count, balance.share_count(count, PATCH)):
+        failed = store_share(begun, share, SPEC, store)
+        if failed is not None:
+            return failed
+    return finish_slide(begun, SPEC, store)
