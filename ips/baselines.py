@@ -76,8 +76,11 @@ class GatedAttention(nn.Module):
         self.gate = nn.Linear(dim, hidden_dim)
         self.score = nn.Linear(hidden_dim, tasks)
 
+    def weights(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Attention a_n of x (B, M, D) where mask (B, M) is True -> (B, M, T); sums to 1 over M."""
+        scores: Tensor = self.score(self.content(x).tanh() * self.gate(x).sigmoid())
+        return scores.masked_fill(~mask.unsqueeze(-1), -math.inf).softmax(dim=1)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Pool x (B, M, D) where mask (B, M) is True -> (B, T, D)."""
-        scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())
-        weights = scores.masked_fill(~mask.unsqueeze(-1), -math.inf).softmax(dim=1)
-        return torch.einsum("bmt,bmd->btd", weights, x)
+        return torch.einsum("bmt,bmd->btd", self.weights(x, mask), x)

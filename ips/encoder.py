@@ -157,6 +157,30 @@ class FeatureProjector(nn.Module):
         return torch.relu(self.bn(nn.functional.linear(x, weight, self.linear.bias)))
 
 
+class WrappedEncoder(nn.Module):
+    """Any network of (n, C, h, w) -> (n, D) as an encoder, checked when it is used.
+
+    Args:
+        network: in training it may use batch norm and dropout; the selection runs it in evaluation mode.
+        dim: D.
+        channels: C; chunks of other patches are refused.
+    """
+
+    def __init__(self, network: nn.Module, dim: int, channels: int) -> None:
+        super().__init__()
+        self.network, self.dim, self.channels = network, dim, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, C, h, w) -> (n, D); ValueError where the network gives something else."""
+        out: Tensor = self.network(x)
+        if out.shape != (len(x), self.dim):
+            raise ValueError(
+                f"network: {type(self.network).__name__} gives shape {tuple(out.shape)} for {tuple(x.shape)}; an encoder "
+                f"gives ({len(x)}, {self.dim}), so pool its map and remove its classifier"
+            )
+        return out
+
+
 def read_weights(data: bytes) -> dict[str, Tensor]:
     """Read a state dict from the bytes of a .safetensors file or of a .pth file that holds only tensors.
 

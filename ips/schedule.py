@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -24,15 +25,31 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Groups for an optimiser: trainable weights decay; biases, norms and the learned queries do not.
 
     Each parameter stands in one group; frozen ones (`requires_grad` False) in none.
+
+    Args:
+        model: of any kind.
+        weight_decay: of the groups that decay.
+        lr_scales: prefix of names -> multiplier of the learning rate, which the group has as `lr_scale` for whoever
+            sets `lr`; parameters without such a prefix have 1.
+
+    Returns:
+        For every multiplier, in the order of the model, a group that decays and one that does not.
     """
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
+    groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith("queries")  # biases and norms are vectors
-            (keep if plain else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        scale = next((scale for prefix, scale in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
+        plain = parameter.ndim < 2 or name.endswith("queries")  # biases and norms are vectors
+        groups.setdefault(scale, ([], []))[plain].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for scale, kinds in groups.items()
+        for parameters, decay in zip(kinds, (weight_decay, 0.0), strict=True)
+    ]

@@ -154,7 +154,8 @@ def _overall(tasks: Sequence[TaskConfig], each: Sequence[tuple[float, ...]]) -> 
 
 
 def _predict(model: IPSModel, config: Config, slides: Slides) -> tuple[BagPrediction, ...]:
-    scorer, found = Scorer(model), []
+    selects = config.model.select.mode in ("exact", "window")
+    scorer, found = Scorer(model) if selects else None, []
     for number, (_, stored) in enumerate(slides, start=1):
         bag = PatchBag([stored], threads=torch.get_num_threads(), augment=None)
         found.append(predict_bag(model, bag, config, scorer))

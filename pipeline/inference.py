@@ -13,12 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ips.bag import Bag
+from ips.baselines import GatedAttention, every_patch, random_selection
 from ips.heads import probabilities
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating
-from ips.select import gather, select
+from ips.select import select
 from pipeline.bags import PatchBag
 from pipeline.build import build_model
 from pipeline.checkpoint import load_weights, read_config
@@ -40,8 +42,11 @@ class BagPrediction:
     values: Mapping[str, npt.NDArray[np.float64]]
     """Task -> (K,), one number for each of the task's `outputs`: probabilities of classes or labels, the value of a
     regression in its column's unit, or the probability of no event until the end of each time bin."""
+    logits: Mapping[str, npt.NDArray[np.float64]]
+    """Task -> (K,), as its head gives them."""
     attention: npt.NDArray[np.float32]
-    """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1."""
+    """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1. Where the mode is random or
+    every: what the pool gives the selected patches, and 0 for the others."""
     selected: npt.NDArray[np.int64]
     """(<= M,) rows of the patches that the aggregator saw, most attended first."""
 
@@ -82,15 +87,46 @@ def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None
     `scorer` saves preparing the encoder for each of many bags; it must be of this model, and refreshed.
     """
     selecting = config.model.select
-    selection = select(model, [bag], selecting.memory, selecting.chunk, selecting.mode, attention=True, scorer=scorer)
-    assert selection.attention is not None
+    if selecting.mode == "random":
+        selection = random_selection([bag], selecting.memory, torch.Generator().manual_seed(len(bag)))
+    elif selecting.mode == "every":
+        selection = every_patch([bag])
+    else:
+        sizes = selecting.memory, selecting.chunk
+        selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer)
+    rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():
-        outputs = model(gather([bag], selection, model.mean.device))
+        outputs, weights = _pool(model, bag, rows, selecting.chunk)
+    if selection.attention is None:
+        attention = torch.zeros(len(bag)).index_copy(0, rows, weights)
+    else:
+        attention = selection.attention[0]
     return BagPrediction(
-        {task.name: _values(task, outputs[task.name]) for task in config.tasks},
-        selection.attention[0].numpy(),
-        selection.index[0][selection.mask[0]].numpy(),
+        values={task.name: _values(task, outputs[task.name]) for task in config.tasks},
+        logits={task: logits.double().cpu().numpy()[0] for task, logits in outputs.items()},
+        attention=attention.numpy(),
+        selected=rows[attention[rows].argsort(descending=True, stable=True)].numpy(),
     )
+
+
+def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits of the winners (n,), taken and encoded `chunk` at a time, and the weight (n,) that each had in them.
+
+    Pools without attention give every patch the same weight.
+    """
+    device, embeddings, positions = model.mean.device, [], []
+    for part in torch.split(rows, chunk):
+        taken = bag.take(part)
+        embeddings.append(model.embed(taken.patches.to(device)))
+        positions += [] if taken.positions is None else [taken.positions]
+    whole, mask = torch.cat(embeddings), torch.ones(1, len(rows), dtype=torch.bool, device=device)
+    places = model.places(rows.to(device)[None], torch.cat(positions).to(device)[None] if positions else None)
+    if isinstance(model.aggregator, GatedAttention):
+        placed = whole if model.position is None or places is None else whole + model.position(places)[0]
+        weights = model.aggregator.weights(placed[None], mask)[0].mean(dim=-1)
+    else:
+        weights = torch.full((len(rows),), 1 / len(rows))
+    return model.pool(whole, mask, places), weights.float().cpu()
 
 
 def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ips.bag import Bag
-from ips.baselines import random_selection
+from ips.bag import Bag, Selection
+from ips.baselines import every_patch, random_selection
+from ips.gradient import bounded_backward
 from ips.heads import Kind
 from ips.losses import LossSum, mean_loss, task_loss
 from ips.model import IPSModel
@@ -25,8 +26,10 @@ from ips.scorer import Scorer
 from ips.select import gather, select
 from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
+from pipeline.headroom import memory_advice, untouched
 from pipeline.plan import Step, epoch_plan, steps_per_epoch
 from pipeline.ranks import Ranks, average_statistics, sum_gradients
+from pipeline.sampling import balanced_slides
 
 _DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
 LR_FLOOR = 1e-3  # the cosine ends at lr / 1000 (official code)
@@ -46,6 +49,12 @@ class Slides:
     """(slide index, epoch) -> bag, augmented for that epoch."""
     class_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> (K,), for tasks whose classes weigh differently."""
+    names: Sequence[str] = ()
+    """Of the slides, for messages; without, their indices."""
+
+    def named(self, indices: Sequence[int]) -> list[str]:
+        """Some slides, for a message."""
+        return [self.names[index] if self.names else str(index) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -74,76 +83,163 @@ def train_steps(
     start_epoch: int,
     ranks: Ranks,
 ) -> Iterator[StepDone]:
-    """Train from `start_epoch` to `settings.epochs`; StageError when the loss is not finite."""
+    """Train from `start_epoch` to `settings.epochs`; StageError when a loss or gradient is not finite.
+
+    Before the first step the largest bags go through one, which changes nothing: StageError where memory runs out.
+    """
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
-    scorer = Scorer(model, dtype=_DTYPES[settings.score_dtype])
+    turn = _Turn(model, slides, settings, selecting, ranks)
+    if start_epoch < settings.epochs:
+        turn.try_largest(start_epoch)
     for epoch in range(start_epoch, settings.epochs):
-        plan = epoch_plan(
-            slides.sizes, batch_size=settings.batch_size, world_size=ranks.world_size, seed=seed, epoch=epoch
-        )
+        plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size)
         for number, hands in enumerate(plan):
             began = time.perf_counter()
             step = epoch * per_epoch + number
             lr = settings.lr * warmup_cosine(step, warmup, total, LR_FLOOR)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + ranks.rank)
             taken = [index for hand in hands for index in hand]
-            where = f"step {step + 1} (epoch {epoch + 1}, lr {lr:g}, slides {taken})"
-            try:
-                loss = _step(scorer, optimizer, slides, hands, settings, selecting, epoch=epoch, ranks=ranks)
-            except ValueError as error:  # `ips` refuses patches and logits that are not finite
-                raise StageError(f"{error}, at {where}; {_DIVERGED}") from error
-            if not math.isfinite(loss):
-                raise StageError(f"the loss became {loss} at {where}; {_DIVERGED}")
+            where = f"step {step + 1} (epoch {epoch + 1}, lr {lr:g}, slides {', '.join(slides.named(taken))})"
+            loss = turn.gradients(hands, epoch, where)
+            optimizer.step()
+            turn.refresh()
             patches = sum(slides.sizes[index] for index in taken)
             seconds = time.perf_counter() - began
             yield StepDone(epoch, step + 1, number + 1 == len(plan), loss, lr, len(taken), patches, seconds)
 
 
-def _step(
-    scorer: Scorer,
-    optimizer: torch.optim.Optimizer,
-    slides: Slides,
-    hands: Step,
-    settings: TrainConfig,
-    selecting: SelectConfig,
-    *,
-    epoch: int,
-    ranks: Ranks,
-) -> float:
-    """One optimiser step on this rank's hand; the loss over all hands."""
-    model = scorer.model
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    device, mine = model.mean.device, hands[ranks.rank]
-    loss = torch.zeros((), device=device)
-    if mine:
-        bags = [slides.bag(index, epoch) for index in mine]
-        compute = _DTYPES[settings.compute_dtype]
-        if epoch < settings.explore_epochs:
-            winners = random_selection(bags, selecting.memory, torch.default_generator)
-        else:
-            winners = select(model, bags, selecting.memory, selecting.chunk, selecting.mode, scorer=scorer)
-        batch = gather(bags, winners, device)
-        with torch.autocast(device.type, compute, enabled=compute != torch.float32):
-            outputs = model(batch)
-        loss = _loss(outputs, slides, mine, [index for hand in hands for index in hand])
-        loss.backward()  # type: ignore[no-untyped-call]
-    total = loss.detach().clone()
-    ranks.sum_(total)
-    sum_gradients(model, ranks)
-    average_statistics(model, ranks, weight=float(bool(mine)))
-    if settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    optimizer.step()
-    scorer.refresh()
-    return float(total)
+def _plan(slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world_size: int) -> tuple[Step, ...]:
+    """The epoch's steps; with balanced sampling over the slides that it draws."""
+    drawn = list(range(len(slides.sizes)))
+    if settings.sampling == "balanced":
+        first = next(iter(slides.kinds))
+        classes = [target[first] for target in slides.targets]
+        drawn = balanced_slides([c if isinstance(c, float | int) else math.nan for c in classes], seed, epoch)
+    sizes = [slides.sizes[index] for index in drawn]
+    plan = epoch_plan(sizes, batch_size=settings.batch_size, world_size=world_size, seed=seed, epoch=epoch)
+    return tuple(tuple(tuple(drawn[place] for place in hand) for hand in hands) for hands in plan)
+
+
+class _Turn:
+    """What one rank does of a step: its gradients, summed over all ranks."""
+
+    def __init__(
+        self, model: IPSModel, slides: Slides, settings: TrainConfig, selecting: SelectConfig, ranks: Ranks
+    ) -> None:
+        self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
+        self.scorer: Scorer | None = None
+        if selecting.mode in ("exact", "window"):
+            self.scorer = Scorer(model, dtype=_DTYPES[settings.score_dtype], compile=settings.compile)
+
+    def refresh(self) -> None:
+        """Score with the new weights from now on."""
+        if self.scorer is not None:
+            self.scorer.refresh()
+
+    def gradients(self, hands: Step, epoch: int, where: str) -> float:
+        """Put the gradients of a step, clipped, into the model; the loss over all hands.
+
+        Raises:
+            StageError: the loss or a gradient is not finite, on any rank; the weights are as they were.
+        """
+        mine, model = hands[self.ranks.rank], self.model
+        self._set_modes(epoch)
+        model.zero_grad(set_to_none=True)
+        try:
+            loss = self._accumulate(mine, [index for hand in hands for index in hand], epoch)
+        except ValueError as error:  # `ips` refuses patches and logits that are not finite
+            raise StageError(f"{error}, at {where}; {_DIVERGED}") from error
+        self.ranks.sum_(loss)
+        sum_gradients(model, self.ranks)
+        average_statistics(model, self.ranks, weight=float(bool(mine)))
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not loss.isfinite() or not norm.isfinite():
+            what = "loss" if not loss.isfinite() else "gradient's norm"
+            value = float(loss if not loss.isfinite() else norm)
+            raise StageError(f"the {what} became {value} at {where}; {_DIVERGED}")
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
+        return float(loss)
+
+    def try_largest(self, epoch: int) -> None:
+        """Take this rank's part of a step on the largest bags, and leave no trace of it.
+
+        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn.
+        """
+        settings, slides = self.settings, self.slides
+        share = -(-min(settings.batch_size, len(slides.sizes)) // self.ranks.world_size)
+        largest = sorted(range(len(slides.sizes)), key=lambda index: -slides.sizes[index])
+        hand = largest[: min(share, settings.micro_batch or share)]
+        with untouched(self.model):
+            self._set_modes(epoch)
+            bags = [slides.bag(index, epoch) for index in hand]
+            try:
+                self._winners(bags[:1], settings.explore_epochs)
+                self._backward(bags, self._drawn(bags), hand, hand)
+            except ValueError as error:
+                names = ", ".join(slides.named(hand))
+                raise StageError(f"{error}, when the largest slides ({names}) were tried before step 1") from error
+
+    def _set_modes(self, epoch: int) -> None:
+        """Training mode; a frozen encoder has no gradients, and its statistics stay."""
+        frozen = self.settings.freeze_encoder or epoch < self.settings.freeze_encoder_epochs
+        self.model.train()
+        self.model.encoder.requires_grad_(not frozen)
+        if frozen:
+            self.model.encoder.eval()
+
+    def _accumulate(self, mine: Sequence[int], everyone: Sequence[int], epoch: int) -> Tensor:
+        """Add up the gradients of this rank's slides, a micro-batch at a time; its part of the loss."""
+        size = self.settings.micro_batch or max(1, len(mine))
+        loss = torch.zeros((), device=self.model.mean.device)
+        for start in range(0, len(mine), size):
+            hand = mine[start : start + size]
+            bags = [self.slides.bag(index, epoch) for index in hand]
+            loss = loss + self._backward(bags, self._winners(bags, epoch), hand, everyone)
+        return loss
+
+    def _winners(self, bags: Sequence[Bag], epoch: int) -> Selection:
+        selecting = self.selecting
+        mode = selecting.mode
+        if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
+            return self._drawn(bags)
+        with memory_advice(self.settings, selecting, selection=True):
+            sizes = selecting.memory, selecting.chunk
+            return select(self.model, bags, *sizes, mode, scorer=self.scorer)
+
+    def _drawn(self, bags: Sequence[Bag]) -> Selection:
+        """Winners that need no scores."""
+        if self.selecting.mode == "every":
+            return every_patch(bags)
+        return random_selection(bags, self.selecting.memory, torch.default_generator)
+
+    def _backward(
+        self, bags: Sequence[Bag], winners: Selection, mine: Sequence[int], everyone: Sequence[int]
+    ) -> Tensor:
+        """Add the gradients of some slides; their part of the loss, detached."""
+        model, settings = self.model, self.settings
+        dtype = _DTYPES[settings.compute_dtype]
+
+        def loss(outputs: dict[str, Tensor]) -> Tensor:
+            return _loss(outputs, self.slides, mine, everyone)
+
+        with memory_advice(settings, self.selecting, selection=False):
+            if settings.norm != "batch":
+                return bounded_backward(model, bags, winners, loss, settings.grad_chunk, settings.norm, dtype)[0]
+            device = model.mean.device
+            batch = gather(bags, winners, device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = model(batch)
+            value = loss(outputs)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value.detach()
 
 
 def _loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:
-    """Mean over tasks of the loss of this rank's slides over the weight of the labelled slides of all ranks.
+    """Mean over tasks of the loss of some slides over the weight of the labelled slides of all ranks.
 
     Summed over ranks it is the loss of the whole batch; a task without any label in the batch adds 0.
     """

@@ -124,7 +124,10 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
         return read_cohort(config.cohort.uri)
     cohort = read_cohort(config.cohort.uri, config.tasks)
     cohort = with_splits(cohort, config.cohort.split, config.seed, config.tasks)
-    check_trainable(cohort, config.tasks, ("train", config.evaluate.split))
+    splits = ["train", config.evaluate.split]
+    if config.train.keeps_best and "val" not in splits:
+        splits.append("val")  # by which early stopping and the best checkpoint go
+    check_trainable(cohort, config.tasks, splits)
     return cohort
 
 

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ips.encoder import FeatureProjector, ResNet, load_weights, read_weights
+from ips.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights, read_weights
 
 # name, stages -> width, parameters of the trunk (torchvision's count less its classifier: 512 * 1000 + 1000 and so on)
 _TRUNKS = {
@@ -167,14 +165,8 @@ def test_old_files_without_batch_counts_load() -> None:
     load_weights(ResNet("resnet18"), state)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_layout_of_the_weights_is_followed_from_the_first_layer_on(channels: Literal[1, 3]) -> None:
-    torch.manual_seed(0)
-    plain = ResNet("resnet18", 2, channels).eval()
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    seen: list[Tensor] = []
-    for encoder in (plain, last):
-        encoder.conv1.register_forward_hook(lambda _m, _args, out: seen.append(out))
-    x = torch.rand(3, channels, 37, 29)
-    torch.testing.assert_close(plain(x), last(x), rtol=1e-4, atol=1e-5)
-    assert [out.is_contiguous(memory_format=torch.channels_last) for out in seen] == [False, True]
+def test_a_wrapped_network_is_checked_when_it_is_used() -> None:
+    encoder = WrappedEncoder(nn.Sequential(nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 6, 1)
+    assert encoder(torch.zeros(5, 1, 7, 11)).shape == (5, 6)
+    with pytest.raises(ValueError, match=r"Conv2d gives shape \(5, 6, 5, 9\) for \(5, 1, 7, 11\).*gives \(5, 6\)"):
+        WrappedEncoder(nn.Conv2d(1, 6, 3), 6, 1)(torch.zeros(5, 1, 7, 11))

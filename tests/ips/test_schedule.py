@@ -39,3 +39,14 @@ def test_only_matrices_decay() -> None:
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(decayed + kept) == sorted(trainable)
     torch.optim.AdamW([decay, keep])
+
+
+def test_groups_have_their_own_rate() -> None:
+    model = resnet_model()
+    groups = parameter_groups(model, 0.1, {"encoder.": 0.25})
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [
+        (0.25, 0.1), (0.25, 0.0), (1.0, 0.1), (1.0, 0.0),
+    ]  # fmt: skip
+    scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert scales[id(parameter)] == (0.25 if name.startswith("encoder.") else 1.0), name

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from ips.bag import Batch
-from ips.encoder import ResNet
+from ips.bag import Batch, TensorBag
+from ips.encoder import FeatureProjector, ResNet
+from ips.select import gather, select
 from pipeline.build import build_model, build_optimizer
 from pipeline.config_model import TrainConfig
 from pipeline.errors import ConfigError, StorageError
@@ -52,3 +56,80 @@ def test_norms_and_biases_do_not_decay() -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if parameter.ndim == 1 or name.endswith("queries") else 0.3), name
+
+
+def test_the_encoder_s_own_rate_and_the_same_rate() -> None:
+    model = build_model(small_config())
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-3, encoder_lr=1e-4))
+    assert [group["lr_scale"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 1, 1])
+    assert [group["lr_scale"] for group in build_optimizer(model, TrainConfig()).param_groups] == [1, 1]
+
+
+@pytest.mark.parametrize("positions", ["none", "index", "grid"])
+@pytest.mark.parametrize("pool", ["attention", "gated", "mean", "max"])
+def test_every_pool_and_position(pool: str, positions: str) -> None:
+    plain = {
+        "encoder": {"stages": 2, "channels": 1},
+        "aggregator": {"pool": pool, "heads": 2, "key_dim": 4, "hidden_dim": 16},
+        "select": {"mode": "every"},
+        "positions": positions,
+        "mean": [0.5],
+        "std": [0.25],
+    }
+    model = build_model(small_config(model=plain))
+    patches = torch.randint(0, 256, (1, 3, 1, 17, 13), dtype=torch.uint8)
+    where = torch.tensor([[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]])
+    batch = Batch(patches, where, torch.arange(3)[None], torch.ones(1, 3, dtype=torch.bool))
+    assert model(batch)["tumour"].shape == (1, 1)
+
+
+def test_stored_features_are_projected(tmp_path: Path) -> None:
+    model = build_model(small_config(model={"encoder": {"name": "features", "features": 24}}))
+    bags = [TensorBag(torch.randn(n, 24)) for n in (9, 4)]
+    batch = gather(bags, select(model, bags, 3, 5), "cpu")
+    assert model(batch)["tumour"].shape == (2, 1)
+    save_file(FeatureProjector(24, 40).state_dict(), tmp_path / "w.safetensors")
+    encoder = {"name": "features", "features": 24, "dim": 40, "weights": str(tmp_path / "w.safetensors")}
+    assert build_model(small_config(model={"encoder": encoder})).encoder.dim == 40
+
+
+def test_timm_that_is_not_there_is_named_with_its_extra() -> None:
+    with pytest.raises(ConfigError, match=r"model.encoder.name: timm:vit_tiny .*pip install 'ips-pipeline\[timm\]'"):
+        build_model(small_config(model={"encoder": {"name": "timm:vit_tiny"}}))
+
+
+class _Patches(nn.Sequential):
+    num_features = 12
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 12, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class _Timm(types.ModuleType):
+    """What the adapter uses of timm; the real one does not import beside this torch."""
+
+    def is_model(self, name: str) -> bool:
+        return name == "vit_tiny"
+
+    def list_models(self, pattern: str) -> list[str]:
+        return ["vit_tiny"] if pattern == "*vit*" else []
+
+    def create_model(self, name: str, **options: object) -> nn.Module:
+        assert (name, options) == ("vit_tiny", {"pretrained": False, "in_chans": 3, "num_classes": 0})
+        return _Patches()
+
+
+def test_a_timm_network_selects_and_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "timm", _Timm("timm"))
+    torch.manual_seed(0)
+    save_file(_Patches().state_dict(), tmp_path / "w.safetensors")
+    model = build_model(
+        small_config(model={"encoder": {"name": "timm:vit_tiny", "weights": str(tmp_path / "w.safetensors")}})
+    )
+    bags = [TensorBag(torch.randint(0, 256, (n, 3, 16, 12), dtype=torch.uint8)) for n in (9, 4)]
+    model(gather(bags, select(model, bags, 3, 5), "cpu"))["tumour"].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    with pytest.raises(ValueError, match="needs 3 channels"):
+        select(model, [TensorBag(torch.zeros(5, 1, 16, 12))], 3, 5)
+    with pytest.raises(ConfigError, match=r"timm has no network 'vit_huge'; near it are \['vit_tiny'\]"):
+        build_model(small_config(model={"encoder": {"name": "timm:vit_huge"}}))

@@ -56,6 +56,32 @@ def test_a_bag_prediction_is_the_model_in_evaluation_mode_and_modes_come_back(fo
     assert found.values["tumour"][1] == pytest.approx(positive, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("pool", "mode"), [("attention", "random"), ("attention", "every"), ("gated", "every"), ("max", "random")]
+)
+def test_baselines_say_what_they_looked_at(tmp_path: Path, pool: str, mode: str) -> None:
+    plain = {
+        "encoder": {"stages": 2},
+        "aggregator": {"pool": pool, "heads": 2, "key_dim": 4, "hidden_dim": 16},
+        "select": {"mode": mode, "memory": 5, "chunk": 4},
+        "positions": "index",
+    }
+    model, config = load_model(write_model(tmp_path, small_config(model=plain)))
+    bag = _bag(11)
+    found, again = predict_bag(model, bag, config), predict_bag(model, bag, config)
+    assert found.selected.tolist() == again.selected.tolist()
+    assert len(set(found.selected.tolist())) == (5 if mode == "random" else 11)
+    assert found.attention.sum() == pytest.approx(1.0, abs=1e-6)
+    assert sorted(np.flatnonzero(found.attention)) == sorted(found.selected)
+    assert np.all(np.diff(found.attention[found.selected]) <= 0)
+    assert (len(set(found.attention[found.selected].tolist())) > 1) == (pool == "gated")
+    model.eval()
+    rows = torch.from_numpy(np.sort(found.selected))
+    with torch.inference_mode():
+        logits = model.pool(model.embed(bag.patches[rows]), torch.ones(1, len(rows), dtype=torch.bool), rows[None])
+    assert found.logits["tumour"] == pytest.approx(logits["tumour"].numpy()[0], abs=1e-5)
+
+
 def test_a_multiclass_head_gives_a_softmax(tmp_path: Path) -> None:
     task = {"name": "grade", "column": "g", "kind": "multiclass", "classes": ["a", "b", "c"]}
     model, config = load_model(write_model(tmp_path, small_config(tasks=[task])))

@@ -177,7 +177,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_slides_and_rate() -> None:
     with torch.no_grad():
         model.heads[0].weight.fill_(float("inf"))  # type: ignore[operator]
     settings = TrainConfig(epochs=1, batch_size=4, warmup_epochs=0)
-    with pytest.raises(StageError, match=r"step 1 \(epoch 1, lr 0.001, slides \[.*train.lr"):
+    with pytest.raises(
+        StageError, match=r"loss became nan at step 1 \(epoch 1, lr 0.001, slides 3, 2, 1, 0\).*train.lr"
+    ):
         list(train_steps(model, _optimizer(model), slides, settings, SELECT, seed=0, start_epoch=0, ranks=Ranks()))
 
 
