@@ -23,6 +23,10 @@ class StorageConfig(Section):
     """Folder or s3://bucket/prefix of all that this config makes."""
     patches: str | None = None
     """Patch store; several configs may share one. Default: `<root>/patches`."""
+    cache: str | None = None
+    """Folder on each node for copies of slides on S3 that cannot be read where they lie. Default: a temporary one."""
+    cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    """GiB that those copies may take on a node; the least recently used go first."""
 
 
 class EvaluateConfig(Section):
@@ -59,7 +63,10 @@ class ClusterConfig(Section):
     """How long to wait for the asked-for resources before giving up with exit code 5."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the training workers after a crash."""
-
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """Longest time between two checkpoints; the end of an epoch writes one too. A kill loses no more than this."""
+    checkpoint_steps: Positive | None = None
+    """Also after every so many optimiser steps. null: by time alone."""
 
     @property
     def fewest_workers(self) -> int:
@@ -97,6 +104,18 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks: names must differ, found {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _images(self) -> Config:
+        if self.cohort.megapixel_mnist is None:
+            return self
+        if self.tiling.mpp is not None or self.tiling.tissue != "none":
+            raise ValueError("cohort.megapixel_mnist: digits have no microns and no tissue; set tiling=image")
+        if self.train.augment:
+            raise ValueError("cohort.megapixel_mnist: a digit that is turned is another; set train.augment=false")
+        if self.tiling.edge_px > min(self.cohort.megapixel_mnist.width, self.cohort.megapixel_mnist.height):
+            raise ValueError(f"tiling.patch_px={self.tiling.patch_px} is larger than an image; lower it")
         return self
 
     def recipe(self) -> dict[str, Any]:

@@ -59,13 +59,22 @@ class CohortConfig(Section):
     split: SplitConfig = SplitConfig()
     demo: DemoConfig | None = None
     """Set: the cohort is the synthetic one and is written to `uri`'s folder when it is absent."""
+    megapixel_mnist: MegapixelConfig | None = None
+    """Set: the cohort is generated, written to `uri`, and its images are drawn when their patches are asked for."""
+
+    @model_validator(mode="after")
+    def _one_cohort(self) -> CohortConfig:
+        if self.demo is not None and self.megapixel_mnist is not None:
+            raise ValueError("demo and megapixel_mnist are two cohorts; remove one")
+        return self
 
 
 class TilingConfig(Section):
     """How a slide becomes patches. The fingerprint of this section is the patch store's key."""
 
-    patch_px: Annotated[int, Field(ge=8, le=4096)] = 256
-    """Edge of a patch, in px, at `mpp`."""
+    patch_px: Annotated[int, Field(ge=8, le=4096)] | Literal["native"] = 256
+    """Edge of a patch, in px, at `mpp`. native: that of the tiles that the slide itself is cut into, so that patches
+    keep their bytes (see `codec`); slides that are trained on together must then agree in it."""
     mpp: Annotated[float, Field(gt=0)] | None = 0.5
     """Microns per px of a patch. null: level 0 as it is, whatever its mpp (plain images)."""
     mpp_tolerance: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
@@ -81,6 +90,10 @@ class TilingConfig(Section):
     """remove: colour without texture (pen, tinted glass, blurred dust) is no tissue. For `tissue: otsu`."""
     min_tissue: Fraction = 0.25
     """Share of a patch's area that must be tissue."""
+    codec: Literal["original", "checked", "encoded"] = "original"
+    """original: a patch that is exactly one JPEG tile of the slide keeps the slide's own bytes, all others are encoded
+    anew; damage within a tile's compressed data is then found where it is plain to see. checked: such tiles are also
+    decoded once, and lost where that fails (6 times as slow). encoded: every patch is decoded and encoded anew."""
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 90
     """Quality of re-encoded patches (4:4:4)."""
     max_bad_slides: Annotated[int, Field(ge=0)] | None = None
@@ -96,9 +109,16 @@ class TilingConfig(Section):
 
     @model_validator(mode="after")
     def _overlap(self) -> TilingConfig:
-        if self.overlap_px >= self.patch_px:
+        if self.patch_px != "native" and self.overlap_px >= self.patch_px:
             raise ValueError(f"overlap_px={self.overlap_px} must be smaller than patch_px={self.patch_px}")
         return self
+
+    @property
+    def edge_px(self) -> int:
+        """`patch_px` where it is a number, or has become one (`tiling.with_native_edge`)."""
+        if self.patch_px == "native":
+            raise ValueError("tiling.patch_px=native needs slides of tiles; give a number here")
+        return self.patch_px
 
     def fingerprint(self) -> str:
         """Key of the patch store."""

@@ -89,10 +89,10 @@ def plan_grid(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None
     Raises:
         SlideError: "too-coarse" (even level 0 is coarser than `spec.mpp`), "too-small" (no whole patch fits).
     """
-    number, factor = (0, 1.0) if spec.mpp is None or mpp is None else _choose(levels, spec, spec.mpp, mpp)
+    number, factor = choose_level(levels, spec, mpp)
     level = levels[number]
-    read = round(spec.patch_px * factor)
-    stride = max(1, round((spec.patch_px - spec.overlap_px) * factor))
+    read = round(spec.edge_px * factor)
+    stride = max(1, round((spec.edge_px - spec.overlap_px) * factor))
     if level.width < read or level.height < read:
         raise SlideError(
             "too-small",
@@ -100,7 +100,12 @@ def plan_grid(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None
             f"(tiling.patch_px={spec.patch_px}); lower tiling.patch_px or leave the slide out",
         )
     columns, rows = ((size - read) // stride + 1 for size in (level.width, level.height))
-    return Grid(number, level.downsample, LevelPx(read), LevelPx(stride), PatchPx(spec.patch_px), columns, rows)
+    return Grid(number, level.downsample, LevelPx(read), LevelPx(stride), PatchPx(spec.edge_px), columns, rows)
+
+
+def choose_level(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None) -> tuple[int, float]:
+    """The level that `plan_grid` reads, and its px per patch px (1.0: as it is); errors as there."""
+    return (0, 1.0) if spec.mpp is None or mpp is None else _choose(levels, spec, spec.mpp, mpp)
 
 
 def _choose(levels: Sequence[LevelSize], spec: TilingConfig, target: float, mpp: float) -> tuple[int, float]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
+from pipeline.candidates import find_candidates
 from pipeline.config_data import TilingConfig
+from pipeline.cutting import Cutter
 from pipeline.errors import BadTileError, SlideError
-from pipeline.grid import Cells, Grid, plan_grid
-from pipeline.slide import RGB, Overview, SlideReader
-from pipeline.tissue import tissue_fraction, tissue_mask
+from pipeline.evidence import THUMBNAIL_PX, gather_evidence, thumbnail
+from pipeline.grid import Cells, Grid, choose_level
+from pipeline.guide import Guide
+from pipeline.slide import SlideReader
 
 MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
 MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
+ANNOUNCED = 4096  # patches that the reader is told of at a time: it fetches their bytes together
 MASK_PX = 4096  # longer edge of the largest mask: 50 MB of RGB
-THUMBNAIL_PX = 512
-THUMBNAIL_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -32,41 +35,26 @@ class PatchRow:
     image: bytes
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small picture of the slide."""
-
-    jpeg: bytes
-    width: int
-    height: int
-    scale: float
-    """Level-0 px per thumbnail px."""
-
-
 class SlideTiling:
     """The patches of one slide: iterate over `rows()` once, whole or in slices, then read `bad_tiles`."""
 
-    def __init__(self, reader: SlideReader, spec: TilingConfig, mpp: float | None) -> None:
+    def __init__(self, reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide) -> None:
         self._reader = reader
         self.spec = spec
         longest = max(reader.dimensions)
-        edge = spec.patch_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
+        sized = with_native_edge(reader, spec, mpp)
+        edge = sized.edge_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
         overview = reader.overview(min(MASK_PX, max(THUMBNAIL_PX, round(longest * MASK_PX_PER_PATCH / edge))))
-        self.grid: Grid = plan_grid(reader.levels, spec, mpp)
-        self.thumbnail = _thumbnail(overview)
-        cells = self.grid.cells()
-        self.n_grid = len(cells)
-        """Patches before the tissue filter."""
-        self.cells: Cells = cells[_is_tissue(overview, self.grid, spec, cells)]
-        """(n, 2) grid column and row of the patches with enough tissue."""
+        found = find_candidates(overview, reader.levels, sized, mpp, guide)
+        self.grid: Grid = found.grid
+        self.cells: Cells = found.cells
+        """(n, 2) grid column and row of the patches."""
+        self.rejects = found.rejects
+        """Reason -> places that are no patches."""
+        self.thumbnail = thumbnail(overview)
+        self.evidence = gather_evidence(reader, overview, found)
         self.bad_tiles: list[tuple[int, int]] = []
         """Level-0 x, y of the patches that could not be decoded, so far."""
-        if len(self.cells) == 0:
-            raise SlideError(
-                "no-tissue",
-                f"none of {self.n_grid} patches is at least {spec.min_tissue:.0%} tissue; look at the slide, "
-                "lower tiling.min_tissue, or set tiling.tissue=none",
-            )
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[PatchRow]:
         """The patches of `cells[start:stop]`, row by row of the grid; slices one after another give all of them.
@@ -74,45 +62,85 @@ class SlideTiling:
         Raises:
             SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the slide's patches are lost.
         """
-        cells = self.cells[start:stop]
-        corners = self.grid.level0_origins(cells).tolist()
-        for (x0, y0), (x, y) in zip(corners, self.grid.level_origins(cells).tolist(), strict=True):
-            try:
-                rgb = self._reader.read(self.grid.level, x, y, self.grid.read_px, self.grid.read_px)
-            except BadTileError as error:
-                self._lose(x0, y0, error)
-            else:
-                yield PatchRow(x0, y0, self.grid.level, _encode(self._resize(rgb), self.spec.jpeg_quality))
+        cutter, wanted = Cutter(self._reader, self.grid, self.spec), self.cells[start:stop]
+        for first in range(0, len(wanted), ANNOUNCED):
+            cells = wanted[first : first + ANNOUNCED]
+            origins = self.grid.level_origins(cells)
+            cutter.expect(origins)
+            for (x0, y0), (x, y) in zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True):
+                try:
+                    image = cutter.cut(x, y)
+                except BadTileError as error:
+                    self._lose(x0, y0, error)
+                else:
+                    yield PatchRow(x0, y0, self.grid.level, image)
 
-    def _lose(self, x: int, y: int, error: BadTileError) -> None:
-        self.bad_tiles.append((x, y))
-        lost, total = len(self.bad_tiles), len(self.cells)
+    def check_lost(self, lost: int, last: BadTileError | None = None) -> None:
+        """SlideError "bad-tiles" when so many of the slide's patches cannot be decoded that it is given up."""
+        total = len(self.cells)
         if lost > self.spec.max_bad_tiles * total or lost == total:
             raise SlideError(
                 "bad-tiles",
                 f"{lost} of {total} patches cannot be decoded, over tiling.max_bad_tiles="
-                f"{self.spec.max_bad_tiles:g}; copy the slide again. The last one: {error}",
-            ) from error
+                f"{self.spec.max_bad_tiles:g}; copy the slide again" + (f". The last one: {last}" if last else ""),
+            ) from last
 
-    def _resize(self, rgb: RGB) -> RGB:
-        edge = int(self.grid.patch_px)
-        if len(rgb) == edge:
-            return rgb
-        return np.asarray(Image.fromarray(rgb).resize((edge, edge), Image.Resampling.BOX))
+    def _lose(self, x: int, y: int, error: BadTileError) -> None:
+        self.bad_tiles.append((x, y))
+        self.check_lost(len(self.bad_tiles), error)
+
+    def attached(self, reader: SlideReader) -> SlideTiling:
+        """The same plan for the same slide opened anew, where a tiling that was pickled has none."""
+        twin = copy.copy(self)
+        twin._reader, twin.bad_tiles = reader, []
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open slide; the cells as bits of the grid: kilobytes for a slide of 250,000 patches."""
+        state = {name: value for name, value in vars(self).items() if name != "_reader"}
+        kept = np.zeros((self.grid.rows, self.grid.columns), np.bool_)
+        kept[self.cells[:, 1], self.cells[:, 0]] = True
+        return {**state, "cells": zlib.compress(np.packbits(kept).tobytes())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        bits = np.frombuffer(zlib.decompress(state["cells"]), np.uint8)
+        cells = self.grid.cells()
+        self.cells = cells[np.unpackbits(bits, count=len(cells)).astype(np.bool_)]
 
 
-def tile_slide(reader: SlideReader, spec: TilingConfig, mpp: float | None) -> SlideTiling:
+def tile_slide(reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide | None = None) -> SlideTiling:
     """Plan the patches of an open slide; they are read and encoded while `rows()` is iterated.
 
     Args:
         reader: the open slide.
         spec: how to tile.
         mpp: microns per level-0 px, from `effective_mpp`.
+        guide: what was given beside the slide.
 
     Raises:
-        SlideError: "unreadable", "too-coarse", "too-small", "no-tissue".
+        SlideError: "unreadable", and what `find_candidates` raises.
     """
-    return SlideTiling(reader, spec, mpp)
+    return SlideTiling(reader, spec, mpp, guide or Guide())
+
+
+def with_native_edge(reader: SlideReader, spec: TilingConfig, mpp: float | None) -> TilingConfig:
+    """The spec with `patch_px: native` replaced by the edge of the tiles at the level that will be read.
+
+    Raises:
+        SlideError: "no-tiles", the slide has none that are square and known; or what `choose_level` raises.
+    """
+    if spec.patch_px != "native":
+        return spec
+    tiles = reader.native_tiles(choose_level(reader.levels, spec, mpp)[0])
+    if tiles is None or tiles.width != tiles.height or tiles.width <= spec.overlap_px:
+        size = "none that can be read" if tiles is None else f"{tiles.width} x {tiles.height} px"
+        raise SlideError(
+            "no-tiles",
+            f"tiling.patch_px=native needs square tiles, larger than overlap_px={spec.overlap_px}; this slide has "
+            f"{size}; give a number",
+        )
+    return spec.model_copy(update={"patch_px": tiles.width})
 
 
 def effective_mpp(stated: float | None, spec: TilingConfig, override: float | None) -> float | None:
@@ -139,29 +167,3 @@ def effective_mpp(stated: float | None, spec: TilingConfig, override: float | No
             "give the right value in the cohort's mpp column",
         )
     return mpp
-
-
-def _is_tissue(overview: Overview, grid: Grid, spec: TilingConfig, cells: Cells) -> np.ndarray:
-    """(n,) which patches to keep. What the overview could not read is tried, so that its loss is counted."""
-    if spec.tissue == "none":
-        return np.ones(len(cells), np.bool_)
-    mask = tissue_mask(overview.rgb) | overview.unread
-    height, width = mask.shape
-    boxes = grid.level0_boxes(cells) / overview.scale
-    fraction = tissue_fraction(mask, np.minimum(boxes, np.array([width, height, width, height])))
-    return np.asarray((fraction >= spec.min_tissue) & (fraction > 0))
-
-
-def _thumbnail(overview: Overview) -> Thumbnail:
-    image = Image.fromarray(overview.rgb)
-    share = min(1.0, THUMBNAIL_PX / max(image.size))
-    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-    small = np.asarray(image.resize(size, Image.Resampling.BOX))
-    scale = overview.scale * max(image.size) / max(size)
-    return Thumbnail(_encode(small, THUMBNAIL_QUALITY), *size, scale)
-
-
-def _encode(rgb: RGB, quality: int) -> bytes:
-    """JPEG, 4:4:4, with libjpeg's accurate DCT."""
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=quality, colorspace="RGB")
-    return bytes(data)

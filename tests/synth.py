@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -45,22 +46,35 @@ def write_pyramid(
     quality: int = 90,
     subsampling: str = "444",
     sparse: Container[int] = (),
+    shared: bool = False,
+    photometric: str = "ycbcr",
+    description: str | None = None,
+    software: str | None = None,
 ) -> Path:
-    """Write a generic tiled TIFF with JPEG tiles (YCbCr), each level half the one before.
+    """Write a generic tiled TIFF with JPEG tiles, each level half the one before.
 
-    The level-0 tiles numbered in `sparse` have length zero: the file says that there is nothing.
+    The level-0 tiles numbered in `sparse` have length zero: the file says that there is nothing. `shared`: the tables
+    stand once in the directory, and the tiles name no colour space, as scanners write them.
     """
     with path.open("wb") as file:
         file.write(struct.pack("<2sHI", b"II", 42, 0))
         link = 4  # where the offset of the next directory is written
         for number in range(levels):
             spans = []
-            for i, data in enumerate(_tiles(rgb, tile, quality, subsampling)):
+            tables = b""
+            for i, jpeg in enumerate(_tiles(rgb, tile, quality, subsampling, photometric)):
+                data, tables = split_tables(jpeg) if shared else (jpeg, b"")
                 kept = b"" if number == 0 and i in sparse else data
                 spans.append((file.tell() if kept else 0, len(kept)))
                 file.write(kept)
-            link = _write_directory(file, link, _tags(rgb, tile, subsampling, mpp, spans, reduced=number > 0))
-            size = (rgb.shape[1] // 2, rgb.shape[0] // 2)
+            tags = _tags(rgb, tile, subsampling, mpp, spans, reduced=number > 0)
+            tags += [(347, "B", tuple(tables))] if shared else []
+            tags += [(270, "s", tuple(description.encode() + b"\0"))] if description and not number else []
+            tags += [(305, "s", tuple(software.encode() + b"\0"))] if software else []
+            if photometric == "rgb":
+                tags = [tag if tag[0] != 262 else (262, "H", (2,)) for tag in tags if tag[0] != 530]
+            link = _write_directory(file, link, sorted(tags))
+            size = (max(1, rgb.shape[1] // 2), max(1, rgb.shape[0] // 2))
             rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
     return path
 
@@ -92,12 +106,12 @@ def _tags(
 def _write_directory(file: BinaryIO, link: int, tags: list[tuple[int, str, tuple[int, ...]]]) -> int:
     directory = struct.pack("<H", len(tags))
     for tag, kind, values in tags:
-        packed = struct.pack(f"<{len(values)}{kind[0]}", *values)
+        packed = struct.pack(f"<{len(values)}{kind[0]}", *values) if kind in ("H", "I", "II") else bytes(values)
         if len(packed) > 4:
             file.write(b"\0" * (file.tell() % 2))
             packed, data = struct.pack("<I", file.tell()), packed
             file.write(data)
-        code = {"H": 3, "I": 4, "II": 5}[kind]
+        code = {"s": 2, "H": 3, "I": 4, "II": 5, "B": 7}[kind]
         directory += struct.pack("<HHI4s", tag, code, len(values) // len(kind), packed)
     file.write(b"\0" * (file.tell() % 2))
     start = file.tell()
@@ -109,13 +123,55 @@ def _write_directory(file: BinaryIO, link: int, tags: list[tuple[int, str, tuple
     return end - 4
 
 
-def _tiles(rgb: RGB, tile: int, quality: int, subsampling: str) -> Iterator[bytes]:
+def _tiles(rgb: RGB, tile: int, quality: int, subsampling: str, photometric: str) -> Iterator[bytes]:
     for top in range(0, rgb.shape[0], tile):
         for left in range(0, rgb.shape[1], tile):
             block = rgb[top : top + tile, left : left + tile]
             margin = ((0, tile - block.shape[0]), (0, tile - block.shape[1]), (0, 0))
             padded = np.ascontiguousarray(np.pad(block, margin, mode="edge"))
-            yield simplejpeg.encode_jpeg(padded, quality=quality, colorsubsampling=subsampling)
+            if photometric == "rgb":
+                options: dict[str, Any] = {"colorspace": "rgb", "outcolorspace": "rgb", "subsampling": "444"}
+                yield bytes(imagecodecs.jpeg8_encode(padded, level=quality, **options))
+            else:
+                yield simplejpeg.encode_jpeg(padded, quality=quality, colorsubsampling=subsampling)
+
+
+def split_tables(jpeg: bytes) -> tuple[bytes, bytes]:
+    """A JPEG without its tables and without anything that names its colour space; and the tables."""
+    at, kept, tables = 2, b"\xff\xd8", b"\xff\xd8"
+    while True:
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        segment = bytearray(jpeg[at:end])
+        if marker in (0xC0, 0xDA):  # libjpeg takes components named R, G, B for those colours
+            first, step = (10, 3) if marker == 0xC0 else (5, 2)
+            segment[first : first + 3 * step : step] = b"\1\2\3"
+        if marker in (0xDB, 0xC4):
+            tables += segment
+        elif marker not in (0xE0, 0xEE):
+            kept += segment
+        at = end
+        if marker == 0xDA:
+            return kept + jpeg[at:], tables + b"\xff\xd9"
+
+
+def philips_xml(levels: int, mpp: float) -> str:
+    """The description of a Philips TIFF whose levels halve."""
+    spacing = [f'"{mpp * 2**number / 1000!r}" "{mpp * 2**number / 1000!r}"' for number in range(levels)]
+
+    def attribute(name: str, text: str) -> str:
+        return f'<Attribute Name="{name}">{text}</Attribute>'
+
+    sequence = "".join(
+        f'<DataObject ObjectType="PixelDataRepresentation">{attribute("DICOM_PIXEL_SPACING", text)}</DataObject>'
+        for text in spacing
+    )
+    image = (
+        attribute("PIM_DP_IMAGE_TYPE", "WSI")
+        + attribute("DICOM_PIXEL_SPACING", spacing[0])
+        + attribute("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", f"<Array>{sequence}</Array>")
+    )
+    array = f'<Array><DataObject ObjectType="DPScannedImage">{image}</DataObject></Array>'
+    return f'<DataObject ObjectType="DPUfsImport">{attribute("PIM_DP_SCANNED_IMAGES", array)}</DataObject>'
 
 
 def tile_span(path: Path, level: int, number: int) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""JPEG at the level of its segments: the tiles of a TIFF made into files of their own, without decoding them.
+
+A tile of a TIFF may lack its tables, which then stand once in the directory (TIFF Technical Note 2), and its colour
+space is what the directory says. A file of its own needs the tables in it, and where decoders would guess otherwise
+an Adobe segment (APP14) that names the colour space. The compressed data stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+ZERO_RUN = bytes(64)  # coded data never repeat one bit 512 times, unless a block of the file was lost
+
+_APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, less DHT, JPG and DAC
+_STRAY = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in coded data 255 is followed by 0, or it is a restart marker
+_SEQUENTIAL = (0xC0, 0xC1)  # one scan holds everything
+
+
+@dataclass(frozen=True)
+class Header:
+    """The segments before a JPEG's compressed data."""
+
+    width: int
+    height: int
+    components: bytes
+    """Their identifiers."""
+    sequential: bool
+    """Not progressive: the first end marker ends the image."""
+    scan: int
+    """Where the compressed data begin."""
+    colour: tuple[tuple[int, int], ...]
+    """Start and end of the segments that name a colour space: JFIF's APP0 and Adobe's APP14."""
+    guess: str
+    """The colour space that libjpeg takes it for: "YCbCr" or "RGB"."""
+
+
+def header(data: bytes) -> Header:
+    """Parse up to the first scan.
+
+    Raises:
+        ValueError: no JPEG, or cut short; says what is wrong.
+    """
+    if data[:2] != SOI:
+        raise ValueError("it does not begin as a JPEG")
+    at, frame, jfif, adobe, colour = 2, None, False, None, []
+    try:
+        while True:
+            if data[at] != 0xFF:
+                raise ValueError(f"no marker at byte {at}")
+            marker = data[at + 1]
+            if marker == 0xFF:  # a fill byte
+                at += 1
+                continue
+            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+            if marker in _FRAMES:
+                frame = (marker, data[at + 4 : end])
+            elif marker == _APP0 and data[at + 4 : at + 8] == b"JFIF":
+                jfif = True
+                colour.append((at, end))
+            elif marker == _APP14 and data[at + 4 : at + 9] == b"Adobe":
+                adobe = data[at + 15]
+                colour.append((at, end))
+            elif marker == _SOS:
+                break
+            at = end
+    except IndexError:
+        raise ValueError("it ends within its header") from None
+    kind, sof = frame or (0, b"")
+    if len(sof) < 6 or len(sof) < 6 + 3 * sof[5]:
+        raise ValueError("it names no frame before its scan")
+    components = sof[6::3][: sof[5]]
+    rgb = not jfif and (adobe == 0 if adobe is not None else components == b"RGB")
+    height, width = sof[1] << 8 | sof[2], sof[3] << 8 | sof[4]
+    return Header(width, height, components, kind in _SEQUENTIAL, end, tuple(colour), "RGB" if rgb else "YCbCr")
+
+
+def tables_segments(tables: bytes | None) -> bytes:
+    """The segments of a TIFF directory's JPEGTables, without their start and end marker."""
+    data = tables or b""
+    data = data[2:] if data.startswith(SOI) else data
+    return data.removesuffix(EOI)
+
+
+def standalone(tile: bytes, tables: bytes, rgb: bool, found: Header | None = None) -> bytes:  # noqa: FBT001
+    """A TIFF's JPEG tile as a file of its own; the tile itself where it already is one.
+
+    Args:
+        tile: as it stands in the file; what follows its end marker is left out.
+        tables: from `tables_segments`.
+        rgb: whether the directory says that the components are RGB and not YCbCr.
+        found: the tile's header, where it has been parsed.
+
+    Raises:
+        ValueError: the tile is no JPEG.
+    """
+    head = found or header(tile)
+    end = _end(tile, head) + 2
+    wanted = "RGB" if rgb else "YCbCr"
+    if head.guess == wanted:
+        return SOI + tables + tile[2:end] if tables else tile[:end]
+    kept, at = [], 2
+    for start, stop in head.colour:
+        kept.append(tile[at:start])
+        at = stop
+    return SOI + _adobe(0 if rgb else 1) + tables + b"".join(kept) + tile[at:end]
+
+
+def is_doubtful(tile: bytes, found: Header) -> bool:
+    """Whether compressed data look damaged: cut short, a marker within them, or a long run of zeros.
+
+    Cheap (one pass at memory speed, nothing decoded) and so incomplete: flipped bits may look like other data.
+    """
+    end = _end(tile, found)
+    if tile[end : end + 2] != EOI or not found.sequential:
+        return True
+    return _STRAY.search(tile, found.scan, end) is not None or tile.find(ZERO_RUN, found.scan, end) >= 0
+
+
+def _end(tile: bytes, found: Header) -> int:
+    """Where the end marker stands; behind the tile where there is none."""
+    if tile.endswith(EOI):
+        return len(tile) - 2
+    end = tile.find(EOI, found.scan)
+    return len(tile) if end < 0 else end
+
+
+def _adobe(transform: int) -> bytes:
+    """Adobe's APP14 segment: version 100, no flags, the colour transform (0: none, 1: YCbCr)."""
+    return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])

@@ -1,0 +1,67 @@
+"""Plain images (PNG, JPEG, TIFF) through Pillow."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import SlideError
+from pipeline.slide_reader import RGB, Level, SlideReader, on_background
+
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
+MAX_IMAGE_PX = 2**28  # a plain image is decoded whole: 268 MPx are 805 MB of RGB
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_IMAGE_PX, checked before anything is decoded
+
+
+class ImageReader(SlideReader):
+    """A plain image, decoded whole: one level, no mpp."""
+
+    def __init__(self, path: Path) -> None:
+        self.mpp = None
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
+                _check_image(path, image)
+                self.vendor = str(image.format).lower()
+                self._pixels = _image_rgb(image)
+        except UnidentifiedImageError as error:
+            raise SlideError(
+                "not-a-slide",
+                f"{path.name}: neither a slide format that OpenSlide reads nor {', '.join(IMAGE_FORMATS)}",
+            ) from error
+        except (OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+            raise SlideError("unreadable", f"{path.name}: the image cannot be decoded: {error}") from error
+        height, width = self._pixels.shape[:2]
+        self.levels = (Level(width, height, 1.0),)
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """See `SlideReader.read`; the box is always decodable."""
+        return np.ascontiguousarray(self._pixels[y : y + h, x : x + w])
+
+    def close(self) -> None:
+        """Free the pixels."""
+        del self._pixels
+
+
+def _check_image(path: Path, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PX:
+        raise SlideError(
+            "too-large",
+            f"{path.name}: a plain image of {width} x {height} px is over {MAX_IMAGE_PX} px; convert it to a "
+            "tiled pyramid, e.g. `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`",
+        )
+    if image.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}:
+        raise SlideError(
+            "pixel-type", f"{path.name}: pixels of type {image.mode}; convert the image to 8 bits a channel"
+        )
+
+
+def _image_rgb(image: Image.Image) -> RGB:
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        return on_background(rgba, np.full(3, 255, np.uint8))
+    return np.asarray(image.convert("RGB"))

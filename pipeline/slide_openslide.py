@@ -1,0 +1,73 @@
+"""A slide read through OpenSlide: every format, one composited box at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from pipeline.errors import BadTileError, SlideError
+from pipeline.slide_reader import RGB, Level, SlideReader, on_background
+from pipeline.units import LevelPx, to_level0
+
+LIBRARY_VERSION: str = openslide.__library_version__
+
+
+class OpenSlideReader(SlideReader):
+    """A slide read through OpenSlide."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = self._open()
+        properties = self._handle.properties
+        self.levels = tuple(
+            Level(w, h, downsample)
+            for (w, h), downsample in zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
+        )
+        self.mpp = _mpp(properties)
+        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
+
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            return openslide.OpenSlide(self._path)
+        except openslide.OpenSlideError as error:
+            raise SlideError(
+                "unopenable", f"{self._path.name}: OpenSlide refuses it ({error}); re-export the slide"
+            ) from error
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """See `SlideReader.read`."""
+        downsample = self.levels[level].downsample
+        origin = (to_level0(LevelPx(x), downsample), to_level0(LevelPx(y), downsample))
+        try:
+            rgba = np.asarray(self._handle.read_region(origin, level, (w, h)))
+        except openslide.OpenSlideError as error:
+            dead, self._handle = self._handle, self._open()  # OpenSlide's errors are terminal for a handle
+            dead.close()
+            raise BadTileError(
+                "bad-tile", f"{self._path.name}: level {level}, x {x}, y {y}, {w} x {h} px: {error}"
+            ) from error
+        return on_background(rgba, self._background)
+
+    def close(self) -> None:
+        """Free the handle and its cache."""
+        self._handle.close()
+
+
+def _mpp(properties: Mapping[str, str]) -> float | None:
+    """Geometric mean of the stated x and y (they differ by rounding on real scanners), or None."""
+    try:
+        x, y = (float(properties[f"openslide.mpp-{axis}"]) for axis in "xy")
+    except (KeyError, ValueError):
+        return None
+    return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+
+
+def is_openslide(path: Path) -> bool:
+    """Whether OpenSlide takes the file for a slide; says nothing about its content."""
+    return openslide.OpenSlide.detect_format(path) is not None

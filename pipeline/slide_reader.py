@@ -1,0 +1,194 @@
+"""What every open slide offers, whichever library reads it: levels, pixels of a box, compressed tiles, an overview.
+
+Pixels come out as uint8 RGB. Where a slide declares that it holds no data (sparse tiles) the background is
+white glass; where data cannot be decoded an error is raised, never white.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.errors import BadTileError, SlideError
+
+RGB = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Boxes = npt.NDArray[np.int64]
+
+BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
+SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
+UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a slide's pyramid."""
+
+    width: int
+    height: int
+    downsample: float
+    """Level-0 px per px of this level."""
+
+
+@dataclass(frozen=True)
+class NativeTiles:
+    """How a level is cut into compressed tiles, from its upper left corner; the last ones reach over its edge."""
+
+    width: int
+    """Of a tile, in px of the level."""
+    height: int
+    columns: int
+    rows: int
+    codec: Literal["jpeg", "jpeg2000"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A whole slide at low resolution."""
+
+    rgb: RGB
+    """(h, w, 3)."""
+    unread: Mask
+    """(h, w): where the slide's data could not be decoded; `rgb` is grey there."""
+    scale: float
+    """Level-0 px per overview px."""
+
+
+class SlideReader(ABC):
+    """An open slide. Not thread-safe and not picklable: open one per task."""
+
+    levels: tuple[Level, ...]
+    mpp: float | None
+    """Microns per level-0 px as the file states it, unchecked; None when it states none."""
+    vendor: str
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height in level-0 px."""
+        return self.levels[0].width, self.levels[0].height
+
+    @abstractmethod
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """Pixels (h, w, 3) of a box inside a level; x, y, w, h in px of that level.
+
+        Raises:
+            BadTileError: the data there cannot be decoded; the reader stays usable.
+            SlideError: the slide is gone or broken as a whole.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the file."""
+
+    def native_tiles(self, level: int) -> NativeTiles | None:
+        """The level's compressed tiles; None where this reader cannot hand them out."""
+        del level
+        return None
+
+    def raw_tile(self, level: int, column: int, row: int) -> bytes | None:
+        """One native tile as a file of its own (a JPEG with its tables, a JPEG 2000 codestream), not decoded.
+
+        None where the slide declares that it holds no data there. Only for levels with `native_tiles`.
+
+        Raises:
+            BadTileError: the tile is cut short, or no image of the tile's size.
+            SlideError: the slide is gone or broken as a whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no native tiles at level {level}: {column}, {row}")
+
+    def expect(self, level: int, boxes: Boxes) -> None:
+        """Tell which boxes will be read next, in this order, so that their bytes are fetched together and ahead.
+
+        Args:
+            level: that all of them are in.
+            boxes: (n, 4) x, y, w, h in px of the level.
+        """
+        del level, boxes  # a reader that fetches nothing ahead need not know
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def overview(self, max_px: int) -> Overview:
+        """The slide with its longer edge at most `max_px`, area-averaged, read block by block.
+
+        Raises:
+            SlideError: reason "unreadable", when no block at all can be decoded.
+        """
+        number = max((i for i, lv in enumerate(self.levels) if max(lv.width, lv.height) >= max_px), default=0)
+        level = self.levels[number]
+        factor = max(1, max(level.width, level.height) // max_px)
+        rgb = np.full((-(-level.height // factor), -(-level.width // factor), 3), UNREAD, np.uint8)
+        unread = np.zeros(rgb.shape[:2], np.bool_)
+        step = _power_of_two(BLOCK_PX // factor)
+        pending = list(_blocks(0, 0, unread.shape, step))[::-1]
+        self.expect(number, self._level_boxes(number, factor, pending[::-1]))
+        failure = None
+        while pending:
+            top, left, step = pending.pop()
+            target = (slice(top, top + step), slice(left, left + step))
+            try:
+                rgb[target] = self._reduced(number, factor, top, left, step)
+            except BadTileError as error:
+                failure = error
+                if step > 1 and step * factor > SMALLEST_PX:
+                    pending.extend(_blocks(top, left, unread[target].shape, step // 2))
+                else:
+                    unread[target] = True
+        if failure is not None and unread.all():
+            raise SlideError("unreadable", f"no part of the slide can be decoded: {failure}") from failure
+        share = min(1.0, max_px / max(self.dimensions))
+        width, height = (max(1, round(edge * share)) for edge in self.dimensions)
+        box = (0.0, 0.0, level.width / factor, level.height / factor)  # the last px may stand for part of a factor
+        small = Image.fromarray(rgb).resize((width, height), Image.Resampling.BOX, box)
+        lost = Image.fromarray(unread.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX, box)
+        return Overview(np.asarray(small), np.asarray(lost) > 0, max(self.dimensions) / max(width, height))
+
+    def _reduced(self, number: int, factor: int, top: int, left: int, step: int) -> RGB:
+        """One block of an overview: `step` of its px, each the mean of factor x factor px of the level."""
+        ((x, y, w, h),) = self._level_boxes(number, factor, [(top, left, step)]).tolist()
+        pixels = self.read(number, x, y, w, h)
+        return np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
+
+    def _level_boxes(self, number: int, factor: int, blocks: list[tuple[int, int, int]]) -> Boxes:
+        """(n, 4) x, y, w, h in px of the level, cut at its edges, of blocks of an overview."""
+        level = self.levels[number]
+        top, left, step = np.array(blocks, np.int64).T * factor
+        sizes = np.minimum(step, level.width - left), np.minimum(step, level.height - top)
+        return np.stack([left, top, *sizes], axis=1)
+
+    def thumbnail(self, max_px: int) -> RGB:
+        """The whole slide (h, w, 3) with its longer edge at most `max_px`."""
+        return self.overview(max_px).rgb
+
+
+def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:
+    """RGBA (h, w, 4) laid over a colour (3,)."""
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha.astype(np.uint16)
+    mixed = rgba[..., :3] * weight + background * (255 - weight)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _blocks(top: int, left: int, shape: tuple[int, ...], step: int) -> Iterator[tuple[int, int, int]]:
+    """Upper left corners of the squares of edge `step` that cover a box, and the edge."""
+    height, width = shape
+    return ((y, x, step) for y in range(top, top + height, step) for x in range(left, left + width, step))
+
+
+def _power_of_two(limit: int) -> int:
+    return int(2 ** math.floor(math.log2(max(1, limit))))

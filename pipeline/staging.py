@@ -1,0 +1,136 @@
+"""Copies of remote slides on a node's own disk, within a budget of bytes, shared by the processes of the node.
+
+Only slides that no reader can read in place come here. The least recently used go first; what a process holds stays.
+All bookkeeping happens under one lock file, and a second lock marks what is held: both are `flock`s, which the kernel
+frees when a process dies.
+
+    <folder>/lock                 held for milliseconds
+    <folder>/<entry>/held         shared lock: in use; its time of change: last use
+    <folder>/<entry>/bytes        what the entry takes, written before anything is copied
+    <folder>/<entry>/files/       the slide and its companions, renamed to this when complete
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.errors import SlideError
+
+POLL_S = 0.2  # how often a process looks again whether another one has finished its copy, or freed room
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where copies are kept and how much they may take. Picklable: each process of a node opens the same folder."""
+
+    folder: str | None = None
+    """None: below the system's folder for temporary files."""
+    budget: int = 50 * GIB
+    """Bytes."""
+
+    @contextmanager
+    def hold(self, uri: str, files: Sequence[str]) -> Iterator[Path]:
+        """A local copy of a remote slide, kept at least until the block ends.
+
+        Waits while another process copies the same slide, or while all room is held by others.
+
+        Args:
+            uri: the slide's main file.
+            files: all its files, `uri` among them, which lie in its folder or below.
+
+        Raises:
+            SlideError: "cache", the slide alone is over the budget.
+            StorageError: a file cannot be read, or the copy not be written.
+        """
+        versions = {file: storage.source_version(file) for file in files}
+        size = sum(version.size for version in versions.values())
+        if size > self.budget:
+            raise SlideError(
+                "cache",
+                f"{uri}: its {size / GIB:.1f} GiB are more than storage.cache_gib={self.budget / GIB:g} allows on a "
+                "node; raise it, or convert the slide to a tiled TIFF, which is read in place",
+            )
+        state = json.dumps({file: asdict(version) for file, version in versions.items()}, sort_keys=True)
+        entry = self._root() / hashlib.sha256(state.encode()).hexdigest()[:32]
+        above = storage.parent(uri) + "/"
+        held = self._grip(entry, size)
+        try:
+            if not (entry / "files").exists():
+                _fill(entry, above, files)
+            yield entry / "files" / storage.absolute(uri).removeprefix(above)
+        finally:
+            os.close(held)
+
+    def _root(self) -> Path:
+        root = Path(self.folder or Path(tempfile.gettempdir(), f"ips-slides-{os.getuid()}"))
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+
+    def _grip(self, entry: Path, size: int) -> int:
+        """Hold an entry that is complete, or that this process has to fill; waits for either."""
+        while True:
+            with self._locked():
+                if not (entry / "files").exists() and entry.exists() and not _evict(entry):
+                    pass  # being filled by another process
+                elif (entry / "files").exists() or self._make_room(size):
+                    return _held(entry, size)
+            time.sleep(POLL_S)
+
+    def _make_room(self, size: int) -> bool:
+        """Evict until `size` more bytes fit; False when too much is held."""
+        entries = sorted(self._root().glob("*/held"), key=lambda held: held.stat().st_mtime_ns)
+        taken = {held.parent: int((held.parent / "bytes").read_text()) for held in entries}
+        for entry in list(taken):
+            if sum(taken.values()) + size <= self.budget:
+                break
+            if _evict(entry):
+                del taken[entry]
+        return sum(taken.values()) + size <= self.budget
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._root() / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _held(entry: Path, size: int) -> int:
+    """A file descriptor that holds the entry until it is closed. Under the lock."""
+    entry.mkdir(exist_ok=True)
+    (entry / "bytes").write_text(str(size))
+    held = os.open(entry / "held", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    os.utime(entry / "held")
+    return held
+
+
+def _evict(entry: Path) -> bool:
+    """Delete an entry unless a process holds it. Under the lock."""
+    if (entry / "held").exists():
+        with (entry / "held").open("rb") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    shutil.rmtree(entry)
+    return True
+
+
+def _fill(entry: Path, above: str, files: Sequence[str]) -> None:
+    """Copy the files of a held entry; what a failure leaves is evicted by the next that needs the room."""
+    unfinished = entry / "unfinished"
+    for file in files:
+        storage.download(file, unfinished / storage.absolute(file).removeprefix(above))
+    unfinished.rename(entry / "files")
