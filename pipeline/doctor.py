@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.storage import is_remote, join, read_bytes, write_bytes
+from pipeline.storage import delete, is_remote, join, read_bytes, write_bytes
 from pipeline.tracking import connect, open_tracking
 
 _MIN_FREE_BYTES = 5 * 10**9  # a demo run writes about 1 GB, and Ray spills when a disk is 95% full
@@ -31,7 +31,7 @@ class Check:
 
 
 def examine(name: str, overrides: Sequence[str], config_dir: Path | None) -> list[Check]:
-    """All checks for one config; they write a probe file into storage.root and, without a server, mlflow.db."""
+    """All checks for one config; they write and delete a file in storage.root and, without a server, make mlflow.db."""
     checks = [_python(), _torch(), _ray(), _openslide(), _codec(), _disk(Path.cwd())]
     try:
         given = ["cohort.uri=cohort.csv"] if name == "default" else []  # the default config names no cohort
@@ -117,6 +117,7 @@ def _storage(config: Config) -> Check:
     probe = join(root, ".doctor")
     write_bytes(probe, b"ok")
     ok = read_bytes(probe) == b"ok"
+    delete(probe)
     place = "object storage" if is_remote(root) else "local files"
     return Check("storage", ok, f"{root} ({place}) is readable and writable")
 

@@ -79,6 +79,7 @@ def test_doctor_finds_this_machine_healthy_and_a_bad_config_not(tmp_path: Path) 
     healthy = _ips("doctor", f"storage.root={tmp_path}", "--json")
     checks = {check["name"]: check for check in json.loads(healthy.stdout)["checks"]}
     assert healthy.exit_code == 0, healthy.stdout
+    assert not (tmp_path / ".doctor").exists()
     assert set(checks) >= {
         "python",
         "torch",

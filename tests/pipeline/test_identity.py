@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline import identity, storage
 from pipeline.errors import StorageError
-from pipeline.identity import slide_digest
+from pipeline.identity import slide_digest, slide_files, slide_version
+from tests.s3 import S3Server, serve_s3
 from tests.synth import overwrite, tile_span, tissue_rgb, write_pyramid
 
 SERIES = "1.2.826.0.1.3680043.8.498.1"
@@ -147,3 +150,74 @@ def test_dicom_files_of_one_series_are_one_slide(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"none\.svs"):
         slide_digest(str(tmp_path / "none.svs"))
+
+
+def write_mrxs(folder: Path) -> Path:
+    (folder / "a").mkdir(parents=True)
+    (folder / "a.mrxs").write_bytes(b"preview")
+    (folder / "a" / "Slidedat.ini").write_text("[GENERAL]")
+    (folder / "a" / "Data0000.dat").write_bytes(b"pixels")
+    return folder / "a.mrxs"
+
+
+def write_vms(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile=a-0.jpg\nImageFile(0,1)=a-1.jpg\n")
+    for name in ("a-0.jpg", "a-1.jpg", "other.jpg"):
+        (folder / name).write_bytes(name.encode())
+    return folder / "a.vms"
+
+
+def write_dicom(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "1.dcm").write_bytes(dicom(SERIES, b"level 0"))
+    (folder / "2.dcm").write_bytes(dicom(SERIES, b"level 1"))
+    (folder / "3.dcm").write_bytes(dicom(SERIES + "9", b"another slide"))
+    return folder / "1.dcm"
+
+
+SEVERAL: dict[str, tuple[Callable[[Path], Path], list[str], str]] = {
+    "mrxs": (write_mrxs, ["a.mrxs", "a/Data0000.dat", "a/Slidedat.ini"], "a/Data0000.dat"),
+    "vms": (write_vms, ["a.vms", "a-0.jpg", "a-1.jpg"], "a-1.jpg"),
+    "dicom": (write_dicom, ["1.dcm", "2.dcm"], "2.dcm"),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_slide_of_several_files(
+    kind: str, place: str, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are fetched to lie as they lay, have one version, and one digest wherever they are."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    write, names, companion = SEVERAL[kind]
+    folder = server.folder / "bucket" / f"{kind} {place}"
+    path = write(folder)
+    base = f"s3://bucket/{kind} {place}" if place == "s3" else str(folder)
+    uri = f"{base}/{path.name}"
+    files = slide_files(uri)
+    assert files == [f"{base}/{name}" for name in names]
+    with storage.local_copy(uri, files) as copy:
+        assert copy.name == path.name
+        assert [(copy.parent / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+        assert slide_digest(str(copy)) == slide_digest(uri) == slide_digest(str(path))
+    before = slide_version(uri)
+    assert before == slide_version(uri)
+    assert before.size >= sum((folder / name).stat().st_size for name in names)
+    data = (folder / companion).read_bytes()
+    (folder / companion).write_bytes(data[::-1])
+    os.utime(folder / companion, (1, 1))
+    assert slide_version(uri) != before
+
+
+def test_one_file_is_its_own_version(slide: Path) -> None:
+    assert slide_version(str(slide)) == storage.source_version(str(slide))
+    assert slide_files(str(slide)) == [str(slide)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket("bucket")
+        yield server
