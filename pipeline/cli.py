@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
+from pipeline import cli_data
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.config_data import DemoConfig
-from pipeline.errors import ConfigError, DataBudgetError, Interrupted, PipelineError
+from pipeline.console import ConfigOption, DirOption, JsonOption, Overrides
+from pipeline.console import errors as _errors
+from pipeline.console import print_json as _print_json
+from pipeline.errors import ConfigError, DataBudgetError
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -31,11 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Learn from images too large for any GPU: from slides in a bucket to a registered model that predicts.",
 )
-
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Name of a config in conf/, without .yaml.")]
-DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs instead of conf/.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=5 model=resnet18")]
 
 
 def main() -> None:
@@ -249,10 +242,6 @@ def _print_summary(summary: dict[str, Any], config: Config) -> None:
     console.print(f"mlflow ui --backend-store-uri {config.tracking.uri}", soft_wrap=True)
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))
-
-
 def _must_be_local(folder: Path) -> None:
     if folder.parts[:1] == ("s3:",):
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
@@ -268,38 +257,5 @@ def _progress(what: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-@contextmanager
-def _errors(*, as_json: bool) -> Iterator[None]:
-    """Logging to stderr, signals as Interrupted, and every PipelineError as a message and its exit code."""
-    _log_to_stderr()
-    received: list[int] = []
-
-    def interrupt(signum: int, _frame: FrameType | None) -> None:
-        # Ray's waits let KeyboardInterrupt through, as a new one without arguments, and swallow every other error.
-        received.append(signum)
-        raise KeyboardInterrupt
-
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except (PipelineError, KeyboardInterrupt) as caught:
-        error = caught if isinstance(caught, PipelineError) else Interrupted(received[-1])
-        print(f"error: {error}", file=sys.stderr)
-        if as_json:
-            kind = type(error).__name__
-            _print_json({"outcome": "failed", "error": kind, "message": str(error), "exit_code": error.exit_code})
-        raise typer.Exit(error.exit_code) from error
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _log_to_stderr() -> None:
-    """Coloured for a person, one plain line an event for a file."""
-    if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    else:
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("pipeline").setLevel(logging.INFO)
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported
+for _command in (cli_data.qc, cli_data.export):
+    app.command()(_command)

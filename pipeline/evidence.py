@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.candidates import Candidates, Rejected
 from pipeline.errors import BadTileError
+from pipeline.geojson import tissue_geojson
 from pipeline.masks import Mask
 from pipeline.slide import RGB, Overview, SlideReader
 
@@ -22,6 +23,7 @@ QUALITY = 85
 
 MASK = "mask.png"
 REJECTED = "rejected.jpg"
+OUTLINE = "tissue.geojson"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Evidence:
     """The files beside a slide's patches. Equal slides and specs give equal bytes."""
 
     files: Mapping[str, bytes]
-    """mask.png, one bit a px over the whole slide; rejected.jpg, squares of 128 px from left to right, if any."""
+    """mask.png, one bit a px over the whole slide; tissue.geojson, its outlines; rejected.jpg, squares of 128 px from
+    left to right, if any."""
     facts: Mapping[str, Any]
-    """`mask`: level-0 px per px; `rejected`: x, y (level 0), reason and share of tissue of each square."""
+    """`mask`: level-0 px per px, and share of tissue; `rejected`: x, y (level 0), reason and tissue of each square."""
 
 
 def thumbnail(overview: Overview) -> Thumbnail:
@@ -64,10 +67,11 @@ def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) 
             continue
         ((x, y),) = found.grid.level0_origins(_cell(example)).tolist()
         listed.append({"x": x, "y": y, "reason": example.reason, "tissue": round(example.tissue, 4)})
-    files = {MASK: mask_png(found.mask)}
+    files = {MASK: mask_png(found.mask), OUTLINE: tissue_geojson(found.mask, reader.dimensions)}
     if squares:
         files[REJECTED] = _jpeg(np.concatenate(squares, axis=1))
-    return Evidence(files, {"mask": {"scale": overview.scale}, "rejected": listed})
+    mask = {"scale": overview.scale, "share": round(float(found.mask.mean()), 6)}
+    return Evidence(files, {"mask": mask, "rejected": listed})
 
 
 def mask_png(mask: Mask) -> bytes:

@@ -22,6 +22,8 @@ Ring = npt.NDArray[np.float64]
 FORMATS = ("PNG", "TIFF")
 MAX_MASK_PX = 2**28  # of the page that is read: 268 MB
 ASPECT = 0.02  # how far the mask's width to height may be from the slide's; rounding of small masks stays below
+FINER = 4  # outlines are drawn so much finer: Pillow paints every px that an edge touches
+DRAWN_PX = 4096  # longer edge of what is drawn, as far as it is larger than the mask: 17 MB
 IGNORED = "*"  # QuPath's classes whose name ends so ("Ignore*") stand for nothing
 
 
@@ -109,11 +111,12 @@ def _from_geojson(uri: str, data: bytes, width: int, height: int, dimensions: tu
         raise _bad(uri, f"not GeoJSON ({type(error).__name__}: {error}); export the annotations again") from error
     if not polygons:
         raise _bad(uri, "no Polygon or MultiPolygon in it; draw the tissue as areas, or leave the mask out")
-    scale = np.array([width / dimensions[0], height / dimensions[1]])
-    canvas = Image.new("1", (width, height))
+    finer = max(1, min(FINER, DRAWN_PX // max(width, height)))
+    canvas = Image.new("L", (width * finer, height * finer))
+    scale = np.array(canvas.size) / dimensions
     for rings in polygons:
         _draw(canvas, [ring * scale for ring in rings])
-    return np.asarray(canvas)
+    return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) >= 128
 
 
 def _ring(points: Sequence[Sequence[float]]) -> Ring:
@@ -130,12 +133,12 @@ def _draw(canvas: Image.Image, rings: Sequence[Ring]) -> None:
     end = np.minimum(np.ceil(rings[0].max(axis=0)).astype(int) + 1, canvas.size)
     if (end <= corner).any():
         return  # outside of the slide
-    piece = Image.new("1", (int(end[0] - corner[0]), int(end[1] - corner[1])))
+    piece = Image.new("L", (int(end[0] - corner[0]), int(end[1] - corner[1])))
     brush = ImageDraw.Draw(piece)
     for number, ring in enumerate(rings):
-        # Pillow paints px whose centre lies inside, and counts px from their centres
-        brush.polygon([(float(x), float(y)) for x, y in ring - corner - 0.5], fill=int(number == 0))
-    canvas.paste(1, (int(corner[0]), int(corner[1])), piece)
+        # Pillow counts px from their centres
+        brush.polygon([(float(x), float(y)) for x, y in ring - corner - 0.5], fill=0 if number else 255)
+    canvas.paste(255, (int(corner[0]), int(corner[1])), piece)
 
 
 def _polygons(node: Any) -> Iterator[list[Any]]:

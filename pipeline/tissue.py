@@ -32,8 +32,9 @@ def artefact_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
     """Pixels of `coloured` (h, w) that are colour without texture: pen marks, tinted glass, blurred dust.
 
     There the brightness of the coloured px in 5 x 5 px varies by less than `SMOOTH` (standard deviation; the
-    outermost coloured px are mixed with glass and do not count). What is too thin to be judged goes with what it
-    touches, else it is kept. Black ink and black dust have no colour: they are not in `coloured` at all.
+    outermost coloured px are mixed with glass and do not count). What is too thin to be judged, such as a stroke's
+    edge, goes with what it touches, else it is kept. Black ink and
+    black dust have no colour: they are not in `coloured` at all.
     """
     inner = ndimage.binary_erosion(coloured, border_value=1)
     share = ndimage.uniform_filter(inner.astype(np.float32), _WINDOW, mode="constant")
@@ -46,7 +47,8 @@ def artefact_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
     if not smooth.any():
         return np.zeros_like(coloured)
     near = ndimage.maximum_filter(smooth, 2 * _RIM + 1)
-    return np.asarray(smooth | (coloured & ~judged & near))
+    textured = ndimage.maximum_filter(ndimage.minimum_filter(judged & ~smooth, _WINDOW), _WINDOW)
+    return np.asarray(smooth | (coloured & near & ~textured))
 
 
 def otsu(values: npt.NDArray[np.float32]) -> float:

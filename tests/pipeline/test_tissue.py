@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pipeline.slide import open_slide
 from pipeline.tissue import artefact_mask, otsu, tissue_fraction, tissue_mask
@@ -92,6 +93,7 @@ def test_pen_is_an_artefact_and_tissue_is_not(noise: float) -> None:
     assert artefact[pen].all()
     assert not artefact[tissue].any()
     assert not (artefact & ~coloured).any()
+    assert not (coloured & ~artefact & ~ndimage.binary_dilation(tissue, np.ones((3, 3)))).any()  # no rim left
 
 
 def test_tinted_glass_is_an_artefact_and_the_tissue_on_it_stays() -> None:

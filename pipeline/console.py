@@ -1,0 +1,67 @@
+"""What all commands share: their common options, JSON on stdout, logs on stderr, errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.errors import Interrupted, PipelineError
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Name of a config in conf/, without .yaml.")]
+DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs instead of conf/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=5 model=resnet18")]
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+@contextmanager
+def errors(*, as_json: bool) -> Iterator[None]:
+    """Logging to stderr, signals as Interrupted, and every PipelineError as a message and its exit code."""
+    _log_to_stderr()
+    received: list[int] = []
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        # Ray's waits let KeyboardInterrupt through, as a new one without arguments, and swallow every other error.
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except (PipelineError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, PipelineError) else Interrupted(received[-1])
+        print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            kind = type(error).__name__
+            print_json({"outcome": "failed", "error": kind, "message": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from error
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _log_to_stderr() -> None:
+    """Coloured for a person, one plain line an event for a file."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported

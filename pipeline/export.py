@@ -1,0 +1,62 @@
+"""The coordinates of a cohort's patches, as files that other tools go on with."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.cohort import CohortSlide, read_cohort
+from pipeline.config import Config
+from pipeline.errors import StageError
+from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name
+from pipeline.patches import StoredSlide
+from pipeline.quality import look_up, safe_stems
+from pipeline.sources import patch_store
+
+THREADS = 16
+
+
+def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str]:
+    """Write one file for each slide that is tiled; slide id -> URI.
+
+    Raises:
+        StageError: no slide is tiled.
+        SlideError: a slide has no microns per px and the tool's file needs them.
+        ConfigError: h5py is not installed.
+    """
+    store, folder = patch_store(config), storage.absolute(folder)
+    slides = read_cohort(config.cohort.uri).slides
+    keys = {row.slide_id: row.key for row in look_up(store, slides, config.tiling) if row.key is not None}
+    if not keys:
+        raise StageError("export: no slide of the cohort is tiled; run the tile stage")
+    stems = safe_stems([slide.slide_id for slide in slides])
+
+    def write(slide: CohortSlide) -> tuple[str, str]:
+        grid = stored_grid(store.slide(keys[slide.slide_id]), stems[slide.slide_id], config.tiling.overlap_px)
+        uri = storage.join(folder, file_name(tool, grid.name))
+        storage.write_bytes(uri, coordinates_h5(grid, tool, folder, config.tiling.mpp))
+        return slide.slide_id, uri
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(pool.map(write, [slide for slide in slides if slide.slide_id in keys]))
+
+
+def stored_grid(stored: StoredSlide, name: str, overlap_px: int) -> StoredGrid:
+    """What a coordinate file says of a committed slide."""
+    facts, index = storage.read_json(storage.join(stored.uri, "slide.json")), stored.index()
+    width, height, downsample = facts["levels"][stored.level]
+    return StoredGrid(
+        name=name,
+        corners=np.stack([index.x, index.y], axis=1),
+        patch_px=stored.patch_px,
+        extent=stored.extent,
+        overlap_px=overlap_px,
+        level=stored.level,
+        read_px=facts["read_px"],
+        level_size=(width, height),
+        level_downsample=downsample,
+        dimensions=stored.dimensions,
+        mpp=stored.mpp,
+    )

@@ -1,0 +1,67 @@
+"""A tissue mask as GeoJSON that QuPath opens: one annotation a piece, in level-0 px."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from contourpy import FillType, contour_generator
+from PIL import Image
+
+OUTLINE_PX = 1024  # longer edge of the mask that is traced: an outline of a few thousand points
+_COLOUR = [46, 139, 87]
+
+Mask = npt.NDArray[np.bool_]
+
+
+def tissue_geojson(mask: Mask, dimensions: tuple[int, int]) -> bytes:
+    """A FeatureCollection of Polygons (outer ring, then holes), closed, in integer level-0 px.
+
+    Args:
+        mask: (h, w), True where tissue is.
+        dimensions: width and height of the slide, level-0 px.
+    """
+    features = [_feature(polygon) for polygon in _polygons(_small(mask), dimensions)]
+    document = {"type": "FeatureCollection", "features": features}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def _feature(rings: list[list[list[int]]]) -> dict[str, Any]:
+    properties = {"objectType": "annotation", "classification": {"name": "Tissue", "color": _COLOUR}}
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}, "properties": properties}
+
+
+def _small(mask: Mask) -> Mask:
+    height, width = mask.shape
+    share = min(1.0, OUTLINE_PX / max(mask.shape))
+    if share == 1.0:
+        return mask
+    size = (max(1, round(width * share)), max(1, round(height * share)))
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) >= 128
+
+
+def _polygons(mask: Mask, dimensions: tuple[int, int]) -> list[list[list[list[int]]]]:
+    """Rings of every piece. The mask gets a rim of glass, so that outlines close at its border."""
+    height, width = mask.shape
+    padded = np.pad(mask, 1).astype(np.float32)
+    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
+    scale = np.array([dimensions[0] / width, dimensions[1] / height])
+    polygons = []
+    for outline, bounds in zip(points, offsets, strict=True):
+        # the outline counts from px centres, of the rim on
+        corners = np.clip(np.rint((outline - 0.5) * scale), 0, dimensions).astype(int)
+        rings = [_straightened(corners[a:b]) for a, b in pairwise(bounds)]
+        polygons.append([ring.tolist() for ring in rings if len(ring) >= 4])
+    return [rings for rings in polygons if rings]
+
+
+def _straightened(ring: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A closed ring without the points that lie on a straight line between their neighbours."""
+    inner = ring[:-1]
+    before, after = inner - np.roll(inner, 1, axis=0), np.roll(inner, -1, axis=0) - inner
+    bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    kept = inner[bends]
+    return np.concatenate([kept, kept[:1]])

@@ -1,0 +1,72 @@
+"""Outlines for QuPath."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.geojson import tissue_geojson
+from pipeline.masks import ExternalMask
+
+DIMENSIONS = (1060, 370)
+
+
+def mask() -> np.ndarray:
+    """A piece with a hole at the border, another one inside the hole, and one in the corner."""
+    found = np.zeros((37, 106), bool)
+    found[0:25, 3:60] = True
+    found[5:20, 10:50] = False
+    found[9:15, 20:40] = True
+    found[30:37, 95:106] = True
+    return found
+
+
+def test_every_piece_is_a_closed_polygon_in_level0_px() -> None:
+    document = json.loads(tissue_geojson(mask(), DIMENSIONS))
+    assert document["type"] == "FeatureCollection"
+    assert len(document["features"]) == 3
+    rings = []
+    for feature in document["features"]:
+        assert feature["type"] == "Feature"
+        assert feature["geometry"]["type"] == "Polygon"
+        assert feature["properties"]["objectType"] == "annotation"
+        assert feature["properties"]["classification"]["name"] == "Tissue"
+        rings += feature["geometry"]["coordinates"]
+    assert len(rings) == 4
+    assert all(ring[0] == ring[-1] and len(ring) >= 4 for ring in rings)
+    corners = np.concatenate(rings)
+    assert corners.min(axis=0).tolist() == [30, 0]
+    assert corners.max(axis=0).tolist() == [1060, 370]
+
+
+def test_the_outline_read_back_is_the_mask() -> None:
+    data = tissue_geojson(mask(), DIMENSIONS)
+    assert (ExternalMask("a.geojson", data).at(106, 37, DIMENSIONS) != mask()).mean() < 0.01  # cut corners
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.05, 0.95))
+def test_any_mask_survives_up_to_single_px(seed: int, share: float) -> None:
+    coarse = np.random.default_rng(seed).random((7, 11)) < share
+    blocks = np.kron(coarse, np.ones((9, 9), bool))
+    data = tissue_geojson(blocks, (11 * 90, 7 * 90))
+    if not coarse.any():
+        assert json.loads(data)["features"] == []
+        return
+    again = ExternalMask("a.geojson", data).at(99, 63, (11 * 90, 7 * 90))
+    assert (again != blocks).mean() < 0.03
+
+
+def test_a_large_mask_gives_a_small_outline() -> None:
+    y, x = np.mgrid[0:3001, 0:4003]
+    disc = (x - 2000) ** 2 + (y - 1500) ** 2 < 1400**2
+    data = tissue_geojson(disc, (40_030, 30_010))
+    assert len(data) < 100_000
+    (feature,) = json.loads(data)["features"]
+    ring = np.array(feature["geometry"]["coordinates"][0], float)
+    x0, y0 = ring[:-1].T
+    x1, y1 = ring[1:].T
+    assert abs((x0 * y1 - x1 * y0).sum() / 2) == pytest.approx(np.pi * 14_000**2, rel=0.01)

@@ -1,0 +1,85 @@
+"""Masks and coordinates beside a slide: found, read, and part of what the slide is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cohort import CohortSlide, read_cohort
+from pipeline.errors import SlideError, StorageError
+from pipeline.guide import guide_files, guided_version, read_guide
+from pipeline.patches import PatchStore
+from pipeline.storage import source_version
+from pipeline.tiler import store_slide
+from tests.pipeline.small import small_config, write_slide
+from tests.pipeline.test_interchange import trident
+from tests.pipeline.test_masks import geojson, polygon
+
+TILING = small_config().tiling
+
+
+def rectangle(left: int, right: int) -> bytes:
+    return geojson(polygon([[left, 0], [right, 0], [right, 157], [left, 157], [left, 0]]))
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> CohortSlide:
+    write_slide(tmp_path / "s 0.png", 0)
+    (tmp_path / "left.geojson").write_bytes(rectangle(0, 100))
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,mask\na,s 0.png,left.geojson\nb,s 0.png,\n")
+    return read_cohort(str(tmp_path / "cohort.csv")).slides[0]
+
+
+def test_the_cohort_names_the_mask_and_the_mask_the_patches(slide: CohortSlide, tmp_path: Path) -> None:
+    store = PatchStore(str(tmp_path / "store"), TILING.fingerprint())
+    keys = []
+    for data in (None, rectangle(0, 100), rectangle(100, 211)):
+        if data is not None:
+            (tmp_path / "left.geojson").write_bytes(data)
+        status = store_slide(slide if data else replace(slide, mask=None), TILING, str(tmp_path / "store"))
+        assert status.key is not None, status.error
+        keys.append(status.key)
+    assert len(set(keys)) == 3
+    plain, left, right = (store.slide(key).index().x for key in keys)
+    assert set(left) == {0, 32, 64}
+    assert set(right) == {96, 128, 160}  # 100 to 211; at 96 seven eighths of a patch
+    assert set(plain) == {0, 32, 64, 96, 128}
+
+
+def test_a_changed_mask_is_another_version_of_the_slide(slide: CohortSlide, tmp_path: Path) -> None:
+    version = source_version(slide.uri)
+    plain = replace(slide, mask=None)
+    assert guided_version(plain, TILING, version) == version
+    first = guided_version(slide, TILING, version)
+    assert first != version
+    (tmp_path / "left.geojson").write_bytes(rectangle(0, 90) + b" ")
+    assert guided_version(slide, TILING, version) != first
+
+
+def test_a_mask_that_is_not_there_costs_the_slide_and_is_tried_again(slide: CohortSlide, tmp_path: Path) -> None:
+    (tmp_path / "left.geojson").unlink()
+    with pytest.raises(StorageError, match="left.geojson"):
+        read_guide(slide, TILING)
+    status = store_slide(slide, TILING, str(tmp_path / "store"))
+    assert (status.key, str(status.reason).partition(":")[0]) == (None, "missing")
+    (tmp_path / "left.geojson").write_bytes(rectangle(0, 100))
+    assert store_slide(slide, TILING, str(tmp_path / "store")).key
+
+
+def test_coordinates_are_looked_for_by_id_and_by_file_name(slide: CohortSlide, tmp_path: Path) -> None:
+    spec = TILING.model_copy(update={"coords": str(tmp_path / "h5")})
+    with pytest.raises(SlideError, match=r"none of a_patches.h5, a.h5, s 0_patches.h5, s 0.h5"):
+        guide_files(slide, spec)
+    (tmp_path / "h5").mkdir()
+    (tmp_path / "h5" / "s 0.h5").write_bytes(trident())
+    assert guide_files(slide, spec)[1] == str(tmp_path / "h5" / "s 0.h5")
+    (tmp_path / "h5" / "a_patches.h5").write_bytes(trident())
+    assert guide_files(slide, spec)[1] == str(tmp_path / "h5" / "a_patches.h5")
+    own = replace(slide, coords=str(tmp_path / "h5" / "s 0.h5"))
+    assert guide_files(own, spec)[1] == own.coords
+    guide = read_guide(own, spec)
+    assert guide.mask is not None
+    assert guide.coords is not None
+    assert guide.digest not in {read_guide(slide, TILING).digest, read_guide(replace(own, mask=None), spec).digest}

@@ -1,0 +1,112 @@
+"""The quality page, its table and its outlines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.patches import PatchStore, SlideStatus
+from pipeline.quality import PICTURES, ROWS, chosen, look_up, quality_page, quality_rows, safe_stems, write_quality
+from pipeline.tiler import store_slide
+from tests.pipeline.small import small_config, write_cohort
+from tests.pipeline.test_report import Page
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchStore, list[SlideStatus]]:
+    """Three good slides, one of them under two names, and a bad one with an evil name."""
+    folder = tmp_path_factory.mktemp("quality")
+    config, cohort = small_config(), write_cohort(folder, ["no", "yes", "no"])
+    (folder / "bad.png").write_bytes(b"not an image")
+    bad = replace(cohort.slides[0], slide_id="<script>alert(1)", uri=str(folder / "bad.png"))
+    twin = replace(cohort.slides[0], slide_id="s0/again")
+    statuses = [store_slide(slide, config.tiling, str(folder / "store")) for slide in (*cohort.slides, twin, bad)]
+    return PatchStore(str(folder / "store"), config.tiling.fingerprint()), statuses
+
+
+def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tmp_path: Path) -> None:
+    store, statuses = tiled
+    outputs = write_quality(store, quality_rows(store, statuses), str(tmp_path), "study", "abc")
+    page = Path(outputs["quality"]).read_text()
+    parsed = Page()
+    parsed.feed(page.replace("<svg", "<div").replace("</svg", "</div"))
+    assert parsed.sources
+    assert all(source.startswith("data:image/") for source in parsed.sources)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", page)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "not-a-slide: 1" in page
+    assert page.count("<figure>") == 4
+
+    with Path(outputs["quality_table"]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["slide_id"] for row in rows] == ["s0", "s1", "s2", "s0/again", "<script>alert(1)"]
+    assert [row["status"] for row in rows] == ["committed"] * 4 + ["quarantined"]
+    for row in rows[:4]:
+        assert int(row["patches"]) + int(row["rejected_tissue"]) + int(row["rejected_artefact"]) == 6 * 4
+        assert (row["width"], row["height"], row["mpp_source"]) == ("211", "157", "none")
+        assert float(row["tissue"]) == pytest.approx(165 * 149 / (211 * 157), abs=0.03)
+
+    outlines = sorted((tmp_path / "tissue").iterdir())
+    assert [path.name for path in outlines] == ["s0.geojson", "s0_again.geojson", "s1.geojson", "s2.geojson"]
+    assert outlines[0].read_bytes() == outlines[1].read_bytes()
+    (feature,) = json.loads(outlines[0].read_text())["features"]
+    xs = [x for x, _ in feature["geometry"]["coordinates"][0]]
+    assert (min(xs), max(xs)) == (pytest.approx(5, abs=2), pytest.approx(170, abs=2))
+
+
+def test_a_thousand_slides_are_a_page_of_bounded_size(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    store, statuses = tiled
+    (some, *_, bad) = quality_rows(store, statuses)
+    many = [replace(some, slide_id=f"good-{i:05d}", patches=i % 700 + 1) for i in range(1300)]
+    many += [replace(bad, slide_id=f"bad-{i:05d}") for i in range(1200)]
+    page = quality_page(store, many, "study", "abc")
+    assert page.count("<figure>") == PICTURES
+    assert f"{PICTURES} of 1,300 slides, so that the page stays small" in page
+    assert f"The first {ROWS:,}; the others stand in quality.csv" in page
+    assert f"The {ROWS:,} with the fewest patches of 2,500" in page
+    pictures = sum(len(data) for data in re.findall(r'"data:[^"]*"', page))
+    assert len(page) - pictures < 1_500_000
+    assert pictures < PICTURES * 300_000
+
+
+def test_those_to_look_at_first_are_shown_first(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    some = quality_rows(*tiled)[0]
+    rows = [replace(some, slide_id=f"s{i:03d}", patches=1000 + i) for i in range(200)]
+    rows[120] = replace(rows[120], rejected_artefact=7)
+    rows[150] = replace(rows[150], bad_tiles=9)
+    picked = chosen(rows)
+    assert len(picked) == len({row.slide_id for row in picked}) == PICTURES
+    assert [row.slide_id for row in picked[:12]] == [f"s{i:03d}" for i in range(12)]
+    assert [row.slide_id for row in picked[12:14]] == ["s150", "s120"]
+    assert picked[-1].slide_id == "s199"
+    assert chosen(rows[:20]) == rows[:20]
+
+
+def test_an_empty_cohort_has_a_page(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    page = quality_page(tiled[0], [quality_rows(*tiled)[-1]], "study", "abc")
+    assert "No slide is tiled" in page
+
+
+def test_slides_that_are_not_tiled_or_gone_are_counted(tmp_path: Path) -> None:
+    config, cohort = small_config(), write_cohort(tmp_path, ["no", "yes", "no"])
+    store_slide(cohort.slides[1], config.tiling, str(tmp_path / "store"))
+    Path(cohort.slides[2].uri).unlink()
+    store = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint())
+    rows = look_up(store, cohort.slides, config.tiling)
+    assert [(row.status, row.category) for row in rows] == [
+        ("absent", ""),
+        ("committed", ""),
+        ("quarantined", "missing"),
+    ]
+    assert "1 not tiled yet" in quality_page(store, rows, "study", "abc")
+
+
+def test_names_of_files_can_be_names_and_differ() -> None:
+    names = safe_stems(["a", "A", "x/y", "x\\y", "..", "a b.svs", "é"])
+    assert list(names.values()) == ["a", "A~2", "x_y", "x_y~2", "slide", "a b.svs", "é"]
