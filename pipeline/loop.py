@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
@@ -26,8 +27,9 @@ from ips.scorer import Scorer
 from ips.select import gather, select
 from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
+from pipeline.hands import Waits, each_image, select_hand
 from pipeline.headroom import memory_advice, untouched
-from pipeline.plan import Step, epoch_plan, steps_per_epoch
+from pipeline.plan import ShardAbove, Step, epoch_plan, steps_per_epoch
 from pipeline.ranks import Ranks, average_statistics, sum_gradients
 from pipeline.sampling import balanced_slides
 
@@ -70,6 +72,8 @@ class StepDone:
     slides: int
     patches: int
     seconds: float
+    waited: float
+    """Seconds of them in which this rank waited for patches to be read and decoded."""
 
 
 def train_steps(
@@ -81,9 +85,10 @@ def train_steps(
     *,
     seed: int,
     start_epoch: int,
+    start_step: int = 0,
     ranks: Ranks,
 ) -> Iterator[StepDone]:
-    """Train from `start_epoch` to `settings.epochs`; StageError when a loss or gradient is not finite.
+    """Train from step `start_step` of `start_epoch` to the last epoch; StageError when a loss or gradient is not finite.
 
     Before the first step the largest bags go through one, which changes nothing: StageError where memory runs out.
     """
@@ -93,25 +98,31 @@ def train_steps(
     if start_epoch < settings.epochs:
         turn.try_largest(start_epoch)
     for epoch in range(start_epoch, settings.epochs):
-        plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size)
+        shared = turn.sharing(epoch)
+        plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
         for number, hands in enumerate(plan):
-            began = time.perf_counter()
+            if epoch == start_epoch and number < start_step:
+                continue
+            began, waited = time.perf_counter(), turn.waits.seconds
             step = epoch * per_epoch + number
             lr = settings.lr * warmup_cosine(step, warmup, total, LR_FLOOR)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + ranks.rank)
-            taken = [index for hand in hands for index in hand]
+            taken = hands.slides
             where = f"step {step + 1} (epoch {epoch + 1}, lr {lr:g}, slides {', '.join(slides.named(taken))})"
             loss = turn.gradients(hands, epoch, where)
             optimizer.step()
             turn.refresh()
             patches = sum(slides.sizes[index] for index in taken)
             seconds = time.perf_counter() - began
-            yield StepDone(epoch, step + 1, number + 1 == len(plan), loss, lr, len(taken), patches, seconds)
+            last, waited = number + 1 == len(plan), turn.waits.seconds - waited
+            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited)
 
 
-def _plan(slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world_size: int) -> tuple[Step, ...]:
+def _plan(
+    slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world_size: int, shard_above: ShardAbove
+) -> tuple[Step, ...]:
     """The epoch's steps; with balanced sampling over the slides that it draws."""
     drawn = list(range(len(slides.sizes)))
     if settings.sampling == "balanced":
@@ -119,8 +130,16 @@ def _plan(slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world
         classes = [target[first] for target in slides.targets]
         drawn = balanced_slides([c if isinstance(c, float | int) else math.nan for c in classes], seed, epoch)
     sizes = [slides.sizes[index] for index in drawn]
-    plan = epoch_plan(sizes, batch_size=settings.batch_size, world_size=world_size, seed=seed, epoch=epoch)
-    return tuple(tuple(tuple(drawn[place] for place in hand) for hand in hands) for hands in plan)
+    plan = epoch_plan(
+        sizes,
+        batch_size=settings.batch_size,
+        world_size=world_size,
+        seed=seed,
+        epoch=epoch,
+        window=settings.balance_window,
+        shard_above=shard_above,
+    )
+    return tuple(step.of(drawn) for step in plan)
 
 
 class _Turn:
@@ -130,14 +149,21 @@ class _Turn:
         self, model: IPSModel, slides: Slides, settings: TrainConfig, selecting: SelectConfig, ranks: Ranks
     ) -> None:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
+        self.waits = Waits()
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
-            self.scorer = Scorer(model, dtype=_DTYPES[settings.score_dtype], compile=settings.compile)
+            dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
+            self.scorer = Scorer(model, dtype=dtype, compile=settings.compile)
 
     def refresh(self) -> None:
         """Score with the new weights from now on."""
         if self.scorer is not None:
             self.scorer.refresh()
+
+    def sharing(self, epoch: int) -> ShardAbove:
+        """Which slides all ranks select together: only an exact selection is the same however it is shared."""
+        exact = self.selecting.mode == "exact" and epoch >= self.settings.explore_epochs
+        return self.settings.shard_above if exact and self.ranks.group is not None else None
 
     def gradients(self, hands: Step, epoch: int, where: str) -> float:
         """Put the gradients of a step, clipped, into the model; the loss over all hands.
@@ -145,13 +171,14 @@ class _Turn:
         Raises:
             StageError: the loss or a gradient is not finite, on any rank; the weights are as they were.
         """
-        mine, model = hands[self.ranks.rank], self.model
+        mine, model = hands.hands[self.ranks.rank], self.model
         self._set_modes(epoch)
         model.zero_grad(set_to_none=True)
         try:
-            loss = self._accumulate(mine, [index for hand in hands for index in hand], epoch)
+            loss = self._accumulate(hands, epoch)
         except ValueError as error:  # `ips` refuses patches and logits that are not finite
             raise StageError(f"{error}, at {where}; {_DIVERGED}") from error
+        loss = loss.double()  # also where a rank without slides has no model's precision
         self.ranks.sum_(loss)
         sum_gradients(model, self.ranks)
         average_statistics(model, self.ranks, weight=float(bool(mine)))
@@ -191,24 +218,40 @@ class _Turn:
         if frozen:
             self.model.encoder.eval()
 
-    def _accumulate(self, mine: Sequence[int], everyone: Sequence[int], epoch: int) -> Tensor:
+    def _accumulate(self, hands: Step, epoch: int) -> Tensor:
         """Add up the gradients of this rank's slides, a micro-batch at a time; its part of the loss."""
+        mine = hands.hands[self.ranks.rank]
+        known: dict[int, Selection] = {}
+        if hands.shared:  # first of all: every rank comes from the same sum of gradients, and none waits for another
+            bags = [self._bag(index, epoch) for index in hands.shared]
+            known = dict(zip(hands.shared, each_image(self._winners(bags, epoch, self.ranks.group)), strict=True))
         size = self.settings.micro_batch or max(1, len(mine))
         loss = torch.zeros((), device=self.model.mean.device)
         for start in range(0, len(mine), size):
             hand = mine[start : start + size]
-            bags = [self.slides.bag(index, epoch) for index in hand]
-            loss = loss + self._backward(bags, self._winners(bags, epoch), hand, everyone)
+            bags = [self._bag(index, epoch) for index in hand]
+            winners = select_hand(hand, bags, known, lambda others: self._winners(others, epoch))
+            loss = loss + self._backward(bags, winners, hand, hands.slides)
         return loss
 
-    def _winners(self, bags: Sequence[Bag], epoch: int) -> Selection:
+    def _bag(self, index: int, epoch: int) -> Bag:
+        return self.waits.watched(self.slides.bag(index, epoch))
+
+    def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
         selecting = self.selecting
         mode = selecting.mode
         if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
             return self._drawn(bags)
         with memory_advice(self.settings, selecting, selection=True):
-            sizes = selecting.memory, selecting.chunk
-            return select(self.model, bags, *sizes, mode, scorer=self.scorer)
+            return select(
+                self.model,
+                bags,
+                selecting.memory,
+                selecting.chunk,
+                mode,
+                scorer=self.scorer,
+                group=group,
+            )
 
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""

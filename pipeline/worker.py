@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint
 from ray.train.torch import get_device
-from torch import Tensor
 
 from ips.model import IPSModel
 from pipeline.bags import Augment, PatchBag
@@ -28,7 +26,7 @@ from pipeline.labels import class_weights, target, truth
 from pipeline.loop import Slides, StepDone, train_steps
 from pipeline.metrics import MEASURES, measure
 from pipeline.patches import StoredSlide
-from pipeline.ranks import Ranks
+from pipeline.ranks import joined_ranks
 from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -55,8 +53,7 @@ def train_worker(loop_config: Mapping[str, Job]) -> dict[str, float]:
     a restarted run logs no step twice.
     """
     job = loop_config["job"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rank = ray.train.get_context().get_world_rank()
     settings = job.config.train
     torch.manual_seed(job.config.seed)  # the same initial weights on every rank
     model = build_model(job.config, pretrained=ray.train.get_checkpoint() is None).to(get_device())
@@ -72,7 +69,7 @@ def train_worker(loop_config: Mapping[str, Job]) -> dict[str, float]:
         job.config.model.select,
         seed=job.config.seed,
         start_epoch=progress.epoch,
-        ranks=Ranks(rank, world_size, _all_reduce) if world_size > 1 else Ranks(),
+        ranks=joined_ranks(),
     ):
         steps.append(done)
         if not done.last_of_epoch:
@@ -116,10 +113,6 @@ def _slides(job: Job) -> Slides:
     )
 
 
-def _all_reduce(tensor: Tensor) -> None:
-    dist.all_reduce(tensor)
-
-
 def _validates(epoch: int, epochs: int, every: int) -> bool:
     return epoch == epochs or epoch % every == 0
 
@@ -142,6 +135,7 @@ def _epoch_metrics(steps: Sequence[StepDone]) -> dict[str, float]:
         "epoch": float(steps[-1].epoch + 1),
         "train_loss": sum(step.loss for step in steps) / len(steps),
         "patches_per_s": sum(step.patches for step in steps) / seconds,
+        "device_wait": sum(step.waited for step in steps) / seconds,
         "epoch_s": seconds,
     }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,13 +38,35 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert torch.equal(model.weight.grad, torch.ones(1, 2))
 
 
+@pytest.mark.parametrize(("limit", "buckets"), [(1, [6, 3, 3, 1]), (36, [9, 4]), (35, [6, 7]), (10_000, [13])])
+def test_gradients_travel_in_buckets(limit: int, buckets: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    wanted = [parameter.grad * 3 for parameter in model.parameters() if parameter.grad is not None]
+    sent: list[int] = []
+
+    def three_alike(tensor: Tensor) -> None:
+        sent.append(tensor.numel())
+        tensor.mul_(3)
+
+    sum_gradients(model, Ranks(0, 3, three_alike), bucket_bytes=limit)
+    assert sent == buckets
+    assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted, strict=True) if p.grad is not None)
+
+
+def test_a_bucket_holds_one_dtype() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).double())
+    sent: list[torch.dtype] = []
+    sum_gradients(model, Ranks(0, 2, lambda tensor: sent.append(tensor.dtype)))
+    assert sent == [torch.float32, torch.float64]
+
+
 def test_statistics_are_averaged_over_the_ranks_that_took_slides() -> None:
     model = nn.BatchNorm1d(1)
     model.running_mean.fill_(4.0)  # type: ignore[union-attr]
-    ones = torch.ones(1)
-    average_statistics(model, _other_rank_adds([ones, ones * 2.0, ones * 3.0]), weight=1.0)
+    average_statistics(model, _other_rank_adds([torch.tensor([1.0, 2.0, 3.0])]), weight=1.0)
     assert float(model.running_mean) == 3.0  # type: ignore[arg-type]
     idle = nn.BatchNorm1d(1)
-    average_statistics(idle, _other_rank_adds([ones, ones * 2.0, ones * 5.0]), weight=0.0)
+    average_statistics(idle, _other_rank_adds([torch.tensor([1.0, 2.0, 5.0])]), weight=0.0)
     assert float(idle.running_mean) == 2.0  # type: ignore[arg-type]
     assert float(idle.running_var) == 5.0  # type: ignore[arg-type]

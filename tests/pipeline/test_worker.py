@@ -9,7 +9,13 @@ def test_the_last_epoch_always_validates() -> None:
 
 
 def test_epoch_metrics_average_losses_and_count_patches() -> None:
-    first = StepDone(4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, seconds=2.0)
-    last = StepDone(4, 10, last_of_epoch=True, loss=0.5, lr=0.1, slides=2, patches=100, seconds=2.0)
-    assert _epoch_metrics([first, last]) == {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 100.0, "epoch_s": 4.0}
+    first = StepDone(4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, seconds=2.0, waited=0.5)
+    last = StepDone(4, 10, last_of_epoch=True, loss=0.5, lr=0.1, slides=2, patches=100, seconds=2.0, waited=0.5)
+    assert _epoch_metrics([first, last]) == {
+        "epoch": 5.0,
+        "train_loss": 0.75,
+        "patches_per_s": 100.0,
+        "device_wait": 0.25,
+        "epoch_s": 4.0,
+    }
     assert checkpoint_name(5) == "epoch-0005"
