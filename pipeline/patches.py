@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,12 @@ class PatchStore:
             return None
         return status
 
+    def source_version(self, slide: CohortSlide) -> Mapping[str, Any]:
+        """The version of the source that was last looked at (fields of `SourceVersion`); empty when none was."""
+        pointer = self._pointer(slide)
+        version: Mapping[str, Any] = storage.read_json(pointer)["version"] if storage.exists(pointer) else {}
+        return version
+
     def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus) -> None:
         """Remember what became of this version of the source."""
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
@@ -157,8 +163,8 @@ class PatchStore:
         """Whether the slide is committed."""
         return storage.exists(storage.join(self.uri, key, "slide.json"))
 
-    def slide(self, key: str) -> StoredSlide:
-        """A committed slide.
+    def facts(self, key: str) -> Mapping[str, Any]:
+        """All that a slide's commit says.
 
         Raises:
             StorageError: it is not committed here.
@@ -166,7 +172,17 @@ class PatchStore:
         uri = storage.join(self.uri, key)
         if not self.has(key):
             raise StorageError(f"{uri}: no committed slide (slide.json is absent); run the tile stage")
-        facts = storage.read_json(storage.join(uri, "slide.json"))
+        facts: Mapping[str, Any] = storage.read_json(storage.join(uri, "slide.json"))
+        return facts
+
+    def slide(self, key: str) -> StoredSlide:
+        """A committed slide.
+
+        Raises:
+            StorageError: it is not committed here.
+        """
+        uri = storage.join(self.uri, key)
+        facts = self.facts(key)
         names = ("n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp")
         values = {name: facts[name] for name in names}
         return StoredSlide(

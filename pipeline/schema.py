@@ -44,3 +44,56 @@ ATTENTION = pa.schema(
     ],
     metadata=_META,
 )
+
+SLIDE_LEDGER = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # committed or quarantined
+        pa.field("reason", pa.string()),  # the category that slides are counted by
+        pa.field("message", pa.string()),
+        pa.field("traceback", pa.string()),
+        pa.field("key", pa.string()),  # of the stored slide; the following ones come from its commit
+        pa.field("content", pa.string()),  # sha256 over what identifies the slide
+        pa.field("vendor", pa.string()),
+        pa.field("mpp", pa.float64()),  # microns per level-0 px
+        pa.field("width", pa.int64()),  # level-0 px
+        pa.field("height", pa.int64()),
+        pa.field("level", pa.int32()),  # pyramid level that was read
+        pa.field("n_patches", pa.int64(), nullable=False),
+        pa.field("n_bad_tiles", pa.int64(), nullable=False),
+        pa.field("rejects", pa.string(), nullable=False),  # JSON: reason -> places that are no patches
+    ],
+    metadata=_META,
+)
+
+FILE_LEDGER = pa.schema(
+    [
+        pa.field("role", pa.string(), nullable=False),  # source, or stored
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string()),  # of a source; several rows of a cohort may share a stored slide
+        pa.field("key", pa.string()),
+        pa.field("bytes", pa.int64()),  # with all companions of a slide of several files
+        pa.field("etag", pa.string()),
+        pa.field("mtime", pa.float64()),  # seconds since the epoch
+        pa.field("sha256", pa.string()),
+        pa.field("patches", pa.int64()),  # in a part
+    ],
+    metadata=_META,
+)
+
+CORRUPTION_LEDGER = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("key", pa.string()),  # null where the whole slide is lost
+        pa.field("kind", pa.string(), nullable=False),  # bad-tile, or the reason of a broken slide
+        pa.field("message", pa.string()),
+        pa.field("level", pa.int32()),
+        pa.field("x", pa.int64()),  # level-0 px of the lost patch
+        pa.field("y", pa.int64()),
+        pa.field("edge", pa.int64()),  # level-0 px
+    ],
+    metadata=_META,
+)
