@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, Selection
 from ips.model import IPSModel
+from ips.scorer import BATCH_NORMS, check_statistics
 from ips.transfer import to_device
 
 Norm = Literal["frozen", "group"]
 Loss = Callable[[dict[str, Tensor]], Tensor]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def bounded_backward(
@@ -54,12 +53,15 @@ def bounded_backward(
         The loss and the logits, detached.
 
     Raises:
-        ValueError: `chunk` < 1, another `norm`, or a selection of other bags.
+        ValueError: `chunk` < 1, another `norm`, a selection of other bags, or `frozen` norms without running
+            statistics.
     """
     if chunk < 1 or norm not in ("frozen", "group"):
         raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
     if len(bags) != len(selection.index):
         raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
+    if norm == "frozen":
+        check_statistics(model.encoder)
     device = model.mean.device
     parts = _parts(selection, chunk)
     with _norms(model.encoder, norm):
@@ -165,7 +167,7 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 @contextmanager
 def _norms(encoder: nn.Module, norm: Norm) -> Iterator[None]:
     """With `frozen`, batch norms in evaluation mode inside."""
-    live = [module for module in encoder.modules() if isinstance(module, _NORMS) and module.training]
+    live = [module for module in encoder.modules() if isinstance(module, BATCH_NORMS) and module.training]
     for module in live:
         module.training = norm == "group"
     try:
@@ -178,7 +180,7 @@ def _norms(encoder: nn.Module, norm: Norm) -> Iterator[None]:
 @contextmanager
 def _statistics_held(encoder: nn.Module) -> Iterator[None]:
     """Batch norms in training mode use a chunk's statistics inside, without moving the running ones."""
-    live = [m for m in encoder.modules() if isinstance(m, _NORMS) and m.training and m.track_running_stats]
+    live = [m for m in encoder.modules() if isinstance(m, BATCH_NORMS) and m.training and m.track_running_stats]
     for module in live:
         module.track_running_stats = False
     try:

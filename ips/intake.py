@@ -12,15 +12,14 @@ from ips.model import IPSModel
 
 
 def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
-    """Pass on (bag number, chunk) pairs that `model` can take, but for empty chunks; `sizes` are the bags' lengths."""
+    """Pass on (bag number, chunk) pairs that `model` can take; `sizes` are the lengths of the bags."""
     shape: tuple[int, ...] | None = None
     for number, chunk in chunks:
         if shape is None:
             shape = tuple(chunk.patches.shape[1:])
         _check_patches(f"bags[{number}]", model, chunk, shape)
         _check_rows(f"bags[{number}]", model, chunk, sizes[number])
-        if len(chunk.index):
-            yield number, chunk
+        yield number, chunk
 
 
 def _check_patches(name: str, model: IPSModel, chunk: Chunk, shape: tuple[int, ...]) -> None:

@@ -29,6 +29,7 @@ from ips.encoder import ResNet
 from ips.model import IPSModel, normalised
 from ips.transfer import to_device
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PLACES = 128
 """Positions encoded at once: they cost calls, not arithmetic."""
 
@@ -65,7 +66,8 @@ class Scorer:
         device_normalise: normalise pixels on the device, after the transfer.
 
     Raises:
-        ValueError: a model without attention logits, another dtype, or `batch`.
+        ValueError: a model without attention logits, another dtype, or `batch`; an encoder whose batch norms keep no
+            running statistics, so that a logit would depend on its neighbours.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Scorer:
     ) -> None:
         if not isinstance(model.aggregator, Aggregator):
             raise ValueError(f"model: its {type(model.aggregator).__name__} has no attention logits; use Aggregator")  # noqa: TRY004
+        check_statistics(model.encoder)
         self.device, self.logit_dtype = model.mean.device, model.mean.dtype
         dtype = dtype or self.logit_dtype
         if dtype not in (self.logit_dtype, torch.bfloat16):
@@ -182,6 +185,16 @@ class Scorer:
         """What the passes run in: nothing for a copy, evaluation mode for an encoder used in place."""
         in_place = self._encoder is self.model.encoder
         return evaluating(self._encoder) if in_place else nullcontext()
+
+
+def check_statistics(encoder: nn.Module) -> None:
+    """Refuse batch norms that use the statistics of the batch even in evaluation mode, by ValueError."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            raise ValueError(
+                f"encoder: {name or 'it'} is a {type(module).__name__} without running statistics, which makes an "
+                "embedding depend on its batch; build it with track_running_stats=True"
+            )
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -231,5 +231,9 @@ def test_bad_arguments_are_named() -> None:
         bounded_backward(model, bags, selection, _loss, 0)
     with pytest.raises(ValueError, match="norm='batch'"):
         bounded_backward(model, bags, selection, _loss, 1, "batch")  # type: ignore[arg-type]
+    model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
+    with pytest.raises(ValueError, match="without running statistics"):
+        bounded_backward(model, bags, selection, _loss, 1)
+    bounded_backward(model, bags, selection, _loss, 4, "group")
     with pytest.raises(ValueError, match="bags has 2 images, the selection 1"):
         bounded_backward(model, bags * 2, selection, _loss, 1)

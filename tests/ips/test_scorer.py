@@ -132,6 +132,13 @@ def test_pad_rows_repeats_the_first() -> None:
     assert pad_rows(x, 3) is x
 
 
+def test_norms_without_running_statistics_are_refused() -> None:
+    model = tiny_model()
+    model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
+    with pytest.raises(ValueError, match="encoder: bn is a BatchNorm1d without running statistics"):
+        Scorer(model)
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"dtype=torch\.float32 must be.*float64"):
         Scorer(tiny_model().double(), dtype=torch.float32)

@@ -12,6 +12,8 @@ from ips.select import select
 from ips.shards import Strips
 from tests.ips.nets import bag_of, resnet_model
 
+_KINDS = (torch.float32, torch.float64)
+
 
 def _bags() -> list[TensorBag]:
     return [bag_of(n, n, h=37, w=29, grid=True) for n in (67, 1, 20)]
@@ -27,8 +29,9 @@ def _worker(rank: int, folder: str, broken: int) -> None:
         patches[0] = torch.nan
         bags[0] = TensorBag(patches, bags[0].positions)
     try:
-        found = select(resnet_model(grid=True), bags, 9, 5, attention=True, group=dist.group.WORLD)
-        torch.save((found.index, found.scores, found.attention), f"{folder}/{rank}.pt")
+        for kind in _KINDS:
+            found = select(resnet_model(grid=True).to(kind), bags, 9, 5, attention=True, group=dist.group.WORLD)
+            torch.save((found.index, found.scores, found.attention), f"{folder}/{kind}-{rank}.pt")
     except (ValueError, RuntimeError) as error:
         Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     finally:
@@ -40,14 +43,15 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
     spawn(_worker, args=(str(tmp_path), -1), nprocs=2)  # type: ignore[no-untyped-call]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = select(resnet_model(grid=True), _bags(), 9, 5, attention=True)
+    answers = {kind: select(resnet_model(grid=True).to(kind), _bags(), 9, 5, attention=True) for kind in _KINDS}
     torch.set_num_threads(threads)
-    assert alone.attention is not None
-    for rank in range(2):
-        index, scores, attention = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(index, alone.index)
-        assert torch.equal(scores, alone.scores)
-        assert all(torch.equal(a, b) for a, b in zip(attention, alone.attention, strict=True))
+    for kind, alone in answers.items():
+        assert alone.attention is not None
+        for rank in range(2):
+            index, scores, attention = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            assert torch.equal(index, alone.index)
+            assert torch.equal(scores, alone.scores)
+            assert all(torch.equal(a, b) for a, b in zip(attention, alone.attention, strict=True))
 
 
 @pytest.mark.slow
