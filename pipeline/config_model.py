@@ -155,8 +155,8 @@ class TrainConfig(Section):
     augment: bool = True
     """Flips and right-angle turns, the same in scoring and in the gradient pass; none at evaluation."""
     stain_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Strength s of the colour jitter of a patch: each stain's optical density (haematoxylin, eosin, residual) is
-    multiplied by a factor in 1 - s to 1 + s and shifted by up to s (Tellez et al. 2018). 0: none."""
+    """Strength s of the colour jitter of a patch: the density of each stain (haematoxylin, eosin, DAB) is
+    multiplied by a factor in 1 - s to 1 + s and shifted by up to s (Tellez et al. 2018; `stain.py`). 0: none."""
     score_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the selection pass."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

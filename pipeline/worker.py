@@ -101,7 +101,8 @@ def _slides(job: Job) -> Slides:
 
     def bag(index: int, epoch: int) -> PatchBag:
         stored = job.train[index][1]
-        augment = Augment(job.config.seed, epoch, stored.key) if job.config.train.augment else None
+        settings = job.config.train
+        augment = Augment(job.config.seed, epoch, stored.key, settings.stain_jitter) if settings.augment else None
         return PatchBag([stored], threads=threads, augment=augment)
 
     return Slides(

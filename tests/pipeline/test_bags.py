@@ -23,8 +23,9 @@ from pipeline.bags import Augment, PatchBag, oriented
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
-from pipeline.ingest import store_slide
 from pipeline.patches import PatchStore, StoredSlide
+from pipeline.stain import jittered
+from pipeline.tiler import store_slide
 from tests.pipeline.small import write_slide
 from tests.s3 import serve_s3
 
@@ -124,6 +125,29 @@ def test_augmentation_turns_the_plain_patch(slides: list[StoredSlide]) -> None:
     for row, code in enumerate(augment.codes(np.arange(88)).tolist()):
         flipped = plain[row].flip(2) if code & 1 else plain[row]
         assert torch.equal(turned[row], flipped.rot90(code >> 1, (1, 2)))
+
+
+def test_stain_jitter_is_the_same_in_chunks_and_takes(slides: list[StoredSlide]) -> None:
+    augment = Augment(3, 5, slides[0].key, stain=0.2)
+    bag = PatchBag(slides, threads=2, augment=augment)
+    whole, at = joined(bag.chunks(31)), torch.tensor([170, 3, 3, 88])
+    assert torch.equal(bag.take(at).patches, whole.patches[at])
+    turned = joined(PatchBag(slides, threads=1, augment=replace(augment, stain=0.0)).chunks(50)).patches
+    assert not torch.equal(whole.patches, turned)
+    (scale, shift), pixels = augment.stains(np.array([3]))[0], turned[3].permute(1, 2, 0).numpy()
+    assert np.array_equal(whole.patches[3].permute(1, 2, 0).numpy(), jittered(pixels, scale, shift))
+
+
+def test_stain_factors_and_shifts_are_even_within_their_strength() -> None:
+    found = Augment(0, 0, "a", stain=0.3).stains(np.arange(20_000)).astype(np.float64) - [[[1.0], [0.0]]]
+    assert found.shape == (20_000, 2, 3)
+    assert np.abs(found).max() <= 0.3 + 1e-6
+    flat = found.reshape(-1, 6)
+    assert np.abs(flat.mean(axis=0)).max() < 0.006  # sd of a mean 0.0012
+    assert np.abs(flat.std(axis=0) - 0.3 / np.sqrt(3)).max() < 0.003
+    assert np.abs(np.corrcoef(flat.T) - np.eye(6)).max() < 0.04
+    alone = Augment(0, 0, "a", stain=0.3).stains(np.array([17])).astype(np.float64) - [[[1.0], [0.0]]]
+    assert np.array_equal(alone[0], found[17])
 
 
 def test_the_eight_orientations_differ_and_keep_the_pixels() -> None:
