@@ -29,6 +29,15 @@ def shared_slides() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_mnist() -> Path:
+    """Folder of the MNIST idx files; it never is part of the repo."""
+    folder = SHARED_DATA / "mnist"
+    if not folder.is_dir():
+        pytest.skip(f"MNIST is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray of two CPUs for all tests that need one: starting it takes seconds."""
     import ray

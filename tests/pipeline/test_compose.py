@@ -9,16 +9,19 @@ from pipeline.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+DIGITS = "cohort.megapixel_mnist.folder=mnist"
+NEEDED = {"megapixel_mnist": [DIGITS], "cohort=megapixel_mnist": [DIGITS, "tiling=image", "train.augment=false"]}
+"""What the user must give, and what else a group's file asks for."""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_config_is_valid(name: str) -> None:
-    assert load_config(name, ["cohort.uri=c.csv"], CONF).name == name
+    assert load_config(name, ["cohort.uri=c.csv", *NEEDED.get(name, [])], CONF).name == name
 
 
 @pytest.mark.parametrize("choice", [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))])
 def test_every_group_file_is_valid(choice: str) -> None:
-    load_config("default", ["cohort.uri=c.csv", choice], CONF)
+    load_config("default", ["cohort.uri=c.csv", choice, *NEEDED.get(choice, [])], CONF)
 
 
 def test_all_problems_come_at_once_with_path_and_remedy() -> None:
@@ -31,7 +34,7 @@ def test_all_problems_come_at_once_with_path_and_remedy() -> None:
         "train.epohcs: unknown key; did you mean epochs?",
         "train.lr: ",
         "'fast'",
-        "model: no group file 'huge'; choose one of demo, resnet18, resnet18_small",
+        "model: no group file 'huge'; choose one of demo, megapixel_mnist, resnet18, resnet18_small",
         "overlap_px=999 must be smaller than patch_px=256",
         "'nonsense': an override is written key=value",
         "cluster.workers: ",
@@ -100,3 +103,21 @@ def test_broken_yaml_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "default.yaml").write_text("name: [unclosed\n")
     with pytest.raises(ConfigError, match=r"default"):
         load_config("default", [], tmp_path)
+
+
+def test_the_digits_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = load_config("megapixel_mnist", [DIGITS], CONF).cohort.megapixel_mnist
+    assert images is not None
+    assert images.folder == f"{tmp_path}/mnist"
+
+
+def test_megapixel_mnist_refuses_what_would_change_digits() -> None:
+    for override, remedy in (
+        ("train.augment=true", "set train.augment=false"),
+        ("tiling.tissue=otsu", "set tiling=image"),
+        ("tiling.patch_px=1501", "larger than an image"),
+        ("cohort.demo={}", "two cohorts"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            load_config("megapixel_mnist", [DIGITS, override], CONF)
