@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config_base import fingerprint
 from pipeline.errors import StorageError
 from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, read_part, unpack
 from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
-from pipeline.schema import SCHEMA_VERSION
+from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.slide import SlideReader, tool_versions
 from pipeline.tiling import SlideTiling
 
@@ -79,6 +80,24 @@ def write_slide(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[]
     return _commit(store, planned, parts)
 
 
+def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
+    """Commit where a slide's patches are, without reading any: to a store of plans, whose slides have no parts.
+
+    The index names no part; `left` and `top` are the patch's corner in px of the level that is read. Arguments and
+    errors as `write_slide`.
+    """
+    grid, cells = planned.tiling.grid, planned.tiling.cells
+    corners, origins = grid.level0_origins(cells), grid.level_origins(cells)
+    numbers, nothing = np.arange(len(cells)), np.zeros(len(cells), np.int64)
+    columns = [numbers, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
+    arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
+    index = pa.table(arrays, schema=INDEX)
+    for name, column in zip(("left", "top"), origins.T, strict=True):
+        index = index.append_column(name, pa.array(column))
+    unchanged()
+    return _commit(store, planned, [], index)
+
+
 def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
     """Write some parts of a slide that several tasks share; those that a killed run left finished are kept.
 
@@ -126,11 +145,15 @@ def _record(store: PatchStore, planned: PlannedSlide, number: int) -> str:
     return storage.join(store.uri, UNFINISHED, planned.key, f"part-{number:05d}.parquet")
 
 
-def _commit(store: PatchStore, planned: PlannedSlide, parts: Sequence[Part]) -> StoredSlide:
+def _commit(
+    store: PatchStore, planned: PlannedSlide, parts: Sequence[Part], table: pa.Table | None = None
+) -> StoredSlide:
+    """Write all but the parts, the commit last; `table` is the index of a slide without parts."""
     uri, tiling = storage.join(store.uri, planned.key), planned.tiling
     bad_tiles = [corner for part in parts for corner in part.bad_tiles]
     tiling.check_lost(len(bad_tiles))
-    index = parquet_bytes(join_index(parts))
+    table = join_index(parts) if table is None else table
+    index = parquet_bytes(table)
     storage.write_bytes(storage.join(uri, "index.parquet"), index)
     storage.write_bytes(storage.join(uri, "thumbnail.jpg"), tiling.thumbnail.jpeg)
     for name, data in tiling.evidence.files.items():
@@ -143,7 +166,7 @@ def _commit(store: PatchStore, planned: PlannedSlide, parts: Sequence[Part]) -> 
         "content": planned.digest,
         "mpp": planned.mpp,
         "rejects": {**planned.facts["rejects"], "bad-tile": len(bad_tiles)},
-        "n_patches": sum(part.patches for part in parts),
+        "n_patches": len(table),
         "n_bad_tiles": len(bad_tiles),
         "bad_tiles": bad_tiles,
         "parts": [part.facts() for part in parts],
@@ -167,7 +190,7 @@ def _slide_facts(reader: SlideReader) -> dict[str, Any]:
 def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
     grid = tiling.grid
     return {
-        "spec": tiling.spec.model_dump(mode="json", exclude={"max_bad_slides", "cpus", "coords"}),
+        "spec": tiling.spec.identity(),
         "level": grid.level,
         "read_px": grid.read_px,
         "patch_px": grid.patch_px,

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config_base import Name, Positive, Section
 from pipeline.config_data import CohortConfig, TaskConfig, TilingConfig
+from pipeline.config_embed import EmbedConfig
 from pipeline.config_model import ModelConfig, TrainConfig
 
 
@@ -23,10 +24,8 @@ class StorageConfig(Section):
     """Folder or s3://bucket/prefix of all that this config makes."""
     patches: str | None = None
     """Patch store; several configs may share one. Default: `<root>/patches`."""
-    cache: str | None = None
-    """Folder on each node for copies of slides on S3 that cannot be read where they lie. Default: a temporary one."""
-    cache_gib: Annotated[float, Field(gt=0)] = 50.0
-    """GiB that those copies may take on a node; the least recently used go first."""
+    features: str | None = None
+    """Feature store; several configs may share one. Default: `<root>/features`."""
 
 
 class EvaluateConfig(Section):
@@ -93,6 +92,8 @@ class Config(Section):
     cohort: CohortConfig
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
     tiling: TilingConfig = TilingConfig()
+    embed: EmbedConfig | None = None
+    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`."""
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -116,6 +117,18 @@ class Config(Section):
             raise ValueError("cohort.megapixel_mnist: a digit that is turned is another; set train.augment=false")
         if self.tiling.edge_px > min(self.cohort.megapixel_mnist.width, self.cohort.megapixel_mnist.height):
             raise ValueError(f"tiling.patch_px={self.tiling.patch_px} is larger than an image; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _features(self) -> Config:
+        if self.model.encoder.name != "features":
+            return self
+        if self.embed is None:
+            raise ValueError("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
+        if self.train.augment:
+            raise ValueError("model.encoder.name: stored features cannot be flipped or turned; set train.augment=false")
+        if self.cohort.megapixel_mnist is not None:
+            raise ValueError("cohort.megapixel_mnist: its patches are drawn, not stored; choose an encoder of pixels")
         return self
 
     def recipe(self) -> dict[str, Any]:

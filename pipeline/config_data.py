@@ -102,6 +102,11 @@ class TilingConfig(Section):
     """Share of a slide's patches that may fail to decode before the slide is quarantined."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs of one tiling task (execution)."""
+    cache: str | None = None
+    """Folder on each node for copies of slides on S3 that cannot be read where they lie (execution). null: below the
+    system's folder for temporary files."""
+    cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    """GiB that those copies may take on a node; the least recently used go first (execution)."""
     coords: str | None = None
     """Folder or s3:// prefix of TRIDENT's (`<slide>_patches.h5`) or CLAM's (`<slide>.h5`) coordinate files, one for
     every slide without `coords` in the cohort: their patches are cut, and no tissue is looked for. The place is
@@ -122,8 +127,11 @@ class TilingConfig(Section):
 
     def fingerprint(self) -> str:
         """Key of the patch store."""
-        spec = self.model_dump(exclude={"max_bad_slides", "cpus", "coords"})
-        return fingerprint({"schema": SCHEMA_VERSION, "tiling": spec})
+        return fingerprint({"schema": SCHEMA_VERSION, "tiling": self.identity()})
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the patches, as plain data."""
+        return self.model_dump(mode="json", exclude={"max_bad_slides", "cpus", "cache", "cache_gib", "coords"})
 
 
 class TaskConfig(Section):

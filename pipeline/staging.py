@@ -59,7 +59,7 @@ class Staging:
         if size > self.budget:
             raise SlideError(
                 "cache",
-                f"{uri}: its {size / GIB:.1f} GiB are more than storage.cache_gib={self.budget / GIB:g} allows on a "
+                f"{uri}: its {size / GIB:.1f} GiB are more than tiling.cache_gib={self.budget / GIB:g} allows on a "
                 "node; raise it, or convert the slide to a tiled TIFF, which is read in place",
             )
         state = json.dumps({file: asdict(version) for file, version in versions.items()}, sort_keys=True)

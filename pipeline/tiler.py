@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
-from pipeline import storage
 from pipeline.balance import share_count
 from pipeline.cohort import CohortSlide
-from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_share, write_slide
+from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_plan, write_share, write_slide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
 from pipeline.guide import guided_version, read_guide
 from pipeline.identity import reading_source, slide_digest, slide_files, slide_version
 from pipeline.parts import part_count
 from pipeline.patches import PatchStore, SlideStatus, slide_key
-from pipeline.slide import SlideReader, open_slide
+from pipeline.slide import SlideReader, open_uri
+from pipeline.staging import GIB, Staging
 from pipeline.storage import SourceVersion
 from pipeline.tiling import effective_mpp, tile_slide
 
@@ -48,8 +49,13 @@ def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStat
     return status
 
 
-def begin_slide(slide: CohortSlide, spec: TilingConfig, store: str, *, whole: bool) -> SlideStatus | LargeSlide:
-    """As `store_slide`; unless `whole`, a slide for more than one task is only planned."""
+def begin_slide(
+    slide: CohortSlide, spec: TilingConfig, store: str, *, whole: bool, pixels: bool = True
+) -> SlideStatus | LargeSlide:
+    """As `store_slide`; unless `whole`, a slide for more than one task is only planned.
+
+    Without `pixels` the plan is committed instead of the patches, to a store of plans.
+    """
     patches = PatchStore(store, spec.fingerprint())
     try:
         version = version_of(slide, spec)
@@ -58,7 +64,7 @@ def begin_slide(slide: CohortSlide, spec: TilingConfig, store: str, *, whole: bo
     known = patches.status(slide, version)  # another job may have been faster
     if known is not None:
         return known
-    return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole))
+    return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole, pixels=pixels))
 
 
 def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str) -> SlideStatus | None:
@@ -75,7 +81,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
     def work() -> None:
         check = _unchanged(slide, spec, large.version)
         check()
-        with _opened(slide) as reader:
+        with opened(slide, spec) as reader:
             write_share(patches, large.planned.attached(reader), parts, check)
 
     return _outcome(slide, large.version, patches, work)
@@ -105,13 +111,13 @@ def quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatu
 
 
 def _begin(
-    slide: CohortSlide, version: SourceVersion, spec: TilingConfig, patches: PatchStore, *, whole: bool
+    slide: CohortSlide, version: SourceVersion, spec: TilingConfig, patches: PatchStore, *, whole: bool, pixels: bool
 ) -> SlideStatus | LargeSlide:
     if version.size == 0:
         raise SlideError("empty-file", f"{slide.uri}: zero bytes; copy the slide again")
     with reading_source():
         digest, guide = slide_digest(slide.uri), read_guide(slide, spec)
-    with _opened(slide) as reader:
+    with opened(slide, spec) as reader:
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
         key = slide_key(digest, mpp, guide.digest)
         if patches.has(key):
@@ -121,6 +127,9 @@ def _begin(
             tiling = tile_slide(reader, spec, mpp, guide)
         planned = plan_slide(digest, mpp, reader, tiling, guide.digest)
         check = _unchanged(slide, spec, version)
+        if not pixels:
+            stored = write_plan(patches, planned, check)
+            return _committed(slide, key, stored.n_patches, 0)
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version
             return LargeSlide(slide, version, planned)
@@ -150,12 +159,10 @@ def _outcome(
     return status
 
 
-@contextmanager
-def _opened(slide: CohortSlide) -> Iterator[SlideReader]:
-    with ExitStack() as stack:
-        with reading_source():
-            path = stack.enter_context(storage.local_copy(slide.uri, slide_files(slide.uri)))
-        yield stack.enter_context(open_slide(path))
+def opened(slide: CohortSlide, spec: TilingConfig) -> AbstractContextManager[SlideReader]:
+    """The slide, open for the block; SlideError where it cannot be."""
+    staging = Staging(spec.cache, round(spec.cache_gib * GIB))
+    return open_uri(slide.uri, partial(slide_files, slide.uri), staging)
 
 
 def _unchanged(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from pipeline.byte_source import GAP
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slide import UNREAD, open_slide, tool_versions
+from pipeline.slide import UNREAD, open_slide, open_uri, tool_versions
+from pipeline.slide_tiff import TiffReader
+from pipeline.staging import Staging
+from tests.s3 import S3Server, serve_s3
 from tests.synth import cut, overwrite, tile_span, tissue_rgb, write_pyramid, zero_tile
 
 RGB = tissue_rgb(1013, 787)
@@ -199,3 +204,72 @@ def test_real_slides(shared_slides: Path, tmp_path: Path) -> None:
 
 def test_tool_versions() -> None:
     assert tool_versions()["openslide"] == openslide.__library_version__
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket("slides")
+        yield server
+
+
+@pytest.fixture
+def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    return server.folder / "slides"
+
+
+def no_files() -> list[str]:
+    raise AssertionError("a slide that is read in place needs no copy")
+
+
+def test_a_remote_slide_is_read_in_place_and_only_what_is_needed_travels(bucket: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (900, 1300, 3), np.uint8)  # 3 MB in 3 levels
+    path = write_pyramid(bucket / "große Datei.tiff", noise, tile=128, quality=98)
+    boxes = np.array([(x, y, 112, 112) for y in range(0, 336, 112) for x in range(0, 336, 112)])
+    with open_slide(path) as local, open_uri("s3://slides/große Datei.tiff", no_files, Staging()) as remote:
+        assert isinstance(remote, TiffReader)
+        assert remote.levels == local.levels
+        opening = remote.bytes_read
+        remote.expect(1, boxes)
+        for box in boxes.tolist():
+            assert np.array_equal(remote.read(1, *box), local.read(1, *box))
+        travelled = remote.bytes_read - opening
+    needed = sum(tile_span(path, 1, 6 * row + column)[1] for row in range(3) for column in range(3))
+    assert needed <= travelled <= 1.05 * needed + 3 * GAP  # rows of tiles lie apart: each gap may be read along
+    assert opening < 500_000
+    assert travelled < path.stat().st_size / 8
+
+
+def test_a_remote_slide_that_cannot_be_read_in_place_is_copied(bucket: Path, tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(bucket / "plain.png")
+    staging = Staging(str(tmp_path))
+    with open_uri("s3://slides/plain.png", lambda: ["s3://slides/plain.png"], staging) as reader:
+        assert np.array_equal(reader.read(0, 7, 11, 13, 17), RGB[11:28, 7:20])
+    assert [path.name for path in tmp_path.glob("*/files/*")] == ["plain.png"]
+
+
+def test_a_local_uri(slide: Path) -> None:
+    for uri in (str(slide), slide.as_uri()):
+        with open_uri(uri, no_files, Staging()) as reader:
+            assert reader.dimensions == (1013, 787)
+
+
+def test_a_remote_slide_that_is_gone(bucket: Path) -> None:
+    with (
+        pytest.raises(SlideError, match="none.svs") as caught,
+        open_uri("s3://slides/none.svs", no_files, Staging()),
+    ):
+        pass
+    assert caught.value.reason == "missing"
+
+
+def test_a_remote_slide_that_vanishes_while_it_is_read(bucket: Path) -> None:
+    path = write_pyramid(bucket / "gone.tiff", RGB)
+    with open_uri("s3://slides/gone.tiff", no_files, Staging()) as reader:
+        path.unlink()
+        with pytest.raises(SlideError, match="gone.tiff") as caught:
+            reader.read(0, 0, 0, 10, 10)
+    assert not isinstance(caught.value, BadTileError)
+    assert caught.value.reason in {"missing", "source"}
