@@ -74,6 +74,8 @@ class StepDone:
     seconds: float
     waited: float
     """Seconds of them in which this rank waited for patches to be read and decoded."""
+    chosen: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of this rank's last slides, by index: the rows that were selected, best first."""
 
 
 def train_steps(
@@ -117,7 +119,7 @@ def train_steps(
             patches = sum(slides.sizes[index] for index in taken)
             seconds = time.perf_counter() - began
             last, waited = number + 1 == len(plan), turn.waits.seconds - waited
-            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited)
+            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited, turn.chosen)
 
 
 def _plan(
@@ -150,6 +152,7 @@ class _Turn:
     ) -> None:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
         self.waits = Waits()
+        self.chosen: Mapping[int, Tensor] = {}
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
@@ -232,6 +235,7 @@ class _Turn:
             bags = [self._bag(index, epoch) for index in hand]
             winners = select_hand(hand, bags, known, lambda others: self._winners(others, epoch))
             loss = loss + self._backward(bags, winners, hand, hands.slides)
+            self.chosen = {slide: winners.index[n][winners.mask[n]] for n, slide in enumerate(hand)}
         return loss
 
     def _bag(self, index: int, epoch: int) -> Bag:

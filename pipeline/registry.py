@@ -119,6 +119,27 @@ def promote(tracker: Tracker, name: str, version: str) -> str | None:
     return former
 
 
+def find_registered(tracker: Tracker, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:
+    """The newest version of a model that carries these tags; None where there is none, or no such model."""
+    with reported(tracker.uri):
+        found = [
+            entry
+            for entry in tracker.client.search_model_versions(f"name='{name}'")
+            if tags.items() <= dict(entry.tags).items()
+        ]
+    if not found:
+        return None
+    entry = max(found, key=lambda entry: int(entry.version))
+    return RegisteredVersion(name, str(entry.version), entry.run_id, dict(entry.tags))
+
+
+def champion(tracker: Tracker, name: str) -> str | None:
+    """The version that is champion; None where none is, or there is no such model."""
+    with reported(tracker.uri):
+        model = _find_model(tracker, name)
+    return None if model is None else _aliases(model).get(CHAMPION)
+
+
 def find_version(tracker: Tracker, model_uri: str) -> RegisteredVersion:
     """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now.
 

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import csv
 
-from pipeline import cluster
-from pipeline.checkpoint import CONFIG, WEIGHTS
-from pipeline.cohort import Cohort, CohortSlide
+from pipeline import cluster, registration
+from pipeline.checkpoint import WEIGHTS, model_folder
+from pipeline.cohort import CohortSlide
 from pipeline.config import Config
-from pipeline.config_base import fingerprint
-from pipeline.errors import DataBudgetError, StageError, StorageError
-from pipeline.patches import PatchStore, SlideStatus, StoredSlide
-from pipeline.storage import SourceVersion, download, join, source_version, write_bytes
-from pipeline.tracking import Tracker
+from pipeline.config_data import TilingConfig
+from pipeline.errors import DataBudgetError, SlideError, StageError
+from pipeline.images import source_versions
+from pipeline.ledger import write_ledger
+from pipeline.patches import SlideStatus
+from pipeline.sources import LabelledSource, image_statuses, patch_store
+from pipeline.stage import Record, Stage, Workspace
+from pipeline.storage import SourceVersion, join, list_names, source_version, write_bytes
+from pipeline.tiler import TRANSIENT, version_of
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation
@@ -38,83 +39,68 @@ log = logging.getLogger(__name__)
 _DEFAULT_BAD_SHARE = 0.05  # of the cohort's slides, at least one, when tiling.max_bad_slides is null
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a finished stage leaves behind; the JSON of `<stage>-<fingerprint>.json`."""
-
-    stage: str
-    fingerprint: str
-    outputs: Mapping[str, str]
-    """Name -> URI; every one must still exist for the record to count."""
-    metrics: Mapping[str, float]
-    facts: Mapping[str, Any]
-    """What later stages and people need to know: counts, versions, names."""
-    run_id: str | None = None
-    seconds: float = 0.0
-
-
-LabelledSlide = tuple[CohortSlide, StoredSlide]
-
-
-@dataclass
-class Workspace:
-    """What the stages share during one invocation."""
-
-    config: Config
-    cohort: Cohort
-    tracker: Callable[[], Tracker]
-    ray: Callable[[], None]
-    """Joins or starts Ray, once, when a stage first needs it."""
-    lineage: Mapping[str, str]
-    """Name -> value of what this invocation's results come from."""
-    records: dict[str, Record] = field(default_factory=dict)
-
-    def stored(self, split: str | None = None) -> list[LabelledSlide]:
-        """The committed slides of a split, in the cohort's order."""
-        store = patch_store(self.config)
-        keys: Mapping[str, str] = self.records["tile"].facts["keys"]
-        chosen = [
-            slide for slide in self.cohort.slides if slide.slide_id in keys and (split is None or slide.split == split)
-        ]
-        with ThreadPoolExecutor(16) as pool:
-            return list(zip(chosen, pool.map(lambda s: store.slide(keys[s.slide_id]), chosen), strict=True))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage: `identity` needs the records of the stages before it."""
-
-    name: str
-    identity: Callable[[Workspace], Mapping[str, Any]]
-    work: Callable[[Workspace, str, str], Record]
-    """(workspace, fingerprint, MLflow run id) -> record."""
-
-
-def patch_store(config: Config) -> PatchStore:
-    """The store of the config's tiling spec."""
-    assert config.storage.patches is not None  # compose.py fills it
-    return PatchStore(config.storage.patches, config.tiling.fingerprint())
-
-
 def _tile_identity(space: Workspace) -> Mapping[str, Any]:
-    slides = space.cohort.slides
+    slides, images = space.cohort.slides, space.config.cohort.megapixel_mnist
+    if images is not None:
+        names = [[slide.slide_id, slide.uri] for slide in slides]
+        return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
     with ThreadPoolExecutor(16) as pool:
-        versions = list(pool.map(_version, (slide.uri for slide in slides)))
+        versions = list(pool.map(lambda slide: _version(slide, space.config.tiling), slides))
     rows = [[s.slide_id, s.uri, s.mpp, asdict(v) if v else None] for s, v in zip(slides, versions, strict=True)]
     return {"store": patch_store(space.config).uri, "slides": rows}
 
 
-def _version(uri: str) -> SourceVersion | None:
+def _version(slide: CohortSlide, spec: TilingConfig) -> SourceVersion | None:
     """The source's version; None where it cannot be read, which the tile stage then reports by slide."""
     try:
-        return source_version(uri)
-    except StorageError as error:
+        return version_of(slide, spec)
+    except SlideError as error:
         log.warning("%s", error)
         return None
 
 
 def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
-    from pipeline.ingest import TRANSIENT, tile_cohort  # Ray Data loads in seconds; only when there is work
+    config, slides = space.config, space.cohort.slides
+    outputs = {"ledger": join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")}
+    if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
+        statuses = image_statuses(config, slides)
+    else:
+        statuses = _tile_slides(space)
+        outputs["store"] = patch_store(config).uri
+        outputs |= _review(config, statuses, stage_fingerprint)
+        folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
+        outputs |= write_ledger(patch_store(config), slides, statuses, folder)
+    write_bytes(outputs["ledger"], ledger_csv(statuses))
+    tracker = space.tracker()
+    tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
+    metrics = {
+        "slides": float(len(statuses)),
+        "slides_quarantined": float(sum(s.status == "quarantined" for s in statuses)),
+        "patches": float(sum(s.n_patches for s in statuses)),
+        "bad_tiles": float(sum(s.n_bad_tiles for s in statuses)),
+    }
+    tracker.log_metrics(run_id, metrics, 0)
+    _check_budget(config, statuses)
+    keys = {s.slide_id: s.key for s in statuses if s.status == "committed"}
+    # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
+    passing = TRANSIENT - {"missing", "directory"}
+    again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
+    return Record("tile", stage_fingerprint, outputs, metrics, {"keys": keys, "try_again": again})
+
+
+def _review(config: Config, statuses: Sequence[SlideStatus], stage_fingerprint: str) -> dict[str, str]:
+    """The quality page; it stands even where too many slides are bad and the stage fails."""
+    from pipeline.quality import quality_rows, write_quality
+
+    store, folder = patch_store(config), join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
+    outputs = write_quality(store, quality_rows(store, statuses), folder, config.name, config.tiling.fingerprint())
+    log.info("tile: look at %s", outputs["quality"])
+    return outputs
+
+
+def _tile_slides(space: Workspace) -> list[SlideStatus]:
+    """Tile the cohort on Ray, and say how far it is."""
+    from pipeline.ingest import tile_cohort  # Ray Data loads in seconds; only when there is work
 
     config, slides = space.config, space.cohort.slides
     space.ray()
@@ -130,25 +116,17 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
             log.info("tile: %d/%d slides", done, len(slides))
 
     assert config.storage.patches is not None
-    statuses = tile_cohort(slides, config.tiling, config.storage.patches, cpus=config.tiling.cpus, on_status=on_status)
-    ledger = join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")
-    write_bytes(ledger, ledger_csv(statuses))
-    tracker = space.tracker()
-    tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
-    metrics = {
-        "slides": float(len(statuses)),
-        "slides_quarantined": float(sum(s.status == "quarantined" for s in statuses)),
-        "patches": float(sum(s.n_patches for s in statuses)),
-        "bad_tiles": float(sum(s.n_bad_tiles for s in statuses)),
-    }
-    tracker.log_metrics(run_id, metrics, 0)
-    _check_budget(config, statuses)
-    keys = {s.slide_id: s.key for s in statuses if s.status == "committed"}
-    outputs = {"store": patch_store(config).uri, "ledger": ledger}
-    # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
-    passing = TRANSIENT - {"missing", "directory"}
-    again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
-    return Record("tile", stage_fingerprint, outputs, metrics, {"keys": keys, "try_again": again})
+    return tile_cohort(slides, config.tiling, config.storage.patches, cpus=config.tiling.cpus, on_status=on_status)
+
+
+def _tiles_outdated(space: Workspace, record: Record) -> str | None:
+    """Slides that somebody removed from the store since; those alone are then tiled again."""
+    keys: Mapping[str, str] = record.facts["keys"]
+    if space.config.cohort.megapixel_mnist is not None:
+        return None
+    there = set(list_names(patch_store(space.config).uri))
+    gone = sorted(slide for slide, key in keys.items() if key not in there)
+    return f"{len(gone)} slides are gone from the store: {', '.join(gone[:5])}" if gone else None
 
 
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:
@@ -174,7 +152,7 @@ def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
         )
 
 
-def _labelled(slides: Sequence[LabelledSlide]) -> list[Any]:
+def _labelled(slides: Sequence[LabelledSource]) -> list[Any]:
     return [[slide.slide_id, slide.patient_id, stored.key, dict(slide.labels)] for slide, stored in slides]
 
 
@@ -198,13 +176,19 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     from pipeline.train import train
 
     slides, validation = space.stored("train"), space.stored("val")
+    if not validation:
+        log.warning(
+            "train: no slide of the val split is committed, so nothing is validated on the way; write val into the "
+            "cohort's split column, or raise cohort.split.val"
+        )
     _warn_small_bags(space.config, [stored.n_patches for _, stored in slides])
     tracker, cohort = space.tracker(), space.cohort
     tracker.log_dataset(run_id, "cohort", cohort.digest, cohort.uri, "training")
     space.ray()
     trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id)
     facts = {"train_slides": len(slides), "val_slides": len(validation)}
-    return Record("train", stage_fingerprint, {"checkpoint": trained.checkpoint}, trained.metrics, facts)
+    outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
+    return Record("train", stage_fingerprint, outputs, trained.metrics, facts)
 
 
 def _warn_small_bags(config: Config, sizes: Sequence[int]) -> None:
@@ -255,62 +239,20 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 
 
-def evaluate_checkpoint(config: Config, checkpoint: str, slides: Sequence[LabelledSlide]) -> Evaluation:
+def evaluate_checkpoint(config: Config, checkpoint: str, slides: Sequence[LabelledSource]) -> Evaluation:
     """Evaluate a checkpoint folder, given by URI; runs as a Ray task, on a GPU where the config asks for one."""
     from pipeline.evaluate import evaluate
     from pipeline.inference import load_model
 
-    with _model_folder(checkpoint) as folder:
+    with model_folder(checkpoint) as folder:
         model, _ = load_model(folder)
     return evaluate(model, config, slides)
 
 
-@contextmanager
-def _model_folder(checkpoint: str) -> Iterator[Path]:
-    """Weights and config of a checkpoint as local files."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in (WEIGHTS, CONFIG):
-            download(join(checkpoint, name), Path(scratch) / name)
-        yield Path(scratch)
-
-
-def _register_identity(space: Workspace) -> Mapping[str, Any]:
-    tracking = space.config.tracking
-    return {"evaluate": space.records["evaluate"].fingerprint, "model": tracking.model, "registry": tracking.uri}
-
-
-def _register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
-    from pipeline.registry import promote, register_model
-
-    tracker, name = space.tracker(), space.config.tracking.model
-    assert name is not None  # compose.py fills it
-    train, evaluated = space.records["train"], space.records["evaluate"]
-    tags = {
-        **space.lineage,
-        "slide_keys_digest": fingerprint(sorted(space.records["tile"].facts["keys"].values())),
-        "train_fingerprint": train.fingerprint,
-        "evaluate_fingerprint": evaluated.fingerprint,
-        "train_run_id": str(train.run_id),
-    }
-    with _model_folder(train.outputs["checkpoint"]) as folder:
-        registered = register_model(
-            tracker,
-            name,
-            folder,
-            run_id,
-            tags=tags,
-            metrics=evaluated.metrics,
-            example_uri=space.cohort.slides[0].uri,
-        )
-    former = promote(tracker, name, registered.version)
-    facts = {"model": name, "version": registered.version, "alias": "champion", "previous": former}
-    return Record("register", stage_fingerprint, {}, {}, facts)
-
-
 STAGES: tuple[Stage, ...] = (
-    Stage("tile", _tile_identity, _tile),
+    Stage("tile", _tile_identity, _tile, _tiles_outdated),
     Stage("train", _train_identity, _train),
     Stage("evaluate", _evaluate_identity, _evaluate),
-    Stage("register", _register_identity, _register),
+    Stage("register", registration.identity, registration.register, registration.outdated),
 )
 """In the order of the data's way."""

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +22,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context.registry import resolve_tags
+from PIL import Image
 
 from pipeline.errors import Interrupted, PipelineError, TrackingError
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+Row = tuple[int, int, dict[str, float]]
+"""A step, the time in ms since 1970, and metrics. MLflow stores an equal row that is sent twice once."""
 
 _PARAM_CHARS = 6000  # MLflow's limits: characters of a value, and entries of one request
 _TAG_CHARS = 8000
@@ -84,6 +87,21 @@ class Tracker:
             raise
         self.end_run(run_id, "FINISHED")
 
+    def end_abandoned(self, tags: Mapping[str, str]) -> None:
+        """Mark runs with these tags that still seem to run, and their parents, as KILLED: their process died mute.
+
+        One process at a time works on what the tags name, so a run that is found here has none.
+        """
+        chosen = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        with reported(self.uri):
+            running = f"attributes.status = 'RUNNING' and {chosen}"
+            runs = self.client.search_runs([self.experiment_id], running)
+            for run in runs:
+                for run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId")):
+                    if run_id is not None:
+                        self.set_tags(run_id, {"error": "its process was killed; a later run went on"})
+                        self.end_run(run_id, "KILLED")
+
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Nested data as flat parameters `a.b.0.c`; values are cut at MLflow's 6,000 characters."""
         entries = [Param(key, value[:_PARAM_CHARS]) for key, value in flatten(params)]
@@ -102,6 +120,18 @@ class Tracker:
         for start in range(0, len(entries), _METRIC_BATCH):
             with reported(self.uri):
                 self.client.log_batch(run_id, metrics=entries[start : start + _METRIC_BATCH])
+
+    def log_rows(self, run_id: str, rows: Sequence[Row]) -> None:
+        """Metrics of many steps, in as few requests as MLflow takes."""
+        entries = [Metric(key, float(value), at, step) for step, at, values in rows for key, value in values.items()]
+        for start in range(0, len(entries), _METRIC_BATCH):
+            with reported(self.uri):
+                self.client.log_batch(run_id, metrics=entries[start : start + _METRIC_BATCH])
+
+    def log_image(self, run_id: str, image: Image.Image, key: str, step: int) -> None:
+        """A picture of a series: MLflow's page shows it with a slider over the steps."""
+        with reported(self.uri):
+            self.client.log_image(run_id, image, key=key, step=step, synchronous=True)
 
     def latest_step(self, run_id: str, key: str) -> int:
         """Greatest step at which the metric `key` was logged, -1 when never: log only beyond it after a restart."""
@@ -125,16 +155,6 @@ class Tracker:
         dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
         with reported(self.uri):
             self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """A file as an artifact, in `folder` of the run's artifacts."""
-        with reported(self.uri):
-            self.client.log_artifact(run_id, str(path), folder)
-
-    def log_dir(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """All files under a directory as artifacts."""
-        with reported(self.uri):
-            self.client.log_artifacts(run_id, str(path), folder)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Text as an artifact called `name` (config.yaml, report.html)."""

@@ -5,27 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from pipeline.checkpoint import Progress, check_plan
 from pipeline.cluster import Bundle, require
-from pipeline.config import Config
+from pipeline.config import ClusterConfig, Config
 from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.plan import plan_digest
-from pipeline.storage import arrow_filesystem, join
+from pipeline.saver import newest
+from pipeline.session import Job
+from pipeline.sources import LabelledSource
+from pipeline.storage import join
 from pipeline.tracking import Tracker
-from pipeline.worker import Job, LabelledSlide, checkpoint_name, train_worker
+from pipeline.worker import train_worker
 
 log = logging.getLogger(__name__)
 
-_KEEP = 2  # checkpoints kept a run: the last one, and the one before while it is written
 _POLL_S = 2.0
+_PATIENCE = "24"  # attempts of a request, with pauses of up to 15 s: 4 minutes
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Trained:
 
 def train(
     config: Config,
-    slides: Sequence[LabelledSlide],
-    validation: Sequence[LabelledSlide],
+    slides: Sequence[LabelledSource],
+    validation: Sequence[LabelledSource],
     fingerprint: str,
     tracker: Tracker,
     run_id: str,
@@ -52,22 +57,48 @@ def train(
     cluster = config.cluster
     worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
     require([worker] * cluster.fewest_workers, cluster.start_timeout_s, "train")
-    name = f"{config.name}-{fingerprint}"
-    root = join(config.storage.root, "train")
+    folder = join(config.storage.root, "train", f"{config.name}-{fingerprint}")
     keys, sizes = [s.key for _, s in slides], [s.n_patches for _, s in slides]
-    job = Job(config, tuple(slides), tuple(validation), plan_digest(keys, sizes, fingerprint), tracker, run_id)
-    with _interruptible(), _progress(tracker, run_id, config.train.epochs):
+    digest = plan_digest(keys, sizes, fingerprint)
+    if config.train.keeps_best and not validation:
+        raise StageError(
+            "train: train.patience and train.keep_best need validation slides, and no slide of the val split is "
+            "committed; see the tile stage's ledger, give the split slides, or turn both off"
+        )
+    done = _earlier(folder, digest, tracker, run_id)
+    if done is None or not done.is_last:
+        done = _fit(Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id))
+    return Trained(join(folder, done.best or done.name), done.metrics)
+
+
+def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
+    """How far an earlier run of this recipe came, noted in MLflow."""
+    found = newest(folder)
+    if found is not None:
+        check_plan(join(folder, found.name), found, digest)
+        log.info("train: goes on after step %d, epoch %d (%s)", found.step, found.epoch, join(folder, found.name))
+        tracker.set_tags(run_id, {"resumed_from_run": str(found.run_id), "resumed_after_step": str(found.step)})
+    return found
+
+
+def _fit(job: Job) -> Progress:
+    """Run the workers, on Ray's retries."""
+    with (
+        _interruptible(),
+        _progress(job.tracker, job.run_id, job.config.train.epochs),
+        tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
+    ):
         try:
-            result = _trainer(job, name, root).fit()
+            result: Progress = _trainer(job, scratch).fit().return_value
         except TrainingFailedError as error:
             raise _cause(error) from error
-    return Trained(join(root, name, checkpoint_name(config.train.epochs)), result.return_value)
+    return result
 
 
-def _trainer(job: Job, name: str, root: str) -> TorchTrainer:
+def _trainer(job: Job, scratch: str) -> TorchTrainer:
+    """Ray Train's part: the workers and their restarts. It keeps no checkpoint, so its folder is a scratch one."""
     cluster = job.config.cluster
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60.0, cluster.start_timeout_s)))
-    filesystem, path = arrow_filesystem(root)
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
@@ -81,14 +112,20 @@ def _trainer(job: Job, name: str, root: str) -> TorchTrainer:
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            name="run",
+            storage_path=scratch,
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
-            checkpoint_config=CheckpointConfig(num_to_keep=_KEEP),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}},
+            worker_runtime_env={"env_vars": _worker_environment(cluster)},
         ),
     )
+
+
+def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Threads as many as CPUs; and patience with a storage that is away, for a worker loses work when it gives up."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+        "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),
+    }
 
 
 def _cause(error: TrainingFailedError) -> PipelineError:

@@ -18,8 +18,21 @@ from pipeline.cohort import Cohort, check_trainable, read_cohort, with_splits
 from pipeline.config import Config
 from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
-from pipeline.stages import STAGES, Record, Stage, Workspace
-from pipeline.storage import exists, is_remote, join, list_names, read_json, upload, upload_tree, write_json
+from pipeline.images import cohort_csv
+from pipeline.stage import Record, Stage, Workspace, slide_tags
+from pipeline.stage_embed import stages_for
+from pipeline.storage import (
+    exists,
+    is_remote,
+    join,
+    list_names,
+    read_bytes,
+    read_json,
+    upload,
+    upload_tree,
+    write_bytes,
+    write_json,
+)
 from pipeline.tracking import Tracker, open_tracking
 
 log = logging.getLogger(__name__)
@@ -61,7 +74,7 @@ class WorkflowResult:
 
 def run(config: Config, last: str = "register") -> WorkflowResult:
     """Bring every stage up to and including `last` up to date; stages that are done cost nothing."""
-    ensure_demo(config)
+    ensure_cohort(config)
     with ExitStack() as stack:
         tracking = _Tracking(config, stack)
         cohort = load_cohort(config, needs_labels=last != "tile")
@@ -74,7 +87,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
             tracking.lineage,
         )
         results: dict[str, StageResult] = {}
-        for stage in _upto(last):
+        for stage in stages_for(config, last):
             results[stage.name] = _bring_up(stage, space, tracking)
             space.records[stage.name] = results[stage.name].record
         return WorkflowResult(results, tracking.parent)
@@ -82,31 +95,33 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
 
 def plan(config: Config, last: str = "register") -> list[Planned]:
     """What `run` would do, and why; changes nothing."""
-    if config.cohort.demo is not None and not exists(config.cohort.uri):
-        first = Planned("demo", "run", f"{config.cohort.uri} is absent", None)
-        return [first, *(Planned(s.name, "unknown", "needs the cohort", None) for s in _upto(last))]
+    missing = _missing_cohort(config)
+    if missing is not None:
+        first = Planned("demo" if config.cohort.demo is not None else "megapixel_mnist", "run", missing, None)
+        return [first, *(Planned(s.name, "unknown", "needs the cohort", None) for s in stages_for(config, last))]
     cohort = load_cohort(config, needs_labels=last != "tile")
     space = Workspace(config, cohort, _no_tracker, _no_ray, {})
     planned: list[Planned] = []
-    for stage in _upto(last):
+    for stage in stages_for(config, last):
         if any(item.action != "skip" for item in planned):
             planned.append(Planned(stage.name, "unknown", f"needs {planned[-1].stage}", None))
             continue
         identity = stage.identity(space)
-        record = _find(config, stage, fingerprint(identity))
+        record, why = _find(space, stage, identity)
         if record is not None:
             space.records[stage.name] = record
-            planned.append(Planned(stage.name, "skip", "done and unchanged", record.fingerprint))
-        else:
-            why = _why(config, stage, identity)
-            planned.append(Planned(stage.name, "run", why, fingerprint(identity)))
+        planned.append(Planned(stage.name, "run" if record is None else "skip", why, fingerprint(identity)))
     return planned
 
 
-def ensure_demo(config: Config) -> None:
-    """Write the synthetic cohort where the config asks for one and it is absent."""
-    if config.cohort.demo is None or exists(config.cohort.uri):
+def ensure_cohort(config: Config) -> None:
+    """Write the cohort where the config asks for a generated one and it is not there."""
+    if _missing_cohort(config) is None:
         return
+    if config.cohort.megapixel_mnist is not None:
+        write_bytes(config.cohort.uri, cohort_csv(config.cohort.megapixel_mnist))
+        return
+    assert config.cohort.demo is not None
     folder, _, _ = config.cohort.uri.rpartition("/")
     log.info("demo: writing %d slides to %s", config.cohort.demo.slides, folder)
     if not is_remote(folder):
@@ -116,6 +131,18 @@ def ensure_demo(config: Config) -> None:
         cohort = write_demo(scratch, config.cohort.demo)
         upload_tree(Path(scratch) / "slides", join(folder, "slides"))
         upload(Path(cohort), config.cohort.uri)  # last: a cohort that is there is whole
+
+
+def _missing_cohort(config: Config) -> str | None:
+    """Why the generated cohort must be written; None where it is there, or the config has its own."""
+    images = config.cohort.megapixel_mnist
+    if images is None and config.cohort.demo is None:
+        return None
+    if not exists(config.cohort.uri):
+        return f"{config.cohort.uri} is absent"
+    if images is not None and read_bytes(config.cohort.uri) != cohort_csv(images):
+        return f"{config.cohort.uri} is not that of cohort.megapixel_mnist"
+    return None
 
 
 def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
@@ -131,11 +158,6 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     return cohort
 
 
-def _upto(last: str) -> list[Stage]:
-    names = [stage.name for stage in STAGES]
-    return list(STAGES[: names.index(last) + 1])
-
-
 def _no_tracker() -> Tracker:
     raise AssertionError("planning opens no tracker")
 
@@ -147,13 +169,13 @@ def _no_ray() -> None:
 def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResult:
     identity = stage.identity(space)
     stage_fingerprint = fingerprint(identity)
-    found = _find(space.config, stage, stage_fingerprint)
+    found, why = _find(space, stage, identity)
     if found is not None:
-        log.info("%s: done and unchanged (%s)", stage.name, stage_fingerprint)
+        log.info("%s: %s (%s)", stage.name, why, stage_fingerprint)
         return StageResult(found, "skipped")
-    log.info("%s: running, %s (%s)", stage.name, _why(space.config, stage, identity), stage_fingerprint)
+    log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
     began = time.monotonic()
-    with tracking.child(stage.name, stage_fingerprint) as run_id:
+    with tracking.child(stage.name, stage_fingerprint, slide_tags(space)) as run_id:
         record = stage.work(space, stage_fingerprint, run_id)
         record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
@@ -168,24 +190,24 @@ def _record_uri(config: Config, stage: str, stage_fingerprint: str) -> str:
     return join(config.storage.root, "stages", f"{stage}-{stage_fingerprint}.json")
 
 
-def _find(config: Config, stage: Stage, stage_fingerprint: str) -> Record | None:
-    """The record of a finished stage whose outputs still exist."""
-    uri = _record_uri(config, stage.name, stage_fingerprint)
+def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[Record | None, str]:
+    """The record of a finished stage that still holds, and why it is skipped; or None, and why it has to run."""
+    uri = _record_uri(space.config, stage.name, fingerprint(identity))
     if not exists(uri):
-        return None
+        return None, _changes(space.config, stage, identity)
     record = Record(**read_json(uri))
     missing = [output for output in record.outputs.values() if not exists(output)]
     if missing:
-        log.warning("%s: its record stands, but %s is gone; it runs again", stage.name, ", ".join(missing))
-        return None
-    return record
+        return None, f"its record stands, but {', '.join(missing)} is gone"
+    outdated = stage.outdated(space, record)
+    return (record, "done and unchanged") if outdated is None else (None, outdated)
 
 
 def _digests(identity: Mapping[str, Any]) -> dict[str, str]:
     return {key: fingerprint(value) for key, value in identity.items()}
 
 
-def _why(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
+def _changes(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
     """What changed since the newest record of the stage."""
     folder = join(config.storage.root, "stages")
     names = [n for n in list_names(folder) if n.startswith(f"{stage.name}-") and n.endswith(".json")]
@@ -195,7 +217,7 @@ def _why(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
     newest = max(records, key=lambda record: float(record.facts["finished"]))
     before: Mapping[str, str] = newest.facts["identity"]
     changed = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
-    return f"changed since the last time: {', '.join(changed)}" if changed else "its outputs are gone"
+    return f"changed since the last time: {', '.join(changed)}"
 
 
 class _Tracking:
@@ -219,13 +241,14 @@ class _Tracking:
         return self._tracker
 
     @contextmanager
-    def child(self, stage: str, stage_fingerprint: str) -> Iterator[str]:
-        """The MLflow run of one stage, below this invocation's parent run."""
+    def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str]) -> Iterator[str]:
+        """The MLflow run of one stage, below this invocation's parent run, with `more` tags."""
         tracker = self.tracker()
+        tracker.end_abandoned({"stage": stage, "fingerprint": stage_fingerprint})
         if self.parent is None:
             self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
             tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
-        tags = {**self.lineage, "stage": stage, "fingerprint": stage_fingerprint}
+        tags = {**self.lineage, **more, "stage": stage, "fingerprint": stage_fingerprint}
         with tracker.run(stage, self.parent, tags) as run_id, tracker.system_metrics(run_id):
             tracker.log_params(run_id, self.config.model_dump(mode="json"))
             yield run_id

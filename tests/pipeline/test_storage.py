@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 
 from pipeline import storage
@@ -118,18 +116,16 @@ def test_large_files_in_parts(root: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert storage.read_bytes(uri + "2") == data
 
 
-def test_arrow_reads_and_writes_the_same_files(root: str, tmp_path: Path) -> None:
-    filesystem, path = storage.arrow_filesystem(root)
-    if storage.is_remote(root):
-        assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(filesystem)
-        filesystem = pickle.loads(pickle.dumps(filesystem))
-    (tmp_path / "tree" / "sub").mkdir(parents=True)
-    (tmp_path / "tree" / "sub" / "file").write_bytes(DATA)
-    filesystem.create_dir(path + "/made")
-    pyarrow.fs.copy_files(str(tmp_path / "tree"), path + "/made", destination_filesystem=filesystem)
-    assert storage.read_bytes(storage.join(root, "made", "sub", "file")) == DATA
-    filesystem.delete_dir(path + "/made")
-    assert not storage.exists(storage.join(root, "made", "sub", "file"))
+def test_a_folder_goes_with_all_below_it(root: str) -> None:
+    folder = storage.join(root, "go ne")
+    for name in ("a", "sub/b"):
+        storage.write_bytes(storage.join(folder, name), DATA)
+    storage.write_bytes(folder + "-not", DATA)
+    storage.delete_folder(folder)
+    storage.delete_folder(folder)
+    assert not storage.exists(storage.join(folder, "sub", "b"))
+    assert storage.list_names(folder) == []
+    assert storage.read_bytes(folder + "-not") == DATA
 
 
 def test_absent_and_folders(root: str) -> None:

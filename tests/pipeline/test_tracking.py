@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.errors import Interrupted, StageError, TrackingError
 from pipeline.tracking import Tracker, connect, flatten, open_tracking
@@ -28,16 +29,14 @@ def tracker(mlflow_uri: str, artifacts: Path) -> Tracker:
     return open_tracking(mlflow_uri, "tracking", str(artifacts))
 
 
-def test_artifacts_lie_where_they_were_asked_for(tracker: Tracker, artifacts: Path, tmp_path: Path) -> None:
+def test_artifacts_lie_where_they_were_asked_for(tracker: Tracker, artifacts: Path) -> None:
     run_id = tracker.start_run("stage")
-    (tmp_path / "tree").mkdir()
-    (tmp_path / "tree" / "a.txt").write_text("a")
-    tracker.log_dir(run_id, tmp_path / "tree", "tree")
-    tracker.log_file(run_id, tmp_path / "tree" / "a.txt")
     tracker.log_text(run_id, "<html>", "report.html")
+    tracker.log_image(run_id, Image.new("RGB", (7, 5)), "patches", 3)
 
     root = artifacts / run_id / "artifacts"
-    assert sorted(str(path.relative_to(root)) for path in root.rglob("*.*")) == ["a.txt", "report.html", "tree/a.txt"]
+    made = sorted(str(path.relative_to(root)) for path in root.rglob("*.*"))
+    assert [name.partition("+timestamp")[0] for name in made] == 2 * ["images/patches+step+3"] + ["report.html"]
 
 
 def test_opening_again_finds_the_same_experiment(tracker: Tracker) -> None:
@@ -183,3 +182,13 @@ def test_connecting_makes_nothing(tracker: Tracker, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="does not exist"):
         connect(f"sqlite:///{tmp_path}/mlflow.db")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_a_killed_process_end_as_killed_with_their_parents(tracker: Tracker) -> None:
+    parent = tracker.start_run("demo")
+    child = tracker.start_run("train", parent, {"stage": "train", "fingerprint": "f1"})
+    other = tracker.start_run("train", None, {"stage": "train", "fingerprint": "f2"})
+    tracker.end_abandoned({"stage": "train", "fingerprint": "f1"})
+    states = {run_id: tracker.client.get_run(run_id).info.status for run_id in (parent, child, other)}
+    assert states == {parent: "KILLED", child: "KILLED", other: "RUNNING"}
+    assert "its process was killed" in tracker.client.get_run(child).data.tags["error"]

@@ -66,6 +66,11 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert run(config, "tile").stages["tile"].record.metrics["slides"] == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
+    shutil.rmtree(next(store.glob("*/*/slide.json")).parent)
+    assert [p.why.partition(":")[0] for p in plan(config, "tile")] == ["1 slides are gone from the store"]
+    assert run(config, "tile").stages["tile"].outcome == "done"
+    assert len(list(store.rglob("slide.json"))) == 4
+
     shutil.rmtree(store)
     assert plan(config, "tile")[0].action == "run"
     assert run(config, "tile").stages["tile"].outcome == "done"

@@ -1,0 +1,234 @@
+"""One rank's training from the newest checkpoint to the last epoch. It knows neither Ray nor where its peers run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ips.bag import Bag
+from ips.model import IPSModel
+from pipeline.bags import Augment
+from pipeline.build import build_model, build_optimizer
+from pipeline.checkpoint import Progress, take_snapshot
+from pipeline.config import ClusterConfig, Config
+from pipeline.inference import predict_bag
+from pipeline.journal import Journal
+from pipeline.labels import class_weights, target
+from pipeline.loop import Slides, StepDone, train_steps
+from pipeline.ranks import Ranks
+from pipeline.saver import Saver, restore
+from pipeline.sources import LabelledSource, open_bag
+from pipeline.stopping import Watch
+from pipeline.tracking import Tracker
+from pipeline.validation import look
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 4  # slides on the contact sheet of an epoch
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know; travels by pickle."""
+
+    config: Config
+    train: tuple[LabelledSource, ...]
+    val: tuple[LabelledSource, ...]
+    plan_digest: str
+    folder: str
+    """Of the run's checkpoints, a URI."""
+    tracker: Tracker
+    run_id: str
+
+
+def run_session(
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    start: str | None,
+    is_leaving: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Train to the last epoch; all ranks call this with the same arguments but their rank and device.
+
+    Rank 0 alone validates, writes checkpoints and logs; all of that depends on nothing that differs between ranks.
+
+    Args:
+        job: what to train.
+        ranks: where this rank stands.
+        device: of this rank.
+        start: name of the checkpoint to go on from; None begins.
+        is_leaving: asked after every step on every rank: whether the machine is about to be taken away. A checkpoint
+            is then written at once.
+    """
+    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
+    model = build_model(job.config, pretrained=start is None).to(device)
+    optimizer = build_optimizer(model, job.config.train)
+    begun = Progress(0, 0, job.plan_digest)
+    progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
+    with ExitStack() as stack:
+        keeper = None
+        if ranks.rank == 0:
+            # The journal ends last: a finished training is kept even where its last metrics cannot be sent.
+            journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
+            saver = stack.enter_context(Saver(job.folder))
+            keeper = _Keeper(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
+        for done in train_steps(
+            model,
+            optimizer,
+            _slides(job),
+            job.config.train,
+            job.config.model.select,
+            seed=job.config.seed,
+            start_epoch=progress.epoch,
+            start_step=progress.step_in_epoch,
+            ranks=ranks,
+        ):
+            progress = _advanced(progress, done, job.config.train.epochs)
+            leaving = is_leaving()
+            if keeper is not None:
+                progress = keeper.after(done, progress, leaving=leaving)
+            if done.last_of_epoch and job.config.train.patience is not None:
+                progress = replace(progress, is_last=_agreed(ranks, device, answer=progress.is_last))
+            if progress.is_last:
+                break
+    return progress
+
+
+def _advanced(before: Progress, done: StepDone, epochs: int) -> Progress:
+    """The progress after one more step; at the end of an epoch with its metrics."""
+    sums = {"steps": 1.0, "loss": done.loss, "patches": float(done.patches), "seconds": done.seconds}
+    sums["waited"] = done.waited
+    tally = {key: before.tally.get(key, 0.0) + value for key, value in sums.items()}
+    if not done.last_of_epoch:
+        return replace(before, step=done.step, step_in_epoch=before.step_in_epoch + 1, tally=tally)
+    epoch = done.epoch + 1
+    metrics = _epoch_metrics(epoch, tally)
+    return replace(
+        before, epoch=epoch, step=done.step, step_in_epoch=0, tally={}, metrics=metrics, is_last=epoch == epochs
+    )
+
+
+@dataclass
+class _Keeper:
+    """What rank 0 does beside training: validation, checkpoints, metrics."""
+
+    job: Job
+    model: IPSModel
+    optimizer: torch.optim.Optimizer
+    journal: Journal
+    saver: Saver
+    watch: Watch
+    saved_at: float = field(default_factory=time.monotonic)
+    has_left: bool = False
+
+    def after(self, done: StepDone, progress: Progress, *, leaving: bool) -> Progress:
+        """Log the step; at the end of an epoch validate and log that too; write a checkpoint where one is due."""
+        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
+        if done.last_of_epoch:
+            progress = self._end_epoch(progress)
+            shown = list(done.chosen.items())[:_SHOWN]
+            self.journal.show(progress.epoch, [(self.job.train[index][1], rows) for index, rows in shown])
+        must = progress.is_last or progress.best == progress.name
+        due = done.last_of_epoch or self._is_due(done.step, self.job.config.cluster)
+        if leaving and not self.has_left:
+            self.has_left = True
+            self._save(progress)
+            self.saver.wait()
+        elif must or (due and not self.saver.is_busy):
+            self._save(progress)
+        return progress
+
+    def _end_epoch(self, progress: Progress) -> Progress:
+        """With what a look at the validation split says, where one is due."""
+        settings, epoch = self.job.config.train, progress.epoch
+        metrics, watch = dict(progress.metrics), self.watch
+        if self.job.val and _looks(epoch, settings.epochs, settings.validate_every):
+            metrics |= _look(self.model, self.job)
+            if settings.keeps_best:
+                watch = self.watch = watch.after(metrics, epoch, settings)
+        metrics |= watch.metrics
+        self.journal.add(progress.step, metrics)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "epoch")
+        log.info("epoch %d/%d: %s", epoch, settings.epochs, shown)
+        return replace(
+            progress,
+            metrics=metrics,
+            best=progress.name if watch.best_epoch == epoch else progress.best,
+            is_last=progress.is_last or watch.is_over(settings),
+        )
+
+    def _is_due(self, step: int, cluster: ClusterConfig) -> bool:
+        if cluster.checkpoint_steps is not None and step % cluster.checkpoint_steps == 0:
+            return True
+        return time.monotonic() - self.saved_at >= 60 * cluster.checkpoint_minutes
+
+    def _save(self, progress: Progress) -> None:
+        complete = replace(progress, run_id=self.job.run_id, unsent=self.journal.unsent)
+        self.saver.save(take_snapshot(self.model, self.optimizer, self.job.config, complete))
+        self.saved_at = time.monotonic()
+
+
+def _slides(job: Job) -> Slides:
+    """The loop's view of the training slides."""
+    tasks = job.config.tasks
+    weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
+    threads = max(1, math.floor(job.config.cluster.cpus_per_worker))
+
+    def bag(index: int, epoch: int) -> Bag:
+        source = job.train[index][1]
+        settings = job.config.train
+        augment = Augment(job.config.seed, epoch, source.key, settings.stain_jitter) if settings.augment else None
+        return open_bag(source, threads=threads, augment=augment)
+
+    return Slides(
+        sizes=[source.n_patches for _, source in job.train],
+        targets=[{task.name: target(task, slide.labels[task.name]) for task in tasks} for slide, _ in job.train],
+        kinds={task.name: task.kind for task in tasks},
+        names=[slide.slide_id for slide, _ in job.train],
+        class_weights={name: torch.tensor(weight) for name, weight in weights.items() if weight is not None},
+        bag=bag,
+    )
+
+
+def _looks(epoch: int, epochs: int, every: int) -> bool:
+    """Whether the end of so many epochs is one at which the validation split is looked at."""
+    return epoch == epochs or epoch % every == 0
+
+
+def _look(model: IPSModel, job: Job) -> dict[str, float]:
+    bags = [open_bag(source, threads=1, augment=None) for _, source in job.val]
+    found = [predict_bag(model, bag, job.config) for bag in bags]
+    return look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
+
+
+def _agreed(ranks: Ranks, device: torch.device, *, answer: bool) -> bool:
+    """Rank 0's answer, on every rank."""
+    flag = torch.tensor([float(answer and ranks.rank == 0)], device=device)
+    ranks.sum_(flag)
+    return bool(flag.item())
+
+
+def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
+    """Of an epoch, from the sums over its steps."""
+    return {
+        "epoch": float(epoch),
+        "train_loss": tally["loss"] / tally["steps"],
+        "patches_per_s": tally["patches"] / tally["seconds"],
+        "device_wait": tally["waited"] / tally["seconds"],
+        "epoch_s": tally["seconds"],
+        "peak_memory_mb": _peak_bytes() / 1e6,
+    }
+
+
+def _peak_bytes() -> float:
+    """Of device memory since the process began, or of the resident set where it computes on the CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

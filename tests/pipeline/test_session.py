@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import WEIGHTS, Progress
+from pipeline.config import ClusterConfig
+from pipeline.loop import StepDone
+from pipeline.ranks import Ranks
+from pipeline.saver import newest
+from pipeline.session import Job, _advanced, _looks, run_session
+from pipeline.tracking import open_tracking
+from tests.pipeline.small import small_config, store_slides, write_cohort
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> Job:
+    """Twelve epochs of three steps on seven slides, two of them to look at."""
+    folder = tmp_path_factory.mktemp("session")
+    config = small_config(
+        train={"epochs": 12, "batch_size": 2, "warmup_epochs": 1, "validate_every": 2},
+        cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
+    )
+    slides = store_slides(write_cohort(folder, ["no", "yes"] * 3 + ["no"]), folder / "store", config)
+    tracker = open_tracking(mlflow_uri, "session", str(folder / "artifacts"))
+    return Job(config, tuple(slides[:5]), tuple(slides[5:]), "plan", str(folder / "run"), tracker, "")
+
+
+def _started(job: Job, folder: Path) -> Job:
+    return replace(job, folder=str(folder), run_id=job.tracker.start_run("train"))
+
+
+def _run(job: Job) -> Progress:
+    found = newest(job.folder)
+    return run_session(job, Ranks(), torch.device("cpu"), found.name if found else None)
+
+
+@pytest.mark.slow
+def test_ten_kills_change_neither_weights_nor_metrics(job: Job, tmp_path: Path) -> None:
+    jobs = [_started(job, tmp_path / name) for name in ("whole", "killed")]
+    for one, kills in zip(jobs, (0, 10), strict=True):
+        (tmp_path / "job").write_bytes(pickle.dumps(one))
+        command = [sys.executable, "-m", "tests.pipeline.killed", str(tmp_path / "job"), str(kills), "7"]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    whole, killed = (newest(one.folder) for one in jobs)
+    assert whole is not None
+    assert killed is not None
+    assert (killed.name, killed.epoch, killed.is_last) == ("step-00000036", 12, True)
+    expected, found = (load_file(Path(one.folder) / killed.name / WEIGHTS) for one in jobs)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    client = job.tracker.client
+    for key in ("loss", "lr", "train_loss", "val_loss"):
+        before, after = (client.get_metric_history(one.run_id, key) for one in jobs)
+        assert [(m.step, m.value) for m in before] == sorted((m.step, m.value) for m in after), key
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(steps: int) -> Callable[[], bool]:
+    """To be asked after every step."""
+    left = iter(range(steps - 1, -1, -1))
+
+    def asked() -> bool:
+        if next(left) == 0:
+            raise _Stop
+        return False
+
+    return asked
+
+
+def _short(job: Job, folder: Path, **train: object) -> Job:
+    settings = {"epochs": 2, "batch_size": 2, "warmup_epochs": 1, "validate_every": 2, **train}
+    config = small_config(train=settings, cluster={"cpus_per_worker": 1, "checkpoint_steps": 1})
+    return _started(replace(job, config=config), folder)
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(job: Job, tmp_path: Path) -> None:
+    whole, stopped = _short(job, tmp_path / "whole"), _short(job, tmp_path / "stopped")
+    expected = _run(whole)
+    with pytest.raises(_Stop):
+        run_session(stopped, Ranks(), torch.device("cpu"), None, _stop_after(3))
+    between = newest(stopped.folder)
+    assert between is not None
+    assert (between.step, between.epoch, between.step_in_epoch, between.is_last) == (2, 0, 2, False)
+    assert between.tally["steps"] == 2
+    found = _run(stopped)
+    steady = ("epoch", "train_loss", "val_loss")
+    assert {key: found.metrics[key] for key in steady} == {key: expected.metrics[key] for key in steady}
+    weights = [load_file(Path(one.folder) / found.name / WEIGHTS) for one in (whole, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    steps = [metric.step for metric in job.tracker.client.get_metric_history(stopped.run_id, "loss")]
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in Path(stopped.folder).iterdir()) == ["step-00000005", "step-00000006"]
+
+
+def test_a_notice_to_leave_saves_at_once(job: Job, tmp_path: Path) -> None:
+    rare = _short(job, tmp_path)
+    rare = replace(rare, config=rare.config.model_copy(update={"cluster": ClusterConfig(cpus_per_worker=1)}))
+    seen: list[Progress | None] = []
+
+    def is_leaving() -> bool:
+        seen.append(newest(rare.folder))
+        if len(seen) == 3:
+            raise _Stop
+        return True
+
+    with pytest.raises(_Stop):
+        run_session(rare, Ranks(), torch.device("cpu"), None, is_leaving)
+    assert [progress and progress.step for progress in seen] == [None, 1, 1]
+
+
+def test_patience_ends_the_run_and_the_best_checkpoint_stays(job: Job, tmp_path: Path) -> None:
+    hopeless = _short(job, tmp_path, epochs=9, patience=2, validate_every=1, lr=1e-12, weight_decay=0)
+    last = _run(hopeless)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert last.is_last
+    assert last.epoch < 9
+    assert last.best in kept
+    assert len(kept) <= 3
+    assert last.metrics["looks_since_best"] == 2
+
+
+def test_the_last_epoch_is_always_looked_at() -> None:
+    assert [epoch for epoch in range(1, 8) if _looks(epoch, 7, 3)] == [3, 6, 7]
+
+
+def test_epoch_metrics_average_losses_and_count_patches() -> None:
+    first = StepDone(4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, seconds=2.0, waited=1.0)
+    last = StepDone(4, 10, last_of_epoch=True, loss=0.5, lr=0.1, slides=2, patches=100, seconds=2.0, waited=0.0)
+    between = _advanced(Progress(4, 8, "plan"), first, 5)
+    assert (between.epoch, between.step, between.step_in_epoch, between.metrics) == (4, 9, 1, {})
+    done = _advanced(between, last, 5)
+    assert (done.epoch, done.step, done.step_in_epoch, done.tally, done.is_last) == (5, 10, 0, {}, True)
+    expected = {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 100.0, "device_wait": 0.25, "epoch_s": 4.0}
+    assert {key: done.metrics[key] for key in expected} == expected
