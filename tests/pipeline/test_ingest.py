@@ -16,8 +16,9 @@ from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.ingest import tile_cohort
 from pipeline.patches import SlideStatus
-from pipeline.tiler import store_slide
-from tests.pipeline.slides import RGB, SPEC, row, spoilt
+from pipeline.tiler import LargeSlide, begin_slide, store_slide
+from tests.bench.canvas import repeat, write_canvas
+from tests.pipeline.slides import RGB, SPEC, contents, row, spoilt
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
 
@@ -150,3 +151,22 @@ def test_tiling_loads_no_torch_and_a_complete_store_no_ray(good: Path, store: Pa
     assert result.stdout.strip() == "[]", result.stderr
     meta = [sys.executable, "-c", "import sys; sys.modules['torch'] = sys\n" + NO_RAY, str(good), str(store)]
     assert "torch" in subprocess.run(meta, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_tasks_share_a_slide_of_13824_patches(shared_slides: Path, tmp_path: Path, ray_session: None) -> None:
+    """Twice in the cohort, beside a small one; the store is the one that a single task writes."""
+    canvas = write_canvas(tmp_path / "canvas.tiff")
+    large = repeat(canvas, tmp_path / "large.tiff", 3, 2)
+    twin = Path(shutil.copy(large, tmp_path / "twin.tiff"))
+    spec = TilingConfig(tissue="none")
+    slides = [row(large), row(twin), row(shared_slides / "CMU-1-Small-Region.svs")]
+    statuses = tile(slides, tmp_path / "store", spec)
+    assert [status.status for status in statuses] == ["committed"] * 3, statuses
+    assert statuses[0].key == statuses[1].key
+    assert statuses[0].n_patches == 13_824
+    assert isinstance(begin_slide(slides[0], spec, str(tmp_path / "other"), whole=False), LargeSlide)
+    for slide in slides:
+        store_slide(slide, spec, str(tmp_path / "whole"))
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
