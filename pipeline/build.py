@@ -27,14 +27,18 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
     """The network of a config, on the CPU; `pretrained=False` skips weights that are about to be overwritten.
 
     Raises:
-        ConfigError: `model.encoder.weights` does not fit the encoder, or timm is asked for and not installed.
+        ConfigError: `model.encoder.weights` does not fit the encoder, its width does not suit `model.positions`, or
+            timm is asked for and not installed.
         StorageError: the weights cannot be read.
     """
     settings = config.model
     encoder, dim = _encoder(settings.encoder, pretrained=pretrained)
     aggregator = _pool(settings.aggregator, dim, tasks=len(config.tasks))
     heads = {task.name: linear_head(task.kind, dim, len(task.outputs)) for task in config.tasks}
-    position = None if settings.positions == "none" else _POSITIONS[settings.positions](dim)
+    try:
+        position = None if settings.positions == "none" else _POSITIONS[settings.positions](dim)
+    except ValueError as error:
+        raise ConfigError("config", [f"model.positions: {settings.positions}: {error}"]) from error
     return IPSModel(encoder, aggregator, heads, position, settings.mean, settings.std)
 
 
@@ -58,6 +62,11 @@ def _pool(settings: AggregatorConfig, dim: int, tasks: int) -> nn.Module:
         hidden_dim=settings.hidden_dim,
         dropout=settings.dropout,
     )
+
+
+def build_encoder(settings: EncoderConfig) -> tuple[nn.Module, int]:
+    """A patch encoder with its weights, on the CPU, and its D; errors as `build_model`."""
+    return _encoder(settings, pretrained=True)
 
 
 def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, int]:

@@ -105,6 +105,12 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks: names must differ, found {names}")
+        first = self.tasks[0]
+        if self.train.sampling == "balanced" and first.kind not in ("binary", "multiclass"):
+            raise ValueError(
+                f"train.sampling: balanced needs classes, and the first task, {first.name}, is of kind {first.kind}; "
+                "put a binary or multiclass task first"
+            )
         return self
 
     @model_validator(mode="after")

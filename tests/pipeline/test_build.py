@@ -83,14 +83,23 @@ def test_every_pool_and_position(pool: str, positions: str) -> None:
     assert model(batch)["tumour"].shape == (1, 1)
 
 
+STORED: dict[str, object] = {"embed": {"encoder": {"name": "resnet50"}}, "train": {"augment": False}}
+
+
 def test_stored_features_are_projected(tmp_path: Path) -> None:
-    model = build_model(small_config(model={"encoder": {"name": "features", "features": 24}}))
+    model = build_model(small_config(model={"encoder": {"name": "features", "features": 24}}, **STORED))
     bags = [TensorBag(torch.randn(n, 24)) for n in (9, 4)]
     batch = gather(bags, select(model, bags, 3, 5), "cpu")
     assert model(batch)["tumour"].shape == (2, 1)
     save_file(FeatureProjector(24, 40).state_dict(), tmp_path / "w.safetensors")
     encoder = {"name": "features", "features": 24, "dim": 40, "weights": str(tmp_path / "w.safetensors")}
-    assert build_model(small_config(model={"encoder": encoder})).encoder.dim == 40
+    assert build_model(small_config(model={"encoder": encoder}, **STORED)).encoder.dim == 40
+
+
+def test_a_width_that_has_no_positions_is_named() -> None:
+    plain = {"encoder": {"name": "features", "features": 24, "dim": 6}, "positions": "grid"}
+    with pytest.raises(ConfigError, match="model.positions: grid: dim=6 must be a multiple of 4"):
+        build_model(small_config(model=plain, **STORED))
 
 
 def test_timm_that_is_not_there_is_named_with_its_extra() -> None:

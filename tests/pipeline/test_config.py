@@ -44,6 +44,10 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
     [
         ({"tasks": [{"name": "t", "column": "a"}, {"name": "t", "column": "b"}]}, "names must differ"),
         ({"cluster": {"start_timeout_s": float("nan")}}, "greater than 0|finite"),
+        (
+            {"tasks": [{"name": "t", "column": "a", "kind": "regression"}], "train": {"sampling": "balanced"}},
+            "train.sampling: balanced needs classes, and the first task, t, is of kind regression",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(section: dict[str, Any], words: str) -> None:

@@ -59,5 +59,6 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 )
 def test_every_group_file_is_a_config(choice: str) -> None:
     images = ["tiling=image", "train.augment=false"] if "megapixel" in choice else []
-    features = ["model.encoder.features=64"] if choice == "model=features" else []
+    stored = ["model.encoder.features=64", "embed.encoder.name=resnet50", "train.augment=false"]
+    features = stored if choice == "model=features" else []
     load_config("default", ["cohort.uri=c.csv", "storage.root=/r", choice, *images, *features])
