@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,32 @@ from ips.bag import Chunk
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.parts import part_name
-from pipeline.patches import StoredSlide
+from pipeline.patches import PatchIndex
 from pipeline.stain import jittered
 
 _AHEAD = 2  # chunks read ahead of the one in use
 _PIXEL = np.dtype("V3")  # moved whole: turning a 256 px patch takes 0.1 ms, byte by byte 0.22; decoding it 0.18
 Rows = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
+
+
+class JpegSlide(Protocol):
+    """A slide whose patches come as JPEGs: from the store, or cut from the slide itself."""
+
+    @property
+    def uri(self) -> str: ...  # noqa: D102
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def n_patches(self) -> int: ...  # noqa: D102
+    @property
+    def patch_px(self) -> int: ...  # noqa: D102
+    @property
+    def stride(self) -> float: ...  # noqa: D102
+    def index(self) -> PatchIndex: ...  # noqa: D102
+    def payloads(self, rows: Rows) -> list[bytes]:
+        """The JPEGs of `rows`, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ class PatchBag:
         augment: None for evaluation. Its key gives way to that of the slide a row belongs to.
     """
 
-    def __init__(self, slides: Sequence[StoredSlide], *, threads: int, augment: Augment | None) -> None:
+    def __init__(self, slides: Sequence[JpegSlide], *, threads: int, augment: Augment | None) -> None:
         self._slides = tuple(slides)
         self._threads = threads
         self._augment = augment
@@ -149,7 +168,7 @@ class PatchBag:
             positions[members] = np.rint(np.stack([index.x[own], index.y[own]], axis=1) / slide.stride)
         return Chunk(pixels, torch.from_numpy(loading.rows), torch.from_numpy(positions))
 
-    def _by_slide(self, rows: Rows) -> Iterator[tuple[StoredSlide, Rows, Rows]]:
+    def _by_slide(self, rows: Rows) -> Iterator[tuple[JpegSlide, Rows, Rows]]:
         """Each slide that `rows` fall in, which of them do, and their rows within it."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owners).tolist():
@@ -166,7 +185,7 @@ class _Job:
     code: int
     stain: npt.NDArray[np.float32] | None
     """(2, 3), see `Augment.stains`."""
-    slide: StoredSlide
+    slide: JpegSlide
     row: int
 
 
@@ -193,8 +212,8 @@ def _decode_all(jobs: Sequence[_Job]) -> None:
 
 
 def _damaged(job: _Job, reason: str) -> StorageError:
-    part = storage.join(job.slide.uri, part_name(int(job.slide.index().part[job.row])))
-    return StorageError(
-        f"{part}: the patch of row {job.row} cannot be decoded ({reason}); the store is damaged: "
-        f"remove {job.slide.uri} and tile again"
-    )
+    part, reason = int(job.slide.index().part[job.row]), f"the patch of row {job.row} cannot be decoded ({reason})"
+    if part < 0:
+        return StorageError(f"{job.slide.uri}: {reason}; copy the slide again, or take it out of the cohort")
+    file = storage.join(job.slide.uri, part_name(part))
+    return StorageError(f"{file}: {reason}; the store is damaged: remove {job.slide.uri} and tile again")

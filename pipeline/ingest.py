@@ -43,6 +43,7 @@ class _Job:
     spec: TilingConfig
     store: str
     cpus: float
+    pixels: bool
 
 
 def tile_cohort(
@@ -52,6 +53,7 @@ def tile_cohort(
     *,
     cpus: float,
     on_status: Callable[[SlideStatus], None],
+    pixels: bool = True,
 ) -> list[SlideStatus]:
     """Tile the slides that the store does not know yet; statuses come back in the order of `slides`.
 
@@ -64,6 +66,7 @@ def tile_cohort(
         store: root of the patch store.
         cpus: CPUs that Ray reserves for each task.
         on_status: called once for every slide, known ones first, then as they are finished.
+        pixels: False commits where the patches of each slide are, and none of them (`streamed.plan_root`).
 
     Raises:
         StorageError: the store itself cannot be read or written, or no slide at all can be reached (wrong
@@ -79,7 +82,7 @@ def tile_cohort(
         raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
     for status in statuses.values():
         on_status(status)
-    for number, status in _tile(slides, sizes, _Job(uuid.uuid4().hex, spec, store, cpus)):
+    for number, status in _tile(slides, sizes, _Job(uuid.uuid4().hex, spec, store, cpus, pixels)):
         statuses[number] = status
         on_status(status)
     return [statuses[number] for number in range(len(slides))]
@@ -155,7 +158,7 @@ def _tile_group(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
     """Small slides to statuses, large ones to plans."""
     work: list[tuple[int, CohortSlide]] = pickle.loads(row["item"])
     for number, slide in work:
-        begin = partial(begin_slide, slide, job.spec, job.store, whole=False)
+        begin = partial(begin_slide, slide, job.spec, job.store, whole=False, pixels=job.pixels)
         yield _guarded(number, f"{job.run}-{number}", slide, begin)
 
 

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import streamed as module
+from pipeline.bags import Augment, PatchBag
+from pipeline.cohort import Cohort
+from pipeline.config_data import TilingConfig
+from pipeline.errors import BadTileError, SlideError, StorageError
+from pipeline.patches import StoredSlide
+from pipeline.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.tiler import begin_slide
+from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
+
+Pairs = list[tuple[StreamedSlide, StoredSlide]]
+
+
+def stream_slides(cohort: Cohort, root: Path, spec: TilingConfig) -> list[StreamedSlide]:
+    """Plan every slide."""
+    found = []
+    for slide in cohort.slides:
+        status = begin_slide(slide, spec, plan_root(str(root)), whole=True, pixels=False)
+        found.append(open_streamed(slide, spec, str(root), str(status.key)))  # type: ignore[union-attr]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """Slides as streamed and as stored."""
+    folder = tmp_path_factory.mktemp("slides")
+    cohort = write_cohort(folder, ["no", "yes", "no"])
+    stored = [source for _, source in store_slides(cohort, folder / "store", small_config())]
+    return list(zip(stream_slides(cohort, folder / "store", small_config().tiling), stored, strict=True))
+
+
+def test_a_plan_has_the_places_of_the_store_and_no_patches(pairs: Pairs) -> None:
+    for streamed, stored in pairs:
+        assert (streamed.key, streamed.n_patches, streamed.extent) == (stored.key, stored.n_patches, stored.extent)
+        assert (streamed.stride, streamed.patch_px) == (stored.stride, stored.patch_px)
+        assert streamed.thumbnail() == stored.thumbnail()
+        assert streamed.thumbnail_scale == stored.thumbnail_scale
+        assert np.array_equal(streamed.index().x, stored.index().x)
+        assert np.array_equal(streamed.index().y, stored.index().y)
+        assert not list(Path(streamed.plan.uri).glob("*.arrow"))
+    assert pairs[0][0].key != pairs[1][0].key
+
+
+def test_patches_have_the_bytes_that_the_store_holds(pairs: Pairs) -> None:
+    for streamed, stored in pairs:
+        rows = np.arange(stored.n_patches)
+        assert streamed.payloads(rows) == stored.payloads(rows)
+        assert streamed.payloads([7, 2, 7]) == stored.payloads([7, 2, 7])
+    assert len(module._open) == module.MAX_OPEN
+
+
+def test_original_tiles_of_a_real_slide_are_the_store_s(shared_slides: Path, tmp_path: Path) -> None:
+    source = shared_slides / "CMU-1-Small-Region.svs"
+    if not source.exists():
+        (source,) = shared_slides.rglob("CMU-1-Small-Region.svs")
+    cohort = write_cohort(tmp_path, ["no"])
+    slide = cohort.slides[0].__class__("svs", str(source), "p", "test", None, {"tumour": "no"}, {})
+    config = small_config(tiling={"patch_px": 240, "mpp": None, "min_tissue": 0.5})
+    cohort = Cohort(cohort.uri, (slide,))
+    ((_, stored),) = store_slides(cohort, tmp_path / "store", config)
+    (streamed,) = stream_slides(cohort, tmp_path / "store", config.tiling)
+    assert streamed.key == stored.key
+    rows = np.arange(0, stored.n_patches, 7)
+    assert streamed.payloads(rows) == stored.payloads(rows)
+
+
+@pytest.mark.parametrize("augment", [None, Augment(3, 1, "")])
+def test_bags_of_both_kinds_give_the_same_chunks(pairs: Pairs, augment: Augment | None) -> None:
+    bags = [PatchBag([source], threads=2, augment=augment) for source in pairs[1]]
+    for one, other in zip(*(bag.chunks(4) for bag in bags), strict=True):
+        assert torch.equal(one.patches, other.patches)
+        assert torch.equal(one.index, other.index)
+        assert one.positions is not None
+        assert other.positions is not None
+        assert torch.equal(one.positions, other.positions)
+    rows = torch.tensor([5, 0, 11])
+    assert torch.equal(bags[0].take(rows).patches, bags[1].take(rows).patches)
+
+
+def test_a_slide_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path, ["no"])
+    (streamed,) = stream_slides(cohort, tmp_path / "store", small_config().tiling)
+    write_slide(Path(streamed.uri), seed=99)
+    os.utime(streamed.uri, (1, 1))
+    with pytest.raises(SlideError, match="replaced while it was trained on"):
+        streamed.payloads([0])
+
+
+def test_a_patch_that_cannot_be_decoded_ends_the_training_with_the_remedy(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise BadTileError("bad-tile", "level 0, x 64, y 32: torn")
+
+    monkeypatch.setattr("pipeline.cutting.Cutter.cut", broken)
+    with pytest.raises(SlideError, match=r"s0.png: the patch of row 3 .*torn.*train.source=store") as caught:
+        pairs[0][0].payloads([3])
+    assert caught.value.reason == "bad-tiles"
+
+
+def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no committed slide"):
+        open_streamed(pairs[0][0].slide, pairs[0][0].spec, str(tmp_path), "abc")
