@@ -12,8 +12,6 @@ import torch
 
 from ips.model import IPSModel
 from ips.scorer import Scorer
-from pipeline.bags import PatchBag
-from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TaskConfig
 from pipeline.errors import StageError
@@ -31,11 +29,11 @@ from pipeline.metrics import (
     measure,
     roc_points,
 )
-from pipeline.patches import StoredSlide
+from pipeline.sources import LabelledSource, open_bag
 
 log = logging.getLogger(__name__)
 
-Slides = Sequence[tuple[CohortSlide, StoredSlide]]
+Slides = Sequence[LabelledSource]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Evaluation:
     """All that is known of one model on one split."""
 
     split: str
-    slides: tuple[tuple[CohortSlide, StoredSlide], ...]
+    slides: tuple[LabelledSource, ...]
     found: tuple[BagPrediction, ...]
     """Of every slide, in the order of `slides`."""
     tasks: tuple[TaskResult, ...]
@@ -156,8 +154,8 @@ def _overall(tasks: Sequence[TaskConfig], each: Sequence[tuple[float, ...]]) -> 
 def _predict(model: IPSModel, config: Config, slides: Slides) -> tuple[BagPrediction, ...]:
     selects = config.model.select.mode in ("exact", "window")
     scorer, found = Scorer(model) if selects else None, []
-    for number, (_, stored) in enumerate(slides, start=1):
-        bag = PatchBag([stored], threads=torch.get_num_threads(), augment=None)
+    for number, (_, source) in enumerate(slides, start=1):
+        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
         found.append(predict_bag(model, bag, config, scorer))
         if number % max(1, len(slides) // 5) == 0:
             log.info("evaluate: %d/%d slides", number, len(slides))

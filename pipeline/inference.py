@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,13 @@ from ips.heads import probabilities
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating
 from ips.select import select
-from pipeline.bags import PatchBag
 from pipeline.build import build_model
 from pipeline.checkpoint import load_weights, read_config
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TaskConfig
-from pipeline.errors import SlideError
-from pipeline.ingest import store_slide
-from pipeline.patches import PatchStore, StoredSlide
 from pipeline.schema import ATTENTION
+from pipeline.sources import PatchSource, open_bag, prepared
 
 RGB = npt.NDArray[np.uint8]
 
@@ -130,37 +126,32 @@ def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str
 
 
 def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:
-    """Tile a slide into a temporary store, exactly as the tile stage does, and predict it.
+    """Tile a slide for the time of it, exactly as the tile stage does, or open a generated image; and predict it.
 
     Raises:
         SlideError: the slide cannot be read or used.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        status = store_slide(slide, config.tiling, scratch)
-        if status.key is None:
-            reason, _, message = str(status.reason).partition(": ")
-            raise SlideError(reason, message)
-        stored = PatchStore(scratch, config.tiling.fingerprint()).slide(status.key)
-        bag = PatchBag([stored], threads=torch.get_num_threads(), augment=None)
+    with prepared(config, slide) as source:
+        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
         found = predict_bag(model, bag, config)
         return SlidePrediction(
             values=found.values,
-            attention=attention_table(slide.slide_id, stored, found),
-            thumbnail=read_thumbnail(stored),
-            scale=stored.thumbnail_scale,
-            extent=stored.extent,
-            n_bad_tiles=status.n_bad_tiles,
+            attention=attention_table(slide.slide_id, source, found),
+            thumbnail=read_thumbnail(source),
+            scale=source.thumbnail_scale,
+            extent=source.extent,
+            n_bad_tiles=source.n_bad_tiles,
         )
 
 
-def read_thumbnail(stored: StoredSlide) -> RGB:
-    """The stored thumbnail (h, w, 3), `stored.thumbnail_scale` level-0 px per px."""
-    return np.asarray(Image.open(io.BytesIO(stored.thumbnail())).convert("RGB"))
+def read_thumbnail(source: PatchSource) -> RGB:
+    """The thumbnail (h, w, 3), `source.thumbnail_scale` level-0 px per px."""
+    return np.asarray(Image.open(io.BytesIO(source.thumbnail())).convert("RGB"))
 
 
-def attention_table(slide_id: str, stored: StoredSlide, found: BagPrediction) -> pa.Table:
+def attention_table(slide_id: str, source: PatchSource, found: BagPrediction) -> pa.Table:
     """One row a patch, schema ATTENTION."""
-    index = stored.index()
+    index = source.index()
     selected = np.zeros(len(index.x), np.bool_)
     selected[found.selected] = True
     columns = [
