@@ -116,9 +116,6 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, C, h, w) float -> (n, D)."""
-        body = self.get_parameter(f"{self.stages[0]}.0.conv1.weight")  # the stem's weight has no layout where C = 1
-        if body.is_contiguous(memory_format=torch.channels_last) and not body.is_contiguous():
-            x = x.to(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
