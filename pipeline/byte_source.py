@@ -59,7 +59,7 @@ class LocalSource(ByteSource):
         try:
             found = [os.pread(self._file.fileno(), length, start) for start, length in ranges]
         except OSError as error:
-            raise SlideError("unreadable", f"{self.name}: cannot be read: {error.strerror}") from error
+            raise SlideError("source", f"{self.name}: cannot be read: {error.strerror}") from error
         self.bytes_read += sum(map(len, found))
         return found
 

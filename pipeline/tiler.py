@@ -23,7 +23,7 @@ from pipeline.staging import GIB, Staging
 from pipeline.storage import SourceVersion
 from pipeline.tiling import effective_mpp, tile_slide
 
-TRANSIENT = frozenset({"missing", "directory", "source", "changed", "crash"})
+TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "crash"})
 """Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
 
 Result = TypeVar("Result")

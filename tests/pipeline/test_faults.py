@@ -10,12 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline import s3, storage, tiler
-from pipeline.errors import StorageError
+from pipeline.byte_source import LocalSource
+from pipeline.errors import SlideError, StorageError
 from pipeline.patches import PatchStore
 from pipeline.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.verify import verify_store
@@ -242,6 +245,31 @@ def test_a_server_killed_mid_slide_is_waited_for(
             faults.upstream = again.endpoint
             assert run.result(timeout=60).status == "committed"
     assert same_slides(contents(tmp_path / "bucket" / "store"), undisturbed)
+
+
+def test_a_disk_that_fails_to_read_says_nothing_about_the_slide() -> None:
+    """The kernel's own EIO: no page stands at address 0."""
+    with (
+        closing(LocalSource(Path("/proc/self/mem"))) as source,
+        pytest.raises(SlideError, match="mem: cannot be read: Input/output error") as caught,
+    ):
+        source.read([(0, 10)])
+    assert caught.value.reason in tiler.TRANSIENT
+
+
+def test_a_slide_beyond_the_nodes_cache_is_tried_again_with_a_larger_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bucket").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "bucket" / "slide.png")
+    spec = SPEC.model_copy(update={"mpp": None, "cache_gib": 1e-9, "cache": str(tmp_path / "cache")})
+    with serve_s3(tmp_path) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        status = store_slide(row("s3://bucket/slide.png"), spec, str(tmp_path / "store"))
+        assert (status.reason or "").startswith("cache: ")
+        roomy = spec.model_copy(update={"cache_gib": 1.0})
+        assert store_slide(row("s3://bucket/slide.png"), roomy, str(tmp_path / "store")).status == "committed"
 
 
 @pytest.fixture
