@@ -1,0 +1,109 @@
+"""From slides to a model that trains on features: the paper's CAMELYON16 setting, M = I = 5000, on the demo cohort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.build import build_encoder, build_model, build_optimizer
+from pipeline.compose import load_config
+from pipeline.config import Config
+from pipeline.config_embed import EmbedConfig
+from pipeline.embed import Embedder, embed_slide
+from pipeline.errors import ConfigError
+from pipeline.inference import load_model, predict_slide
+from pipeline.loop import Slides, train_steps
+from pipeline.ranks import Ranks
+from pipeline.sources import feature_store, open_bag, open_sources
+from pipeline.stage_embed import stages_for
+from pipeline.workflow import load_cohort, plan, run
+from tests.pipeline.small import small_config, store_slides, write_cohort
+
+
+def features_config(root: Path, *more: str) -> Config:
+    """The demo with a random truncated ResNet-18 as the frozen encoder (D = 128)."""
+    return load_config(
+        "demo",
+        [
+            f"storage.root={root}", "cohort.demo.slides=16", "model=features", "model.encoder.features=128",
+            "model.encoder.dim=64", "embed.encoder.name=resnet18", "embed.encoder.stages=2", "train.augment=false",
+            "train.epochs=2", "train.explore_epochs=0", "train.warmup_epochs=1", "evaluate.bootstrap=20", *more,
+        ],
+    )  # fmt: skip
+
+
+def test_the_stage_stands_between_tiling_and_training_where_features_are_wanted(tmp_path: Path) -> None:
+    wanted = features_config(tmp_path)
+    assert [stage.name for stage in stages_for(wanted, "train")] == ["tile", "embed", "train"]
+    assert [stage.name for stage in stages_for(small_config(), "train")] == ["tile", "train"]
+    assert [stage.name for stage in stages_for(small_config(), "embed")] == ["tile", "embed"]
+
+
+def test_a_model_learns_from_features_and_predicts_a_new_slide(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trunk, dim = build_encoder(EmbedConfig.model_validate({"encoder": {"name": "resnet18", "stages": 2}}).encoder)
+    torch.save(trunk.state_dict(), tmp_path / "w.pth")
+    config = small_config(
+        storage={"patches": str(tmp_path / "patches"), "features": str(tmp_path / "features")},
+        embed={"encoder": {"name": "resnet18", "stages": 2, "weights": str(tmp_path / "w.pth")}, "batch": 8},
+        model={
+            "encoder": {"name": "features", "features": dim, "dim": 16},
+            "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16, "dropout": 0.0},
+            "select": {"memory": 5000, "chunk": 5000},
+        },
+        train={"epochs": 12, "batch_size": 4, "lr": 1e-2, "warmup_epochs": 1, "augment": False},
+    )
+    cohort = write_cohort(tmp_path, ["no", "yes", "no", "yes"])
+    stored = store_slides(cohort, tmp_path / "patches", config)
+    store, settings = feature_store(config)
+    for _, slide in stored:
+        embed_slide(Embedder(settings), slide, store, threads=1)
+    sources = open_sources(config, cohort.slides, {slide.slide_id: kept.key for slide, kept in stored})
+    bags = [open_bag(source, threads=1, augment=None) for _, source in sources]
+    slides = Slides(
+        sizes=[len(bag) for bag in bags],
+        targets=[{"tumour": float(number % 2)} for number in range(4)],
+        kinds={"tumour": "binary"},
+        bag=lambda index, _epoch: bags[index],
+    )
+    model = build_model(config)
+    optimizer = build_optimizer(model, config.train)
+    steps = list(
+        train_steps(model, optimizer, slides, config.train, config.model.select, seed=0, start_epoch=0, ranks=Ranks())
+    )
+    assert steps[-1].loss < 0.7 * steps[0].loss
+    found = predict_slide(model, config, cohort.slides[1])
+    assert found.attention["attention"].to_numpy().sum() == pytest.approx(1, abs=1e-3)
+    assert (tmp_path / "features").is_dir()
+
+    narrow = config.model.encoder.model_copy(update={"features": 7})
+    wrong = config.model_copy(update={"model": config.model.model_copy(update={"encoder": narrow})})
+    with pytest.raises(ConfigError, match=rf"have {dim}; set model.encoder.features={dim}"):
+        open_sources(wrong, cohort.slides, {slide.slide_id: kept.key for slide, kept in stored})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_from_slides_to_a_model_on_features(ray_session: None, tmp_path: Path) -> None:
+    config = features_config(tmp_path / "root")
+    assert (config.model.select.memory, config.model.select.chunk) == (5000, 5000)
+    first = run(config, "evaluate")
+    assert {name: stage.outcome for name, stage in first.stages.items()} == dict.fromkeys(
+        ("tile", "embed", "train", "evaluate"), "done"
+    )
+    tiled, embedded = first.stages["tile"].record, first.stages["embed"].record
+    assert embedded.metrics["features"] == tiled.metrics["patches"]
+    assert 0 <= first.stages["evaluate"].record.metrics["test_auc"] <= 1
+    assert Path(first.stages["evaluate"].record.outputs["report"]).stat().st_size > 10_000
+    assert Path(tiled.outputs["quality"]).is_file()
+    assert [planned.action for planned in plan(config, "evaluate")] == ["skip"] * 4
+    others = features_config(tmp_path / "root", "embed.dtype=float32")
+    assert [planned.action for planned in plan(others, "train")] == ["skip", "run", "unknown"]
+
+    model, stored_config = load_model(Path(first.stages["train"].record.outputs["checkpoint"]))
+    slide = load_cohort(config, needs_labels=True).slides[0]
+    found = predict_slide(model, stored_config, slide)  # tiles and embeds it anew
+    assert found.attention["attention"].to_numpy().sum() == pytest.approx(1, abs=1e-3)
