@@ -7,6 +7,7 @@ tasks stand in `config_data`, those about the network and its training in `confi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -58,6 +59,8 @@ class ClusterConfig(Section):
     another order round otherwise, so weights are bit-identical at a fixed number only."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    readers_per_worker: Positive = 1
+    """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long to wait for the asked-for resources before giving up with exit code 5."""
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -76,7 +79,7 @@ class ClusterConfig(Section):
     @classmethod
     def _workers(cls, value: object) -> object:
         """One problem instead of one for each member of the union."""
-        ends = value if isinstance(value, list | tuple) else [value, value]
+        ends: Sequence[Any] = value if isinstance(value, list | tuple) else [value, value]
         if len(ends) != 2 or not all(type(end) is int and end > 0 for end in ends) or ends[0] > ends[1]:
             raise ValueError("must be a number from 1, or [least, most] as in [1, 4]")
         return value
@@ -137,7 +140,14 @@ class Config(Section):
             raise ValueError("cohort.megapixel_mnist: its patches are drawn, not stored; choose an encoder of pixels")
         return self
 
+    @model_validator(mode="after")
+    def _stream(self) -> Config:
+        made = self.cohort.megapixel_mnist is not None or self.model.encoder.name == "features"
+        if self.train.source == "stream" and made:
+            raise ValueError("train.source: stream cuts patches out of slides; features and made images need store")
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data."""
-        dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"})
+        dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

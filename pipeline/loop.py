@@ -51,6 +51,8 @@ class Slides:
     """(slide index, epoch) -> bag, augmented for that epoch."""
     class_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> (K,), for tasks whose classes weigh differently."""
+    announce: Callable[[Sequence[int]], None] = lambda _order: None
+    """Told at the start of an epoch which slides this rank will score, in order."""
     names: Sequence[str] = ()
     """Of the slides, for messages; without, their indices."""
 
@@ -90,7 +92,7 @@ def train_steps(
     start_step: int = 0,
     ranks: Ranks,
 ) -> Iterator[StepDone]:
-    """Train from step `start_step` of `start_epoch` to the last epoch; StageError when a loss or gradient is not finite.
+    """Train from step `start_step` of `start_epoch` to the last epoch; StageError on a loss or gradient not finite.
 
     Before the first step the largest bags go through one, which changes nothing: StageError where memory runs out.
     """
@@ -102,6 +104,7 @@ def train_steps(
     for epoch in range(start_epoch, settings.epochs):
         shared = turn.sharing(epoch)
         plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+        slides.announce(turn.order(plan[start_step if epoch == start_epoch else 0 :], epoch))
         for number, hands in enumerate(plan):
             if epoch == start_epoch and number < start_step:
                 continue
@@ -166,7 +169,14 @@ class _Turn:
     def sharing(self, epoch: int) -> ShardAbove:
         """Which slides all ranks select together: only an exact selection is the same however it is shared."""
         exact = self.selecting.mode == "exact" and epoch >= self.settings.explore_epochs
-        return self.settings.shard_above if exact and self.ranks.group is not None else None
+        whole = self.settings.source == "stream"  # a streamed slide stays on one rank
+        return self.settings.shard_above if exact and not whole and self.ranks.group is not None else None
+
+    def order(self, plan: Sequence[Step], epoch: int) -> list[int]:
+        """The slides that this rank will score alone, one after another."""
+        if self.scorer is None or epoch < self.settings.explore_epochs:
+            return []
+        return [index for step in plan for index in step.hands[self.ranks.rank] if index not in step.shared]
 
     def gradients(self, hands: Step, epoch: int, where: str) -> float:
         """Put the gradients of a step, clipped, into the model; the loss over all hands.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,8 +27,12 @@ from pipeline.ranks import Ranks
 from pipeline.saver import Saver, restore
 from pipeline.sources import LabelledSource, open_bag
 from pipeline.stopping import Watch
+from pipeline.streamed import StreamedSlide
 from pipeline.tracking import Tracker
 from pipeline.validation import look
+
+if TYPE_CHECKING:
+    from pipeline.streaming import Feed
 
 log = logging.getLogger(__name__)
 
@@ -179,15 +184,17 @@ def _slides(job: Job) -> Slides:
     """The loop's view of the training slides."""
     tasks = job.config.tasks
     weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
-    threads = max(1, math.floor(job.config.cluster.cpus_per_worker))
+    threads, feed = max(1, math.floor(job.config.cluster.cpus_per_worker)), _feed(job)
 
     def bag(index: int, epoch: int) -> Bag:
         source = job.train[index][1]
         settings = job.config.train
         augment = Augment(job.config.seed, epoch, source.key, settings.stain_jitter) if settings.augment else None
+        if feed is not None:
+            return feed.bag(index, threads=threads, augment=augment)
         return open_bag(source, threads=threads, augment=augment)
 
-    return Slides(
+    slides = Slides(
         sizes=[source.n_patches for _, source in job.train],
         targets=[{task.name: target(task, slide.labels[task.name]) for task in tasks} for slide, _ in job.train],
         kinds={task.name: task.kind for task in tasks},
@@ -195,6 +202,17 @@ def _slides(job: Job) -> Slides:
         class_weights={name: torch.tensor(weight) for name, weight in weights.items() if weight is not None},
         bag=bag,
     )
+    return slides if feed is None else replace(slides, announce=feed.announce)
+
+
+def _feed(job: Job) -> Feed | None:
+    """What streams the slides; None where they come from a store."""
+    slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
+    if not slides:
+        return None
+    from pipeline.streaming import Feed  # Ray Data loads for seconds
+
+    return Feed(slides, cpus=job.config.tiling.cpus, readers=job.config.cluster.readers_per_worker)
 
 
 def _looks(epoch: int, epochs: int, every: int) -> bool:

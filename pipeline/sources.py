@@ -32,6 +32,7 @@ from pipeline.feature_bag import FeatureBag
 from pipeline.features import FeatureSlide, FeatureStore
 from pipeline.images import PastedImage, open_image
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.streamed import StreamedSlide, open_streamed, plan_root
 from pipeline.tiler import store_slide
 
 Ints = npt.NDArray[np.int64]
@@ -87,7 +88,7 @@ class PatchSource(Protocol):
         ...
 
 
-Source = StoredSlide | PastedImage | FeatureSlide
+Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide
 LabelledSource = tuple[CohortSlide, Source]
 
 
@@ -100,7 +101,7 @@ def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
         augment: None for evaluation.
     """
     match source:
-        case StoredSlide():
+        case StoredSlide() | StreamedSlide():
             return PatchBag([source], threads=threads, augment=augment)
         case PastedImage():
             return source.bag()  # the config refuses to flip digits
@@ -111,9 +112,14 @@ def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
 
 
 def patch_store(config: Config) -> PatchStore:
-    """The store of the config's tiling spec."""
+    """The store of the config's tiling spec; that of plans where patches are streamed."""
+    return PatchStore(patch_root(config), config.tiling.fingerprint())
+
+
+def patch_root(config: Config) -> str:
+    """Root of that store."""
     assert config.storage.patches is not None  # compose.py fills it
-    return PatchStore(config.storage.patches, config.tiling.fingerprint())
+    return plan_root(config.storage.patches) if config.train.source == "stream" else config.storage.patches
 
 
 def open_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[LabelledSource]:
@@ -126,6 +132,14 @@ def open_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[st
         return [(slide, open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)) for slide in slides]
     store = patch_store(config)
     with ThreadPoolExecutor(16) as pool:
+        if config.train.source == "stream":
+            return list(
+                zip(
+                    slides,
+                    pool.map(lambda s: open_streamed(s, config.tiling, store, keys[s.slide_id]), slides),
+                    strict=True,
+                )
+            )
         stored = list(pool.map(lambda slide: store.slide(keys[slide.slide_id]), slides))
         if config.model.encoder.name != "features":
             return list(zip(slides, stored, strict=True))

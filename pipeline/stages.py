@@ -26,7 +26,7 @@ from pipeline.errors import DataBudgetError, SlideError, StageError
 from pipeline.images import source_versions
 from pipeline.ledger import write_ledger
 from pipeline.patches import SlideStatus
-from pipeline.sources import LabelledSource, image_statuses, patch_store
+from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.stage import Record, Stage, Workspace
 from pipeline.storage import SourceVersion, join, list_names, source_version, write_bytes
 from pipeline.tiler import TRANSIENT, version_of
@@ -115,8 +115,9 @@ def _tile_slides(space: Workspace) -> list[SlideStatus]:
         if done % max(1, len(slides) // 10) == 0:
             log.info("tile: %d/%d slides", done, len(slides))
 
-    assert config.storage.patches is not None
-    return tile_cohort(slides, config.tiling, config.storage.patches, cpus=config.tiling.cpus, on_status=on_status)
+    pixels = config.train.source == "store"
+    root, cpus = patch_root(config), config.tiling.cpus
+    return tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
 
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:

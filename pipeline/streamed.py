@@ -25,7 +25,7 @@ from pipeline.cutting import Cutter
 from pipeline.errors import BadTileError, SlideError
 from pipeline.grid import Grid
 from pipeline.identity import reading_source
-from pipeline.patches import PatchIndex, PatchStore, StoredSlide
+from pipeline.patches import PLANS, PatchIndex, PatchStore, StoredSlide
 from pipeline.slide import SlideReader
 from pipeline.storage import SourceVersion
 from pipeline.tiler import opened, version_of
@@ -103,19 +103,17 @@ class StreamedSlide:
 
 def plan_root(root: str) -> str:
     """Where plans are committed, below the root of the patch store."""
-    return storage.join(root, "plans")
+    return storage.join(root, PLANS)
 
 
-def open_streamed(slide: CohortSlide, spec: TilingConfig, root: str, key: str) -> StreamedSlide:
+def open_streamed(slide: CohortSlide, spec: TilingConfig, plans: PatchStore, key: str) -> StreamedSlide:
     """A slide that the tile stage has planned.
 
     Raises:
         StorageError: its plan is gone.
         SlideError: its file is.
     """
-    return StreamedSlide(
-        slide, spec, PatchStore(plan_root(root), spec.fingerprint()).slide(key), version_of(slide, spec)
-    )
+    return StreamedSlide(slide, spec, plans.slide(key), version_of(slide, spec))
 
 
 def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[bytes]:

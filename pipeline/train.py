@@ -56,7 +56,9 @@ def train(
     """
     cluster = config.cluster
     worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
-    require([worker] * cluster.fewest_workers, cluster.start_timeout_s, "train")
+    streams = config.train.source == "stream"
+    reader = [Bundle(config.tiling.cpus)] * (cluster.readers_per_worker if streams else 0)
+    require([worker, *reader] * cluster.fewest_workers, cluster.start_timeout_s, "train")
     folder = join(config.storage.root, "train", f"{config.name}-{fingerprint}")
     keys, sizes = [s.key for _, s in slides], [s.n_patches for _, s in slides]
     digest = plan_digest(keys, sizes, fingerprint)

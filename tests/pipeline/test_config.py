@@ -21,6 +21,7 @@ def test_execution_fields_do_not_enter_fingerprints() -> None:
     assert plain.fingerprint() == TilingConfig(cpus=4, max_bad_slides=7).fingerprint()
     base = fingerprint(_changed().recipe())
     execution = {"storage": {"root": "elsewhere"}, "tracking": {"uri": "http://x"}, "cluster": {"gpus_per_worker": 1}}
+    execution["train"] = {"source": "stream"}
     for same in ({section: fields} for section, fields in execution.items()):
         assert fingerprint(_changed(**same).recipe()) == base
 

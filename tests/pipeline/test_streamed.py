@@ -12,7 +12,7 @@ from pipeline.bags import Augment, PatchBag
 from pipeline.cohort import Cohort
 from pipeline.config_data import TilingConfig
 from pipeline.errors import BadTileError, SlideError, StorageError
-from pipeline.patches import StoredSlide
+from pipeline.patches import PatchStore, StoredSlide
 from pipeline.streamed import StreamedSlide, open_streamed, plan_root
 from pipeline.tiler import begin_slide
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
@@ -25,7 +25,8 @@ def stream_slides(cohort: Cohort, root: Path, spec: TilingConfig) -> list[Stream
     found = []
     for slide in cohort.slides:
         status = begin_slide(slide, spec, plan_root(str(root)), whole=True, pixels=False)
-        found.append(open_streamed(slide, spec, str(root), str(status.key)))  # type: ignore[union-attr]
+        plans = PatchStore(plan_root(str(root)), spec.fingerprint())
+        found.append(open_streamed(slide, spec, plans, str(status.key)))  # type: ignore[union-attr]
     return found
 
 
@@ -109,4 +110,4 @@ def test_a_patch_that_cannot_be_decoded_ends_the_training_with_the_remedy(
 
 def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no committed slide"):
-        open_streamed(pairs[0][0].slide, pairs[0][0].spec, str(tmp_path), "abc")
+        open_streamed(pairs[0][0].slide, pairs[0][0].spec, PatchStore(str(tmp_path), "aa"), "abc")
