@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.figures import attention_map, overlay_png, roc_png
+from pipeline.figures import attention_map, overlay_png, roc_png, scatter_png
 
 
 def _pixels(png: bytes) -> np.ndarray:
@@ -58,3 +58,13 @@ def test_one_and_several_roc_curves_draw() -> None:
     one, several = _pixels(roc_png({"yes": curve})), _pixels(roc_png({"a": curve, "b": curve, "c": curve}))
     assert one.shape == several.shape
     assert (one != several).any()
+
+
+def test_points_of_a_scatter_stand_above_the_line_where_too_much_was_predicted() -> None:
+    true = np.linspace(0.0, 10.0, 30)
+    blue = []
+    for shift in (3.0, -3.0):
+        pixels = _pixels(scatter_png(np.append(true, [0.0, 10.0]), np.append(true + shift, [-5.0, 15.0]), "age"))
+        y, _ = np.nonzero((pixels[..., 2] - pixels[..., 0]) > 60)
+        blue.append(float(y.mean()))
+    assert blue[0] < blue[1]
