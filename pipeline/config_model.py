@@ -20,7 +20,7 @@ class EncoderConfig(Section):
     stages: Literal[2, 4] = 4
     """Residual stages kept; 2 is the paper's Megapixel-MNIST trunk (paper section 4). ResNets only."""
     channels: Literal[1, 3] = 3
-    """Of the patches' pixels."""
+    """Of the patches' pixels; those of stored slides have 3."""
     features: Positive | None = None
     """features: width of the stored features."""
     dim: Positive | None = None
