@@ -29,6 +29,8 @@ from pipeline.storage import SourceVersion
 
 SOURCES, UNFINISHED = "sources", "unfinished"
 """Folders beside those of the slides."""
+PLANS = "plans"
+"""Folder below the root: a store of slides without parts (`commit.write_plan`)."""
 
 Ints = npt.NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""Whether a patch store still holds what was committed: every byte is read and compared, nothing is changed.
+"""Whether a store of patches or features still holds what was committed: every byte is read, nothing is changed.
 
 *Damage* is a committed slide that is not whole: a file absent, of another length or another digest, an index that
 does not lead to its patches. *Leftovers* are what killed runs leave behind; they harm nothing.
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.parts import part_index
-from pipeline.patches import SOURCES, UNFINISHED, slide_key
+from pipeline.patches import PLANS, SOURCES, UNFINISHED, slide_key
 from pipeline.schema import INDEX
 
-_SPEC = re.compile(r"^[0-9a-f]{16}$")  # names of a store's folders: a tiling spec's fingerprint
+_SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fingerprints of tiling spec and encoder
 _SLIDE = re.compile(r"^[0-9a-f]{32}$")  # and in them: slides by their key
 _CLEAN = "delete it when no run is active"
 _REPAIR = "delete the slide's folder and the tile stage's records (stages/tile-*.json), and run the tile stage"
@@ -77,10 +77,10 @@ def _damage(uri: str, what: str, remedy: str = _REPAIR) -> Finding:
 
 
 def verify_store(store: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
-    """Read all of a patch store, or of one tiling spec's folder in it.
+    """Read all of a store of patches (with the plans below it) or of features, or of one spec's folder in it.
 
     Args:
-        store: URI, the config's `storage.patches`.
+        store: URI, such as the config's `storage.patches`.
         threads: files read at a time; each takes the memory of one part, some 60 MB.
         on_progress: called with the files read and their number.
 
@@ -124,9 +124,12 @@ def _run(check: _Check) -> list[Finding]:
 
 def _specs(store: str) -> list[str]:
     names = storage.list_names(store)
-    if found := [storage.join(store, name) for name in names if _SPEC.match(name)]:
+    found = [storage.join(store, name) for name in names if _SPEC.match(name)]
+    if PLANS in names:
+        found += _specs(storage.join(store, PLANS))
+    if found:
         return found
-    if SOURCES in names or any(_SLIDE.match(name) for name in names):
+    if any(name in (SOURCES, UNFINISHED) or _SLIDE.match(name) for name in names):
         return [store]
     raise StorageError(
         f"{store}: no patch store; name the folder of storage.patches, by default <storage.root>/patches"
@@ -134,7 +137,14 @@ def _specs(store: str) -> list[str]:
 
 
 def _entries(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]]
+    thumbnail = [facts["thumbnail"]] if "thumbnail" in facts else []  # features have none of their own
+    return [*facts["parts"], facts["index"], *thumbnail, *facts.get("files", ())]
+
+
+def _is_of(facts: Mapping[str, Any], key: str) -> bool:
+    """Whether a commit is that of the slide in whose folder it stands."""
+    made = facts["key"] if "encoder" in facts else slide_key(facts["content"], facts["mpp"], facts["guide"])
+    return bool(facts["key"] == key == made)
 
 
 def _look_at(uri: str) -> tuple[_Commit | None, list[Finding]]:
@@ -147,7 +157,7 @@ def _look_at(uri: str) -> tuple[_Commit | None, list[Finding]]:
         return None, [*found, Finding(uri, what, "the next run goes on with it")]
     try:
         facts = storage.read_json(storage.join(uri, "slide.json"))
-        right = facts["key"] == slide_key(facts["content"], facts["mpp"], facts["guide"]) == uri.rpartition("/")[2]
+        right = _is_of(facts, uri.rpartition("/")[2])
         known = {"slide.json", *(entry["name"] for entry in _entries(facts))}
     except (StorageError, KeyError, TypeError) as error:
         return None, [*found, _damage(storage.join(uri, "slide.json"), f"no commit that can be read: {error}")]
@@ -168,7 +178,8 @@ def _index(uri: str, facts: Mapping[str, Any]) -> list[Finding]:
     if data is None:
         return found
     table = pq.read_table(pa.BufferReader(data))
-    if not table.schema.equals(INDEX) or table.column("row").to_pylist() != list(range(facts["n_patches"])):
+    named = set(INDEX.names) <= set(table.column_names)  # plans have two columns more
+    if not named or table.column("row").to_pylist() != list(range(len(table))) or len(table) != facts["n_patches"]:
         return [_damage(place, f"does not number the {facts['n_patches']} patches of the slide")]
     return []
 
@@ -181,7 +192,7 @@ def _index_table(uri: str) -> pa.Table:
 def _checks(commit: _Commit) -> Iterator[_Check]:
     for number, entry in enumerate(commit.facts["parts"]):
         yield partial(_part, commit, number, entry)
-    for entry in (commit.facts["thumbnail"], *commit.facts["files"]):
+    for entry in _entries(commit.facts)[len(commit.facts["parts"]) + 1 :]:
         yield partial(_file, commit, entry)
 
 
@@ -191,9 +202,13 @@ def _part(commit: _Commit, number: int, entry: Mapping[str, Any]) -> list[Findin
     if data is None or not commit.indexed:
         return found
     index = _index_table(storage.join(commit.uri, commit.facts["index"]["name"]))
-    if not index.filter(pc.equal(index.column("part"), number)).equals(part_index(data, number).drop_columns(["row"])):
-        return [_damage(uri, "index.parquet does not lead to its patches")]
-    return []
+    listed = index.filter(pc.equal(index.column("part"), number))
+    if "encoder" in commit.facts:
+        ends = pc.add(listed.column("offset"), listed.column("length"))
+        right = len(listed) == entry["patches"] and pc.max(ends).as_py() <= len(data)
+    else:
+        right = listed.equals(part_index(data, number).drop_columns(["row"]))
+    return [] if right else [_damage(uri, "index.parquet does not lead to its patches")]
 
 
 def _file(commit: _Commit, entry: Mapping[str, Any]) -> list[Finding]:

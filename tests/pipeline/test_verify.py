@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,8 +17,11 @@ from typer.testing import CliRunner
 from pipeline import parts
 from pipeline.cli import app
 from pipeline.errors import StorageError
+from pipeline.features import FeatureStore
 from pipeline.parts import parquet_bytes
-from pipeline.tiler import store_slide
+from pipeline.patches import PatchStore, SlideStatus
+from pipeline.streamed import plan_root
+from pipeline.tiler import begin_slide, store_slide
 from pipeline.verify import Report, verify_store
 from tests.pipeline.slides import RGB, SPEC, contents, row
 from tests.s3 import serve_s3
@@ -109,7 +113,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "index short": (shorten_index, "index.parquet", "does not number the"),
     "thumbnail": (lambda s: flip(s / "thumbnail.jpg"), "thumbnail.jpg", "sha256"),
     "commit cut": (lambda s: (s / "slide.json").write_text("{"), "slide.json", "not JSON"),
-    "commit empty": (lambda s: (s / "slide.json").write_text("{}"), "slide.json", "'key'"),
+    "commit empty": (lambda s: (s / "slide.json").write_text("{}"), "slide.json", "'content'"),
     "another slide": (another, "", "is of another slide"),
 }
 
@@ -183,3 +187,21 @@ def test_a_store_on_s3(store: Path, slide: Path, tmp_path: Path, monkeypatch: py
         assert verify("s3://store", threads=8).damage == []
         flip(slide / "part-00001.arrow")
         assert [finding.uri.rpartition("/")[2] for finding in verify("s3://store").damage] == ["part-00001.arrow"]
+
+
+def test_features_and_plans_are_verified_too(store: Path, slide: Path, tmp_path: Path) -> None:
+    patches = PatchStore(str(store), SPEC.fingerprint())
+    stored = patches.slide(slide.name)
+    vectors = np.arange(stored.n_patches * 4, dtype=np.float32).reshape(-1, 4)
+    features = FeatureStore(str(tmp_path / "features"), SPEC.fingerprint(), "e" * 16).write(stored, [vectors], {})
+    source = store.parent / "a.tiff"
+    write_pyramid(source, RGB, levels=1)
+    planned = begin_slide(row(source), SPEC, plan_root(str(store)), whole=True, pixels=False)
+    report, plans = verify(tmp_path / "features"), verify(store)
+    assert (report.slides, report.patches, report.damage, report.leftovers) == (1, stored.n_patches, [], [])
+    assert (plans.slides, plans.damage, plans.leftovers) == (3, [], [])
+    assert isinstance(planned, SlideStatus)
+    flip(Path(features.uri) / "part-00000.arrow")
+    flip(store / "plans" / SPEC.fingerprint() / str(planned.key) / "index.parquet")
+    assert [Path(f.uri).name for f in verify(tmp_path / "features").damage] == ["part-00000.arrow"]
+    assert [Path(f.uri).name for f in verify(store).damage] == ["index.parquet"]
