@@ -12,6 +12,7 @@ from contourpy import FillType, contour_generator
 from PIL import Image
 
 OUTLINE_PX = 1024  # longer edge of the mask that is traced: an outline of a few thousand points
+SPECK_PX = 4  # of the traced mask: smaller pieces and holes are left out; nobody edits them, and noise has thousands
 _COLOUR = [46, 139, 87]
 
 Mask = npt.NDArray[np.bool_]
@@ -53,9 +54,16 @@ def _polygons(mask: Mask, dimensions: tuple[int, int]) -> list[list[list[list[in
     for outline, bounds in zip(points, offsets, strict=True):
         # the outline counts from px centres, of the rim on
         corners = np.clip(np.rint((outline - 0.5) * scale), 0, dimensions).astype(int)
-        rings = [_straightened(corners[a:b]) for a, b in pairwise(bounds)]
-        polygons.append([ring.tolist() for ring in rings if len(ring) >= 4])
-    return [rings for rings in polygons if rings]
+        large = [slice(a, b) for a, b in pairwise(bounds) if _area(outline[a:b]) > SPECK_PX]
+        if large and large[0].start == bounds[0]:  # else the piece itself is a speck
+            polygons.append([_straightened(corners[part]).tolist() for part in large])
+    return polygons
+
+
+def _area(ring: npt.NDArray[np.float64]) -> float:
+    """Inside a closed ring (shoelace formula)."""
+    x, y = ring.T
+    return float(abs((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) / 2)
 
 
 def _straightened(ring: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

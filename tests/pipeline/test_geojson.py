@@ -70,3 +70,13 @@ def test_a_large_mask_gives_a_small_outline() -> None:
     x0, y0 = ring[:-1].T
     x1, y1 = ring[1:].T
     assert abs((x0 * y1 - x1 * y0).sum() / 2) == pytest.approx(np.pi * 14_000**2, rel=0.01)
+
+
+def test_specks_are_left_out_and_pieces_stay() -> None:
+    found = np.zeros((37, 106), bool)
+    found[5, 5] = found[30, 100] = True
+    found[10:14, 20:24] = True
+    found[11, 21] = False
+    (feature,) = json.loads(tissue_geojson(found, DIMENSIONS))["features"]
+    (ring,) = feature["geometry"]["coordinates"]
+    assert np.array(ring).min(axis=0).tolist() == [200, 100]
