@@ -100,7 +100,7 @@ def standalone(tile: bytes, tables: bytes, rgb: bool, found: Header | None = Non
     end = _end(tile, head) + 2
     wanted = "RGB" if rgb else "YCbCr"
     if head.guess == wanted:
-        return SOI + tables + tile[2:end] if tables else tile[:end]
+        return b"".join((SOI, tables, memoryview(tile)[2:end])) if tables else tile[:end]
     kept, at = [], 2
     for start, stop in head.colour:
         kept.append(tile[at:start])

@@ -98,7 +98,8 @@ def part_index(data: bytes, number: int) -> pa.Table:
         bounds = np.frombuffer(offsets, np.int64, len(batch) + 1) + (images.address - buffer.address)
         arrays = [
             pa.array(np.arange(row, row + len(batch), dtype=np.int64)),
-            *(batch.column(name) for name in ("cell", "x", "y", "level")),
+            # copied: a column of the file would keep the whole part in memory, and a slide's parts add up to gigabytes
+            *(pa.array(batch.column(name).to_numpy().copy()) for name in ("cell", "x", "y", "level")),
             pa.array(np.full(len(batch), number, np.int32)),
             pa.array(bounds[:-1]),
             pa.array(np.diff(bounds)),
@@ -144,7 +145,14 @@ def _batch(rows: Sequence[PatchRow], cells: Sequence[int]) -> pa.RecordBatch:
         [row.x for row in rows],
         [row.y for row in rows],
         [row.level for row in rows],
-        [row.image for row in rows],
     ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, PATCHES, strict=True)]
-    return pa.record_batch(arrays, schema=PATCHES)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, list(PATCHES)[:-1], strict=True)]
+    return pa.record_batch([*arrays, _images([row.image for row in rows])], schema=PATCHES)
+
+
+def _images(images: Sequence[bytes]) -> pa.Array:
+    """The column of JPEGs; joined here, because Arrow's own conversion takes longer than all else of a patch."""
+    ends = np.cumsum([0, *map(len, images)], dtype=np.int64)
+    return pa.Array.from_buffers(
+        PATCHES.field("image").type, len(images), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(images))]
+    )

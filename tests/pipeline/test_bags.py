@@ -24,11 +24,14 @@ from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.patches import PatchStore, StoredSlide
+from pipeline.slide import open_slide
 from pipeline.stain import jittered
 from pipeline.tiler import store_slide
 from tests.pipeline.small import write_slide
 from tests.s3 import serve_s3
+from tests.synth import tissue_rgb, write_pyramid
 
+PICTURE = tissue_rgb(313, 271)
 SPEC = TilingConfig(patch_px=19, mpp=None, tissue="none")  # 211 x 157 px: a grid of 11 x 8
 
 
@@ -84,6 +87,26 @@ def test_every_row_once_in_order(slides: list[StoredSlide], size: int) -> None:
             (payload,) = slide.payloads([row])
             expected = simplejpeg.decode_jpeg(payload).transpose(2, 0, 1)
             assert np.array_equal(whole.patches[88 * number + row].numpy(), expected)
+
+
+def test_memory_of_chunks_goes_round_once_nobody_holds_them(slides: list[StoredSlide]) -> None:
+    bag = PatchBag(slides, threads=2, augment=None)
+    seen = {chunk.patches.data_ptr() for chunk in bag.chunks(5)}
+    assert len(seen) <= 6 < 176 // 5
+    kept = [chunk.patches[3:4] for chunk in bag.chunks(5)]  # a view holds its chunk
+    assert torch.equal(torch.cat(kept), joined(bag.chunks(176)).patches[3::5])
+
+
+def test_patches_of_any_subsampling(tmp_path: Path, store: str) -> None:
+    for subsampling in ("444", "422", "420"):
+        path = write_pyramid(tmp_path / f"{subsampling}.tiff", PICTURE, tile=64, subsampling=subsampling, shared=True)
+        spec = TilingConfig(patch_px="native", tissue="none")
+        status = store_slide(CohortSlide(path.stem, str(path), path.stem, None, None, {}, {}), spec, store)
+        slide = PatchStore(store, spec.fingerprint()).slide(str(status.key))
+        with open_slide(path) as reader:
+            patches = joined(PatchBag([slide], threads=1, augment=None).chunks(9)).patches
+            for patch, x, y in zip(patches, slide.index().x.tolist(), slide.index().y.tolist(), strict=True):
+                assert np.array_equal(patch.permute(1, 2, 0).numpy(), reader.read(0, x, y, 64, 64))
 
 
 def test_positions_are_grid_columns_and_rows(slides: list[StoredSlide]) -> None:

@@ -1,0 +1,276 @@
+"""How fast slides become patches, and patches pixels: `python -m tests.bench.tiling`.
+
+Every figure is a ratio to a reference of the same run, in CPU time of one thread where it says "per core" (a busy
+neighbour then changes little), else in wall time. Ends with a table and JSON; exit code 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import openslide
+import simplejpeg
+
+from pipeline.commit import plan_slide, write_slide
+from pipeline.config_data import TilingConfig
+from pipeline.cutting import Cutter, encode
+from pipeline.patches import PatchStore, StoredSlide
+from pipeline.slide import open_slide
+from pipeline.tiling import tile_slide
+from tests.bench.canvas import repeat, write_canvas
+
+ALIGNED = TilingConfig()
+UNALIGNED = TilingConfig(patch_px=224)  # on tiles of 256 px
+THREADS = 2  # of the reader and of its reference
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One goal."""
+
+    name: str
+    measured: float
+    goal: float
+    unit: str
+    note: str
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.goal if self.at_most else self.measured >= self.goal
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """Seconds of this process, the system's on its behalf included."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def wall(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def openslide_loop(path: Path, boxes: Iterable[tuple[int, int]], edge: int, *, encoded: bool) -> None:
+    """What everybody writes: read_region, RGB, and the same encoder as ours."""
+    with openslide.OpenSlide(path) as slide:
+        for x, y in boxes:
+            rgb = np.asarray(slide.read_region((x, y), 0, (edge, edge)).convert("RGB"))
+            if encoded:
+                encode(rgb, ALIGNED.jpeg_quality)
+
+
+def read_all(path: Path, boxes: list[tuple[int, int]], edge: int) -> None:
+    """Ours, to RGB."""
+    with open_slide(path) as reader:
+        origins = np.array(boxes)
+        reader.expect(0, np.concatenate([origins, np.full_like(origins, edge)], axis=1))
+        for x, y in boxes:
+            reader.read(0, x, y, edge, edge)
+
+
+def per_core(slide: Path, limit: int) -> list[Line]:
+    """Rows of patches with tissue, through both paths by turns."""
+    with open_slide(slide) as reader:
+        tiling = tile_slide(reader, UNALIGNED, 0.5)
+        origins = tiling.grid.level_origins(tiling.cells)[:limit]
+    boxes: list[tuple[int, int]] = [(x, y) for x, y in origins.tolist()]
+
+    def ours_encoded() -> None:
+        with open_slide(slide) as reader:
+            cutter = Cutter(reader, tiling.grid, UNALIGNED)
+            cutter.expect(origins)
+            for x, y in boxes:
+                cutter.cut(x, y)
+
+    plain, plain_encoded, ours, encoded = [], [], [], []
+    for _ in range(ROUNDS):
+        plain.append(cpu(lambda: openslide_loop(slide, boxes, 224, encoded=False)))
+        ours.append(cpu(lambda: read_all(slide, boxes, 224)))
+        plain_encoded.append(cpu(lambda: openslide_loop(slide, boxes, 224, encoded=True)))
+        encoded.append(cpu(ours_encoded))
+    n = len(boxes)
+    note = f"{n / min(ours):.0f} against {n / min(plain):.0f} patches/s, 224 px on tiles of 256 px"
+    also = f"{n / min(encoded):.0f} against {n / min(plain_encoded):.0f} patches/s"
+    return [
+        Line("per core, not aligned, to RGB", min(plain) / min(ours), 5.0, "x", note),
+        Line("per core, not aligned, encoded", min(plain_encoded) / min(encoded), 2.5, "x", also),
+    ]
+
+
+def passthrough(slide: Path, folder: Path, limit: int) -> list[Line]:
+    """The whole of what a task does with an aligned slide, digests and fsync included."""
+    store = PatchStore(str(folder / "aligned"), ALIGNED.fingerprint())
+    with open_slide(slide) as reader:
+        planned = plan_slide("0" * 64, 0.5, reader, tile_slide(reader, ALIGNED, 0.5))
+        tiling = planned.tiling
+        boxes = [(x, y) for x, y in tiling.grid.level_origins(tiling.cells)[:limit].tolist()]
+        write_slide(store, planned, lambda: None)  # loads what is loaded once
+        ours, real, plain = [], [], []
+        for _ in range(ROUNDS):
+            plain.append(cpu(lambda: openslide_loop(slide, boxes, 256, encoded=True)) / len(boxes))
+            start = time.perf_counter()
+            ours.append(cpu(lambda: write_slide(store, planned, lambda: None)) / len(tiling.cells))
+            real.append((time.perf_counter() - start) / len(tiling.cells))
+    note = f"{1 / min(ours):.0f} patches/s of CPU time, {1 / min(real):.0f} of wall time, {1 / min(plain):.0f} the loop"
+    return [Line("per core, aligned, committed", min(plain) / min(ours), 40.0, "x", note)]
+
+
+def reading(slide: StoredSlide) -> list[Line]:
+    """Chunks of pixels against simplejpeg on the same JPEGs, into as much memory, with as many threads."""
+    from pipeline.bags import PatchBag
+
+    n = min(slide.n_patches, 12_000)
+    payloads = slide.payloads(np.arange(n))
+    room = np.zeros((1024, slide.patch_px, slide.patch_px, 3), np.uint8)
+
+    def decode(thread: int) -> None:
+        for i in range(thread, n, THREADS):
+            simplejpeg.decode_jpeg(payloads[i], buffer=room[i % len(room)])
+
+    def reference() -> None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(decode, range(THREADS)))
+
+    def bag() -> None:
+        done = 0
+        for chunk in PatchBag([slide], threads=THREADS, augment=None).chunks(256):
+            done += len(chunk.index)
+            if done >= n:
+                break
+
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        theirs.append(wall(reference))
+        ours.append(wall(bag))
+    note = f"{n / min(ours):.0f} against {n / min(theirs):.0f} patches/s with {THREADS} threads"
+    return [Line("reading patches back", min(theirs) / min(ours), 0.9, "x", note)]
+
+
+def random_access(slide: StoredSlide) -> list[Line]:
+    """128 patches of all, by exact range reads; bytes as the kernel counts them."""
+    slide.index()
+    rng = np.random.default_rng(0)
+    amplification, seconds = [], []
+    for _ in range(10):
+        rows = rng.choice(slide.n_patches, 128, replace=False)
+        before = _read_bytes()
+        start = time.perf_counter()
+        payloads = slide.payloads(rows)
+        seconds.append(time.perf_counter() - start)
+        amplification.append((_read_bytes() - before) / sum(map(len, payloads)))
+    note = f"128 of {slide.n_patches} patches"
+    return [
+        Line("random access, bytes read a byte", max(amplification), 1.05, "x", note, at_most=True),
+        Line("random access", 1e3 * float(np.median(seconds)), 50.0, "ms", note, at_most=True),
+    ]
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has asked the kernel for."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split("rchar: ")[1].split()[0])
+
+
+def in_process(job: str, *arguments: object) -> dict[str, float]:
+    """A job of `tests.bench.tiling_jobs` in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.tiling_jobs", job, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def memory(small: Path, large: Path, folder: Path) -> list[Line]:
+    """Peak resident memory of a task that commits an aligned slide, and of one that decodes part of it."""
+    lines = []
+    for kind in ("aligned", "unaligned"):
+        peaks = [in_process("tile", kind, slide, folder / f"{kind}-{slide.stem}") for slide in (small, large)]
+        note = ", ".join(f"{peak['patches']:.0f} patches: {peak['mib']:.0f} MiB" for peak in peaks)
+        lines.append(Line(f"memory, {kind}", peaks[1]["mib"] / peaks[0]["mib"], 1.25, "x", note, at_most=True))
+    return lines
+
+
+def two_workers(slide: Path) -> list[Line]:
+    """The same work in one process, and in two at once."""
+    alone, together = [], []
+    for _ in range(ROUNDS):
+        alone.append(in_process("cut", slide)["rate"])
+        with ThreadPoolExecutor(2) as pool:
+            rates = list(pool.map(lambda _: in_process("cut", slide)["rate"], range(2)))
+        together.append(sum(rates))
+    note = f"{max(together):.0f} against {max(alone):.0f} patches/s"
+    return [Line("two workers of one thread", max(together) / max(alone), 1.8, "x", note)]
+
+
+def ray_share(canvas: Path, folder: Path, seconds: float) -> list[Line]:
+    """A cohort on Ray against the same slides in two plain processes."""
+    found = in_process("ray", canvas, folder / "ray", seconds)
+    note = f"{found['work']:.0f} s of work; Ray {found['ray']:.1f} s, two processes {found['plain']:.1f} s, "
+    note += f"start-up apart: {found['start']:.1f} s"
+    return [Line("Ray's share of the tile stage", 1 - found["plain"] / found["ray"], 0.1, "", note, at_most=True)]
+
+
+def ratiopath(canvas: Path, folder: Path, python: Path) -> list[Line]:
+    """The whole stage, to committed patches, against ratiopath's to a Parquet file, each on all cores."""
+    rival = Path(__file__).with_name("rival_ratiopath.py")
+    done = subprocess.run([python, rival, canvas, folder / "rival"], check=True, stdout=subprocess.PIPE, text=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])["rate"]
+    ours = in_process("stage", canvas, folder / "stage")["rate"]
+    return [
+        Line(
+            "the whole stage, against ratiopath", ours / theirs, 10.0, "x", f"{ours:.0f} against {theirs:.0f} patches/s"
+        )
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer patches, and no Ray")
+    parser.add_argument("--scratch", type=Path, help="where to put 5 GB; default: a temporary folder")
+    parser.add_argument("--ratiopath", type=Path, help="a Python with ratiopath 1.0.3, to be measured too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        lines = measure(Path(scratch), quick=options.quick, rival=options.ratiopath)
+    for line in lines:
+        sign = "<=" if line.at_most else ">="
+        verdict = "met" if line.met else "MISSED"
+        print(f"{line.name:36s}{line.measured:8.2f} {line.unit:3s}{sign} {line.goal:5.2f}  {verdict:7s}{line.note}")
+    print(json.dumps([{**asdict(line), "met": line.met} for line in lines]))
+    return int(not all(line.met for line in lines))
+
+
+def measure(folder: Path, *, quick: bool, rival: Path | None) -> list[Line]:
+    canvas = write_canvas(folder / "canvas.tiff")
+    medium = repeat(canvas, folder / "medium.tiff", 3, 3)  # 20,736 tiles
+    large = repeat(canvas, folder / "large.tiff", *((4, 4) if quick else (11, 10)))  # 253,440
+    limit = 400 if quick else 1500
+    lines = per_core(medium, limit) + passthrough(medium, folder, limit) + memory(medium, large, folder)
+    stored = [next(iter_slides(folder / f"aligned-{slide.stem}")) for slide in (medium, large)]
+    lines += reading(stored[0]) + random_access(stored[1]) + two_workers(medium)
+    if not quick:
+        lines += ray_share(canvas, folder, 120.0)
+    if rival is not None:
+        lines += ratiopath(canvas, folder, rival)
+    return lines
+
+
+def iter_slides(root: Path) -> Iterator[StoredSlide]:
+    for commit in root.glob("*/*/slide.json"):
+        yield PatchStore(str(root), commit.parent.parent.name).slide(commit.parent.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

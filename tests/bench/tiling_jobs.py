@@ -1,0 +1,124 @@
+"""The parts of the tiling benchmark that need a process of their own: `python -m tests.bench.tiling_jobs JOB ...`.
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cohort import CohortSlide
+from pipeline.commit import plan_slide, write_slide
+from pipeline.config_data import TilingConfig
+from pipeline.cutting import Cutter
+from pipeline.parts import part_patches, read_part
+from pipeline.patches import PatchStore
+from pipeline.slide import open_slide
+from pipeline.tiler import store_slide
+from pipeline.tiling import tile_slide
+from tests.bench.canvas import repeat
+
+ALL = TilingConfig(tissue="none")  # the glass too: patches are tiles
+UNALIGNED = TilingConfig(patch_px=224, tissue="none")
+WORK = TilingConfig(patch_px=224)
+
+
+def tile(kind: str, slide: str, store: str) -> dict[str, float]:
+    """Commit an aligned slide; or read a part from the middle of one that is not, as one task of many does."""
+    spec = ALL if kind == "aligned" else UNALIGNED
+    with open_slide(Path(slide)) as reader:
+        tiling = tile_slide(reader, spec, 0.5)
+        if kind == "aligned":
+            write_slide(PatchStore(store, spec.fingerprint()), plan_slide("0", 0.5, reader, tiling), lambda: None)
+        else:
+            middle = len(tiling.cells) // part_patches(224) // 2
+            for number in range(middle, middle + 3):
+                read_part(tiling, number)
+    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "patches": len(tiling.cells)}
+
+
+def cut(slide: str) -> dict[str, float]:
+    """Rate of decoding and encoding 2000 patches that are not aligned."""
+    with open_slide(Path(slide)) as reader:
+        tiling = tile_slide(reader, WORK, 0.5)
+        origins = tiling.grid.level_origins(tiling.cells)[:2000]
+        cutter = Cutter(reader, tiling.grid, WORK)
+        cutter.expect(origins)
+        start = time.perf_counter()
+        for x, y in origins.tolist():
+            cutter.cut(x, y)
+        return {"rate": len(origins) / (time.perf_counter() - start)}
+
+
+def cohort(canvas: str, folder: str, slides: int) -> list[CohortSlide]:
+    """Slides of one size that differ in content."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [repeat(Path(canvas), Path(folder, f"{number}.tiff"), 1, 1, salt=number + 1) for number in range(slides)]
+    return [CohortSlide(path.stem, str(path), path.stem, None, None, {}, {}) for path in paths]
+
+
+def store_all(slides: Sequence[CohortSlide], store: str) -> None:
+    for slide in slides:
+        assert store_slide(slide, WORK, store).status == "committed"
+
+
+def ray(canvas: str, folder: str, seconds: str) -> dict[str, float]:
+    """Seconds of wall time for at least `seconds` of work on two cores, with Ray and without."""
+    first = cohort(canvas, folder, 1)
+    start = time.process_time()
+    store_all(first, f"{folder}/first")
+    slides = cohort(canvas, folder, 2 * max(1, round(float(seconds) / (time.process_time() - start) / 2)))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=store_all, args=(slides[i::2], f"{folder}/plain")) for i in range(2)]
+    start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    plain = time.perf_counter() - start
+    work = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
+    start = time.perf_counter()
+    import ray as cluster
+
+    from pipeline.ingest import tile_cohort
+
+    cluster.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    started = time.perf_counter() - start
+    start = time.perf_counter()
+    statuses = tile_cohort(slides, WORK, f"{folder}/ray", cpus=1, on_status=lambda status: None)
+    with_ray = time.perf_counter() - start
+    cluster.shutdown()
+    assert {status.status for status in statuses} == {"committed"}
+    return {"plain": plain, "ray": with_ray, "start": started, "work": work}
+
+
+def stage(canvas: str, folder: str) -> dict[str, float]:
+    """Committed patches a second of the whole stage, aligned, two processes, until nothing is left of 16 slides."""
+    slides = cohort(canvas, folder, 16)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=stage_all, args=(slides[i::2], f"{folder}/stage")) for i in range(2)]
+    start = time.perf_counter()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    seconds = time.perf_counter() - start
+    patches = sum(json.loads(path.read_text())["n_patches"] for path in Path(folder).glob("stage/*/*/slide.json"))
+    return {"rate": patches / seconds}
+
+
+def stage_all(slides: Sequence[CohortSlide], store: str) -> None:
+    for slide in slides:
+        assert store_slide(slide, TilingConfig(), store).status == "committed"
+
+
+if __name__ == "__main__":
+    job, *arguments = sys.argv[1:]
+    jobs = {"tile": tile, "cut": cut, "ray": ray, "stage": stage}
+    print(json.dumps(jobs[job](*arguments)))  # type: ignore[operator]
