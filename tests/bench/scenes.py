@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import json
+import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -97,16 +102,40 @@ class EndlessBag:
         return Chunk(self._base[at % 251] + shift, rows)
 
 
-def best_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The fastest of `repeats` runs, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
+@dataclass(frozen=True)
+class Clock:
+    """How runs are timed: on the wall with all cores, or by the process's own CPU time with one thread."""
+
+    cpu_time: bool
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Clock:
+        """Set the number of threads too."""
+        torch.set_num_threads(1 if options.cpu_time else os.cpu_count() or 1)
+        return cls(options.cpu_time)
+
+    @staticmethod
+    def add_option(parser: argparse.ArgumentParser) -> None:
+        """`--cpu-time`."""
+        help_text = "CPU time of one thread instead of wall time: for machines that others use too"
+        parser.add_argument("--cpu-time", action="store_true", help=help_text)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Of one run."""
+        now = time.process_time if self.cpu_time else time.perf_counter
         _wait()
-        start = time.perf_counter()
+        start = now()
         run()
         _wait()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        return now() - start
+
+    def race(self, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+        """The fastest of `rounds` of each run; all take turns, so that a busy machine hurts them alike."""
+        best = dict.fromkeys(runs, math.inf)
+        for _ in range(rounds):
+            for name, run in runs.items():
+                best[name] = min(best[name], self.seconds(run))
+        return best
 
 
 def _wait() -> None:
@@ -114,8 +143,59 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def verdict(goals: list[tuple[str, float, float]]) -> int:
-    """Print measured against goal; 1 when one is missed."""
-    for name, found, goal in goals:
-        print(f"{'met   ' if found >= goal else 'MISSED'}  {name}: {found:.2f}x, goal {goal:g}x")
-    return int(any(found < goal for _, found, goal in goals))
+def multiplications(encoder: nn.Module, patches: Tensor) -> int:
+    """Multiply-adds the convolutions of `encoder` need for one of patches (n, C, h, w); taps on padding are none."""
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(layer.padding, tuple)
+        ones, kernel = torch.ones(1, 1, *inputs[0].shape[2:]), torch.ones(1, 1, *layer.kernel_size)
+        taps = nn.functional.conv2d(ones, kernel, stride=layer.stride, padding=layer.padding).sum()
+        total += int(taps) * layer.in_channels * layer.out_channels
+
+    hooks = [layer.register_forward_hook(count) for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.no_grad():
+        encoder(patches[:1])
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+    """Multiply-adds a second of a matrix product of `dtype`: what no convolution without Winograd can pass."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return size**3 / clock.race({"product": lambda: nn.functional.linear(a, b)}, 9)["product"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio to reach."""
+
+    name: str
+    found: float
+    goal: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it was."""
+        return self.found >= self.goal
+
+
+def verdict(goals: Sequence[Goal], table: Mapping[str, object], clock: Clock) -> int:
+    """Print measured against goal, then everything as one line of JSON; 1 when a goal is missed."""
+    print()
+    for goal in goals:
+        print(f"{'met   ' if goal.met else 'MISSED'}  {goal.name}: {goal.found:.2f}x, goal {goal.goal:g}x")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    facts = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "clock": "cpu time" if clock.cpu_time else "wall",
+    }
+    outcome = [{**asdict(goal), "met": goal.met} for goal in goals]
+    print(json.dumps({**facts, "table": table, "goals": outcome}))
+    return int(not all(goal.met for goal in goals))
