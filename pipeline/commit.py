@@ -35,6 +35,8 @@ class PlannedSlide:
     mpp: float | None
     facts: Mapping[str, Any]
     tiling: SlideTiling
+    pictures: Mapping[str, bytes]
+    """File name -> thumbnail and what is kept to be looked at; written with the commit."""
 
     def attached(self, reader: SlideReader) -> PlannedSlide:
         """With the slide opened anew, so that its parts can be read."""
@@ -60,7 +62,15 @@ def plan_slide(
         guide: digest of the mask and coordinates that were given beside it.
     """
     facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
-    return PlannedSlide(slide_key(digest, mpp, guide), digest, mpp, facts, tiling)
+    pictures = {"thumbnail.jpg": tiling.thumbnail.jpeg, **tiling.evidence.files}
+    return PlannedSlide(slide_key(digest, mpp, guide), digest, mpp, facts, tiling, pictures)
+
+
+def write_pictures(store: PatchStore, planned: PlannedSlide) -> PlannedSlide:
+    """Write a plan's pictures ahead of its parts; what is left of it travels to many tasks as some 10 KB."""
+    for name, data in planned.pictures.items():
+        storage.write_bytes(storage.join(store.uri, planned.key, name), data)
+    return replace(planned, pictures={})
 
 
 def write_slide(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
@@ -149,16 +159,13 @@ def _commit(
     store: PatchStore, planned: PlannedSlide, parts: Sequence[Part], table: pa.Table | None = None
 ) -> StoredSlide:
     """Write all but the parts, the commit last; `table` is the index of a slide without parts."""
-    uri, tiling = storage.join(store.uri, planned.key), planned.tiling
+    uri = storage.join(store.uri, planned.key)
     bad_tiles = [corner for part in parts for corner in part.bad_tiles]
-    tiling.check_lost(len(bad_tiles))
+    planned.tiling.check_lost(len(bad_tiles))
     table = join_index(parts) if table is None else table
     index = parquet_bytes(table)
     storage.write_bytes(storage.join(uri, "index.parquet"), index)
-    storage.write_bytes(storage.join(uri, "thumbnail.jpg"), tiling.thumbnail.jpeg)
-    for name, data in tiling.evidence.files.items():
-        storage.write_bytes(storage.join(uri, name), data)
-    thumbnail = {name: getattr(tiling.thumbnail, name) for name in ("width", "height", "scale")}
+    write_pictures(store, planned)
     facts = {
         **planned.facts,
         "schema_version": SCHEMA_VERSION,
@@ -171,8 +178,6 @@ def _commit(
         "bad_tiles": bad_tiles,
         "parts": [part.facts() for part in parts],
         "index": _file_facts("index.parquet", index),
-        "thumbnail": {**_file_facts("thumbnail.jpg", tiling.thumbnail.jpeg), **thumbnail},
-        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
     }
     storage.write_json(storage.join(uri, "slide.json"), facts)
     return store.slide(planned.key)
@@ -188,7 +193,8 @@ def _slide_facts(reader: SlideReader) -> dict[str, Any]:
 
 
 def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
-    grid = tiling.grid
+    grid, thumbnail = tiling.grid, tiling.thumbnail
+    size = {name: getattr(thumbnail, name) for name in ("width", "height", "scale")}
     return {
         "spec": tiling.spec.identity(),
         "level": grid.level,
@@ -199,6 +205,8 @@ def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
         "grid": [grid.columns, grid.rows],
         "rejects": dict(tiling.rejects),
         "evidence": dict(tiling.evidence.facts),
+        "thumbnail": {**_file_facts("thumbnail.jpg", thumbnail.jpeg), **size},
+        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
     }
 
 

@@ -9,17 +9,15 @@ that slide. The tasks load no torch.
 from __future__ import annotations
 
 import pickle
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from pipeline.attempts import MAX_ATTEMPTS, attempt
 from pipeline.balance import group_slides, share_count, shares
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
@@ -29,8 +27,7 @@ from pipeline.patches import PatchStore, SlideStatus
 from pipeline.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
 
 STATUS_THREADS = 16  # look-ups wait on the storage, not on the CPU
-MAX_ATTEMPTS = 3  # on one node, at a slide or share whose process is killed
-WAVE = 1024  # tasks handed to Ray Data at a time: plans of 50 KB that the driver sends along
+WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
 
@@ -173,7 +170,7 @@ def _tile_share(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
 def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outcome]) -> dict[str, Any]:
     """The row of what the work gives; a failing store is data here, so that Ray neither retries nor wraps it."""
     try:
-        with _attempt(name) as attempts:
+        with attempt(name) as attempts:
             if attempts > MAX_ATTEMPTS:
                 killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
                 outcome: Outcome = quarantined(slide, "crash", killed)
@@ -182,17 +179,3 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
     except StorageError as error:
         return {"number": number, "outcome": b"", "failure": str(error)}
     return {"number": number, "outcome": pickle.dumps(outcome), "failure": None}
-
-
-@contextmanager
-def _attempt(name: str) -> Iterator[int]:
-    """The number of this attempt on this node, from 1.
-
-    Ray retries a task whose process dies (segmentation fault, out of memory) without end, so one slide could hold
-    the whole run for ever; a file outlives the process and counts.
-    """
-    path = Path(tempfile.gettempdir()) / f"ips-tile-{name}"
-    with path.open("ab") as file:
-        file.write(b".")
-    yield path.stat().st_size
-    path.unlink()

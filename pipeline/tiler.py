@@ -11,7 +11,15 @@ from typing import TypeVar
 
 from pipeline.balance import share_count
 from pipeline.cohort import CohortSlide
-from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_plan, write_share, write_slide
+from pipeline.commit import (
+    PlannedSlide,
+    commit_shares,
+    plan_slide,
+    write_pictures,
+    write_plan,
+    write_share,
+    write_slide,
+)
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
 from pipeline.guide import guided_version, read_guide
@@ -134,7 +142,7 @@ def _begin(
             return _committed(slide, key, stored.n_patches, 0)
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version
-            return LargeSlide(slide, version, planned)
+            return LargeSlide(slide, version, write_pictures(patches, planned))
         stored = write_slide(patches, planned, check)
         return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import commit, parts, storage
-from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_share, write_slide
+from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_pictures, write_share, write_slide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
 from pipeline.parts import Part, part_count
@@ -65,10 +65,11 @@ def share(store: PatchStore, planned: PlannedSlide, numbers: range, path: Path) 
         write_share(store, pickle.loads(pickle.dumps(planned)).attached(reader), numbers, nothing)
 
 
-def test_a_plan_travels_small_and_whole(reader: SlideReader) -> None:
+def test_a_plan_travels_small_and_whole(reader: SlideReader, store: PatchStore, tmp_path: Path) -> None:
     planned = plan(reader)
-    data = pickle.dumps(planned)
-    assert len(data) < 60_000
+    data = pickle.dumps(write_pictures(store, planned))
+    assert {Path(name).name: found for name, found in contents(tmp_path).items()} == planned.pictures
+    assert len(data) < 8000
     twin = pickle.loads(data)
     assert (twin.tiling.cells == planned.tiling.cells).all()
     assert twin.tiling.cells.dtype == planned.tiling.cells.dtype
