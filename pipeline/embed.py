@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import uuid
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.attempts import MAX_ATTEMPTS, attempt
 from pipeline.bags import PatchBag
 from pipeline.build import build_encoder
 from pipeline.config_embed import EmbedConfig
@@ -131,7 +133,8 @@ def embed_slides(
     import ray.data  # loads for seconds
 
     most = max(1, min(actors[1], len(pending)))
-    rows = [{"slide": pickle.dumps(slide)} for slide in pending]
+    run = uuid.uuid4().hex
+    rows = [{"slide": pickle.dumps(slide), "name": f"{run}-{slide.key}"} for slide in pending]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Actor,
         fn_constructor_kwargs={"config": config, "store": store, "threads": max(1, int(cpus))},
@@ -155,8 +158,16 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         stored: StoredSlide = pickle.loads(row["slide"])
+        with attempt(row["name"]) as attempts:
+            failure = self._failure(stored, attempts)
+        return {"key": stored.key, "failure": b"" if failure is None else pickle.dumps(failure)}
+
+    def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:
+        if attempts > MAX_ATTEMPTS:
+            killed = f"its process was killed {MAX_ATTEMPTS} times; is memory short? Lower embed.batch"
+            return StageError(f"embed: {stored.uri}: {killed}")
         try:
             embed_slide(self._embedder, stored, self._store, self._threads)
         except (StorageError, StageError) as error:
-            return {"key": stored.key, "failure": pickle.dumps(error)}
-        return {"key": stored.key, "failure": b""}
+            return error
+        return None

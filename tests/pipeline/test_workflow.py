@@ -83,6 +83,8 @@ def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None,
     with pytest.raises(DataBudgetError, match=r"(?s)2 of 4 slides.*bad1.*bad2.*tiling.max_bad_slides=2") as caught:
         run(config, "tile")
     assert caught.value.exit_code == 3
+    (page,) = (tmp_path / "root" / "reports").glob("default-tile-*/quality.html")  # to see what is wrong
+    assert "not-a-slide: 2" in page.read_text()
     store = Path(str(config.storage.patches))
     assert len(list(store.rglob("slide.json"))) == 2
     client = MlflowClient(str(config.tracking.uri))
