@@ -87,7 +87,7 @@ def run_session(
         for done in train_steps(
             model,
             optimizer,
-            _slides(job),
+            training_slides(job),
             job.config.train,
             job.config.model.select,
             seed=job.config.seed,
@@ -130,11 +130,14 @@ class _Keeper:
     journal: Journal
     saver: Saver
     watch: Watch
+    bound: float | None = None
+    """Peak memory after the trial of the largest bags and one step, bytes: what later steps should not pass."""
     saved_at: float = field(default_factory=time.monotonic)
     has_left: bool = False
 
     def after(self, done: StepDone, progress: Progress, *, leaving: bool) -> Progress:
         """Log the step; at the end of an epoch validate and log that too; write a checkpoint where one is due."""
+        self.bound = self.bound or _peak_bytes()
         self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
         if done.last_of_epoch:
             progress = self._end_epoch(progress)
@@ -154,6 +157,7 @@ class _Keeper:
         """With what a look at the validation split says, where one is due."""
         settings, epoch = self.job.config.train, progress.epoch
         metrics, watch = dict(progress.metrics), self.watch
+        metrics |= {"peak_memory_mb": _peak_bytes() / 1e6, "memory_bound_mb": (self.bound or 0.0) / 1e6}
         if self.job.val and _looks(epoch, settings.epochs, settings.validate_every):
             metrics |= _look(self.model, self.job)
             if settings.keeps_best:
@@ -180,7 +184,7 @@ class _Keeper:
         self.saved_at = time.monotonic()
 
 
-def _slides(job: Job) -> Slides:
+def training_slides(job: Job) -> Slides:
     """The loop's view of the training slides."""
     tasks = job.config.tasks
     weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
@@ -241,7 +245,6 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
         "patches_per_s": tally["patches"] / tally["seconds"],
         "device_wait": tally["waited"] / tally["seconds"],
         "epoch_s": tally["seconds"],
-        "peak_memory_mb": _peak_bytes() / 1e6,
     }
 
 

@@ -30,6 +30,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Row = tuple[int, int, dict[str, float]]
 """A step, the time in ms since 1970, and metrics. MLflow stores an equal row that is sent twice once."""
 
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page takes it for an evaluation of LLMs
 _PARAM_CHARS = 6000  # MLflow's limits: characters of a value, and entries of one request
 _TAG_CHARS = 8000
 _PARAM_BATCH = 100
@@ -192,7 +193,8 @@ def open_tracking(uri: str, experiment: str, artifact_root: str | None = None) -
         found = client.get_experiment_by_name(experiment)
         if found is None:
             location = artifact_root if artifact_root is None else _location(artifact_root)
-            return Tracker(uri, client.create_experiment(experiment, artifact_location=location))
+            made = client.create_experiment(experiment, artifact_location=location, tags=_KIND)
+            return Tracker(uri, made)
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {experiment!r} at {uri} is deleted; restore it with "
