@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
@@ -111,7 +112,7 @@ def test_everything_in_a_bucket(tmp_path: Path) -> None:
         assert checkpoint.startswith(f"{bucket}/root/train/")
         made = tmp_path / "s3" / "hospital" / "root"
         assert list(made.glob("patches/*/*/slide.json"))
-        assert list(made.glob("train/*/epoch-0002/weights.safetensors"))
+        assert list(made.glob("train/*/step-*/weights.safetensors"))
         assert list(made.rglob("artifacts/**/report.html"))
         assert _ips("run", *arguments, cwd=tmp_path, env=server.env)["outcome"] == "nothing to do"
         slide = f"{bucket}/in come=1, 2/slides/demo-0003.tif"
@@ -163,30 +164,62 @@ def _wait_for(url: str) -> None:
             return
 
 
-def test_a_ray_job_runs_once_and_its_champion_predicts_outside(ray_head: dict[str, str], tmp_path: Path) -> None:
+def _training_worker() -> psutil.Process | None:
+    """One of the processes that train below this one; None while there is none."""
+    children = psutil.Process().children(recursive=True)
+    return next((process for process in children if "RayTrainWorker" in "".join(_command_line(process))), None)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        line: list[str] = process.cmdline()
+    except psutil.NoSuchProcess:  # it ended since it was listed
+        return []
+    return line
+
+
+def test_a_ray_job_of_two_workers_outlives_one_and_its_champion_predicts_outside(
+    ray_head: dict[str, str], tmp_path: Path
+) -> None:
     ray = str(Path(sys.executable).with_name("ray"))
     submit = [ray, "job", "submit", "--working-dir", str(REPO), "--"]
-    job = ["python", "-m", "pipeline", "run", "--config", "demo", f"storage.root={tmp_path / 'root'}", *QUICK]
-    outputs = []
-    for _ in range(2):
-        done = subprocess.run([*submit, *job], env=ray_head, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        outputs.append(done.stdout)
-    assert "Nothing to do" not in outputs[0]
-    assert "Nothing to do" in outputs[1]
+    two = ["cluster.workers=2", "cluster.cpus_per_worker=0.5", "cluster.checkpoint_steps=1"]
+    place = f"storage.root={tmp_path / 'root'}"
+    job = ["python", "-m", "pipeline", "run", "--config", "demo", place, *QUICK[1:], *two, "train.epochs=8"]
+    with subprocess.Popen([*submit, *job], env=ray_head, stdout=subprocess.PIPE, text=True) as running:
+        while not list(tmp_path.glob("root/train/*/*/checkpoint.json")):
+            assert running.poll() is None, running.communicate()[0][-4000:]
+            time.sleep(0.1)
+        worker = _training_worker()
+        assert worker is not None
+        worker.kill()
+        said = running.communicate()[0]
+    assert running.returncode == 0, said[-4000:]
+    assert "Nothing to do" not in said
+    tracking = f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}"
+    client = MlflowClient(tracking)
+    (experiment,) = client.search_experiments(filter_string="name = 'demo'")
+    (trained,) = client.search_runs([experiment.experiment_id], "tags.stage = 'train'")
+    assert trained.info.status == "FINISHED"
+    steps = [metric.step for metric in client.get_metric_history(trained.info.run_id, "loss")]
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+    assert trained.data.metrics["epoch"] == 8
+
+    again = subprocess.run([*submit, *job], env=ray_head, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert "Nothing to do" in again.stdout
 
     relative = [*job[:5], "demo", "storage.root=runs", *QUICK]
     refused = subprocess.run([*submit, *relative], env=ray_head, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "storage.root: 'runs' is relative inside a Ray job" in refused.stdout + refused.stderr
 
-    tracking = f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}"
     slide = str(next((tmp_path / "root" / "cohort" / "slides").iterdir()))
     said = _ips("predict", "--model", "models:/demo@champion", "--tracking-uri", tracking, slide, cwd=tmp_path)
     assert said["failed"] == {}
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_training_is_killed_in_mlflow_and_goes_on(tmp_path: Path, signum: int, code: int) -> None:
     many = [*QUICK[1:], "train.epochs=16"]
     command = _command("run", "--config", "demo", *many)
@@ -203,18 +236,20 @@ def test_an_interrupted_training_is_killed_in_mlflow_and_goes_on(tmp_path: Path,
     root = tmp_path / "runs" / "demo"
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'demo'")
-    states = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
-    assert states == {"demo": "KILLED", "train": "KILLED", "tile": "FINISHED"}
-    kept = sorted(path.name for path in root.glob("train/*/epoch-*"))
+    before = {run.info.run_name: run.info for run in client.search_runs([experiment.experiment_id])}
+    last = "RUNNING" if signum == signal.SIGKILL else "KILLED"  # the dead tell nobody
+    assert {name: info.status for name, info in before.items()} == {"demo": last, "train": last, "tile": "FINISHED"}
+    kept = sorted(path.parent.name for path in root.glob("train/*/*/checkpoint.json"))
     assert kept
     resumed = _ips("train", "--config", "demo", *many, cwd=tmp_path)
-    steps = client.get_metric_history(resumed["stages"]["train"]["run_id"], "loss")
-    # Ray's controller registers a checkpoint up to 2 s after it is written, so the newest one may be done again.
-    taken = [metric.step for metric in steps]
-    per_epoch = max(taken) // 16
-    assert min(taken) > 1, "it began anew"
-    assert taken == list(range(min(taken), 16 * per_epoch + 1))
-    assert (min(taken) - 1) % per_epoch == 0
+    ended = {name: client.get_run(info.run_id).info.status for name, info in before.items()}
+    assert ended == {"demo": "KILLED", "train": "KILLED", "tile": "FINISHED"}
+    again = client.get_run(resumed["stages"]["train"]["run_id"])
+    assert again.data.tags["resumed_from_run"] == before["train"].run_id
+    assert int(again.data.tags["resumed_after_step"]) >= int(kept[-1].removeprefix("step-"))
+    taken = sorted(metric.step for metric in client.get_metric_history(again.info.run_id, "loss"))
+    assert 1 < min(taken) <= int(again.data.tags["resumed_after_step"]) + 1
+    assert taken == list(range(min(taken), max(taken) + 1))
     assert resumed["stages"]["train"]["metrics"]["epoch"] == 16
 
 

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import WEIGHTS
+from pipeline.ranks import Ranks
+from pipeline.saver import newest
+from pipeline.session import Job, run_session
+from pipeline.tracking import open_tracking
+from tests.pipeline.small import small_config, store_slides, write_cohort
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(mlflow_uri: str, tmp_path: Path) -> None:
+    config = small_config(
+        storage={"root": str(tmp_path)},
+        train={"epochs": 30, "batch_size": 2, "warmup_epochs": 1, "validate_every": 10},
+        cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
+    )
+    slides = store_slides(write_cohort(tmp_path, ["no", "yes"] * 3 + ["no"]), tmp_path / "store", config)
+    tracker = open_tracking(mlflow_uri, "worker", str(tmp_path / "artifacts"))
+    folder = str(tmp_path / "train" / "small-aa")
+    harmed = Job(config, tuple(slides[:5]), tuple(slides[5:]), "", folder, tracker, tracker.start_run("train"))
+    (tmp_path / "job").write_bytes(pickle.dumps(harmed))
+    command = [sys.executable, "-m", "tests.pipeline.lost_node", str(tmp_path / "job")]
+    environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "killed worker" in done.stdout
+    assert "removed its node" in done.stdout
+
+    whole = replace(harmed, folder=str(tmp_path / "whole"), run_id=tracker.start_run("train"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the worker has
+    last = run_session(whole, Ranks(), torch.device("cpu"), None)
+    torch.set_num_threads(threads)
+    found = newest(folder)
+    assert found is not None
+    assert (found.name, found.is_last) == (last.name, True)
+    expected, weights = (load_file(Path(one) / last.name / WEIGHTS) for one in (whole.folder, folder))
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    steps = [metric.step for metric in tracker.client.get_metric_history(harmed.run_id, "loss")]
+    assert sorted(steps) == list(range(1, 91))
