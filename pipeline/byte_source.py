@@ -39,6 +39,10 @@ class ByteSource(ABC):
             SlideError: the file cannot be read any more.
         """
 
+    def _inside(self, ranges: Sequence[Range]) -> list[Range]:
+        """The ranges, cut off where the file ends: a damaged directory may ask for any number of bytes."""
+        return [(min(start, self.size), max(0, min(length, self.size - start))) for start, length in ranges]
+
     @abstractmethod
     def close(self) -> None:
         """Free the file."""
@@ -56,8 +60,9 @@ class LocalSource(ByteSource):
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """See `ByteSource.read`."""
+        inside = self._inside(ranges)
         try:
-            found = [os.pread(self._file.fileno(), length, start) for start, length in ranges]
+            found = [os.pread(self._file.fileno(), length, start) for start, length in inside]
         except OSError as error:
             raise SlideError("source", f"{self.name}: cannot be read: {error.strerror}") from error
         self.bytes_read += sum(map(len, found))
@@ -83,7 +88,7 @@ class RemoteSource(ByteSource):
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """See `ByteSource.read`."""
-        inside = [(start, max(0, min(length, self.size - start))) for start, length in ranges]
+        inside = self._inside(ranges)
         try:
             found = storage.read_ranges(self._uri, inside)
         except StorageError as error:

@@ -37,7 +37,15 @@ _RGB, _YCBCR = 2, 6
 _REDUCED = 1  # bit of NewSubfileType
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_BROKEN = (tifffile.TiffFileError, struct.error, ValueError, IndexError, KeyError, TypeError, OverflowError)
+_BROKEN = (
+    tifffile.TiffFileError,
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)  # what tifffile raises, or we of what it found: values of any type, or none
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from PIL import Image
 
 from pipeline.byte_source import GAP
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slide import UNREAD, open_slide, open_uri, tool_versions
+from pipeline.slide import open_slide, open_uri, tool_versions
 from pipeline.slide_tiff import TiffReader
 from pipeline.staging import Staging
 from tests.s3 import S3Server, serve_s3
-from tests.synth import cut, overwrite, tile_span, tissue_rgb, write_pyramid, zero_tile
+from tests.synth import cut, overwrite, tile_span, tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(1013, 787)
 
@@ -82,53 +82,6 @@ def test_sparse_tiles_are_white(tmp_path: Path) -> None:
         assert reader.read(0, 240, 240, 240, 240).mean() < 220
 
 
-@pytest.mark.parametrize("max_px", [64, 500, 1013, 5000])
-def test_overview_is_the_slide_in_small(slide: Path, max_px: int) -> None:
-    with open_slide(slide) as reader:
-        overview = reader.overview(max_px)
-    height, width, _ = overview.rgb.shape
-    assert max(width, height) == min(max_px, 1013)
-    assert overview.scale * width == pytest.approx(1013)
-    assert overview.scale * height == pytest.approx(787, abs=1.5 * overview.scale)
-    small = np.asarray(Image.fromarray(RGB).resize((width, height), Image.Resampling.BOX)).astype(int)
-    assert np.abs(overview.rgb - small).mean() < 3
-    assert not overview.unread.any()
-
-
-def test_overview_of_one_level_is_read_in_blocks(tmp_path: Path) -> None:
-    rgb = tissue_rgb(1409, 1103)
-    path = write_pyramid(tmp_path / "flat.tiff", rgb, levels=1)
-    with open_slide(path) as reader:
-        overview = reader.overview(313)
-    small = np.asarray(Image.fromarray(rgb).resize((313, 245), Image.Resampling.BOX)).astype(int)
-    assert overview.rgb.shape == small.shape
-    assert np.abs(overview.rgb - small).mean() < 3
-
-
-def test_overview_marks_what_it_could_not_read(tmp_path: Path) -> None:
-    path = write_pyramid(tmp_path / "flat.tiff", tissue_rgb(1409, 1103), levels=1)
-    zero_tile(path, 0, 0)
-    with open_slide(path) as reader:
-        overview = reader.overview(500)
-    assert overview.unread[0, 0]
-    assert overview.unread.mean() == pytest.approx(240 * 240 / (1409 * 1103), rel=0.3)
-    assert (overview.rgb[:85, :85] == UNREAD).all()
-    assert not overview.unread[110:].any()
-
-
-def test_overview_of_a_small_slide_survives_a_bad_tile(slide: Path) -> None:
-    zero_tile(slide, 0, 0)
-    with open_slide(slide) as reader:
-        overview = reader.overview(1013)
-    assert overview.unread[:240, :240].all()
-    assert not overview.unread[300:].any()
-
-
-def test_thumbnail(slide: Path) -> None:
-    with open_slide(slide) as reader:
-        assert reader.thumbnail(100).shape == (78, 100, 3)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize(("name", "share"), [("x.png", 0.5), ("x.jpg", 0.5), ("x.tiff", 0.5)])
 def test_truncated_files(tmp_path: Path, name: str, share: float) -> None:
@@ -141,38 +94,6 @@ def test_truncated_files(tmp_path: Path, name: str, share: float) -> None:
     with pytest.raises(SlideError, match="x\\.") as caught:
         open_slide(path)
     assert caught.value.reason in {"unreadable", "unopenable", "not-a-slide"}
-
-
-def test_plain_images(tmp_path: Path) -> None:
-    Image.fromarray(RGB).save(tmp_path / "a.png")
-    with open_slide(tmp_path / "a.png") as reader:
-        assert (reader.dimensions, reader.mpp, reader.vendor) == ((1013, 787), None, "png")
-        assert np.array_equal(reader.read(0, 7, 11, 13, 17), RGB[11:28, 7:20])
-
-
-def test_transparent_pixels_of_an_image_are_white(tmp_path: Path) -> None:
-    rgba = np.zeros((5, 7, 4), np.uint8)
-    rgba[2:, :, 3] = 255
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    with open_slide(tmp_path / "a.png") as reader:
-        pixels = reader.read(0, 0, 0, 7, 5)
-    assert (pixels[:2] == 255).all()
-    assert (pixels[2:] == 0).all()
-
-
-def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(SlideError, match="8 bits") as caught:
-        open_slide(tmp_path / "deep.png")
-    assert caught.value.reason == "pixel-type"
-
-
-def test_too_large_plain_image_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.slide_image.MAX_IMAGE_PX", 1013 * 787 - 1)
-    Image.fromarray(RGB).save(tmp_path / "a.png")
-    with pytest.raises(SlideError, match="vips") as caught:
-        open_slide(tmp_path / "a.png")
-    assert caught.value.reason == "too-large"
 
 
 @pytest.mark.parametrize(

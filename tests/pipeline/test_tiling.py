@@ -172,3 +172,34 @@ def test_missing_or_absurd_mpp(stated: float | None) -> None:
 def test_an_absurd_mpp_is_not_replaced_by_the_default() -> None:
     with pytest.raises(SlideError):
         effective_mpp(352.8, spec(default_mpp=0.5), None)
+
+
+def test_one_level_only_is_averaged_from_far(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, levels=1)
+    with open_slide(path) as reader:
+        tiling = tile_slide(reader, spec(mpp=2.0, tissue="none"), 0.5)
+        row = list(tiling.rows())[4]
+    assert (tiling.grid.level, tiling.grid.read_px, row.x, row.y) == (0, 256, 256, 256)
+    area = Image.fromarray(RGB[256:512, 256:512]).resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(simplejpeg.decode_jpeg(row.image).astype(int) - np.asarray(area)).mean() < 3
+
+
+def test_a_slide_of_one_pixel_is_too_small(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", np.full((1, 1, 3), 99, np.uint8), levels=1)
+    with pytest.raises(SlideError, match="1 x 1 px") as caught:
+        patches(path, spec())
+    assert caught.value.reason == "too-small"
+
+
+def test_a_tiff_without_tiles_is_a_plain_image(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.tiff")
+    rows = patches(tmp_path / "a.tiff", spec(mpp=None, tissue="none", jpeg_quality=100), None)
+    assert len(rows) == (1013 // 64) * (787 // 64)
+    pixels = simplejpeg.decode_jpeg(rows[-1].image).astype(int)
+    assert np.abs(pixels - RGB[rows[-1].y :, rows[-1].x :][:64, :64]).mean() < 1
+
+
+def test_more_patches_than_are_announced_at_a_time(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = patches(slide, spec())
+    monkeypatch.setattr("pipeline.tiling.ANNOUNCED", 7)
+    assert patches(slide, spec()) == whole

@@ -1,0 +1,47 @@
+"""Plain images: decoded whole, within a limit, 8 bits a channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import SlideError
+from pipeline.slide import open_slide
+from tests.synth import tissue_rgb
+
+RGB = tissue_rgb(1013, 787)
+
+
+def test_plain_images(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as reader:
+        assert (reader.dimensions, reader.mpp, reader.vendor) == ((1013, 787), None, "png")
+        assert np.array_equal(reader.read(0, 7, 11, 13, 17), RGB[11:28, 7:20])
+
+
+def test_transparent_pixels_of_an_image_are_white(tmp_path: Path) -> None:
+    rgba = np.zeros((5, 7, 4), np.uint8)
+    rgba[2:, :, 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as reader:
+        pixels = reader.read(0, 0, 0, 7, 5)
+    assert (pixels[:2] == 255).all()
+    assert (pixels[2:] == 0).all()
+
+
+def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(SlideError, match="8 bits") as caught:
+        open_slide(tmp_path / "deep.png")
+    assert caught.value.reason == "pixel-type"
+
+
+def test_too_large_plain_image_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.slide_image.MAX_IMAGE_PX", 1013 * 787 - 1)
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with pytest.raises(SlideError, match="vips") as caught:
+        open_slide(tmp_path / "a.png")
+    assert caught.value.reason == "too-large"

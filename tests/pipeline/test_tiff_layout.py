@@ -1,0 +1,112 @@
+"""Which pages of a TIFF are levels, how large they are, and how many microns a px has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.byte_source import LocalSource
+from pipeline.errors import SlideError
+from pipeline.slide_openslide import OpenSlideReader
+from pipeline.tiff_layout import Layout, mean_mpp, read_layout
+from tests.synth import cut, overwrite, philips_xml, tissue_rgb, write_pyramid
+
+RGB = tissue_rgb(313, 271)
+APERIO = "Aperio Image Library v10.0\r\n313x271|AppMag = 20|MPP = {}|Left = 3"
+
+
+def layout(path: Path) -> Layout | None:
+    source = LocalSource(path)
+    try:
+        return read_layout(source)
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tables_of_every_kind_of_tiff(tmp_path: Path, order: str, *, big: bool) -> None:
+    path = tmp_path / "a.tif"
+    options: dict[str, Any] = {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb"}
+    tifffile.imwrite(path, RGB, byteorder=order, bigtiff=big, resolution=(20_000, 20_000), resolutionunit=3, **options)
+    found = layout(path)
+    assert found is not None
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        assert found.pages[0].offsets.tolist() == list(page.dataoffsets)
+        assert found.pages[0].lengths.tolist() == list(page.databytecounts)
+    assert found.mpp == (0.5, 0.5)
+    assert (found.pages[0].tiles.columns, found.pages[0].tiles.rows) == (5, 5)
+
+
+def test_one_tile_whose_table_stands_in_the_directory(tmp_path: Path) -> None:
+    found = layout(write_pyramid(tmp_path / "a.tiff", RGB[:60, :50], levels=1, tile=64))
+    assert found is not None
+    assert found.pages[0].offsets.shape == found.pages[0].lengths.shape == (1,)
+    assert found.pages[0].offsets[0] == 8
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mpp=st.one_of(st.none(), st.floats(0.25, 20)), kind=st.sampled_from(["generic", "aperio"]))
+def test_levels_and_microns_are_openslides(tmp_path: Path, mpp: float | None, kind: str) -> None:
+    description = APERIO.format(mpp) if kind == "aperio" and mpp is not None else None
+    path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, mpp=mpp, description=description)
+    found = layout(path)
+    assert found is not None
+    with OpenSlideReader(path) as theirs:
+        assert found.levels == theirs.levels
+        assert found.vendor == theirs.vendor
+        stated = 0.0 if found.mpp is None else mean_mpp(*found.mpp)
+        assert stated == pytest.approx(theirs.mpp or 0.0, rel=1e-9)
+
+
+def test_philips_levels_are_cut_to_their_true_size(tmp_path: Path) -> None:
+    xml = philips_xml(3, 0.25)
+    path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, software="Philips DP v1.0", description=xml)
+    found = layout(path)
+    assert found is not None
+    assert [(level.width, level.height, level.downsample) for level in found.levels] == [
+        (313, 271, 1.0),
+        (156, 135, 2.0),
+        (78, 67, 4.0),
+    ]
+    assert found.mpp == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize("xml", [philips_xml(2, 0.25), philips_xml(3, 0.25).replace(">WSI<", ">LABELIMAGE<")])
+def test_a_philips_slide_that_contradicts_itself_is_left_to_openslide(tmp_path: Path, xml: str) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, software="Philips DP v1.0", description=xml)
+    assert layout(path) is None
+
+
+@pytest.mark.parametrize("name", ["none.svs", "short.tiff", "image.png"])
+def test_files_that_are_no_tiffs(tmp_path: Path, name: str) -> None:
+    content = {"none.svs": b"slide_id,uri", "short.tiff": b"II*\0\xff", "image.png": b"\x89PNG"}
+    (tmp_path / name).write_bytes(content[name])
+    assert layout(tmp_path / name) is None
+
+
+def test_a_chain_of_directories_that_is_cut_off(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64)
+    cut(path, 0.9)
+    with pytest.raises(SlideError, match=r"ends before byte \d+") as caught:
+        layout(path)
+    assert caught.value.reason == "truncated"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 499), data=st.binary(min_size=1, max_size=8))
+def test_a_damaged_directory_is_a_layout_or_none_or_a_slide_error(tmp_path: Path, place: int, data: bytes) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB[:64, :64], tile=64, levels=1)
+    overwrite(path, path.stat().st_size - 500 + place, data)
+    try:
+        found = layout(path)
+    except SlideError:
+        return
+    assert found is None or found.pages[0].offsets.dtype == np.uint64
