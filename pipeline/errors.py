@@ -6,7 +6,7 @@ PipelineError                exit 1
 ├── StorageError             exit 1   a URI cannot be read or written
 ├── SlideError               exit 1   one slide cannot be used; the tile stage quarantines it and goes on
 │   └── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
-├── DataBudgetError          exit 3   more bad slides or tiles than the config allows
+├── DataBudgetError          exit 3   more bad slides or tiles than the config allows (`verify`: a damaged store)
 ├── ResourceError            exit 5   the cluster can never give what was asked for
 ├── TrackingError            exit 1   MLflow cannot be reached or refuses
 ├── StageError               exit 1   a stage cannot run: an earlier one is missing, or training diverged
