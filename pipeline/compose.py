@@ -178,13 +178,24 @@ def _with_absolute_paths(config: Config) -> Config:
         update={
             "root": absolute(config.storage.root),
             "patches": absolute(config.storage.patches or join(config.storage.root, "patches")),
+            "features": absolute(config.storage.features or join(config.storage.root, "features")),
         }
     )
     cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri)})
+    if cohort.megapixel_mnist is not None:
+        folder = absolute(cohort.megapixel_mnist.folder)
+        images = cohort.megapixel_mnist.model_copy(update={"folder": folder})
+        cohort = cohort.model_copy(update={"megapixel_mnist": images})
     root, encoder = storage.root, config.model.encoder
     if encoder.weights is not None:
         encoder = encoder.model_copy(update={"weights": absolute(encoder.weights)})
     model = config.model.model_copy(update={"encoder": encoder})
+    tiling, embed = config.tiling, config.embed
+    if tiling.coords is not None:
+        tiling = tiling.model_copy(update={"coords": absolute(tiling.coords)})
+    if embed is not None and embed.encoder.weights is not None:
+        trunk = embed.encoder.model_copy(update={"weights": absolute(embed.encoder.weights)})
+        embed = embed.model_copy(update={"encoder": trunk})
     database = join(str(Path.cwd()) if is_remote(root) else root, "mlflow.db")
     tracking = config.tracking.model_copy(
         update={
@@ -193,4 +204,5 @@ def _with_absolute_paths(config: Config) -> Config:
             "model": config.tracking.model or config.name,
         }
     )
-    return config.model_copy(update={"storage": storage, "cohort": cohort, "model": model, "tracking": tracking})
+    sections = {"storage": storage, "cohort": cohort, "tiling": tiling, "embed": embed, "model": model}
+    return config.model_copy(update={**sections, "tracking": tracking})

@@ -10,7 +10,12 @@ from pipeline.errors import ConfigError
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 DIGITS = "cohort.megapixel_mnist.folder=mnist"
-NEEDED = {"megapixel_mnist": [DIGITS], "cohort=megapixel_mnist": [DIGITS, "tiling=image", "train.augment=false"]}
+NEEDED = {
+    "camelyon16": ["embed.encoder.weights=w.safetensors"],
+    "megapixel_mnist": [DIGITS],
+    "cohort=megapixel_mnist": [DIGITS, "tiling=image", "train.augment=false"],
+    "model=features": ["model.encoder.features=2048", "embed.encoder.name=resnet50", "train.augment=false"],
+}
 """What the user must give, and what else a group's file asks for."""
 
 
@@ -34,7 +39,7 @@ def test_all_problems_come_at_once_with_path_and_remedy() -> None:
         "train.epohcs: unknown key; did you mean epochs?",
         "train.lr: ",
         "'fast'",
-        "model: no group file 'huge'; choose one of demo, megapixel_mnist, resnet18, resnet18_small",
+        "model: no group file 'huge'; choose one of ",
         "overlap_px=999 must be smaller than patch_px=256",
         "'nonsense': an override is written key=value",
         "cluster.workers: ",
@@ -121,3 +126,13 @@ def test_megapixel_mnist_refuses_what_would_change_digits() -> None:
     ):
         with pytest.raises(ConfigError, match=remedy):
             load_config("megapixel_mnist", [DIGITS, override], CONF)
+
+
+def test_every_place_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["cohort.uri=c.csv", "tiling.coords=h5", "embed.encoder.name=resnet18", "embed.encoder.weights=w.pth"]
+    config = load_config("default", given, CONF)
+    assert config.embed is not None
+    assert config.embed.encoder.weights == str(tmp_path / "w.pth")
+    assert config.tiling.coords == str(tmp_path / "h5")
+    assert config.storage.features == str(tmp_path / "runs" / "default" / "features")
