@@ -95,7 +95,7 @@ def measure(slides: list[CohortSlide], folder: Path) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--large", type=int, default=7, help="canvases along an edge of the large slide")
+    parser.add_argument("--large", type=int, default=10, help="canvases along an edge of the large slide")
     parser.add_argument("--small", type=int, default=12, help="slides of one canvas")
     options = parser.parse_args()
     if not SHARED_DATA.is_dir():
