@@ -108,13 +108,12 @@ def _rejected(uri: str, facts: Mapping[str, Any]) -> tuple[PatchPicture, ...]:
     if not listed:
         return ()
     strip = np.asarray(Image.open(io.BytesIO(storage.read_bytes(storage.join(uri, REJECTED)))).convert("RGB"))
-    notes = {"tissue": "{:.0%} tissue", "artefact": "artefact"}
     return tuple(
         PatchPicture(
             _data_uri(strip[:, number * EXAMPLE_PX : (number + 1) * EXAMPLE_PX]),
             one["x"],
             one["y"],
-            notes[one["reason"]].format(one["tissue"]),
+            f"{int(100 * one['tissue'])}% tissue" if one["reason"] == "tissue" else one["reason"],
         )
         for number, one in enumerate(listed)
     )
