@@ -3,7 +3,9 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import storage
 from pipeline.checkpoint import WEIGHTS, Progress
 from pipeline.config import ClusterConfig
 from pipeline.loop import StepDone
+from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
 from pipeline.saver import newest
 from pipeline.session import Job, _advanced, _looks, run_session
 from pipeline.tracking import open_tracking
 from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.s3 import serve_s3
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -147,3 +152,40 @@ def test_epoch_metrics_average_losses_and_count_patches() -> None:
     assert (done.epoch, done.step, done.step_in_epoch, done.tally, done.is_last) == (5, 10, 0, {}, True)
     expected = {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 100.0, "device_wait": 0.25, "epoch_s": 4.0}
     assert {key: done.metrics[key] for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_a_storage_that_goes_away_is_waited_for(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in {**server.env, "AWS_MAX_ATTEMPTS": "24"}.items():
+            monkeypatch.setenv(name, value)
+        port = int(server.endpoint.rpartition(":")[2])
+        bucket = server.bucket("bucket")
+        config = _short(job, tmp_path).config
+        slides = tuple(
+            (slide, replace(source, uri=f"{bucket}/{source.key}"))
+            for slide, source in job.train
+            if isinstance(source, StoredSlide)
+        )
+        for (_, here), (_, there) in zip(job.train, slides, strict=True):
+            assert isinstance(here, StoredSlide)
+            storage.upload_tree(Path(here.uri), there.uri)
+    started = replace(job, config=config, train=slides, val=(), folder=f"{bucket}/run")
+    started = replace(started, run_id=job.tracker.start_run("train"))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_session, started, Ranks(), torch.device("cpu"), None)
+        for _ in range(3):
+            time.sleep(0.5)
+            with serve_s3(tmp_path / "s3", port):
+                time.sleep(0.5)
+        with serve_s3(tmp_path / "s3", port):
+            last = running.result(100)
+            found = newest(started.folder)
+    assert found is not None
+    assert (found.name, found.is_last) == (last.name, True)
+    whole = _short(job, tmp_path / "whole")
+    whole = replace(whole, val=())
+    _run(whole)
+    expected = load_file(Path(whole.folder) / last.name / WEIGHTS)
+    weights = load_file(tmp_path / "s3" / "bucket" / "run" / last.name / WEIGHTS)
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
