@@ -29,7 +29,7 @@ def features_config(root: Path, *more: str) -> Config:
         [
             f"storage.root={root}", "cohort.demo.slides=16", "model=features", "model.encoder.features=128",
             "model.encoder.dim=64", "embed.encoder.name=resnet18", "embed.encoder.stages=2", "train.augment=false",
-            "train.epochs=2", "train.explore_epochs=0", "train.warmup_epochs=1", "evaluate.bootstrap=20", *more,
+            "train.epochs=1", "train.explore_epochs=0", "train.warmup_epochs=0", "evaluate.bootstrap=20", *more,
         ],
     )  # fmt: skip
 
