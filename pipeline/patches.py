@@ -23,8 +23,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cohort import CohortSlide
+from pipeline.config_base import fingerprint
 from pipeline.errors import StorageError
 from pipeline.parts import part_name
+from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import SourceVersion
 
 SOURCES, UNFINISHED = "sources", "unfinished"
@@ -135,6 +137,7 @@ class PatchStore:
 
     def __init__(self, root: str, spec_fingerprint: str) -> None:
         self.uri = storage.join(root, spec_fingerprint)
+        self.spec_fingerprint = spec_fingerprint
 
     def status(self, slide: CohortSlide, version: SourceVersion) -> SlideStatus | None:
         """What became of this version of the source; None when it was never tiled or its slide is gone."""
@@ -181,10 +184,16 @@ class PatchStore:
         """A committed slide.
 
         Raises:
-            StorageError: it is not committed here.
+            StorageError: it is not committed here, or was cut by another spec.
         """
         uri = storage.join(self.uri, key)
         facts = self.facts(key)
+        spec = fingerprint({"schema": SCHEMA_VERSION, "tiling": facts["spec"]})
+        if spec != self.spec_fingerprint:
+            raise StorageError(
+                f"{uri}: its patches were cut by another tiling spec ({spec}), so it was copied or renamed to here; "
+                "remove the folder and run again, which tiles the slide anew"
+            )
         names = ("n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp")
         values = {name: facts[name] for name in names}
         return StoredSlide(
