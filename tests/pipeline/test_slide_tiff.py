@@ -180,6 +180,18 @@ def test_each_tile_is_decoded_once_while_boxes_come_row_by_row(slide: Path, monk
     assert all(np.array_equal(one, other) for one, other in zip(read, again[::-1], strict=True))
 
 
+def test_decoded_tiles_do_not_pile_up(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_tiff, "CACHE_PX", 4 * 240**2)
+    with open_slide(slide) as reader:
+        assert isinstance(reader, TiffReader)
+        for y in (0, 100, 200, 300, 380, 100, 0):  # down, and back up
+            for x in (0, 200, 400):
+                reader.read(0, x, y, 100, 100)
+                assert reader._decoded._px <= 4 * 240**2
+        reader.read(0, 0, 300, 100, 100)
+        assert set(reader._decoded._rows) == {1}  # what lies above is dropped
+
+
 def test_expected_or_not_the_pixels_are_the_same(slide: Path) -> None:
     boxes = np.array([(x, y, 100, 90) for y in (0, 200, 300) for x in (500, 3, 250)])
     with open_slide(slide) as told, open_slide(slide) as untold:
