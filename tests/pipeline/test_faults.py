@@ -55,16 +55,17 @@ def findings(store: str) -> list[str]:
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 from tests.pipeline.slides import row, small_tasks, tile_in_shares
 path, folder = sys.argv[1:]
 small_tasks(setattr)
+tile_in_shares(row(path), folder + "/cold")
 started = time.monotonic()
 tile_in_shares(row(path), folder + "/warm")
 duration = time.monotonic() - started
-moments = random.Random(0)
-for number in range(10):
+moments, number = random.Random(0), 0
+while number < 10:
     store = f"{folder}/{number}"
     child = os.fork()
     if child == 0:
@@ -72,10 +73,13 @@ for number in range(10):
         os._exit(0)
     time.sleep(moments.uniform(0, duration))
     os.kill(child, signal.SIGKILL)
-    died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        duration *= 0.9  # it was faster than the first
+        shutil.rmtree(store)
+        continue
     left = sum(path.is_file() for path in Path(store).rglob("*"))
-    status = tile_in_shares(row(path), store)
-    print(status.status, died, left)
+    print(tile_in_shares(row(path), store).status, left)
+    number += 1
 """
 
 
@@ -87,8 +91,7 @@ def test_a_worker_killed_at_ten_random_moments_changes_nothing(
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["committed"] * 10, done.stderr
-    assert sum(line[1] == "True" for line in lines) >= 5  # the others had finished by then
-    assert len({line[2] for line in lines}) >= 3  # they died at different places
+    assert len({left for _, left in lines}) >= 3  # files they had written: they died at different places
     for number in range(10):
         assert contents(tmp_path / str(number)) == undisturbed
         assert findings(str(tmp_path / str(number))) == []
@@ -249,11 +252,10 @@ def test_a_server_killed_mid_slide_is_waited_for(
 
 def test_a_disk_that_fails_to_read_says_nothing_about_the_slide() -> None:
     """The kernel's own EIO: no page stands at address 0."""
-    with (
-        closing(LocalSource(Path("/proc/self/mem"))) as source,
-        pytest.raises(SlideError, match="mem: cannot be read: Input/output error") as caught,
-    ):
-        source.read([(0, 10)])
+    with closing(LocalSource(Path("/proc/self/mem"))) as source:
+        source.size = 10  # the kernel states none
+        with pytest.raises(SlideError, match="mem: cannot be read: Input/output error") as caught:
+            source.read([(0, 10)])
     assert caught.value.reason in tiler.TRANSIENT
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import storage
@@ -114,7 +118,7 @@ from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 ingest.begin_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))]
-rows = ingest._tile_group({"item": pickle.dumps(work)}, ingest._Job("run", TilingConfig(), "store", 1))
+rows = ingest._tile_group({"item": pickle.dumps(work)}, ingest._Job("run", TilingConfig(), "store", 1, True))
 status = pickle.loads(next(rows)["outcome"])
 print(status.status, status.reason)
 """
@@ -130,6 +134,8 @@ def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
 
 NO_RAY = """
 import sys
+import threading
+import time
 from pathlib import Path
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
@@ -170,3 +176,32 @@ def test_two_tasks_share_a_slide_of_13824_patches(shared_slides: Path, tmp_path:
     for slide in slides:
         store_slide(slide, spec, str(tmp_path / "whole"))
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_worker_killed_mid_slide_costs_nothing(tmp_path: Path, ray_session: None) -> None:
+    slides = []
+    for number in range(12):
+        path = write_pyramid(tmp_path / f"{number}.tiff", tissue_rgb(1511, 1213, seed=number), levels=1)
+        slides.append(row(path))
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while len(list(tmp_path.glob("store/*/*/slide.json"))) < 2:
+            time.sleep(0.002)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not killed and "_tile_group" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    statuses = tile(slides, tmp_path / "store", SPEC.model_copy(update={"patch_px": 32}))
+    killer.join(10)
+    assert killed
+    assert [status.status for status in statuses] == ["committed"] * 12, statuses
+    for slide in slides:
+        store_slide(slide, SPEC.model_copy(update={"patch_px": 32}), str(tmp_path / "undisturbed"))
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
