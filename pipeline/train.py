@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pipeline.checkpoint import Progress, check_plan
 from pipeline.cluster import Bundle, require
 from pipeline.config import ClusterConfig, Config
-from pipeline.errors import Interrupted, PipelineError, StageError
+from pipeline.errors import Interrupted, PipelineError, StageError, TrackingError
 from pipeline.plan import plan_digest
 from pipeline.saver import newest
 from pipeline.session import Job
@@ -160,9 +160,16 @@ def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[None]:
     stop = threading.Event()
 
     def watch() -> None:
-        shown = 0.0
+        shown, away = 0.0, False
         while not stop.wait(_POLL_S):
-            latest = tracker.latest_metrics(run_id)
+            try:
+                latest = tracker.latest_metrics(run_id)
+            except TrackingError as error:
+                if not away:
+                    log.warning("train: goes on without MLflow for now (%s)", str(error).splitlines()[0])
+                away = True
+                continue
+            away = False
             if latest.get("epoch", 0.0) > shown:
                 shown = latest["epoch"]
                 log.info("train: epoch %d/%d, loss %.4f", shown, epochs, latest["train_loss"])
