@@ -32,11 +32,11 @@ def main(path: str) -> None:
     done = threading.Event()
 
     def harm() -> None:
-        _wait_for_step(job.folder, 12, done)
+        _wait_for_step(job.folder, 8, done)
         worker = _worker()
         worker.kill()
         print(f"killed worker {worker.pid}", flush=True)
-        _wait_for_step(job.folder, 40, done)
+        _wait_for_step(job.folder, 28, done)
         raylet = _worker().ppid()
         (node,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
         cluster.remove_node(node, allow_graceful=False)
