@@ -167,7 +167,9 @@ def _rows(stream: Iterator[_Block], place: int, slide: StreamedSlide) -> Iterato
 
 def _stream(slides: Sequence[StreamedSlide], *, cpus: float, readers: int) -> Iterator[_Block]:
     """The blocks of the slides, in order, tiled by Ray while they are consumed."""
-    dataset = ray.data.read_datasource(_Slides(slides), num_cpus=cpus, concurrency=readers)
+    source = _Slides(slides)
+    tasks = len(source.get_read_tasks(0))  # asked for as many, Ray Data splits no block further
+    dataset = ray.data.read_datasource(source, num_cpus=cpus, concurrency=readers, override_num_blocks=tasks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = BLOCK_BYTES
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

@@ -126,6 +126,7 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     """Threads as many as CPUs; and patience with a storage that is away, for a worker loses work when it gives up."""
     return {
         "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `cluster.prepare_environment`
         "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),
     }
 

@@ -81,6 +81,8 @@ def test_a_session_that_is_up_is_used_and_left_up(ray_session: None) -> None:
 def test_the_user_s_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     prepare_environment()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

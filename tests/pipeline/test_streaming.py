@@ -19,7 +19,7 @@ from pipeline.streaming import Feed
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
 from tests.pipeline.test_streamed import stream_slides
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,8 @@ def model() -> IPSModel:
     return build_model(small_config())
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_session", "small_tasks")
 def test_two_ranks_get_whole_slides_in_order_and_select_as_from_the_store(
     kinds: tuple[list[StreamedSlide], list[StoredSlide]], model: IPSModel
@@ -75,6 +77,8 @@ def test_two_ranks_get_whole_slides_in_order_and_select_as_from_the_store(
     feeds[1].close()
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_session", "small_tasks")
 def test_blocks_hold_one_slide_each_and_rows_come_in_order(
     kinds: tuple[list[StreamedSlide], list[StoredSlide]],
@@ -103,6 +107,8 @@ def test_out_of_turn_patches_are_cut_here(kinds: tuple[list[StreamedSlide], list
     assert len(feed.bag(3, threads=1, augment=None)) == stored[3].n_patches
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_a_slide_that_fails_on_the_way_says_why(tmp_path: Path) -> None:
     cohort = write_cohort(tmp_path, ["no", "yes"])
