@@ -90,10 +90,11 @@ class TilingConfig(Section):
     """remove: colour without texture (pen, tinted glass, blurred dust) is no tissue. For `tissue: otsu`."""
     min_tissue: Fraction = 0.25
     """Share of a patch's area that must be tissue."""
-    codec: Literal["original", "checked", "encoded"] = "original"
-    """original: a patch that is exactly one JPEG tile of the slide keeps the slide's own bytes, all others are encoded
-    anew; damage within a tile's compressed data is then found where it is plain to see. checked: such tiles are also
-    decoded once, and lost where that fails (6 times as slow). encoded: every patch is decoded and encoded anew."""
+    codec: Literal["checked", "original", "encoded"] = "checked"
+    """checked: a patch that is exactly one JPEG tile of the slide keeps the slide's own bytes, and is lost where they
+    cannot be decoded; all others are encoded anew. original: such tiles are not decoded, which is faster by what that
+    takes; damage within their compressed data is then found only where it is plain to see, and else stops the training
+    that meets it. encoded: every patch is decoded and encoded anew."""
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 90
     """Quality of re-encoded patches (4:4:4)."""
     max_bad_slides: Annotated[int, Field(ge=0)] | None = None

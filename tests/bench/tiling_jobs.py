@@ -24,7 +24,7 @@ from pipeline.tiler import store_slide
 from pipeline.tiling import tile_slide
 from tests.bench.canvas import repeat
 
-ALL = TilingConfig(tissue="none")  # the glass too: patches are tiles
+ALL = TilingConfig(codec="original", tissue="none")  # the glass too: patches are tiles
 UNALIGNED = TilingConfig(patch_px=224, tissue="none")
 WORK = TilingConfig(patch_px=224)
 
@@ -115,7 +115,7 @@ def stage(canvas: str, folder: str) -> dict[str, float]:
 
 def stage_all(slides: Sequence[CohortSlide], store: str) -> None:
     for slide in slides:
-        assert store_slide(slide, TilingConfig(), store).status == "committed"
+        assert store_slide(slide, TilingConfig(codec="original"), store).status == "committed"
 
 
 if __name__ == "__main__":
