@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -250,6 +250,10 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
 
 def _peak_bytes() -> float:
     """Of device memory since the process began, or of the resident set where it computes on the CPU."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> float:
+    """Of this process, by Linux; `getrusage` would count what the process was before it ran this program."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024.0 * float(line.split()[1])

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,7 +47,7 @@ from pipeline.loop import Slides, train_steps
 from pipeline.patches import PatchStore
 from pipeline.ranks import Ranks
 from pipeline.saver import Saver
-from pipeline.session import Job, training_slides
+from pipeline.session import Job, peak_resident_bytes, training_slides
 from pipeline.sources import LabelledSource, open_bag
 from pipeline.tiler import store_slide
 from pipeline.tracking import open_tracking
@@ -209,7 +208,7 @@ def one_step(file: Path, memory: int) -> None:
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters())
     (done,) = train_steps(model, optimizer, slides, settings, select, seed=0, start_epoch=0, ranks=Ranks())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    peak = peak_resident_bytes() / _MIB
     on_device = torch.cuda.max_memory_allocated() / _MIB if device.type == "cuda" else 0.0
     print(json.dumps([peak, on_device, time.perf_counter() - start, done.waited / done.seconds]))
 
