@@ -9,7 +9,7 @@ that no rank can take the CPUs that another one waits for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +57,7 @@ class Feed:
     def __init__(self, slides: Sequence[StreamedSlide], *, cpus: float, readers: int) -> None:
         self._slides, self._cpus, self._readers = slides, cpus, readers
         self._due: deque[int] = deque()
-        self._stream: Iterator[_Block] | None = None
+        self._stream: Generator[_Block, None, None] | None = None
         self._place = 0
 
     def announce(self, order: Sequence[int]) -> None:
@@ -88,7 +88,9 @@ class Feed:
 
     def close(self) -> None:
         """Stop tiling."""
-        self._stream = None  # the executor ends with its iterator
+        if self._stream is not None:
+            self._stream.close()  # and with it Ray's executor
+        self._stream = None
 
 
 class FedBag:
@@ -165,7 +167,7 @@ def _rows(stream: Iterator[_Block], place: int, slide: StreamedSlide) -> Iterato
         yield from block.images
 
 
-def _stream(slides: Sequence[StreamedSlide], *, cpus: float, readers: int) -> Iterator[_Block]:
+def _stream(slides: Sequence[StreamedSlide], *, cpus: float, readers: int) -> Generator[_Block, None, None]:
     """The blocks of the slides, in order, tiled by Ray while they are consumed."""
     source = _Slides(slides)
     tasks = len(source.get_read_tasks(0))  # asked for as many, Ray Data splits no block further

@@ -19,7 +19,9 @@ from pipeline.streaming import Feed
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
 from tests.pipeline.test_streamed import stream_slides
 
-pytestmark = pytest.mark.timeout(300)
+# Ray Data leaves a dataset's log file to the garbage collector when the next dataset begins.
+LOG_FILE = "ignore:Exception ignored in.*ray-data:pytest.PytestUnraisableExceptionWarning"
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings(LOG_FILE)]
 
 
 @pytest.fixture(scope="module")
