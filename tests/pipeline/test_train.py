@@ -34,8 +34,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Slides:
 
 
 @pytest.fixture(scope="module")
-def tracker(mlflow_uri: str) -> Tracker:
-    return open_tracking(mlflow_uri, "train")
+def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return open_tracking(mlflow_uri, "train", str(tmp_path_factory.mktemp("artifacts")))
 
 
 def _train(config: Config, slides: Slides, tracker: Tracker, fingerprint: str = "aa") -> tuple[Trained, str]:
