@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -107,10 +107,15 @@ def source_error(error: StorageError) -> SlideError:
 
 
 class SourceFile(io.RawIOBase):
-    """A source as a read-only file object."""
+    """A file that is read by ranges, as a read-only file object.
 
-    def __init__(self, source: ByteSource) -> None:
-        self._source, self._at = source, 0
+    Args:
+        size: of the file, in bytes.
+        read: gives the bytes of one range inside it.
+    """
+
+    def __init__(self, size: int, read: Callable[[Range], bytes]) -> None:
+        self._size, self._read, self._at = size, read, 0
 
     def readable(self) -> bool:
         """Always."""
@@ -122,7 +127,7 @@ class SourceFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move; before the start is an error, as in any file."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise ValueError(f"seek to {base + offset}")
         self._at = base + offset
@@ -134,9 +139,9 @@ class SourceFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill the buffer, as far as the file reaches."""
-        length = max(0, min(len(buffer), self._source.size - self._at))
+        length = max(0, min(len(buffer), self._size - self._at))
         if length:
-            (data,) = self._source.read([(self._at, length)])
+            data = self._read((self._at, length))
             length = len(data)
             buffer[:length] = data
             self._at += length

@@ -12,18 +12,20 @@ import hashlib
 import io
 import json
 import re
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import PurePosixPath
 
 import numpy as np
+import numpy.typing as npt
 import tifffile
 
 from pipeline import storage
+from pipeline.byte_source import Range, SourceFile
 from pipeline.errors import SlideError, StorageError
 from pipeline.storage import SourceVersion
+from pipeline.tiff_layout import BROKEN
 
 COMPANIONS = frozenset({"mrxs", "vms", "dcm"})
 """Suffixes of formats whose slides are several files."""
@@ -35,7 +37,8 @@ BLOCK = 64 * 2**10
 
 _SERIES_UID = re.compile(rb"\x20\x00\x0e\x00UI(..)", re.DOTALL)  # DICOM (0020,000E), explicit little endian
 
-Range = tuple[int, int]
+Segments = npt.NDArray[np.uint64]
+"""(2, n) offsets and byte counts."""
 
 
 def slide_digest(uri: str) -> str:
@@ -69,7 +72,8 @@ def slide_version(uri: str) -> SourceVersion:
     folder = _companion_folder(uri)
     versions = storage.list_versions(folder)
     if _suffix(uri) == "vms":  # else all of the folder: a stranger's change costs one more look at the slide
-        versions = {name: found for name, found in versions.items() if name in _vms_names(uri)}
+        named = _vms_names(uri)
+        versions = {name: found for name, found in versions.items() if name in named}
     rows = [[name, *astuple(found)] for name, found in sorted(versions.items())]
     size = main.size + sum(found.size for found in versions.values())
     digest = hashlib.sha256(json.dumps([astuple(main), rows]).encode()).hexdigest()
@@ -101,36 +105,40 @@ def _file_digest(uri: str) -> str:
     for data in storage.read_ranges(uri, [(0, EDGE), (size - EDGE, EDGE)]):
         digest.update(data)
     try:
-        pages = _tiff_tables(uri, size) or [([0], [size])]
-    except (tifffile.TiffFileError, struct.error, ValueError, IndexError):  # no TIFF, or a broken one
-        pages = [([0], [size])]
-    for offsets, counts in pages:
-        digest.update(np.array([offsets, counts], np.uint64).tobytes())
-        for data in storage.read_ranges(uri, _samples(offsets, counts, size)):
+        pages = _tiff_tables(uri, size)
+    except BROKEN:  # no TIFF, or a damaged one
+        pages = []
+    for segments in pages or [np.array([[0], [size]], np.uint64)]:
+        digest.update(segments.tobytes())
+        for data in storage.read_ranges(uri, _samples(segments, size)):
             digest.update(data)
     return digest.hexdigest()
 
 
-def _tiff_tables(uri: str, size: int) -> list[tuple[list[int], list[int]]]:
-    """Offsets and byte counts of the tiles or strips of every page, sub-IFDs included."""
-    file = io.BufferedReader(_RangeFile(uri, size), buffer_size=BLOCK)
+def _tiff_tables(uri: str, size: int) -> list[Segments]:
+    """The tiles or strips of every page, sub-IFDs included."""
+
+    def read(wanted: Range) -> bytes:
+        return storage.read_ranges(uri, [wanted])[0]
+
+    file = io.BufferedReader(SourceFile(size, read), buffer_size=BLOCK)
     with tifffile.TiffFile(file, name=PurePosixPath(uri).name) as tiff:  # the name tells NDPI's 64-bit offsets
         pages = [page for top in tiff.pages for page in (top, *(top.pages or ()))]
-        return [(list(page.dataoffsets), list(page.databytecounts)) for page in pages]
+        return [np.array([page.dataoffsets, page.databytecounts], np.uint64) for page in pages]
 
 
-def _samples(offsets: Sequence[int], counts: Sequence[int], size: int) -> list[Range]:
+def _samples(segments: Segments, size: int) -> list[Range]:
     """Up to 64 of the segments, evenly spaced; of a segment over 1 MiB (NDPI's strips) 64 blocks."""
-    chosen = np.unique(np.linspace(0, len(offsets) - 1, SAMPLES).astype(int)) if len(offsets) else ()
+    number = segments.shape[1]
+    chosen = np.unique(np.linspace(0, number - 1, SAMPLES).astype(int)) if number else np.zeros(0, int)
     ranges: list[Range] = []
-    for i in chosen:
-        offset, count = offsets[i], counts[i]
+    for offset, count in segments[:, chosen].T.tolist():
         if count <= EDGE:
             ranges.append((offset, count))
         else:
             starts = np.linspace(offset, offset + count - BLOCK, SAMPLES).astype(np.int64).tolist()
             ranges.extend((start, BLOCK) for start in starts)
-    return [(start, length) for start, length in ranges if length and start + length <= size]  # sparse, cut off
+    return [(start, length) for start, length in ranges if length and 0 <= start <= size - length]  # sparse, cut off
 
 
 def _suffix(uri: str) -> str:
@@ -150,7 +158,8 @@ def _companions(uri: str) -> Iterator[str]:
     folder = _companion_folder(uri)
     names = storage.list_names(folder)
     if suffix == "vms":
-        names = [name for name in names if name in _vms_names(uri)]
+        named = _vms_names(uri)
+        names = [name for name in names if name in named]
     elif suffix == "dcm":
         series = _dicom_series(uri)
         names = [name for name in names if _suffix(name) == "dcm"] if series else []
@@ -172,31 +181,3 @@ def _dicom_series(uri: str) -> bytes | None:
         return None
     length = int.from_bytes(found[1], "little")
     return head[found.end() : found.end() + length].rstrip(b"\0 ")
-
-
-class _RangeFile(io.RawIOBase):
-    """A read-only file over range reads of a URI."""
-
-    def __init__(self, uri: str, size: int) -> None:
-        self._uri, self._size, self._at = uri, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = max(0, min(len(buffer), self._size - self._at))
-        if length:
-            (buffer[:length],) = storage.read_ranges(self._uri, [(self._at, length)])
-            self._at += length
-        return length

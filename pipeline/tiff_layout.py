@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import tifffile
 
 from pipeline import jpeg
-from pipeline.byte_source import ByteSource, SourceFile
+from pipeline.byte_source import ByteSource, Range, SourceFile
 from pipeline.errors import SlideError
 from pipeline.slide_reader import Level, NativeTiles
 
@@ -37,7 +38,7 @@ _RGB, _YCBCR = 2, 6
 _REDUCED = 1  # bit of NewSubfileType
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_BROKEN = (
+BROKEN = (
     tifffile.TiffFileError,
     struct.error,
     ValueError,
@@ -83,7 +84,11 @@ def read_layout(source: ByteSource) -> Layout | None:
     (magic,) = source.read([(0, 4)])
     if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
-    file = io.BufferedReader(SourceFile(source), buffer_size=HEADER_BYTES)
+
+    def read(wanted: Range) -> bytes:
+        return source.read([wanted])[0]
+
+    file = io.BufferedReader(SourceFile(source.size, read), buffer_size=HEADER_BYTES)
     try:
         with tifffile.TiffFile(file, name=source.name) as tiff:
             first = tiff.pages.first
@@ -95,7 +100,7 @@ def read_layout(source: ByteSource) -> Layout | None:
             if first.software.startswith("Philips") and "<DataObject" in first.description:
                 return _philips(source, tiff)
             return _ome(source, tiff) if first.is_ome else _generic(source, tiff)
-    except (*_BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
+    except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None
 
 
@@ -199,11 +204,13 @@ def _tiled_page(source: ByteSource, page: tifffile.TiffPage) -> TiledPage | None
     pixel = (page.samplesperpixel, page.bitspersample, int(page.planarconfig), page.imagedepth, photometric)
     if pixel not in ((3, 8, 1, 1, _RGB), (3, 8, 1, 1, _YCBCR)):
         return None
-    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    edges = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
+    width, height, tile_width, tile_height = map(operator.index, edges)  # TypeError: damaged, a tag of another type
+    columns, rows = -(-width // tile_width), -(-height // tile_height)
     tables = [_table(source, page, code) for code in (324, 325)]
     if any(len(table) != columns * rows for table in tables):
         return None
-    tiles = NativeTiles(page.tilewidth, page.tilelength, columns, rows, codec)
+    tiles = NativeTiles(tile_width, tile_height, columns, rows, codec)
     return TiledPage(tiles, tables[0], tables[1], photometric == _RGB, jpeg.tables_segments(page.jpegtables))
 
 

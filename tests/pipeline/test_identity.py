@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline import identity, storage
 from pipeline.errors import StorageError
@@ -108,6 +111,27 @@ def test_tiles_beyond_the_end_of_a_truncated_slide_are_left_out(sampled: Path) -
     assert len(slide_digest(str(sampled))) == 64
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 499), data=st.binary(min_size=1, max_size=8))
+def test_a_large_slide_with_a_damaged_directory_has_a_digest(sampled: Path, place: int, data: bytes) -> None:
+    sound = sampled.read_bytes()
+    overwrite(sampled, len(sound) - 500 + place, data)
+    try:
+        assert len(slide_digest(str(sampled))) == 64
+    finally:
+        sampled.write_bytes(sound)
+
+
+def test_a_large_slide_with_an_offset_too_few_is_sampled(sampled: Path) -> None:
+    size = sampled.stat().st_size
+    with tifffile.TiffFile(sampled) as tiff:
+        tag = tiff.pages.first.tags[324]
+    overwrite(sampled, tag.offset + 4, (tag.count - 1).to_bytes(4, "little"))
+    before = slide_digest(str(sampled))
+    overwrite(sampled, round((size - 50) / 3) + 10, b"changed")
+    assert slide_digest(str(sampled)) != before
+
+
 def test_mrxs_companions_count(tmp_path: Path) -> None:
     main, data = tmp_path / "a.mrxs", tmp_path / "a"
     main.write_bytes(b"preview")
@@ -128,6 +152,22 @@ def test_vms_companions_count_and_strangers_do_not(tmp_path: Path) -> None:
     assert slide_digest(str(tmp_path / "a.vms")) == before
     (tmp_path / "a-1.jpg").write_bytes(b"changed")
     assert slide_digest(str(tmp_path / "a.vms")) != before
+
+
+def test_the_list_of_a_vms_slide_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = storage.read_bytes
+
+    def counted(uri: str) -> bytes:
+        read.append(uri)
+        return original(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    uri = str(write_vms(tmp_path / "x"))
+    assert len(slide_files(uri)) == 3
+    assert read == [uri]
+    slide_version(uri)
+    assert read == [uri, uri]
 
 
 def dicom(uid: str, pixels: bytes) -> bytes:

@@ -100,6 +100,14 @@ def test_a_chain_of_directories_that_is_cut_off(tmp_path: Path) -> None:
     assert caught.value.reason == "truncated"
 
 
+def test_a_width_that_is_no_whole_number(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB[:64, :64], tile=64, levels=1)
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages.first.tags[256].offset
+    overwrite(path, at + 2, b"\x0b\0" + (1).to_bytes(4, "little") + np.float32(64).tobytes())
+    assert layout(path) is None
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 499), data=st.binary(min_size=1, max_size=8))
 def test_a_damaged_directory_is_a_layout_or_none_or_a_slide_error(tmp_path: Path, place: int, data: bytes) -> None:
