@@ -173,14 +173,14 @@ class Tracker:
             monitor.finish()
 
 
-def open_tracking(uri: str, experiment: str, artifact_root: str | None = None) -> Tracker:
+def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
     """Open (for SQLite: make) the store and the experiment.
 
     Args:
         uri: `sqlite:///FILE`, `http(s)://...` or whatever else MLflow accepts as a tracking URI.
         experiment: made when absent.
-        artifact_root: folder or s3:// URI of a new experiment's artifacts; None leaves it to the store. An
-            experiment that exists keeps the place it has.
+        artifact_root: folder or s3:// URI of a new experiment's artifacts (MLflow's own choice would be `mlruns` in
+            the working directory). An experiment that exists keeps the place it has.
 
     Raises:
         TrackingError: the store cannot be reached or refuses; within 20 s when a server is down.
@@ -192,8 +192,7 @@ def open_tracking(uri: str, experiment: str, artifact_root: str | None = None) -
         client = MlflowClient(uri, uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            location = artifact_root if artifact_root is None else _location(artifact_root)
-            made = client.create_experiment(experiment, artifact_location=location, tags=_KIND)
+            made = client.create_experiment(experiment, artifact_location=_location(artifact_root), tags=_KIND)
             return Tracker(uri, made)
     if found.lifecycle_stage != "active":
         raise TrackingError(

@@ -187,7 +187,7 @@ def test_through_a_tracking_server_and_stdout_stays_free(
     model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with _serve_mlflow(tmp_path) as uri:
-        remote = open_tracking(uri, "served")
+        remote = open_tracking(uri, "served", str(tmp_path / "artifacts"))
         registered = _register(remote, "remote", model_folder)
         promote(remote, "remote", registered.version)
         version, folder = fetch(remote, "models:/remote@champion", tmp_path / "fetched")

@@ -52,7 +52,7 @@ def test_a_relative_sqlite_path_is_made_absolute(
     store.close()
     copy.close()
     monkeypatch.chdir(tmp_path)
-    assert open_tracking("sqlite:///copy.db", "tracking").uri == f"sqlite:///{tmp_path}/copy.db"
+    assert open_tracking("sqlite:///copy.db", "tracking", "artifacts").uri == f"sqlite:///{tmp_path}/copy.db"
 
 
 def test_runs_nest_and_end_as_the_block_ends(tracker: Tracker) -> None:
@@ -152,29 +152,29 @@ def test_another_process_logs_into_the_run_and_leaves_it_running(tracker: Tracke
 @pytest.mark.timeout(60)
 def test_a_server_that_is_down_is_reported_soon() -> None:
     with pytest.raises(TrackingError, match=r"tracking\.uri"):
-        open_tracking("http://127.0.0.1:9", "exp")
+        open_tracking("http://127.0.0.1:9", "exp", "artifacts")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_server_that_never_answers_is_reported_soon() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TrackingError, match="mlflow server"):
-        open_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", "exp")
+        open_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", "exp", "artifacts")
 
 
 def test_a_file_that_is_no_store_is_reported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
     with pytest.raises(TrackingError, match="mlflow db upgrade"):
-        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "exp")
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "exp", "artifacts")
     with pytest.raises(TrackingError, match="its folder can be written"):
-        open_tracking(f"sqlite:///{tmp_path}/mlflow.db/below/mlflow.db", "exp")
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db/below/mlflow.db", "exp", "artifacts")
 
 
 def test_a_deleted_experiment_is_reported(tracker: Tracker) -> None:
-    other = open_tracking(tracker.uri, "deleted")
+    other = open_tracking(tracker.uri, "deleted", "artifacts")
     other.client.delete_experiment(other.experiment_id)
     with pytest.raises(TrackingError, match="experiments restore"):
-        open_tracking(tracker.uri, "deleted")
+        open_tracking(tracker.uri, "deleted", "artifacts")
 
 
 def test_connecting_makes_nothing(tracker: Tracker, tmp_path: Path) -> None:

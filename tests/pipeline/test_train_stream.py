@@ -28,8 +28,8 @@ def _config(root: Path, source: str, workers: object) -> Config:
 
 
 @pytest.fixture(scope="module")
-def tracker(mlflow_uri: str) -> Tracker:
-    return open_tracking(mlflow_uri, "stream")
+def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return open_tracking(mlflow_uri, "stream", str(tmp_path_factory.mktemp("artifacts")))
 
 
 def test_streamed_slides_train_the_same_model(ray_session: None, tracker: Tracker, tmp_path: Path) -> None:
