@@ -117,13 +117,20 @@ def _held(entry: Path, size: int) -> int:
 
 
 def _evict(entry: Path) -> bool:
-    """Delete an entry unless a process holds it. Under the lock."""
+    """Delete an entry unless a process holds it. Under the lock.
+
+    Should this process be killed meanwhile, what is left counts as an unfinished copy, and its bytes as taken.
+    """
     if (entry / "held").exists():
         with (entry / "held").open("rb") as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+    if (entry / "files").exists():
+        (entry / "files").rename(entry / "unfinished")
+    if (entry / "unfinished").exists():
+        shutil.rmtree(entry / "unfinished")
     shutil.rmtree(entry)
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -142,6 +143,27 @@ def test_a_failed_copy_leaves_nothing_that_counts_as_one(
     for name in ("a", "b"):
         with staging.hold(uri(name), [uri(name)]) as path:
             assert path.read_bytes() == name.encode() * SIZE
+
+
+def test_a_copy_that_was_deleted_in_part_is_no_copy(
+    tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it makes room."""
+    staging, files = Staging(str(tmp_path), SIZE), ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
+    with staging.hold(files[0], files):
+        pass
+    real = shutil.rmtree
+
+    def killed(folder: Path) -> None:
+        next(path for path in Path(folder).rglob("Data.dat")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), staging.hold(uri("a"), [uri("a")]):
+        pass
+    monkeypatch.setattr(shutil, "rmtree", real)
+    with staging.hold(files[0], files) as path:
+        assert (path.parent / "m" / "Data.dat").read_bytes() == b"m" * 10
 
 
 def hold_often(folder: str, seed: int) -> None:
