@@ -21,7 +21,7 @@ from pipeline.patches import PatchStore, SlideStatus
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 
 THREADS = 16  # they wait on the storage
-BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "unopenable", "unreadable"})
+BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "truncated", "unopenable", "unreadable"})
 """Reasons that say that a slide's file is damaged, where the others are about what it shows or how it is asked for."""
 
 

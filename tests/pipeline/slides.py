@@ -46,8 +46,8 @@ def spoilt(kind: str, good: Path, folder: Path) -> Path:
         shutil.copy(good, path)
     if kind == "zeroed":
         zero_tile(path, 0, 1)
-    if kind in {"cut", "empty"}:
-        cut(path, {"cut": 0.7, "empty": 0.0}[kind])
+    if kind in {"cut", "short", "empty"}:
+        cut(path, {"cut": 0.7, "short": 0.97, "empty": 0.0}[kind])
     if kind == "text":
         path.write_text("not a slide")
     return path

@@ -18,7 +18,7 @@ from pipeline.tiler import store_slide
 from tests.pipeline.slides import PATCH, RGB, SPEC, row, spoilt
 from tests.synth import write_pyramid, zero_tile
 
-KINDS = ["blank", "no-mpp", "empty", "text", "none"]
+KINDS = ["blank", "no-mpp", "empty", "text", "short", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,15 @@ def test_their_schemas_are_fixed(ledgers: dict[str, pa.Table]) -> None:
 def test_every_row_of_the_cohort_has_one_status(ledgers: dict[str, pa.Table]) -> None:
     rows = ledgers["slides"].to_pylist()
     assert [line["slide_id"] for line in rows] == ["good", "torn", "good", *KINDS]
-    assert [line["status"] for line in rows] == ["committed"] * 3 + ["quarantined"] * 5
-    assert [line["reason"] for line in rows[3:]] == ["no-tissue", "missing-mpp", "empty-file", "not-a-slide", "missing"]
+    assert [line["status"] for line in rows] == ["committed"] * 3 + ["quarantined"] * 6
+    assert [line["reason"] for line in rows[3:]] == [
+        "no-tissue",
+        "missing-mpp",
+        "empty-file",
+        "not-a-slide",
+        "truncated",
+        "missing",
+    ]
     assert all(
         line["message"].startswith(line["reason"] + ": ") and "Traceback" in line["traceback"] for line in rows[3:]
     )
@@ -87,4 +94,5 @@ def test_what_could_not_be_read_is_listed(ledgers: dict[str, pa.Table]) -> None:
     assert [(line["slide_id"], line["kind"]) for line in rows if line["key"] is None] == [
         ("empty", "empty-file"),
         ("text", "not-a-slide"),
+        ("short", "truncated"),
     ]
