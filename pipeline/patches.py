@@ -161,7 +161,7 @@ class PatchStore:
     def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus) -> None:
         """Remember what became of this version of the source."""
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
-        source = {"uri": slide.uri, "mpp": slide.mpp}
+        source = {"uri": slide.uri, "mpp": slide.mpp, "mask": slide.mask, "coords": slide.coords}
         storage.write_json(self._pointer(slide), {"source": source, "version": asdict(version), "status": outcome})
 
     def has(self, key: str) -> bool:
@@ -205,8 +205,10 @@ class PatchStore:
         )
 
     def _pointer(self, slide: CohortSlide) -> str:
-        source = json.dumps([slide.uri, slide.mpp])
-        return storage.join(self.uri, SOURCES, hashlib.sha256(source.encode()).hexdigest() + ".json")
+        source = [slide.uri, slide.mpp]
+        if slide.mask is not None or slide.coords is not None:  # one file may be several slides: a mask for each
+            source += [slide.mask, slide.coords]
+        return storage.join(self.uri, SOURCES, hashlib.sha256(json.dumps(source).encode()).hexdigest() + ".json")
 
 
 def slide_key(digest: str, mpp: float | None, guide: str | None = None) -> str:

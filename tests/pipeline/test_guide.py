@@ -12,7 +12,7 @@ from pipeline.errors import SlideError, StorageError
 from pipeline.guide import guide_files, guided_version, read_guide
 from pipeline.patches import PatchStore
 from pipeline.storage import source_version
-from pipeline.tiler import store_slide
+from pipeline.tiler import store_slide, version_of
 from tests.pipeline.small import small_config, write_slide
 from tests.pipeline.test_interchange import trident
 from tests.pipeline.test_masks import geojson, polygon
@@ -46,6 +46,15 @@ def test_the_cohort_names_the_mask_and_the_mask_the_patches(slide: CohortSlide, 
     assert set(left) == {0, 32, 64}
     assert set(right) == {96, 128, 160}  # 100 to 211; at 96 seven eighths of a patch
     assert set(plain) == {0, 32, 64, 96, 128}
+
+
+def test_two_masks_of_one_file_are_two_slides_and_both_are_remembered(slide: CohortSlide, tmp_path: Path) -> None:
+    (tmp_path / "right.geojson").write_bytes(rectangle(100, 211))
+    store = PatchStore(str(tmp_path / "store"), TILING.fingerprint())
+    two = [slide, replace(slide, slide_id="right", mask=str(tmp_path / "right.geojson"))]
+    made = [store_slide(one, TILING, str(tmp_path / "store")) for one in two]
+    assert made[0].key != made[1].key
+    assert [store.status(one, version_of(one, TILING)) for one in two] == made
 
 
 def test_a_changed_mask_is_another_version_of_the_slide(slide: CohortSlide, tmp_path: Path) -> None:
