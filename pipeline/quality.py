@@ -35,6 +35,7 @@ ROWS = 1000
 BINS = 24
 THREADS = 16  # they wait on the storage
 _UNSAFE = re.compile(r"[^\w. -]")
+_STEM_BYTES = 200  # of a file's name, for which file systems have 255
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def safe_stems(slide_ids: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: Counter[str] = Counter()
     for slide_id in slide_ids:
-        stem = _UNSAFE.sub("_", slide_id).strip(". ")[:120] or "slide"
+        stem = _UNSAFE.sub("_", slide_id).strip(". ").encode()[:_STEM_BYTES].decode(errors="ignore") or "slide"
         taken[stem.casefold()] += 1
         number = taken[stem.casefold()]
         names[slide_id] = stem if number == 1 else f"{stem}~{number}"

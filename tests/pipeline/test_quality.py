@@ -110,3 +110,12 @@ def test_slides_that_are_not_tiled_or_gone_are_counted(tmp_path: Path) -> None:
 def test_names_of_files_can_be_names_and_differ() -> None:
     names = safe_stems(["a", "A", "x/y", "x\\y", "..", "a b.svs", "é"])
     assert list(names.values()) == ["a", "A~2", "x_y", "x_y~2", "slide", "a b.svs", "é"]
+
+
+def test_a_long_id_is_cut_to_what_file_systems_take(tmp_path: Path) -> None:
+    ids = ["肝臓" * 90 + end for end in "ab"]
+    names = safe_stems(ids)
+    for stem in names.values():
+        (tmp_path / f"{stem}_patches.h5").touch()  # the longest of the suffixes
+    assert len(set(names.values())) == 2
+    assert names[ids[1]] == names[ids[0]] + "~2"
