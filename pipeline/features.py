@@ -118,12 +118,17 @@ class FeatureStore:
         """The committed features of a committed slide.
 
         Raises:
-            StorageError: they are not committed here.
+            StorageError: they are not committed here, or belong to patches that are no longer there.
         """
         uri = storage.join(self.uri, stored.key)
         if not self.has(stored.key):
             raise StorageError(f"{uri}: no committed features (slide.json is absent); run the embed stage")
         facts = storage.read_json(storage.join(uri, "slide.json"))
+        if facts["n_patches"] != stored.n_patches:
+            raise StorageError(
+                f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
+                "anew since; remove the folder and the embed stage's records (stages/embed-*.json), and run again"
+            )
         return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"])
 
     def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:

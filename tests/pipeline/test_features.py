@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_nothing_is_there_before_the_commit(stored: StoredSlide, tmp_path: Path)
     with pytest.raises(StorageError, match=f"1 of {stored.n_patches} patches gave features"):
         store.write(stored, [vectors(1)], {})
     assert not store.has(stored.key)
+
+
+def test_features_of_other_patches_are_refused(stored: StoredSlide, tmp_path: Path) -> None:
+    store = FeatureStore(str(tmp_path), "spec", "encoder")
+    store.write(stored, [vectors(stored.n_patches)], {})
+    anew = replace(stored, n_patches=stored.n_patches - 1)
+    with pytest.raises(StorageError, match=f"features of {stored.n_patches} patches.*remove the folder"):
+        store.slide(anew)
 
 
 def test_largest_slides_first_each_once(tmp_path: Path) -> None:
