@@ -97,10 +97,11 @@ class Journal:
 
     def _send(self) -> None:
         with self._lock:
-            rows, sheets, self._sheets = list(self._rows), self._sheets, []
+            rows = list(self._rows)
         self._tracker.log_rows(self._run_id, rows)
         with self._lock:
             self._rows = self._rows[len(rows) :]
+            sheets, self._sheets = self._sheets, []
         for epoch, shown in sheets:
             self._send_sheet(epoch, shown)
 

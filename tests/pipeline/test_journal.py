@@ -68,8 +68,8 @@ def test_an_equal_row_sent_twice_is_stored_once(tracker: Tracker) -> None:
     assert _losses(tracker, run_id) == [(1, 0.5)]
 
 
-def test_a_store_that_is_away_costs_no_row(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_store_that_is_away_costs_no_row_and_no_picture(
+    tracker: Tracker, sources: list[Source], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pipeline.journal._PERIOD_S", 0.01)
     run_id = tracker.start_run("train")
@@ -77,6 +77,7 @@ def test_a_store_that_is_away_costs_no_row(
     with sqlite3.connect(database) as store, Journal(tracker, run_id) as journal:
         store.execute("ALTER TABLE metrics RENAME TO away")
         store.commit()
+        journal.show(1, [(sources[0], torch.tensor([0]))])
         journal.add(1, {"loss": 0.5, "lr": 1.0})
         while "metrics wait for MLflow" not in caplog.text:
             pass
@@ -85,6 +86,7 @@ def test_a_store_that_is_away_costs_no_row(
         store.commit()
     store.close()
     assert _losses(tracker, run_id) == [(1, 0.5)]
+    assert len(tracker.client.list_artifacts(run_id, "images")) == 2  # MLflow keeps a small one beside it
 
 
 def test_a_contact_sheet_shows_each_slides_patches_in_a_row(sources: list[Source]) -> None:
