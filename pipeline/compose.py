@@ -162,9 +162,15 @@ def _ray_job_problems(config: Config) -> list[str]:
         return []
     problems = []
     remedy = "the job's directory is thrown away when it ends; give an absolute path or an s3:// URI"
-    for field, value in (("storage.root", config.storage.root), ("storage.patches", config.storage.patches)):
+    for field, value in ((f"storage.{name}", place) for name, place in config.storage):
         if value is not None and not is_remote(value) and not Path(value).is_absolute():
             problems.append(f"{field}: {value!r} is relative inside a Ray job; {remedy}")
+    scheme, _, file = (config.tracking.uri or "").partition(":///")
+    if scheme.startswith("sqlite") and not Path(file).is_absolute():
+        problems.append(
+            f"tracking.uri: {config.tracking.uri!r} is relative inside a Ray job, whose directory is thrown away; give "
+            "a tracking server or sqlite:////ABSOLUTE/mlflow.db"
+        )
     if is_remote(config.storage.root) and config.tracking.uri is None:
         problems.append(
             "tracking.uri: is required in a Ray job whose storage.root is remote, because mlflow.db would be lost; "

@@ -129,6 +129,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _channels(self) -> Config:
+        found, needed = self.model.encoder.channels, 3 if self.cohort.megapixel_mnist is None else 1
+        if self.model.encoder.name != "features" and found != needed:
+            what = "patches of slides are RGB" if needed == 3 else "digits are grey"
+            raise ValueError(
+                f"model.encoder.channels={found}, but {what}; set model.encoder.channels={needed}, and model.mean and "
+                "model.std to one value a channel"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _features(self) -> Config:
         if self.model.encoder.name != "features":
             return self
@@ -150,4 +161,6 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data."""
         dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
+        if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
+            dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

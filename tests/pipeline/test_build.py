@@ -65,6 +65,13 @@ def test_the_encoder_s_own_rate_and_the_same_rate() -> None:
     assert [group["lr_scale"] for group in build_optimizer(model, TrainConfig()).param_groups] == [1, 1]
 
 
+DIGITS: dict[str, object] = {
+    "cohort": {"uri": "cohort.csv", "megapixel_mnist": {"folder": "mnist"}},
+    "tiling": {"patch_px": 32, "mpp": None, "tissue": "none"},
+    "train": {"augment": False},
+}
+
+
 @pytest.mark.parametrize("positions", ["none", "index", "grid"])
 @pytest.mark.parametrize("pool", ["attention", "gated", "mean", "max"])
 def test_every_pool_and_position(pool: str, positions: str) -> None:
@@ -76,7 +83,7 @@ def test_every_pool_and_position(pool: str, positions: str) -> None:
         "mean": [0.5],
         "std": [0.25],
     }
-    model = build_model(small_config(model=plain))
+    model = build_model(small_config(model=plain, **DIGITS))
     patches = torch.randint(0, 256, (1, 3, 1, 17, 13), dtype=torch.uint8)
     where = torch.tensor([[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]])
     batch = Batch(patches, where, torch.arange(3)[None], torch.ones(1, 3, dtype=torch.bool))

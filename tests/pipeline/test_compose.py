@@ -13,7 +13,8 @@ DIGITS = "cohort.megapixel_mnist.folder=mnist"
 NEEDED = {
     "camelyon16": ["embed.encoder.weights=w.safetensors"],
     "megapixel_mnist": [DIGITS],
-    "cohort=megapixel_mnist": [DIGITS, "tiling=image", "train.augment=false"],
+    "cohort=megapixel_mnist": [DIGITS, "model=megapixel_mnist", "tiling=image", "train.augment=false"],
+    "model=megapixel_mnist": [DIGITS, "cohort=megapixel_mnist", "tiling=image", "train.augment=false"],
     "model=features": ["model.encoder.features=2048", "embed.encoder.name=resnet50", "train.augment=false"],
 }
 """What the user must give, and what else a group's file asks for."""
@@ -101,6 +102,12 @@ def test_a_relative_root_inside_a_ray_job_is_refused(monkeypatch: pytest.MonkeyP
         load_config("demo", [], CONF)
     with pytest.raises(ConfigError, match="tracking.uri: is required in a Ray job"):
         load_config("demo", ["storage.root=s3://bucket/demo"], CONF)
+    for field in ("storage.patches", "storage.features"):
+        with pytest.raises(ConfigError, match=rf"{field}: 'shared' is relative inside a Ray job"):
+            load_config("demo", ["storage.root=/data/demo", f"{field}=shared"], CONF)
+    with pytest.raises(ConfigError, match=r"tracking.uri: 'sqlite:///mlflow.db' is relative inside a Ray job"):
+        load_config("demo", ["storage.root=/data/demo", "tracking.uri=sqlite:///mlflow.db"], CONF)
+    load_config("demo", ["storage.root=/data/demo", "tracking.uri=sqlite:////data/mlflow.db"], CONF)
     load_config("demo", ["storage.root=/data/demo"], CONF)
 
 

@@ -26,6 +26,20 @@ def test_execution_fields_do_not_enter_fingerprints() -> None:
         assert fingerprint(_changed(**same).recipe()) == base
 
 
+def test_streaming_is_the_store_without_shared_slides() -> None:
+    """Only where several workers would share slides of a store does the source decide who trains on what."""
+
+    def recipe(source: str, workers: object, mode: str = "exact", **train: object) -> str:
+        sections = {"train": {"source": source, **train}, "model": {"select": {"mode": mode}}}
+        return fingerprint(_changed(cluster={"workers": workers}, **sections).recipe())
+
+    assert recipe("stream", 1) == recipe("store", 1)
+    assert recipe("stream", 2, "window") == recipe("store", 2, "window")
+    for workers in (2, [1, 2]):
+        assert recipe("stream", workers) != recipe("store", workers)
+        assert recipe("stream", workers) == recipe("store", workers, shard_above=None)
+
+
 @pytest.mark.parametrize(
     "section",
     [
@@ -48,6 +62,18 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
         (
             {"tasks": [{"name": "t", "column": "a", "kind": "regression"}], "train": {"sampling": "balanced"}},
             "train.sampling: balanced needs classes, and the first task, t, is of kind regression",
+        ),
+        (
+            {"model": {"encoder": {"channels": 1}, "mean": [0.5], "std": [1]}},
+            "model.encoder.channels=1, but patches of slides are RGB; set model.encoder.channels=3",
+        ),
+        (
+            {
+                "cohort": {"uri": "c.csv", "megapixel_mnist": {"folder": "digits"}},
+                "tiling": {"mpp": None, "tissue": "none", "patch_px": 50},
+                "train": {"augment": False},
+            },
+            "model.encoder.channels=3, but digits are grey; set model.encoder.channels=1",
         ),
     ],
 )

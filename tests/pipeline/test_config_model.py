@@ -58,7 +58,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
     "choice", sorted(f"{p.parent.name}={p.stem}" for group in ("model", "train") for p in (CONF / group).glob("*.yaml"))
 )
 def test_every_group_file_is_a_config(choice: str) -> None:
-    images = ["tiling=image", "train.augment=false"] if "megapixel" in choice else []
+    digits = ["cohort=megapixel_mnist", "cohort.megapixel_mnist.folder=mnist", "model=megapixel_mnist"]
+    images = [*digits, "tiling=image", "train.augment=false"] if "megapixel" in choice else []
     stored = ["model.encoder.features=64", "embed.encoder.name=resnet50", "train.augment=false"]
     features = stored if choice == "model=features" else []
     load_config("default", ["cohort.uri=c.csv", "storage.root=/r", choice, *images, *features])
