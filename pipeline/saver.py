@@ -83,13 +83,19 @@ def newest(folder: str) -> Progress | None:
     """Of the newest whole checkpoint in a run's folder; None when there is none.
 
     Raises:
-        StageError: it was written by another version of the pipeline.
+        StageError: it was written by another version of the pipeline, or the best one that it names is gone.
         StorageError: the folder cannot be read.
     """
     for name in sorted(_names(folder), reverse=True):
         commit = _commit(folder, name)
-        if commit is not None and _is_whole(folder, name, commit):
-            return Progress(**commit["progress"])
+        if commit is None:
+            continue
+        lost = _lost(folder, name, commit)
+        if lost is None:
+            progress = Progress(**commit["progress"])
+            _check_best(folder, progress)
+            return progress
+        log.warning("%s: %s is gone or truncated; the checkpoint before it is used", join(folder, name), lost)
     return None
 
 
@@ -159,14 +165,27 @@ def _read(folder: str, name: str) -> dict[str, Any]:
     return commit
 
 
-def _is_whole(folder: str, name: str, commit: dict[str, Any]) -> bool:
+def _lost(folder: str, name: str, commit: dict[str, Any]) -> str | None:
+    """A file of the checkpoint that is gone or truncated; None where it is whole."""
     there = list_versions(join(folder, name))
     for file, facts in commit["files"].items():
         version = there.get(file)
         if version is None or version.size != facts["bytes"]:
-            log.warning("%s: %s is gone or truncated; the checkpoint before it is used", join(folder, name), file)
-            return False
-    return True
+            return str(file)
+    return None
+
+
+def _check_best(folder: str, progress: Progress) -> None:
+    """StageError where the best checkpoint, which may be the result, is gone: no later one could stand for it."""
+    best = progress.best
+    if best is None or best == progress.name:
+        return
+    commit = _commit(folder, best)
+    if commit is None or _lost(folder, best, commit) is not None:
+        raise StageError(
+            f"{join(folder, best)}: the best checkpoint so far is gone or truncated; restore it, or remove {folder} to "
+            "train anew"
+        )
 
 
 def _digest(path: Path) -> str:

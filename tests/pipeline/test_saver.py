@@ -95,6 +95,22 @@ def test_files_removed_or_cut_by_hand_mean_the_one_before(tmp_path: Path, caplog
     assert newest(str(tmp_path)) is None
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_best_checkpoint_that_is_gone_is_an_error(tmp_path: Path, *, cut: bool) -> None:
+    """Else a finished run would be done again and again, with a result that is not there."""
+    _save(tmp_path, 3)
+    _save(tmp_path, 4, 5, best="step-00000003")
+    found = newest(str(tmp_path))
+    assert found is not None
+    assert found.best == "step-00000003"
+    if cut:
+        (tmp_path / "step-00000003" / "weights.safetensors").write_bytes(b"short")
+    else:
+        shutil.rmtree(tmp_path / "step-00000003")
+    with pytest.raises(StageError, match=r"step-00000003: the best checkpoint so far is gone .*to train anew"):
+        newest(str(tmp_path))
+
+
 def test_changed_bytes_are_damage(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     weights = tmp_path / "step-00000001" / "weights.safetensors"
