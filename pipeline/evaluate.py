@@ -11,11 +11,10 @@ import pyarrow as pa
 import torch
 
 from ips.model import IPSModel
-from ips.scorer import Scorer
 from pipeline.config import Config
 from pipeline.config_data import TaskConfig
 from pipeline.errors import StageError
-from pipeline.inference import BagPrediction, predict_bag
+from pipeline.inference import BagPrediction, bag_scorer, predict_bag
 from pipeline.labels import NONE, Label, lacks, truth
 from pipeline.metrics import (
     MEASURES,
@@ -152,8 +151,7 @@ def _overall(tasks: Sequence[TaskConfig], each: Sequence[tuple[float, ...]]) -> 
 
 
 def _predict(model: IPSModel, config: Config, slides: Slides) -> tuple[BagPrediction, ...]:
-    selects = config.model.select.mode in ("exact", "window")
-    scorer, found = Scorer(model) if selects else None, []
+    scorer, found = bag_scorer(model, config), []
     for number, (_, source) in enumerate(slides, start=1):
         bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
         found.append(predict_bag(model, bag, config, scorer))

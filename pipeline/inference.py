@@ -77,10 +77,15 @@ def load_model(folder: Path) -> tuple[IPSModel, Config]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
 
 
+def bag_scorer(model: IPSModel, config: Config) -> Scorer | None:
+    """The scorer for `predict_bag` on many bags, of the model as it is now; None where nothing is scored."""
+    return Scorer(model) if config.model.select.mode in ("exact", "window") else None
+
+
 def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
-    `scorer` saves preparing the encoder for each of many bags; it must be of this model, and refreshed.
+    `scorer` (`bag_scorer`) saves preparing the encoder for each of many bags.
     """
     selecting = config.model.select
     if selecting.mode == "random":

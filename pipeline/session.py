@@ -19,7 +19,7 @@ from pipeline.bags import Augment
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config
-from pipeline.inference import predict_bag
+from pipeline.inference import bag_scorer, predict_bag
 from pipeline.journal import Journal
 from pipeline.labels import class_weights, target
 from pipeline.loop import Slides, StepDone, train_steps
@@ -188,7 +188,7 @@ def training_slides(job: Job) -> Slides:
     """The loop's view of the training slides."""
     tasks = job.config.tasks
     weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
-    threads, feed = max(1, math.floor(job.config.cluster.cpus_per_worker)), _feed(job)
+    threads, feed = _threads(job), _feed(job)
 
     def bag(index: int, epoch: int) -> Bag:
         source = job.train[index][1]
@@ -209,6 +209,11 @@ def training_slides(job: Job) -> Slides:
     return slides if feed is None else replace(slides, announce=feed.announce)
 
 
+def _threads(job: Job) -> int:
+    """That decode on this rank."""
+    return max(1, math.floor(job.config.cluster.cpus_per_worker))
+
+
 def _feed(job: Job) -> Feed | None:
     """What streams the slides; None where they come from a store."""
     slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
@@ -225,8 +230,9 @@ def _looks(epoch: int, epochs: int, every: int) -> bool:
 
 
 def _look(model: IPSModel, job: Job) -> dict[str, float]:
-    bags = [open_bag(source, threads=1, augment=None) for _, source in job.val]
-    found = [predict_bag(model, bag, job.config) for bag in bags]
+    scorer = bag_scorer(model, job.config)
+    bags = [open_bag(source, threads=_threads(job), augment=None) for _, source in job.val]
+    found = [predict_bag(model, bag, job.config, scorer) for bag in bags]
     return look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
 
 

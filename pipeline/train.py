@@ -30,6 +30,7 @@ from pipeline.worker import train_worker
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
+_WAIT_S = 24 * 3600  # of a rank for another: rank 0 validates alone, for hours where slides are large; Ray sees deaths
 _PATIENCE = "24"  # attempts of a request, with pauses of up to 15 s: 4 minutes
 
 
@@ -107,7 +108,7 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=_process_group(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,  # a range is elastic: as many as there is room for
             use_gpu=cluster.gpus_per_worker > 0,
@@ -120,6 +121,11 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
         ),
     )
+
+
+def _process_group(cluster: ClusterConfig) -> TorchConfig:
+    """What the ranks sum through. A rank waits for as long as another one works; Ray's 30 minutes would end a run."""
+    return TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=_WAIT_S)
 
 
 def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:

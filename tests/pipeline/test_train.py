@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import ResourceError, StageError
 from pipeline.patches import StoredSlide
 from pipeline.tracking import Tracker, open_tracking
-from pipeline.train import Trained, train
+from pipeline.train import Trained, _process_group, train
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -72,6 +72,12 @@ def test_two_workers_train_on_every_slide_and_keep_equal_weights(
 def test_what_can_never_be_had_is_refused(ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"needs 16 x \(0.5 CPUs"):
         _train(_config(tmp_path, workers=16), slides, tracker)
+
+
+def test_ranks_wait_while_the_first_one_validates(tmp_path: Path) -> None:
+    """Large slides take it hours; the default of 30 minutes would end the run, again and again."""
+    group = _process_group(_config(tmp_path).cluster)
+    assert (group.backend, group.timeout_s) == ("gloo", 24 * 3600)
 
 
 def test_a_diverging_loss_reaches_the_driver_as_itself(
