@@ -17,6 +17,7 @@ from pipeline.slide import Overview
 from pipeline.tissue import artefact_mask, tissue_fraction, tissue_mask
 
 EXAMPLES = 6  # rejected patches that are kept to be looked at
+_DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all tissue would miss `min_tissue: 1`
 Shares = npt.NDArray[np.float64]
 
 
@@ -104,7 +105,8 @@ def _masks(overview: Overview, spec: TilingConfig, guide: Guide, level0: LevelSi
 def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
     height, width = mask.shape
     boxes = grid.level0_boxes(cells) / overview.scale
-    return tissue_fraction(mask, np.minimum(boxes, np.array([width, height, width, height])))
+    share = tissue_fraction(mask, np.minimum(boxes, np.array([width, height, width, height])))
+    return np.round(share, _DECIMALS)
 
 
 def _enough(share: Shares, spec: TilingConfig) -> Mask:

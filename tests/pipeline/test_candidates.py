@@ -39,6 +39,17 @@ def found(view: Overview, guide: Guide | None = None, **fields: object) -> Candi
     return find_candidates(view, LEVELS, spec(**fields), 0.5, guide or Guide())
 
 
+@pytest.mark.parametrize("scale", [3.7, 7.3, 31.999])
+def test_patches_that_are_all_tissue_have_enough_of_it(scale: float) -> None:
+    data = geojson(polygon([[0, 0], [9e4, 0], [9e4, 9e4], [0, 9e4], [0, 0]]))
+    shape = (403, 501)
+    view = Overview(np.full((*shape, 3), 240, np.uint8), np.zeros(shape, bool), scale)
+    levels = (Level(int(501 * scale), int(403 * scale), 1.0),)
+    guide = Guide(ExternalMask("all.geojson", data))
+    result = find_candidates(view, levels, spec(min_tissue=1.0), 0.5, guide)
+    assert result.rejects == {"tissue": 0}
+
+
 def test_every_place_is_a_patch_or_has_a_reason() -> None:
     view = overview(("tissue", (640, 640, 1920, 1600)), ("pen", (2560, 640, 3840, 1280)))
     result = found(view)
