@@ -13,6 +13,7 @@ from PIL import Image
 
 OUTLINE_PX = 1024  # longer edge of the mask that is traced: an outline of a few thousand points
 SPECK_PX = 4  # of the traced mask: smaller pieces and holes are left out; nobody edits them, and noise has thousands
+_RING = 4  # points of the shortest closed outline; QuPath opens no file with a shorter one
 _COLOUR = [46, 139, 87]
 
 Mask = npt.NDArray[np.bool_]
@@ -56,7 +57,9 @@ def _polygons(mask: Mask, dimensions: tuple[int, int]) -> list[list[list[list[in
         corners = np.clip(np.rint((outline - 0.5) * scale), 0, dimensions).astype(int)
         large = [slice(a, b) for a, b in pairwise(bounds) if _area(outline[a:b]) > SPECK_PX]
         if large and large[0].start == bounds[0]:  # else the piece itself is a speck
-            polygons.append([_straightened(corners[part]).tolist() for part in large])
+            rings = [_straightened(corners[part]) for part in large]
+            if len(rings[0]) >= _RING:  # px as fine as the slide's: thin pieces have no area in whole px
+                polygons.append([ring.tolist() for ring in rings if len(ring) >= _RING])
     return polygons
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pipeline.geojson import tissue_geojson
 from pipeline.masks import ExternalMask
@@ -58,6 +60,16 @@ def test_any_mask_survives_up_to_single_px(seed: int, share: float) -> None:
         return
     again = ExternalMask("a.geojson", data).at(99, 63, (11 * 90, 7 * 90))
     assert (again != blocks).mean() < 0.03
+
+
+@given(seed=st.integers(0, 10_000), scale=st.sampled_from([1.0, 1.3, 2.0, 7.3]), smooth=st.sampled_from([0.3, 1.0]))
+def test_every_ring_is_one(seed: int, scale: float, smooth: float) -> None:
+    ragged = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(61, 83)), smooth) > 0
+    for feature in json.loads(tissue_geojson(ragged, (round(83 * scale), round(61 * scale))))["features"]:
+        for ring in feature["geometry"]["coordinates"]:
+            assert len(ring) >= 4
+            assert ring[0] == ring[-1]
+            assert all(a != b for a, b in pairwise(ring))
 
 
 def test_a_large_mask_gives_a_small_outline() -> None:
