@@ -41,7 +41,7 @@ def found(view: Overview, guide: Guide | None = None, **fields: object) -> Candi
 
 @pytest.mark.parametrize("scale", [3.7, 7.3, 31.999])
 def test_patches_that_are_all_tissue_have_enough_of_it(scale: float) -> None:
-    data = geojson(polygon([[0, 0], [9e4, 0], [9e4, 9e4], [0, 9e4], [0, 0]]))
+    data = geojson(polygon([[0, 0], [90_000, 0], [90_000, 90_000], [0, 90_000], [0, 0]]))
     shape = (403, 501)
     view = Overview(np.full((*shape, 3), 240, np.uint8), np.zeros(shape, bool), scale)
     levels = (Level(int(501 * scale), int(403 * scale), 1.0),)
