@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config_data import TaskConfig
+from pipeline.errors import StageError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+_TRIES = 100  # for each resample: one patient who alone holds a class is drawn by 63% of them, ten such by 1%
 
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "binary": ("auc", "accuracy"),
@@ -148,17 +150,25 @@ def bootstrap(statistic: Callable[[Ints], Floats], patients: Sequence[str], resa
     A patient's slides stand or fall together, as they are not independent. `statistic` maps slide indices to S
     numbers; a resample where one of them is NaN (a class is absent) is drawn again, so the values are
     conditional on every class being there.
+
+    Raises:
+        StageError: hardly any resample has them all.
     """
     names, owner = np.unique(np.asarray(patients, dtype=np.str_), return_inverse=True)
     slides = [np.flatnonzero(owner == patient) for patient in range(len(names))]
     generator = np.random.default_rng(seed)
     values: list[Floats] = []
-    while len(values) < resamples:
+    for _ in range(_TRIES * resamples):
         drawn = generator.integers(len(names), size=len(names))
         value = statistic(np.concatenate([slides[patient] for patient in drawn]))
         if not np.isnan(value).any():
             values.append(value)
-    return np.stack(values)
+        if len(values) == resamples:
+            return np.stack(values)
+    raise StageError(
+        f"evaluate: of {_TRIES * resamples} resamples of {len(names)} patients only {len(values)} hold what every task "
+        "needs, so intervals cannot be given; label more patients of the rare classes, or take such tasks out of tasks"
+    )
 
 
 def interval(value: float, resampled: Floats) -> Interval:

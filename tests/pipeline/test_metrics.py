@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, r2_score, roc_auc_score, roc_curve
 
 from pipeline.config_data import TaskConfig
+from pipeline.errors import StageError
 from pipeline.metrics import (
     MEASURES,
     Floats,
@@ -88,6 +89,16 @@ def test_the_bootstrap_is_seeded_and_skips_resamples_without_a_class() -> None:
     assert first.shape == (200, 1)
     assert not np.isnan(first).any()
     np.testing.assert_array_equal(first, bootstrap(statistic, list("abcd"), 200, seed=5))
+
+
+def test_a_bootstrap_that_hardly_ever_holds_every_class_ends() -> None:
+    patients = [str(n) for n in range(20)]
+
+    def everyone(chosen: Ints) -> Floats:
+        return np.array([1.0 if len(set(chosen.tolist())) == 20 else np.nan])
+
+    with pytest.raises(StageError, match=r"of 300 resamples of 20 patients only 0 hold .*rare classes"):
+        bootstrap(everyone, patients, 3, seed=0)
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
