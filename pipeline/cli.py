@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from pipeline import cli_data
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.config_data import DemoConfig
-from pipeline.console import ConfigOption, DirOption, JsonOption, Overrides
+from pipeline.console import ConfigOption, DirOption, JsonOption, Overrides, print_table
 from pipeline.console import errors as _errors
 from pipeline.console import print_json as _print_json
 from pipeline.errors import ConfigError, DataBudgetError
@@ -106,10 +105,8 @@ def plan(
         if as_json:
             _print_json({"stages": [asdict(item) for item in planned]})
             return
-        table = Table("stage", "action", "why", "fingerprint")
-        for item in planned:
-            table.add_row(item.stage, item.action, item.why, item.fingerprint or "")
-        Console().print(table)
+        rows = [(item.stage, item.action, item.why, item.fingerprint or "") for item in planned]
+        print_table(("stage", "action", "why", "fingerprint"), rows)
 
 
 @app.command()
@@ -169,12 +166,10 @@ def verify(
         if as_json:
             _print_json({"whole": not report.damage, **asdict(report)})
         else:
-            table = Table("", "where", "found", "remedy")
-            for name, findings in (("[red]damage[/red]", report.damage), ("leftover", report.leftovers)):
-                for finding in findings:
-                    table.add_row(name, finding.uri, finding.what, finding.remedy)
-            if table.row_count:
-                Console().print(table)
+            kinds = ((Text("damage", "red"), report.damage), (Text("leftover"), report.leftovers))
+            rows = [(kind, one.uri, one.what, one.remedy) for kind, findings in kinds for one in findings]
+            if rows:
+                print_table(("", "where", "found", "remedy"), rows)
             damage = f"{len(report.damage)} damaged" if report.damage else "all whole"
             print(f"{report.slides} slides, {report.patches} patches, {report.files} files, {report.bytes} B: {damage}")
         if report.damage:
@@ -196,10 +191,8 @@ def doctor(
         if as_json:
             _print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
         else:
-            table = Table("check", "", "found", "remedy")
-            for check in checks:
-                table.add_row(check.name, "ok" if check.ok else "[red]bad[/red]", check.found, check.remedy)
-            Console().print(table)
+            rows = [(c.name, Text("ok") if c.ok else Text("bad", "red"), c.found, c.remedy) for c in checks]
+            print_table(("check", "", "found", "remedy"), rows)
         if not all(check.ok for check in checks):
             raise typer.Exit(1)
 
@@ -229,17 +222,15 @@ def _shown(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_summary(summary: dict[str, Any], config: Config) -> None:
-    table = Table("stage", "outcome", "seconds")
-    table.add_column("result", overflow="fold")  # a path that is cut cannot be copied
+    rows = []
     for stage, done in summary["stages"].items():
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in done["metrics"].items())
         paths = "\n".join(done["outputs"].values())
-        table.add_row(stage, done["outcome"], f"{done['seconds']:.0f}", f"{numbers}\n{paths}".strip())
-    console = Console()
-    console.print(table)
+        rows.append((stage, done["outcome"], f"{done['seconds']:.0f}", f"{numbers}\n{paths}".strip()))
+    print_table(("stage", "outcome", "seconds", "result"), rows)
     if summary["outcome"] == "nothing to do":
-        console.print("Nothing to do: every stage is done and unchanged.")
-    console.print(f"mlflow ui --backend-store-uri {config.tracking.uri}", soft_wrap=True)
+        print("Nothing to do: every stage is done and unchanged.")
+    print(f"mlflow ui --backend-store-uri {config.tracking.uri}")
 
 
 def _must_be_local(folder: Path) -> None:

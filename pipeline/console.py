@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import Interrupted, PipelineError
 
@@ -28,6 +30,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 def print_json(value: object) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """A table on stdout. Text is shown as it is, brackets too, and folded: a path that is cut cannot be copied."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,9 +18,11 @@ from pipeline.sources import patch_store
 
 THREADS = 16
 
+log = logging.getLogger(__name__)
+
 
 def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str]:
-    """Write one file for each slide that is tiled; slide id -> URI.
+    """Write one file for each slide that is tiled; slide id -> URI. The others are named in the log.
 
     Raises:
         StageError: no slide is tiled.
@@ -28,9 +31,13 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
     """
     store, folder = patch_store(config), storage.absolute(folder)
     slides = read_cohort(config.cohort.uri).slides
-    keys = {row.slide_id: row.key for row in look_up(store, slides, config.tiling) if row.key is not None}
+    rows = look_up(store, slides, config.tiling)
+    keys = {row.slide_id: row.key for row in rows if row.key is not None}
     if not keys:
         raise StageError("export: no slide of the cohort is tiled; run the tile stage")
+    for row in rows:
+        if row.key is None:
+            log.warning("export: %s is left out: %s", row.slide_id, row.reason or "not tiled yet")
     stems = safe_stems([slide.slide_id for slide in slides])
 
     def write(slide: CohortSlide) -> tuple[str, str]:

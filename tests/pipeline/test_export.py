@@ -17,7 +17,9 @@ from tests.synth import tissue_rgb, write_pyramid
 
 
 @pytest.mark.parametrize("tool", ["trident", "clam"])
-def test_a_store_tiled_from_its_own_export_is_the_same(tmp_path: Path, tool: Tool) -> None:
+def test_a_store_tiled_from_its_own_export_is_the_same(
+    tmp_path: Path, tool: Tool, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(2):
         write_pyramid(tmp_path / f"s{number}.tiff", tissue_rgb(1013, 787, seed=number))
     (tmp_path / "cohort.csv").write_text("slide_id,uri,label\na/1,s0.tiff,yes\nb,s1.tiff,no\nnever tiled,s0.png,no\n")
@@ -33,6 +35,7 @@ def test_a_store_tiled_from_its_own_export_is_the_same(tmp_path: Path, tool: Too
     store = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint())
     first = [store.slide(str(store_slide(slide, config.tiling, str(tmp_path / "store")).key)) for slide in slides]
     written = export_coordinates(config, tool, str(tmp_path / "out"))
+    assert caplog.messages == ["export: never tiled is left out: not tiled yet"]
     suffix = {"trident": "_patches.h5", "clam": ".h5"}[tool]
     assert [Path(uri).name for uri in written.values()] == [f"a_1{suffix}", f"b{suffix}"]
 
