@@ -169,10 +169,6 @@ class SlideReader(ABC):
         sizes = np.minimum(step, level.width - left), np.minimum(step, level.height - top)
         return np.stack([left, top, *sizes], axis=1)
 
-    def thumbnail(self, max_px: int) -> RGB:
-        """The whole slide (h, w, 3) with its longer edge at most `max_px`."""
-        return self.overview(max_px).rgb
-
 
 def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:
     """RGBA (h, w, 4) laid over a colour (3,)."""

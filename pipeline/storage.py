@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,25 +249,6 @@ def upload_tree(path: Path, uri: str) -> None:
     """Copy all files below a local folder, one after another in the order of their names."""
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         upload(file, join(uri, file.relative_to(path).as_posix()))
-
-
-@contextmanager
-def local_copy(uri: str, files: Sequence[str] = ()) -> Iterator[Path]:
-    """A local path of the file, under its own name: the file itself, or a download kept for the block.
-
-    Args:
-        uri: the file.
-        files: what has to lie beside or below it, by the same names: companions of a slide.
-    """
-    if not is_remote(uri):
-        source_version(uri)
-        yield _path(uri)
-        return
-    above = s3.key(uri).rpartition("/")[0] + "/"
-    with tempfile.TemporaryDirectory(prefix="ips-") as folder:
-        for file in (uri, *(file for file in files if file != uri)):
-            download(file, Path(folder, s3.key(file).removeprefix(above)))
-        yield Path(folder, s3.key(uri).removeprefix(above))
 
 
 def _path(uri: str) -> Path:

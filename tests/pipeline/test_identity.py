@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline import identity, storage
 from pipeline.errors import StorageError
 from pipeline.identity import slide_digest, slide_files, slide_version
+from pipeline.staging import Staging
 from tests.s3 import S3Server, serve_s3
 from tests.synth import overwrite, tile_span, tissue_rgb, write_pyramid
 
@@ -238,7 +239,7 @@ def test_a_slide_of_several_files(
     uri = f"{base}/{path.name}"
     files = slide_files(uri)
     assert files == [f"{base}/{name}" for name in names]
-    with storage.local_copy(uri, files) as copy:
+    with Staging(str(tmp_path / "copies")).hold(uri, files) as copy:
         assert copy.name == path.name
         assert [(copy.parent / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
         assert slide_digest(str(copy)) == slide_digest(uri) == slide_digest(str(path))

@@ -63,9 +63,9 @@ def test_overview_of_a_small_slide_survives_a_bad_tile(slide: Path) -> None:
     assert not overview.unread[300:].any()
 
 
-def test_thumbnail(slide: Path) -> None:
+def test_the_longer_edge_of_an_overview(slide: Path) -> None:
     with open_slide(slide) as reader:
-        assert reader.thumbnail(100).shape == (78, 100, 3)
+        assert reader.overview(100).rgb.shape == (78, 100, 3)
 
 
 def test_one_reader_sees_what_the_other_does(slide: Path) -> None:

@@ -95,10 +95,6 @@ def test_trees_and_copies(root: str, tmp_path: Path) -> None:
     uri = storage.join(root, "copy", "sub", NAME)
     storage.download(uri, tmp_path / "new" / "here")
     assert (tmp_path / "new" / "here").read_bytes() == DATA
-    with storage.local_copy(uri) as path:
-        assert path.name == NAME
-        assert path.read_bytes() == DATA
-    assert path.exists() is not storage.is_remote(root)
     with pytest.raises(StorageError, match="does not exist"):
         storage.download(uri + "x", tmp_path / "new" / "gone")
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["here"]
