@@ -194,7 +194,8 @@ class _Turn:
         loss = loss.double()  # also where a rank without slides has no model's precision
         self.ranks.sum_(loss)
         sum_gradients(model, self.ranks)
-        average_statistics(model, self.ranks, weight=float(bool(mine)))
+        if self.settings.norm != "frozen" and model.encoder.training:  # a mean of three would round
+            average_statistics(model, self.ranks, weight=float(bool(mine)))
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not loss.isfinite() or not norm.isfinite():
             what = "loss" if not loss.isfinite() else "gradient's norm"

@@ -97,6 +97,25 @@ def test_a_frozen_encoder_stays_as_it_is_and_thaws_when_it_should() -> None:
         assert not torch.equal(model.heads[0].weight, _model().heads[0].weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("changes", [{"bounded": True, "norm": "frozen"}, {"freeze_encoder": True}])
+def test_frozen_statistics_stay_on_three_ranks_to_the_last_bit(changes: dict[str, object]) -> None:
+    """The mean of three equal numbers is not always that number: of random ones one in six moves."""
+    model = _model()
+    norm = model.encoder.get_submodule("norm")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.running_mean = torch.full_like(norm.weight, 1 / 0.7)
+    before = norm.running_mean.clone()
+    assert not torch.equal((before + before + before) / 3, before)
+
+    def three_alike(tensor: Tensor) -> None:
+        tensor.copy_(tensor + tensor + tensor)
+
+    alike = Ranks(0, 3, three_alike)
+    settings = TrainConfig.model_validate({**_STEP, **changes})
+    list(train_steps(model, _optimizer(model), _slides(), settings, SELECT, seed=3, start_epoch=0, ranks=alike))
+    assert torch.equal(norm.running_mean, before)
+
+
 def test_the_encoder_has_its_own_rate() -> None:
     moved = []
     for scale in (1.0, 0.01):
