@@ -247,9 +247,13 @@ def test_an_interrupted_training_is_killed_in_mlflow_and_goes_on(tmp_path: Path,
     again = client.get_run(resumed["stages"]["train"]["run_id"])
     assert again.data.tags["resumed_from_run"] == before["train"].run_id
     assert int(again.data.tags["resumed_after_step"]) >= int(kept[-1].removeprefix("step-"))
-    taken = sorted(metric.step for metric in client.get_metric_history(again.info.run_id, "loss"))
-    assert 1 < min(taken) <= int(again.data.tags["resumed_after_step"]) + 1
-    assert taken == list(range(min(taken), max(taken) + 1))
+    steps = [
+        {metric.step for metric in client.get_metric_history(run_id, "loss")}
+        for run_id in (before["train"].run_id, again.info.run_id)
+    ]
+    # What the killed run had taken but not sent yet, the next one sends: their steps may overlap, none is lost.
+    assert steps[0] | steps[1] == set(range(1, max(steps[1]) + 1))
+    assert min(steps[1]) <= int(again.data.tags["resumed_after_step"]) + 1
     assert resumed["stages"]["train"]["metrics"]["epoch"] == 16
 
 

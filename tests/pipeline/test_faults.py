@@ -64,8 +64,8 @@ tile_in_shares(row(path), folder + "/cold")
 started = time.monotonic()
 tile_in_shares(row(path), folder + "/warm")
 duration = time.monotonic() - started
-moments, number = random.Random(0), 0
-while number < 10:
+moments, number, places = random.Random(0), 0, set()
+while number < 10 or (len(places) < 3 and number < 60):
     store = f"{folder}/{number}"
     child = os.fork()
     if child == 0:
@@ -78,6 +78,7 @@ while number < 10:
         shutil.rmtree(store)
         continue
     left = sum(path.is_file() for path in Path(store).rglob("*"))
+    places.add(left)
     print(tile_in_shares(row(path), store).status, left)
     number += 1
 """
@@ -90,9 +91,10 @@ def test_a_worker_killed_at_ten_random_moments_changes_nothing(
     command = [sys.executable, "-c", KILLED, str(slide), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["committed"] * 10, done.stderr
+    assert len(lines) >= 10, done.stderr
+    assert {line[0] for line in lines} == {"committed"}
     assert len({left for _, left in lines}) >= 3  # files they had written: they died at different places
-    for number in range(10):
+    for number in range(len(lines)):
         assert contents(tmp_path / str(number)) == undisturbed
         assert findings(str(tmp_path / str(number))) == []
 
