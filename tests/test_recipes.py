@@ -103,6 +103,7 @@ def test_camelyon16_lists_the_challenges_slides_as_a_public_bucket_holds_them() 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_traffic_signs_train_end_to_end_on_generated_scenes(ray_session: None, tmp_path: Path) -> None:
     _photographs(tmp_path, 16)

@@ -69,6 +69,7 @@ def committed(store: Path) -> dict[Path, int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_job_killed_three_times_ends_as_one_that_was_not(cohort: Path, tmp_path: Path) -> None:
     store, before = tmp_path / "store", dict[Path, int]()

@@ -72,7 +72,7 @@ def test_a_cohort_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_colours_do_not_tell_the_classes_apart(seed: int) -> None:
     """Logistic regression on the mean and deviation of a slide's colours stays at or below an AUC of 0.65."""
     cohort = plan_cohort(DemoConfig(seed=seed))

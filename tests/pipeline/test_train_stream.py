@@ -17,7 +17,7 @@ from pipeline.train import train
 from tests.pipeline.small import small_config, store_slides, write_cohort
 from tests.pipeline.test_streamed import stream_slides
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 def _config(root: Path, source: str, workers: object) -> Config:

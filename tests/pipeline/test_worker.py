@@ -22,6 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(mlflow_uri: str, tmp_path: Path) -> None:
