@@ -261,6 +261,7 @@ def test_an_interrupted_training_is_killed_in_mlflow_and_goes_on(tmp_path: Path,
     # What the killed run had taken but not sent yet, the next one sends: their steps may overlap, none is lost.
     # It may also have taken its last step when the signal came; then the next one has none to take.
     assert steps[0] | steps[1] == set(range(1, max(steps[0] | steps[1]) + 1))
+    assert min(steps[1], default=1) <= int(again.data.tags["resumed_after_step"]) + 1
     assert resumed["stages"]["train"]["metrics"]["epoch"] == 16
 
 
