@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
+from pipeline.config_unused import unused
 from pipeline.errors import ConfigError
 from pipeline.storage import absolute, is_remote, join
 
@@ -114,10 +115,11 @@ def _validated(tree: Any) -> tuple[Config | None, list[str]]:
         plain = _without_missing(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         return None, [str(error).splitlines()[0]]
+    idle = unused(plain)
     try:
-        return Config.model_validate(plain), []
+        return Config.model_validate(plain), idle
     except ValidationError as error:
-        return None, [_sentence(problem) for problem in error.errors()]
+        return None, [*(_sentence(problem) for problem in error.errors()), *idle]
 
 
 def _without_missing(value: Any) -> Any:
