@@ -108,7 +108,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Batch:
-    """The winners' patches, padded to M."""
+    """The winners' patches, padded to M.
+
+    Raises:
+        ValueError: the parts are not of one B and M.
+    """
 
     patches: Tensor
     """(B, M, ...) as the bags give them; zeros where masked, and never encoded there."""
@@ -118,3 +122,12 @@ class Batch:
     """(B, M) int64."""
     mask: Tensor
     """(B, M) bool."""
+
+    def __post_init__(self) -> None:
+        needed = {"index": tuple(self.mask.shape), "patches": (*self.mask.shape, *self.patches.shape[2:])}
+        if self.positions is not None:
+            needed["positions"] = (*self.mask.shape, 2)
+        for name, shape in needed.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} has shape {found}; with mask {tuple(self.mask.shape)} it needs {shape}")

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
+from ips.intake import check_bags
 from ips.select import assemble
 
 
 def random_selection(bags: Sequence[Bag], memory: int, generator: torch.Generator) -> Selection:
-    """M different patches of each image, drawn uniformly; every score is 1 / N."""
+    """M different patches of each image, drawn uniformly; every score is 1 / N. ValueError where `select` raises it."""
+    check_bags(bags, memory)
     draws = [torch.randperm(len(bag), generator=generator)[:memory] for bag in bags]
     return assemble([(rows, _uniform(rows, len(bag))) for rows, bag in zip(draws, bags, strict=True)], memory)
 
 
 def every_patch(bags: Sequence[Bag]) -> Selection:
-    """All patches of each image, in order: full attention, where it fits."""
+    """All patches of each image, in order: full attention, where it fits. ValueError for no bags and for empty ones."""
+    check_bags(bags, memory=1)
     longest = max(len(bag) for bag in bags)
     return assemble([(rows, _uniform(rows, len(rows))) for rows in map(torch.arange, map(len, bags))], longest)
 

@@ -190,7 +190,7 @@ def read_weights(data: bytes) -> dict[str, Tensor]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"weights: neither a safetensors file nor a tensors-only .pth file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
         raise ValueError("weights: the file holds something else than a mapping of names to tensors; save state_dict()")
     return state
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, Selection
+from ips.intake import take
 from ips.model import IPSModel
 from ips.scorer import BATCH_NORMS, check_statistics
 from ips.transfer import to_device
@@ -53,8 +54,8 @@ def bounded_backward(
         The loss and the logits, detached.
 
     Raises:
-        ValueError: `chunk` < 1, another `norm`, a selection of other bags, or `frozen` norms without running
-            statistics.
+        ValueError: `chunk` < 1, another `norm`, a selection of other bags, `frozen` norms without running
+            statistics, or patches that the model cannot take.
     """
     if chunk < 1 or norm not in ("frozen", "group"):
         raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
@@ -94,7 +95,7 @@ def _parts(selection: Selection, chunk: int) -> list[_Part]:
 
 
 def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tensor, list[Chunk]]:
-    chunks = [bags[number].take(rows) for number, rows in part]
+    chunks = take(bags, part)
     return to_device(torch.cat([chunk.patches for chunk in chunks]), device), chunks
 
 

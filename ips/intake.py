@@ -1,4 +1,4 @@
-"""What enters the selection: every bag's chunks, checked. Malformed ones raise `ValueError` with the bag's number."""
+"""What bags give, checked as it comes. What is malformed raises `ValueError` with the bag's number."""
 
 from __future__ import annotations
 
@@ -7,44 +7,60 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ips.bag import Chunk
+from ips.bag import Bag, Chunk
 from ips.model import IPSModel
+
+
+def check_bags(bags: Sequence[Bag], memory: int) -> None:
+    """Refuse a selection of fewer than one patch, of no image, and of an image without patches."""
+    if memory < 1:
+        raise ValueError(f"memory={memory} must be at least 1")
+    if not bags:
+        raise ValueError("bags holds no image; pass one at least")
+    for number, bag in enumerate(bags):
+        if not len(bag):
+            raise ValueError(f"bags[{number}] is empty; drop images without patches before the selection")
 
 
 def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
     """Pass on (bag number, chunk) pairs that `model` can take; `sizes` are the lengths of the bags."""
-    shape: tuple[int, ...] | None = None
+    first: Tensor | None = None
     for number, chunk in chunks:
-        if shape is None:
-            shape = tuple(chunk.patches.shape[1:])
-        _check_patches(f"bags[{number}]", model, chunk, shape)
-        _check_rows(f"bags[{number}]", model, chunk, sizes[number])
+        name = f"bags[{number}]"
+        first = chunk.patches if first is None else first
+        model.check_patches(chunk.patches, f"{name}: patches")
+        _check_alike(name, chunk.patches, first)
+        _check_finite(name, chunk)
+        _check_rows(name, model, chunk, sizes[number])
         yield number, chunk
 
 
-def _check_patches(name: str, model: IPSModel, chunk: Chunk, shape: tuple[int, ...]) -> None:
+def take(bags: Sequence[Bag], wanted: Sequence[tuple[int, Tensor]]) -> list[Chunk]:
+    """The patches of (bag number, rows) pairs, refused where they cannot stand in one batch or are not finite."""
+    taken = [bags[number].take(rows) for number, rows in wanted]
+    for (number, rows), chunk in zip(wanted, taken, strict=True):
+        if len(chunk.patches) != len(rows):
+            raise ValueError(f"bags[{number}].take gave {len(chunk.patches)} patches for {len(rows)} rows")
+        _check_alike(f"bags[{number}]", chunk.patches, taken[0].patches)
+        _check_finite(f"bags[{number}]", chunk)
+    return taken
+
+
+def _check_alike(name: str, patches: Tensor, first: Tensor) -> None:
+    """One shape, because patches are stacked; one dtype, because uint8 counts to 255 and floats to 1."""
+    if patches.shape[1:] != first.shape[1:] or patches.dtype != first.dtype:
+        raise ValueError(
+            f"{name}: patches has shape {tuple(patches.shape)} and dtype {patches.dtype}; the patches before it have "
+            f"{tuple(first.shape[1:])} and {first.dtype}, and one call takes one shape and one dtype"
+        )
+
+
+def _check_finite(name: str, chunk: Chunk) -> None:
     patches = chunk.patches
-    found = f"{name}: patches has shape {tuple(patches.shape)} and dtype {patches.dtype}"
-    if patches.ndim not in (2, 4) or (patches.dtype != torch.uint8 and not patches.is_floating_point()):
-        raise ValueError(f"{found}; needs (n, C, h, w) uint8 or float, or (n, F) float")
-    if patches.ndim == 2 and patches.dtype == torch.uint8:
-        raise ValueError(f"{found}; features must be float")
-    if tuple(patches.shape[1:]) != shape:
-        raise ValueError(f"{found}; the patches before it have {shape}, and one call takes one shape")
-    if min(shape) < 1:
-        raise ValueError(f"{found}; every size but n must be at least 1")
-    width = getattr(model.encoder, "inputs", None)
-    if width is not None and shape != (width,):
-        raise ValueError(f"{found}; the encoder needs features (n, {width})")
-    channels = getattr(model.encoder, "channels", None if patches.ndim == 2 else patches.shape[1])
-    if patches.ndim == 2 and channels is not None:
-        raise ValueError(f"{found}; the encoder needs pixels, (n, {channels}, h, w)")
-    if patches.ndim == 4 and (patches.shape[1] != channels or len(model.mean) not in (1, channels)):
-        raise ValueError(f"{found}; the encoder needs {channels} channels, mean and std give {len(model.mean)}")
     # one cheap pass: a sum that is finite had finite terms; only where it is not, each is looked at
     if patches.is_floating_point() and not patches.sum().isfinite() and not patches.isfinite().all():
         bad = (~patches.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
-        raise ValueError(f"{found}; row {int(chunk.index[int(bad)])} holds NaN or infinity")
+        raise ValueError(f"{name}: patches: row {int(chunk.index[int(bad)])} holds NaN or infinity")
 
 
 def _check_rows(name: str, model: IPSModel, chunk: Chunk, N: int) -> None:

@@ -42,10 +42,16 @@ def task_loss(
         class_weights: task -> (K,) weights of the classes ((2,) for binary), for binary and multiclass tasks.
 
     Raises:
-        ValueError: a target whose length or class does not fit the logits.
+        ValueError: a task without outputs or targets, targets or class weights that do not fit the logits, class
+            weights of another task.
     """
+    if strange := [task for task in class_weights or {} if task not in kinds]:
+        raise ValueError(f"class_weights names {strange}; the tasks are {list(kinds)}")
     losses = {}
     for task, kind in kinds.items():
+        for name, given in (("outputs", outputs), ("targets", targets)):
+            if task not in given:
+                raise ValueError(f"{name} has no task {task!r}, only {list(given)}")
         logits, target = _at_least_float32(outputs[task]), targets[task].to(outputs[task].device)
         if len(target) != len(logits):
             raise ValueError(f"targets[{task!r}] has {len(target)} images, the logits have {len(logits)}")
@@ -61,6 +67,10 @@ def mean_loss(losses: Mapping[str, LossSum]) -> Tensor:
 
 
 def _binary(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    if logits.shape != (len(target), 1):
+        raise ValueError(f"outputs[{task!r}] has shape {tuple(logits.shape)}; a binary task needs ({len(target)}, 1)")
+    _check_one_each(task, target)
+    _check_weights(task, weights, 2)
     target = target.to(logits.dtype).reshape(-1, 1)
     known = _known(target)
     labels = target.where(known, 0.0)
@@ -71,6 +81,9 @@ def _binary(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -
 
 
 def _multiclass(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
+    _check_one_each(task, target)
+    _check_weights(task, weights, logits.shape[1])
+    target = target.flatten()
     known = _known(target)
     labels = target.where(known, 0).long()
     _check_range(task, labels, logits.shape[1])
@@ -91,6 +104,8 @@ def _multilabel(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
 def _regression(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
     _no_weights(task, weights)
     target = _same_shape(task, logits, target)
+    if target.isinf().any():
+        raise ValueError(f"targets[{task!r}] holds infinity; missing values are NaN")
     known = ~target.isnan()
     error = (logits - target.where(known, logits.detach())).square()
     return LossSum(error.sum(), known.sum().to(logits.dtype))
@@ -138,6 +153,16 @@ def _same_shape(task: str, logits: Tensor, target: Tensor) -> Tensor:
 def _check_range(task: str, labels: Tensor, classes: int) -> None:
     if ((labels < 0) | (labels >= classes)).any() or (labels != labels.round()).any():
         raise ValueError(f"targets[{task!r}] holds labels outside 0..{classes - 1}; missing ones are NaN or -1")
+
+
+def _check_one_each(task: str, target: Tensor) -> None:
+    if target.numel() != len(target):
+        raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}; needs ({len(target)},), a class an image")
+
+
+def _check_weights(task: str, weights: Tensor | None, classes: int) -> None:
+    if weights is not None and weights.shape != (classes,):
+        raise ValueError(f"class_weights[{task!r}] has shape {tuple(weights.shape)}; needs ({classes},)")
 
 
 def _no_weights(task: str, weights: Tensor | None) -> None:

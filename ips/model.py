@@ -16,7 +16,8 @@ class IPSModel(nn.Module):
     """Patches of an image -> logits of every task (paper section 3).
 
     Args:
-        encoder: (n, C, h, w) or (n, F) -> (n, D).
+        encoder: (n, C, h, w) or (n, F) -> (n, D); where it says `dim`, that is D, and other patches than its
+            `channels` or `inputs` say are refused.
         aggregator: `Aggregator`, or one of `ips.baselines` with the same `forward` and `tasks`.
         heads: task -> head (B, D) -> (B, K); the i-th head reads the i-th token.
         position: `GridPositions`, `IndexPositions` or None; added to embeddings after the encoder.
@@ -24,7 +25,8 @@ class IPSModel(nn.Module):
         std: per channel.
 
     Raises:
-        ValueError: as many heads as the aggregator has tasks are needed; `mean` and `std` differ in length.
+        ValueError: as many heads as the aggregator has tasks are needed; encoder, aggregator and position are of
+            different widths; `mean` and `std` differ in length.
     """
 
     mean: Tensor
@@ -42,6 +44,10 @@ class IPSModel(nn.Module):
         super().__init__()
         if len(heads) != aggregator.tasks:
             raise ValueError(f"heads has {len(heads)} tasks {list(heads)}, the aggregator {aggregator.tasks} tokens")
+        parts = {"encoder": encoder, "aggregator": aggregator, "position": position}
+        widths = {name: part.dim for name, part in parts.items() if part is not None and hasattr(part, "dim")}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"encoder, aggregator and position need one width D, found {widths}")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} need equal lengths and std > 0")
         self.encoder, self.aggregator, self.position = encoder, aggregator, position
@@ -54,8 +60,27 @@ class IPSModel(nn.Module):
         """Pixels (n, C, h, w), uint8 or float in 0..1 -> (x - mean) / std in the model's dtype. Features pass."""
         return normalised(patches, self.mean, self.std)
 
+    def check_patches(self, patches: Tensor, name: str = "patches") -> None:
+        """Refuse, by ValueError, patches of a shape or dtype that the encoder cannot take."""
+        found = f"{name} has shape {tuple(patches.shape)} and dtype {patches.dtype}"
+        if patches.ndim not in (2, 4) or (patches.dtype != torch.uint8 and not patches.is_floating_point()):
+            raise ValueError(f"{found}; needs (n, C, h, w) uint8 or float, or (n, F) float")
+        if patches.ndim == 2 and patches.dtype == torch.uint8:
+            raise ValueError(f"{found}; features must be float")
+        if min(patches.shape[1:]) < 1:
+            raise ValueError(f"{found}; every size but n must be at least 1")
+        width = getattr(self.encoder, "inputs", None)
+        if width is not None and patches.shape[1:] != (width,):
+            raise ValueError(f"{found}; the encoder needs features (n, {width})")
+        channels = getattr(self.encoder, "channels", None if patches.ndim == 2 else patches.shape[1])
+        if patches.ndim == 2 and channels is not None:
+            raise ValueError(f"{found}; the encoder needs pixels, (n, {channels}, h, w)")
+        if patches.ndim == 4 and (patches.shape[1] != channels or len(self.mean) not in (1, channels)):
+            raise ValueError(f"{found}; the encoder needs {channels} channels, mean and std give {len(self.mean)}")
+
     def embed(self, patches: Tensor) -> Tensor:
-        """(n, C, h, w) or (n, F), on the model's device -> (n, D), without positions."""
+        """(n, C, h, w) or (n, F), on the model's device -> (n, D), without positions; checked by `check_patches`."""
+        self.check_patches(patches)
         embeddings: Tensor = self.encoder(self.normalise(patches))
         return embeddings
 
@@ -86,8 +111,13 @@ class IPSModel(nn.Module):
         """Embeddings (n, D) of the real winners, in the order of mask (B, M) -> task -> logits (B, K).
 
         `places` (B, M, ...) is what `places` gives. Masked embeddings become zeros and are never attended to.
+
+        Raises:
+            ValueError: an image of which nothing is unmasked.
         """
         B, M = mask.shape
+        if not mask.any(dim=1).all():
+            raise ValueError(f"mask: image {int((~mask.any(dim=1)).nonzero()[0])} of {B} has no patch; each needs one")
         padded = embeddings.new_zeros(B * M, embeddings.shape[-1])
         embeddings = padded.index_copy(0, mask.flatten().nonzero().squeeze(1), embeddings).view(B, M, -1)
         if self.position is not None and places is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ips.bag import Bag, Batch, Certificate, Chunk, Selection
 from ips.certify import certified
-from ips.intake import check_logits, checked
+from ips.intake import check_bags, check_logits, checked, take
 from ips.model import IPSModel
 from ips.pools import LogitCache, Pool, Window
 from ips.scorer import Scorer
@@ -98,17 +98,13 @@ def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *,
 
 
 def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
-    if memory < 1 or chunk < 1:
-        raise ValueError(f"memory={memory} and chunk={chunk} must be at least 1")
+    check_bags(bags, memory)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if exact_only and mode != "exact":
         raise ValueError(f"mode={mode!r}: certify and group need mode='exact', whose answer no order can change")
-    if not bags:
-        raise ValueError("bags holds no image; pass one at least")
-    for number, bag in enumerate(bags):
-        if not len(bag):
-            raise ValueError(f"bags[{number}] is empty; drop images without patches before the selection")
 
 
 def _score(
@@ -170,15 +166,14 @@ def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str
     """The winners' patches on `device`, padded with zeros where masked.
 
     Raises:
-        ValueError: as many bags as selected images are needed, all with patches of one shape.
+        ValueError: as many bags as selected images are needed, all with patches of one shape and dtype, and finite;
+            what a bag itself raises passes through.
     """
     B, M = selection.index.shape
     if len(bags) != B:
         raise ValueError(f"bags has {len(bags)} images, the selection {B}")
-    taken = [bag.take(index[mask]) for bag, index, mask in zip(bags, selection.index, selection.mask, strict=True)]
-    shapes = {tuple(chunk.patches.shape[1:]) for chunk in taken}
-    if len(shapes) > 1:
-        raise ValueError(f"bags: patches of one batch must share a shape, found {sorted(shapes)}")
+    rows = [index[mask] for index, mask in zip(selection.index, selection.mask, strict=True)]
+    taken = take(bags, list(enumerate(rows)))
     patches = torch.stack([_padded(chunk.patches, M) for chunk in taken])
     places = [_padded(chunk.positions, M) for chunk in taken if chunk.positions is not None]
     target = torch.device(device)

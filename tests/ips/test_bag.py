@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ips.bag import TensorBag
+from ips.bag import Batch, TensorBag
 from tests.ips.nets import bag_of
 
 
@@ -32,3 +32,20 @@ def test_take_keeps_the_asked_order() -> None:
 def test_positions_must_fit() -> None:
     with pytest.raises(ValueError, match=r"positions has shape \(4, 2\); 5 patches need \(5, 2\)"):
         TensorBag(torch.zeros(5, 3), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 3), None, (2, 4), (2, 4)), r"patches has shape \(2, 5, 3\); with mask \(2, 4\) it needs \(2, 4, 3\)"),
+        (((2, 4, 3), None, (2, 5), (2, 4)), r"index has shape \(2, 5\); .* needs \(2, 4\)"),
+        (((2, 4, 3), (2, 4, 3), (2, 4), (2, 4)), r"positions has shape \(2, 4, 3\); .* needs \(2, 4, 2\)"),
+    ],
+)
+def test_a_batch_is_of_one_size(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    patches, positions, index, mask = (None if shape is None else torch.ones(shape) for shape in shapes)
+    assert patches is not None
+    assert index is not None
+    assert mask is not None
+    with pytest.raises(ValueError, match=message):
+        Batch(patches, positions, index, mask)

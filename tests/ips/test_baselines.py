@@ -33,6 +33,17 @@ def test_every_patch_keeps_all_in_order() -> None:
     assert selection.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
+def test_nothing_to_choose_from_is_named() -> None:
+    generator = torch.Generator()
+    for bags, message in (([], "bags holds no image"), ([bag_of(3), bag_of(0)], r"bags\[1\] is empty")):
+        with pytest.raises(ValueError, match=message):
+            every_patch(bags)
+        with pytest.raises(ValueError, match=message):
+            random_selection(bags, 2, generator)
+    with pytest.raises(ValueError, match="memory=0 must be at least 1"):
+        random_selection([bag_of(3)], 0, generator)
+
+
 @pytest.mark.parametrize("pool", [MeanPool(2), MaxPool(2), GatedAttention(12, 2, 5), Aggregator(12, 2, 2, 3, 3, 5)])
 def test_pools_ignore_what_is_masked(pool: nn.Module) -> None:
     pool.eval()

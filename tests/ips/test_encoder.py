@@ -154,7 +154,9 @@ def test_all_unfitting_names_are_listed_and_nothing_is_loaded() -> None:
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("data", [b"", b"not weights at all", _pth({"a": 3}), _pth([torch.zeros(2)])])
+@pytest.mark.parametrize(
+    "data", [b"", b"not weights at all", _pth({"a": 3}), _pth([torch.zeros(2)]), _pth({0: torch.zeros(2)})]
+)
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"^weights: "):
         read_weights(data)

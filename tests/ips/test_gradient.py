@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ips.bag import Chunk, TensorBag
+from ips.baselines import every_patch
 from ips.gradient import Norm, bounded_backward
 from ips.model import IPSModel
 from ips.positions import IndexPositions
@@ -235,5 +236,8 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="without running statistics"):
         bounded_backward(model, bags, selection, _loss, 1)
     bounded_backward(model, bags, selection, _loss, 4, "group")
+    two = [bag_of(9), TensorBag(bag_of(9).patches / 255)]
+    with pytest.raises(ValueError, match=r"bags\[1\]: .*torch.float32; .*torch.uint8"):
+        bounded_backward(model, two, every_patch(two), _loss, 20, "group")
     with pytest.raises(ValueError, match="bags has 2 images, the selection 1"):
         bounded_backward(model, bags * 2, selection, _loss, 1)

@@ -64,6 +64,12 @@ def test_features_have_the_projectors_width() -> None:
             select(model, [TensorBag(patches)], 2, 5)
 
 
+def test_one_call_takes_one_dtype() -> None:
+    """Side by side in one encoder batch, uint8 would be taken for floats of 0 to 255."""
+    with pytest.raises(ValueError, match=r"bags\[1\]: .*torch.float32; .* \(3, 13, 17\) and torch.uint8"):
+        select(tiny_model(), [bag_of(3), TensorBag(bag_of(3).patches / 255)], 2, 3)
+
+
 def test_patches_have_pixels() -> None:
     with pytest.raises(ValueError, match="every size but n must be at least 1"):
         select(tiny_model(), [TensorBag(torch.rand(4, 3, 0, 5))], 2, 5)

@@ -100,6 +100,9 @@ def test_bfloat16_logits_are_scored_in_float32() -> None:
     [
         ("binary", torch.tensor([1.0, 2.0]), r"targets\['t'\] holds labels outside 0..1"),
         ("binary", torch.tensor([0.5, 1.0]), r"outside 0..1"),
+        ("binary", torch.zeros(2, 2), r"targets\['t'\] has shape \(2, 2\); needs \(2,\), a class an image"),
+        ("multiclass", torch.zeros(2, 3), r"targets\['t'\] has shape \(2, 3\); needs \(2,\)"),
+        ("regression", torch.tensor([[0, 1, math.inf]] * 2), r"targets\['t'\] holds infinity"),
         ("multiclass", torch.tensor([0, 3]), r"outside 0..2"),
         ("multiclass", torch.tensor([0]), r"has 1 images, the logits have 2"),
         ("multilabel", torch.tensor([[1.0], [0.0]]), r"shape \(2, 1\), the logits \(2, 3\)"),
@@ -113,8 +116,24 @@ def test_bad_targets_are_named(kind: Kind, target: Tensor, message: str) -> None
 
 
 def test_class_weights_only_where_they_mean_something() -> None:
-    with pytest.raises(ValueError, match=r"class_weights\['t'\]"):
+    with pytest.raises(ValueError, match=r"class_weights\['t'\]: only"):
         _one("regression", torch.zeros(2, 1), torch.zeros(2), torch.ones(1))
+    with pytest.raises(ValueError, match=r"class_weights\['t'\] has shape \(3,\); needs \(2,\)"):
+        _one("binary", torch.zeros(2, 1), torch.zeros(2), torch.ones(3))
+    with pytest.raises(ValueError, match=r"class_weights\['t'\] has shape \(2,\); needs \(3,\)"):
+        _one("multiclass", torch.zeros(2, 3), torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"class_weights names \['u'\]; the tasks are \['t'\]"):
+        task_loss({"t": torch.zeros(2, 1)}, {"t": torch.zeros(2)}, {"t": "binary"}, {"u": torch.ones(2)})
+
+
+def test_absent_tasks_and_wide_binary_logits_are_named() -> None:
+    logits, target = torch.zeros(2, 2), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"outputs\['t'\] has shape \(2, 2\); a binary task needs \(2, 1\)"):
+        _one("binary", logits, target)
+    with pytest.raises(ValueError, match=r"outputs has no task 't', only \['u'\]"):
+        task_loss({"u": logits}, {"t": target}, {"t": "multiclass"})
+    with pytest.raises(ValueError, match=r"targets has no task 't', only \[\]"):
+        task_loss({"t": logits}, {}, {"t": "multiclass"})
 
 
 @pytest.mark.parametrize(

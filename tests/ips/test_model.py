@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.bag import Batch
+from ips.encoder import FeatureProjector
 from ips.model import IPSModel
-from ips.positions import IndexPositions
+from ips.positions import GridPositions, IndexPositions
 from ips.select import gather, select
 from tests.ips.nets import TinyEncoder, bag_of, tiny_model
 
@@ -98,3 +99,29 @@ def test_bad_compositions_are_named() -> None:
         IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 1))
     with pytest.raises(ValueError, match="std > 0"):
         IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 0, 1))
+    with pytest.raises(ValueError, match=r"one width D, found {'encoder': 16, 'aggregator': 12}"):
+        IPSModel(TinyEncoder(16), aggregator, heads)
+    with pytest.raises(ValueError, match=r"one width D, found {.*'position': 8}"):
+        IPSModel(encoder, aggregator, heads, GridPositions(8))
+
+
+def test_an_image_without_patches_is_named() -> None:
+    model = tiny_model().eval()
+    mask = torch.tensor([[True, False], [False, False]])
+    with pytest.raises(ValueError, match="mask: image 1 of 2 has no patch"):
+        model(Batch(torch.rand(2, 2, 3, 9, 9), None, torch.zeros(2, 2, dtype=torch.int64), mask))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "patches", "message"),
+    [
+        (TinyEncoder(12), torch.rand(2, 4, 1, 9, 9), r"patches has shape \(8, 1, 9, 9\).* needs 3 channels"),
+        (TinyEncoder(12), torch.rand(2, 4, 9, 9), r"patches has shape \(8, 9, 9\).* needs \(n, C, h, w\)"),
+        (TinyEncoder(12), torch.ones(2, 4, 3, 9, 9).int(), r"dtype torch.int32; needs"),
+        (FeatureProjector(9, 12), torch.rand(2, 4, 8), r"patches has shape \(8, 8\).* needs features \(n, 9\)"),
+    ],
+)
+def test_patches_that_the_encoder_cannot_take(encoder: nn.Module, patches: Tensor, message: str) -> None:
+    model = IPSModel(encoder, Aggregator(12, 1, 2, 3, 3, 5), {"a": nn.Linear(12, 1)})
+    with pytest.raises(ValueError, match=message):
+        model(Batch(patches, None, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.bag import Chunk, TensorBag
@@ -222,6 +222,11 @@ class _Breaks(TensorBag):
         raise OSError("disk on fire")
 
 
+class _Loses(TensorBag):
+    def take(self, rows: Tensor) -> Chunk:
+        return super().take(rows[:-1])
+
+
 def _modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
@@ -268,8 +273,15 @@ def test_gather_takes_the_winners_and_pads() -> None:
     assert gather([bag_of(23), bag_of(4)], selection, "cpu").positions is None
     with pytest.raises(ValueError, match=r"bags has 1 images, the selection 2"):
         gather(bags[:1], selection, "cpu")
-    with pytest.raises(ValueError, match="must share a shape"):
+    with pytest.raises(ValueError, match=r"bags\[1\]: patches has shape \(4, 3, 11, 17\).*one shape and one dtype"):
         gather([bags[0], bag_of(4, h=11)], selection, "cpu")
+    with pytest.raises(ValueError, match=r"bags\[1\]: .*torch.float32; .*torch.uint8"):
+        gather([bags[0], TensorBag(bags[1].patches / 255)], selection, "cpu")
+    broken = TensorBag(torch.rand(23, 4).index_fill(0, selection.index[0, 2:3], torch.nan))
+    with pytest.raises(ValueError, match=rf"bags\[0\]: patches: row {selection.index[0, 2]} holds NaN"):
+        gather([broken, TensorBag(torch.rand(4, 4))], selection, "cpu")
+    with pytest.raises(ValueError, match=r"bags\[1\].take gave 3 patches for 4 rows"):
+        gather([bags[0], _Loses(bags[1].patches)], selection, "cpu")
 
 
 def test_rows_that_never_come_are_counted() -> None:
