@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config_base import Name, Positive, Section
-from pipeline.config_data import CohortConfig, TaskConfig, TilingConfig
+from pipeline.config_data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config_embed import EmbedConfig
 from pipeline.config_model import ModelConfig, TrainConfig
 
@@ -85,6 +85,30 @@ class ClusterConfig(Section):
         return value
 
 
+def _columns_twice(tasks: Sequence[TaskConfig]) -> list[str]:
+    """Columns that tables of predictions would have twice, so that one would be lost."""
+    holders: dict[str, list[str]] = {column: ["the slide itself"] for column in SLIDE_COLUMNS}
+    for task in tasks:
+        for what, column in task.result_columns.items():
+            holders.setdefault(column, []).append(f"the {what} of task {task.name}")
+        for output, column in zip(task.outputs, task.output_columns, strict=True):
+            holders.setdefault(column, []).append(f"output {output} of task {task.name}")
+    return [
+        f"the predictions would have the column {column} twice: of {', and '.join(held)}; rename one"
+        for column, held in holders.items()
+        if len(held) > 1
+    ]
+
+
+def _metrics_twice(names: Sequence[str]) -> list[str]:
+    """Of several tasks each has its own metrics, test_auc_<task>; the interval of their mean is low and high."""
+    taken = [name for name in names if name in ("low", "high")]
+    return [
+        f"metrics would have test_auc_{name} twice: the end of an interval, and of a task; rename the task {name}"
+        for name in (taken if len(names) > 1 else ())
+    ]
+
+
 class Config(Section):
     """The whole configuration of one recipe."""
 
@@ -108,6 +132,8 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks: names must differ, found {names}")
+        if problems := [*_columns_twice(self.tasks), *_metrics_twice(names)]:
+            raise ValueError(f"tasks: {'; '.join(problems)}")
         first = self.tasks[0]
         if self.train.sampling == "balanced" and first.kind not in ("binary", "multiclass"):
             raise ValueError(

@@ -12,6 +12,9 @@ from pipeline.schema import SCHEMA_VERSION
 
 Weight = Annotated[float, Field(gt=0)]
 
+SLIDE_COLUMNS = ("slide_id", "uri", "patient_id", "n_patches", "n_bad_tiles", "error")
+"""What tables of predictions say of a slide itself, whatever is predicted."""
+
 
 class DemoConfig(Section):
     """The synthetic cohort that `pipeline demo` writes. Read when it is written; a cohort that is there stays."""
@@ -207,3 +210,13 @@ class TaskConfig(Section):
         if self.kind == "regression":
             return ("value",)
         return tuple(f"{end:g}" for end in self.bins) if self.kind == "survival" else self.classes
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """Columns of a prediction, one for each of `outputs`."""
+        return tuple(f"{self.name}_{output}" for output in self.outputs)
+
+    @property
+    def result_columns(self) -> dict[str, str]:
+        """Columns of an evaluation beside those: the true label and what is predicted of it, by what they hold."""
+        return {"label": f"{self.name}_label", "prediction": f"{self.name}_predicted"}

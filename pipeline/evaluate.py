@@ -215,7 +215,7 @@ def _table(
     }
     for task, numbers in zip(tasks, values, strict=True):
         kind = pa.float64() if task.kind == "regression" else pa.string()
-        columns[f"{task.name}_label"] = pa.array(labels[task.name], kind)
-        columns[f"{task.name}_predicted"] = _predicted(task, numbers)
-        columns |= {f"{task.name}_{name}": numbers[:, k] for k, name in enumerate(task.outputs)}
+        columns[task.result_columns["label"]] = pa.array(labels[task.name], kind)
+        columns[task.result_columns["prediction"]] = _predicted(task, numbers)
+        columns |= {column: numbers[:, k] for k, column in enumerate(task.output_columns)}
     return pa.table(columns)

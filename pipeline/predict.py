@@ -153,9 +153,9 @@ def _table(outcomes: Sequence[_Outcome], tasks: Sequence[TaskConfig]) -> pa.Tabl
         "uri": pa.array([one.slide.uri for one in outcomes], pa.string()),
     }
     for task in tasks:
-        for k, label in enumerate(task.outputs):
+        for k, column in enumerate(task.output_columns):
             values = [one.values[task.name][k] if one.error is None else None for one in outcomes]
-            columns[f"{task.name}_{label}"] = pa.array(values, pa.float64())
+            columns[column] = pa.array(values, pa.float64())
     columns["n_patches"] = pa.array([one.n_patches for one in outcomes], pa.int64())
     columns["n_bad_tiles"] = pa.array([one.n_bad_tiles for one in outcomes], pa.int64())
     columns["error"] = pa.array([one.error for one in outcomes], pa.string())

@@ -222,7 +222,7 @@ def _save_pyfunc(target: Path, folder: Path, config: Config, example_uri: str, m
 
 
 def _signature(config: Config) -> ModelSignature:
-    outputs = [f"{task.name}_{label}" for task in config.tasks for label in task.outputs]
+    outputs = [column for task in config.tasks for column in task.output_columns]
     return ModelSignature(
         Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
         Schema(

@@ -36,7 +36,7 @@ class SlideModel(PythonModel):
         """One row a slide."""
         mpps = model_input["mpp"] if "mpp" in model_input else [None] * len(model_input)
         rows = [self._row(uri, mpp) for uri, mpp in zip(model_input["uri"], mpps, strict=True)]
-        names = [f"{task.name}_{label}" for task in self.config.tasks for label in task.outputs]
+        names = [column for task in self.config.tasks for column in task.output_columns]
         return pd.DataFrame(rows, columns=["uri", *names, "error"])
 
     def _row(self, uri: str, mpp: float | None) -> dict[str, Any]:
@@ -46,9 +46,9 @@ class SlideModel(PythonModel):
         except SlideError as error:
             return {"uri": uri, "error": str(error)}
         values = {
-            f"{task.name}_{label}": value
+            column: value
             for task in self.config.tasks
-            for label, value in zip(task.outputs, found.values[task.name].tolist(), strict=True)
+            for column, value in zip(task.output_columns, found.values[task.name].tolist(), strict=True)
         }
         return {"uri": uri, **values, "error": None}
 

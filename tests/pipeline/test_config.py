@@ -94,3 +94,37 @@ def test_workers_are_a_number_or_a_range(workers: object, fewest: int) -> None:
 def test_other_workers_are_refused(workers: object) -> None:
     with pytest.raises(ValueError, match=r"cluster.workers\n.*must be a number from 1, or \[least, most\]"):
         _changed(cluster={"workers": workers})
+
+
+def _tasks(*tasks: dict[str, Any]) -> Config:
+    return _changed(tasks=[{"column": task["name"], **task} for task in tasks])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (
+            [{"name": "a", "classes": ["0", "x_1"]}, {"name": "a_x", "classes": ["0", "1"]}],
+            "tasks: the predictions would have the column a_x_1 twice: of output x_1 of task a, and output 1 of task "
+            "a_x; rename",
+        ),
+        ([{"name": "a", "classes": ["no", "label"]}], "column a_label twice: of the label of task a, and output label"),
+        ([{"name": "a", "classes": ["no", "predicted"]}], "column a_predicted twice: of the prediction of task a, and"),
+        ([{"name": "slide", "classes": ["no", "id"]}], "column slide_id twice: of the slide itself, and output id"),
+        ([{"name": "n", "classes": ["patches", "bad_tiles"]}], "n_patches twice.*n_bad_tiles twice"),
+        ([{"name": "patient", "classes": ["id", "no"]}], "column patient_id twice"),
+        ([{"name": "t", "kind": "survival", "event_column": "e", "bins": [6, 6.0000001]}], "column t_6 twice"),
+        ([{"name": "a"}, {"name": "low"}], "test_auc_low.*rename the task low"),
+        ([{"name": "high"}, {"name": "a"}], "rename the task high"),
+    ],
+)
+def test_tasks_whose_columns_or_metrics_would_be_named_alike_are_refused(
+    tasks: list[dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=f"(?s){words}"):
+        _tasks(*tasks)
+
+
+def test_names_that_only_look_alike_are_fine() -> None:
+    _tasks({"name": "a", "classes": ["0", "1"]}, {"name": "a_0", "classes": ["0", "1"]}, {"name": "A"})
+    _tasks({"name": "low"})
