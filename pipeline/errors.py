@@ -4,6 +4,7 @@ PipelineError                exit 1
 ├── ConfigError              exit 2   a config field is wrong: all problems at once
 ├── CohortError              exit 2   the cohort file is wrong: all problems at once, with row numbers
 ├── StorageError             exit 1   a URI cannot be read or written
+│   └── DamagedError          exit 1   what is stored is not what was written
 ├── SlideError               exit 1   one slide cannot be used; the tile stage quarantines it and goes on
 │   └── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
 ├── DataBudgetError          exit 3   more bad slides or tiles than the config allows (`verify`: a damaged store)
@@ -23,6 +24,11 @@ class PipelineError(Exception):
     """Base of the tree; the message names the file or field, the reason and the remedy."""
 
     exit_code = 1
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same work may succeed when it is begun again, with nothing mended."""
+        return False
 
 
 class _ListedError(PipelineError):
@@ -51,6 +57,20 @@ class CohortError(_ListedError):
 class StorageError(PipelineError):
     """A URI cannot be read or written."""
 
+    @property
+    def may_pass(self) -> bool:
+        """A storage that is away comes back."""
+        return True
+
+
+class DamagedError(StorageError):
+    """What is stored is not what was written."""
+
+    @property
+    def may_pass(self) -> bool:
+        """It is no better the next time."""
+        return False
+
 
 class SlideError(PipelineError):
     """One slide cannot be used. `reason` is the short category that reports and ledgers count by."""
@@ -58,6 +78,11 @@ class SlideError(PipelineError):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+    @property
+    def may_pass(self) -> bool:
+        """Where the way to the slide broke, or the node's room for copies of slides; not where the slide is wrong."""
+        return self.reason in {"source", "cache"}
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.reason, str(self))
@@ -81,6 +106,11 @@ class ResourceError(PipelineError):
 
 class TrackingError(PipelineError):
     """MLflow cannot be reached, or refuses."""
+
+    @property
+    def may_pass(self) -> bool:
+        """A server that is away comes back."""
+        return True
 
 
 class StageError(PipelineError):

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from pipeline import s3
-from pipeline.errors import StorageError
+from pipeline.errors import DamagedError, StorageError
 
 PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one object may have 156 GiB
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -130,7 +130,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
                 found = [os.pread(file.fileno(), length, start) for start, length in ranges]
     for (start, length), data in zip(ranges, found, strict=True):
         if len(data) != length:
-            raise StorageError(
+            raise DamagedError(
                 f"cannot read {uri}: it ends at byte {start + len(data)}, {start + length} are needed; "
                 "it is truncated or was changed: make it again"
             )
@@ -151,7 +151,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise StorageError(f"cannot read {uri}: not JSON ({error}); delete it and run again") from error
+        raise DamagedError(f"cannot read {uri}: not JSON ({error}); delete it and run again") from error
 
 
 def write_json(uri: str, obj: object) -> None:

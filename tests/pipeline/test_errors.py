@@ -29,6 +29,26 @@ def test_errors_cross_process_borders_with_message_and_code(error: errors.Pipeli
     assert vars(copy) == vars(error)
 
 
+@pytest.mark.parametrize(
+    ("error", "may"),
+    [
+        (errors.StorageError("away"), True),
+        (errors.TrackingError("away"), True),
+        (errors.SlideError("source", "s.svs: the line is dead"), True),
+        (errors.SlideError("cache", "no room on this node"), True),
+        (errors.SlideError("changed", "s.svs: replaced"), False),
+        (errors.BadTileError("bad-tile", "tile 3"), False),
+        (errors.DamagedError("part 3 is damaged"), False),
+        (errors.StageError("the loss became nan"), False),
+        (errors.ConfigError("config x", ["a.b: wrong"]), False),
+        (errors.DataBudgetError("2 of 4"), False),
+        (errors.ResourceError("no GPU"), False),
+    ],
+)
+def test_only_what_is_away_may_pass(error: errors.PipelineError, *, may: bool) -> None:
+    assert pickle.loads(pickle.dumps(error)).may_pass is may
+
+
 def test_a_listed_error_shows_every_problem() -> None:
     text = str(errors.ConfigError("config x", ["a.b: wrong", "c: missing"]))
     assert text == "config x: 2 problems\n  - a.b: wrong\n  - c: missing"
