@@ -5,9 +5,7 @@ Weights are safetensors: reading them executes nothing. `state.pt` is read with 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import StageError
-from pipeline.storage import download, join
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
@@ -99,15 +96,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             "or version; use the config and version that wrote it, or train again"
         )
     model.load_state_dict(weights)
-
-
-@contextmanager
-def model_folder(checkpoint: str) -> Iterator[Path]:
-    """Weights and config of a checkpoint, given by URI, as local files."""
-    with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
-        for name in (WEIGHTS, CONFIG):
-            download(join(checkpoint, name), Path(scratch) / name)
-        yield Path(scratch)
 
 
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> Snapshot:

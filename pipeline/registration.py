@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.checkpoint import model_folder
 from pipeline.errors import TrackingError
+from pipeline.saver import model_folder
 from pipeline.stage import Record, Workspace, slide_tags
 from pipeline.tracking import connect
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import CONFIG, STATE, WEIGHTS, Progress, Snapshot, load_checkpoint, write_snapshot
-from pipeline.errors import StageError
+from pipeline.errors import DamagedError, StageError, StorageError
 from pipeline.storage import (
     delete,
     delete_folder,
@@ -47,10 +47,14 @@ class Saver:
     """Writes snapshots into a run's folder, one at a time, in a thread of its own.
 
     What a write raises is raised by the next `save`, or when the block ends.
+
+    Args:
+        folder: of the run.
+        allowed: called before anything in it is changed; raises where that is no longer this run's to do.
     """
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, allowed: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._allowed = folder, allowed
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
@@ -62,7 +66,7 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write; waits for the write before this one."""
         self.wait()
-        self._last = self._pool.submit(_save, self._folder, snapshot)
+        self._last = self._pool.submit(_save, self._folder, snapshot, self._allowed)
 
     def wait(self) -> None:
         """Return when everything is written; StorageError when it cannot be."""
@@ -79,8 +83,12 @@ class Saver:
             self.wait()
 
 
-def newest(folder: str) -> Progress | None:
+def newest(folder: str, *, read: bool = False) -> Progress | None:
     """Of the newest whole checkpoint in a run's folder; None when there is none.
+
+    Args:
+        folder: of the run.
+        read: whether to read the files and compare their digests; else their sizes are looked at.
 
     Raises:
         StageError: it was written by another version of the pipeline, or the best one that it names is gone.
@@ -90,12 +98,12 @@ def newest(folder: str) -> Progress | None:
         commit = _commit(folder, name)
         if commit is None:
             continue
-        lost = _lost(folder, name, commit)
-        if lost is None:
+        harm = _harm(folder, name, commit, read=read)
+        if harm is None:
             progress = Progress(**commit["progress"])
-            _check_best(folder, progress)
+            _check_best(folder, progress, read=read)
             return progress
-        log.warning("%s: %s is gone or truncated; the checkpoint before it is used", join(folder, name), lost)
+        log.warning("%s: %s; the checkpoint before it is used", join(folder, name), harm)
     return None
 
 
@@ -103,43 +111,74 @@ def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Opt
     """Load a checkpoint of a run's folder into the model and its optimiser.
 
     Raises:
-        StageError: it is damaged, or follows another plan.
+        StageError: it follows another plan.
+        StorageError: it cannot be read, or was damaged since `newest` read it: begun again, that finds another.
     """
-    with _local(join(folder, name), _read(folder, name)) as local:
-        return load_checkpoint(local, model, optimizer, plan_digest)
+    with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
+        try:
+            _fetch(join(folder, name), _read(folder, name), _FILES, Path(scratch))
+        except DamagedError as error:
+            raise StorageError(str(error)) from error
+        return load_checkpoint(Path(scratch), model, optimizer, plan_digest)
 
 
 @contextmanager
-def _local(uri: str, commit: dict[str, Any]) -> Iterator[Path]:
-    """The checkpoint's files on this machine, as they were written."""
+def model_folder(checkpoint: str) -> Iterator[Path]:
+    """Weights and config of a checkpoint, given by URI, as local files.
+
+    Raises:
+        StageError: they are gone, or not what the training wrote.
+    """
+    folder, _, name = checkpoint.rpartition("/")
+    remedy = (
+        f"restore it from a copy, or remove {checkpoint} and run again: the training goes on from the checkpoint "
+        "before it, and says so where it cannot"
+    )
+    commit = _commit(folder, name)
+    if commit is None:
+        raise StageError(f"{join(checkpoint, COMMIT)} is gone; {remedy}")
     with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
-        for name, facts in commit["files"].items():
-            file = Path(scratch) / name
-            download(join(uri, name), file)
-            if _digest(file) != facts["sha256"]:
-                raise StageError(f"{join(uri, name)}: damaged; remove {uri}, and the checkpoint before it is used")
+        try:
+            _fetch(checkpoint, commit, (WEIGHTS, CONFIG), Path(scratch))
+        except DamagedError as error:
+            raise StageError(f"{error}; {remedy}") from error
         yield Path(scratch)
 
 
-def _save(folder: str, snapshot: Snapshot) -> None:
-    uri = join(folder, snapshot.progress.name)
+def _fetch(uri: str, commit: dict[str, Any], names: Sequence[str], target: Path) -> None:
+    """Copy files of a checkpoint to a local folder; DamagedError where one is not as it was written."""
+    for name in names:
+        download(join(uri, name), target / name)
+        if _digest(target / name) != commit["files"][name]["sha256"]:
+            raise DamagedError(f"{join(uri, name)}: damaged, its digest is not that of {COMMIT}")
+
+
+def _save(folder: str, snapshot: Snapshot, allowed: Callable[[], None]) -> None:
+    name = snapshot.progress.name
+    uri = join(folder, name)
+    allowed()
+    delete(join(uri, COMMIT))  # there where a damaged checkpoint is written again: it must not vouch for half of both
     with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
         local = Path(scratch)
         write_snapshot(local, snapshot)
-        for name in _FILES:
-            upload(local / name, join(uri, name))
-        files = {name: {"bytes": (local / name).stat().st_size, "sha256": _digest(local / name)} for name in _FILES}
+        for file in _FILES:
+            upload(local / file, join(uri, file))
+        files = {file: {"bytes": (local / file).stat().st_size, "sha256": _digest(local / file)} for file in _FILES}
+    allowed()
     write_json(join(uri, COMMIT), {"version": _VERSION, "progress": asdict(snapshot.progress), "files": files})
-    _prune(folder)
+    _prune(folder, name)
 
 
-def _prune(folder: str) -> None:
-    """Remove what is older than the newest checkpoint, but for the one before it and the best."""
+def _prune(folder: str, newest_name: str) -> None:
+    """Remove what is older than the newest checkpoint, but for the one before it and the best, and what is newer.
+
+    Newer ones are unfinished, or damaged ones that the run has gone back behind.
+    """
     names = sorted(_names(folder))
-    commits = {name: commit for name in names if (commit := _commit(folder, name)) is not None}
+    commits = {name: commit for name in names if name <= newest_name and (commit := _commit(folder, name)) is not None}
     kept = sorted(commits)[-_KEEP:]
     kept += [commits[name]["progress"]["best"] for name in kept]
-    for name in names[: names.index(max(commits))]:
+    for name in names:
         if name not in kept:
             delete(join(folder, name, COMMIT))  # first: half a checkpoint must not count
             delete_folder(join(folder, name))
@@ -150,8 +189,12 @@ def _names(folder: str) -> list[str]:
 
 
 def _commit(folder: str, name: str) -> dict[str, Any] | None:
-    """What `checkpoint.json` says; None where it is absent."""
-    return _read(folder, name) if COMMIT in list_names(join(folder, name)) else None
+    """What `checkpoint.json` says; None where it is absent, or damaged."""
+    try:
+        return _read(folder, name) if COMMIT in list_names(join(folder, name)) else None
+    except DamagedError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
@@ -165,26 +208,32 @@ def _read(folder: str, name: str) -> dict[str, Any]:
     return commit
 
 
-def _lost(folder: str, name: str, commit: dict[str, Any]) -> str | None:
-    """A file of the checkpoint that is gone or truncated; None where it is whole."""
+def _harm(folder: str, name: str, commit: dict[str, Any], *, read: bool) -> str | None:
+    """What is wrong with a file of the checkpoint; None where it is whole."""
     there = list_versions(join(folder, name))
     for file, facts in commit["files"].items():
         version = there.get(file)
         if version is None or version.size != facts["bytes"]:
-            return str(file)
+            return f"{file} is gone or truncated"
+    if read:
+        with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
+            try:
+                _fetch(join(folder, name), commit, _FILES, Path(scratch))
+            except DamagedError as error:
+                return str(error)
     return None
 
 
-def _check_best(folder: str, progress: Progress) -> None:
+def _check_best(folder: str, progress: Progress, *, read: bool) -> None:
     """StageError where the best checkpoint, which may be the result, is gone: no later one could stand for it."""
     best = progress.best
     if best is None or best == progress.name:
         return
     commit = _commit(folder, best)
-    if commit is None or _lost(folder, best, commit) is not None:
+    harm = f"{COMMIT} is gone" if commit is None else _harm(folder, best, commit, read=read)
+    if harm is not None:
         raise StageError(
-            f"{join(folder, best)}: the best checkpoint so far is gone or truncated; restore it, or remove {folder} to "
-            "train anew"
+            f"{join(folder, best)}: of the best checkpoint so far, {harm}; restore it, or remove {folder} to train anew"
         )
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from pipeline import cluster, registration
-from pipeline.checkpoint import WEIGHTS, model_folder
+from pipeline.checkpoint import WEIGHTS
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TilingConfig
@@ -26,6 +26,7 @@ from pipeline.errors import DataBudgetError, SlideError, StageError
 from pipeline.images import source_versions
 from pipeline.ledger import write_ledger
 from pipeline.patches import SlideStatus
+from pipeline.saver import model_folder
 from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.stage import Record, Stage, Workspace
 from pipeline.storage import SourceVersion, join, list_names, source_version, write_bytes

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import registration
+from pipeline.build import build_model, build_optimizer
+from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.cohort import Cohort
 from pipeline.config import Config
 from pipeline.registry import champion
+from pipeline.saver import Saver
 from pipeline.stage import Record, Workspace
 from pipeline.tracking import Tracker, open_tracking
-from tests.pipeline.small import small_config, write_cohort, write_model
+from tests.pipeline.small import small_config, write_cohort
 
 # MLflow 3.17 on SQLAlchemy 2.1 and pandas 3
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -29,8 +32,10 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
     """A name of a recipe -> the workspace after its evaluation, and the run in which to register."""
     config: Config = small_config(tracking={"uri": tracker.uri, "model": tmp_path.name})
     cohort: Cohort = write_cohort(tmp_path, ["no"])
-    (tmp_path / "model").mkdir()
-    folder = str(write_model(tmp_path / "model", config))
+    model = build_model(config)
+    with Saver(str(tmp_path / "run")) as saver:
+        saver.save(take_snapshot(model, build_optimizer(model, config.train), config, Progress(1, 1, "plan")))
+    folder = str(tmp_path / "run" / "step-00000001")
 
     def make(recipe: str) -> tuple[Workspace, str]:
         space = Workspace(config, cohort, lambda: tracker, lambda: None, {"git_sha": "abc"})

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.checkpoint import Progress, Snapshot, take_snapshot, write_snapshot
 from pipeline.config import Config
 from pipeline.errors import StageError, StorageError
-from pipeline.saver import COMMIT, Saver, newest, restore
+from pipeline.saver import COMMIT, Saver, model_folder, newest, restore
 from tests.s3 import S3Server, serve_s3
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
@@ -107,16 +107,106 @@ def test_a_best_checkpoint_that_is_gone_is_an_error(tmp_path: Path, *, cut: bool
         (tmp_path / "step-00000003" / "weights.safetensors").write_bytes(b"short")
     else:
         shutil.rmtree(tmp_path / "step-00000003")
-    with pytest.raises(StageError, match=r"step-00000003: the best checkpoint so far is gone .*to train anew"):
+    with pytest.raises(StageError, match=r"step-00000003: of the best checkpoint so far, .* gone.*to train anew"):
         newest(str(tmp_path))
 
 
-def test_changed_bytes_are_damage(tmp_path: Path) -> None:
+def _spoil(folder: Path, step: int, name: str = "weights.safetensors") -> None:
+    """Change one byte: the size stays."""
+    file = folder / f"step-{step:08d}" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json", "state.pt", COMMIT])
+def test_changed_bytes_mean_the_one_before(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _save(tmp_path, 1, 2)
+    _spoil(tmp_path, 2, name)
+    found = newest(str(tmp_path), read=True)
+    assert found is not None
+    assert found.step == 1
+    assert f"step-00000002/{name}" in caplog.text
+    _spoil(tmp_path, 1, name)
+    assert newest(str(tmp_path), read=True) is None
+
+
+def test_a_checkpoint_damaged_after_it_was_chosen_is_chosen_again(tmp_path: Path) -> None:
     _save(tmp_path, 1)
-    weights = tmp_path / "step-00000001" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(StageError, match=r"weights.safetensors: damaged; remove .*step-00000001"):
+    _spoil(tmp_path, 1)
+    with pytest.raises(StorageError, match=r"weights.safetensors: damaged, its digest is not that of") as caught:
         restore(str(tmp_path), "step-00000001", *_trained(), "plan")
+    assert caught.value.may_pass
+
+
+def test_a_damaged_checkpoint_is_written_again_when_the_run_comes_there(tmp_path: Path) -> None:
+    _save(tmp_path, 10, 20)
+    whole = (tmp_path / "step-00000020" / "weights.safetensors").read_bytes()
+    _spoil(tmp_path, 20)
+    _save(tmp_path, 20)
+    found = newest(str(tmp_path), read=True)
+    assert found is not None
+    assert found.step == 20
+    assert (tmp_path / "step-00000020" / "weights.safetensors").read_bytes() == whole
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_while_a_damaged_checkpoint_is_written_again_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the old and half of the new, under the old commit, must not pass for a checkpoint."""
+    _save(tmp_path, 10, 20)
+    _spoil(tmp_path, 20, "state.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.saver.upload", lambda *_: (_ for _ in ()).throw(StorageError("killed")))
+        with pytest.raises(StorageError, match="killed"):
+            _save(tmp_path, 20)
+    found = newest(str(tmp_path))
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_run_that_went_back_behind_a_damaged_checkpoint_keeps_two_whole_ones(tmp_path: Path) -> None:
+    _save(tmp_path, 10, 20)
+    _spoil(tmp_path, 20)
+    _save(tmp_path, 15)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_what_is_no_longer_allowed_is_not_done(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    answers = iter([None, StageError("another driver has taken the run over")])
+
+    def allowed() -> None:
+        answer = next(answers)
+        if answer is not None:
+            raise answer
+
+    with pytest.raises(StageError, match="taken the run over"), Saver(str(tmp_path), allowed) as saver:
+        saver.save(_snapshot(2))  # allowed when it begins, not when it would count
+    found = newest(str(tmp_path))
+    assert found is not None
+    assert found.step == 1
+
+
+def test_the_result_is_what_the_training_wrote_or_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    checkpoint = str(tmp_path / "step-00000001")
+    with model_folder(checkpoint) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights.safetensors"]
+    _spoil(tmp_path, 1)
+    remedy = rf"restore it from a copy, or remove {checkpoint} and run again: the training goes on from"
+    with pytest.raises(StageError, match=f"weights.safetensors: damaged.*; {remedy}"), model_folder(checkpoint):
+        pass
+    (tmp_path / "step-00000001" / COMMIT).unlink()
+    with pytest.raises(StageError, match=f"{COMMIT} is gone; {remedy}"), model_folder(checkpoint):
+        pass
+
+
+def test_a_best_checkpoint_that_is_damaged_is_an_error_too(tmp_path: Path) -> None:
+    _save(tmp_path, 3)
+    _save(tmp_path, 4, 5, best="step-00000003")
+    _spoil(tmp_path, 3)
+    with pytest.raises(StageError, match=r"best checkpoint so far, .*weights.safetensors: damaged.*to train anew"):
+        newest(str(tmp_path), read=True)
 
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
