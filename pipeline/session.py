@@ -22,6 +22,7 @@ from pipeline.config import ClusterConfig, Config
 from pipeline.inference import bag_scorer, predict_bag
 from pipeline.journal import Journal
 from pipeline.labels import class_weights, target
+from pipeline.lease import Lease
 from pipeline.loop import Slides, StepDone, train_steps
 from pipeline.ranks import Ranks
 from pipeline.saver import Saver, restore
@@ -51,6 +52,8 @@ class Job:
     """Of the run's checkpoints, a URI."""
     tracker: Tracker
     run_id: str
+    lease: Lease | None = None
+    """Under which checkpoints are written; None where nobody else can write there."""
 
 
 def run_session(
@@ -82,7 +85,7 @@ def run_session(
         if ranks.rank == 0:
             # The journal ends last: a finished training is kept even where its last metrics cannot be sent.
             journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
-            saver = stack.enter_context(Saver(job.folder))
+            saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
             keeper = _Keeper(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
         for done in train_steps(
             model,

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.cohort import Cohort
 from pipeline.config import Config
 from pipeline.config_base import fingerprint
+from pipeline.lease import Lease
 from pipeline.sources import LabelledSource, open_sources
 from pipeline.tracking import Tracker
 
@@ -40,6 +41,8 @@ class Workspace:
     lineage: Mapping[str, str]
     """Name -> value of what this invocation's results come from."""
     records: dict[str, Record] = field(default_factory=dict)
+    lease: Lease | None = None
+    """Of the stage that runs: while it stands, no other invocation does the same."""
 
     def stored(self, split: str | None = None) -> list[LabelledSource]:
         """The committed slides of a split, in the cohort's order."""

@@ -187,7 +187,7 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     tracker, cohort = space.tracker(), space.cohort
     tracker.log_dataset(run_id, "cohort", cohort.digest, cohort.uri, "training")
     space.ray()
-    trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id)
+    trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
     facts = {"train_slides": len(slides), "val_slides": len(validation)}
     outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
     return Record("train", stage_fingerprint, outputs, trained.metrics, facts)

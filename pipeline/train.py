@@ -7,18 +7,26 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipeline.checkpoint import Progress, check_plan
 from pipeline.cluster import Bundle, require
 from pipeline.config import ClusterConfig, Config
 from pipeline.errors import Interrupted, PipelineError, StageError, TrackingError
+from pipeline.lease import Lease
 from pipeline.plan import plan_digest
 from pipeline.saver import newest
 from pipeline.session import Job
@@ -30,7 +38,7 @@ from pipeline.worker import train_worker
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
-_WAIT_S = 24 * 3600  # of a rank for another: rank 0 validates alone, for hours where slides are large; Ray sees deaths
+_WAIT_S = 24 * 3600  # of a rank for another, as at the end of a look at large validation slides; Ray sees deaths
 _PATIENCE = "24"  # attempts of a request, with pauses of up to 15 s: 4 minutes
 
 
@@ -50,8 +58,11 @@ def train(
     fingerprint: str,
     tracker: Tracker,
     run_id: str,
+    lease: Lease | None = None,
 ) -> Trained:
     """Train on an initialised Ray; the run's name holds the fingerprint, so the same recipe resumes itself.
+
+    Checkpoints are written while the lease stands.
 
     Raises ResourceError when the cluster can never give the workers, StageError when training fails.
     """
@@ -70,13 +81,13 @@ def train(
         )
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
-        done = _fit(Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id))
+        done = _fit(Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease))
     return Trained(join(folder, done.best or done.name), done.metrics)
 
 
 def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
     """How far an earlier run of this recipe came, noted in MLflow."""
-    found = newest(folder)
+    found = newest(folder, read=True)
     if found is not None:
         check_plan(join(folder, found.name), found, digest)
         log.info("train: goes on after step %d, epoch %d (%s)", found.step, found.epoch, join(folder, found.name))
@@ -119,6 +130,7 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
+            callbacks=[EndAtOnce()],
         ),
     )
 
@@ -137,14 +149,36 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     }
 
 
+class EndAtOnce(UserCallback):
+    """Ends a run whose workers met an error that a restart would only meet again.
+
+    Ray itself counts failures and knows no kinds. It calls this in its controller before it decides; what is raised
+    here ends the run, whatever `max_failures` says, and reaches the driver as a ControllerError.
+    """
+
+    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Raise a worker's error, where it is one of ours that cannot pass; those of its peers follow from it."""
+        error = _lasting(worker_exceptions.values())
+        if error is not None:
+            raise error
+
+
+def _lasting(failures: Iterable[Exception]) -> PipelineError | None:
+    """The first error that is the same the next time. Whatever is not ours may be a lost peer or machine."""
+    return next((error for error in failures if isinstance(error, PipelineError) and not error.may_pass), None)
+
+
 def _cause(error: TrainingFailedError) -> PipelineError:
-    """The worker's own error where it is one of ours, else a StageError with the first line of the reason."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        inner = getattr(failure, "_base_exc", failure)  # Ray's wrapper has no public way to what it wraps
-        if isinstance(inner, PipelineError):
-            return inner
-    return StageError(f"train: {error}")
+    """A worker's own error where it is one of ours, else a StageError with the first line of the reason."""
+    match error:
+        case ControllerError():
+            failures = [error.controller_failure]
+        case WorkerGroupError():
+            failures = list(error.worker_failures.values())
+        case _:  # nodes were taken away more often than Ray is told to bear
+            failures = []
+    ours = [failure for failure in failures if isinstance(failure, PipelineError)]
+    return _lasting(ours) or next(iter(ours), StageError(f"train: {error}"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
 from pipeline.images import cohort_csv
+from pipeline.lease import held
 from pipeline.stage import Record, Stage, Workspace, slide_tags
 from pipeline.stage_embed import stages_for
 from pipeline.storage import (
@@ -175,7 +176,11 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
         return StageResult(found, "skipped")
     log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
     began = time.monotonic()
-    with tracking.child(stage.name, stage_fingerprint, slide_tags(space)) as run_id:
+    lease = join(space.config.storage.root, "stages", f"{stage.name}-{stage_fingerprint}.lease")
+    with (
+        held(lease, f"{stage.name} of {space.config.name}") as space.lease,
+        tracking.child(stage.name, stage_fingerprint, slide_tags(space)) as run_id,
+    ):
         record = stage.work(space, stage_fingerprint, run_id)
         record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from pipeline import storage
 from pipeline.checkpoint import WEIGHTS, Progress
 from pipeline.config import ClusterConfig
+from pipeline.errors import StageError
+from pipeline.lease import Claim, Lease
 from pipeline.loop import StepDone
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
@@ -140,6 +142,15 @@ def test_patience_ends_the_run_and_the_best_checkpoint_stays(job: Job, tmp_path:
     assert last.best in kept
     assert len(kept) <= 3
     assert last.metrics["looks_since_best"] == 2
+
+
+def test_a_run_that_another_driver_has_taken_over_writes_nothing_and_ends(job: Job, tmp_path: Path) -> None:
+    claim = Claim("theirs", "node-7", "boot", 77, 1e9, "2026-01-02T03:04:05+00:00")
+    storage.write_json(str(tmp_path / "lease"), asdict(claim))
+    lost = replace(_short(job, tmp_path / "run"), lease=Lease(str(tmp_path / "lease"), "mine"))
+    with pytest.raises(StageError, match="process 77 on node-7.* has taken this work over"):
+        _run(lost)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_epoch_is_always_looked_at() -> None:

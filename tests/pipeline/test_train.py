@@ -1,22 +1,33 @@
-"""Real fits on Ray Train; each costs about 12 seconds, so they are few and marked slow."""
+"""Real fits on Ray Train, each of which costs about 12 seconds, so they are few and marked slow; and what ends one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import Progress
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
-from pipeline.errors import ResourceError, StageError
+from pipeline.errors import (
+    ConfigError,
+    DamagedError,
+    PipelineError,
+    ResourceError,
+    SlideError,
+    StageError,
+    StorageError,
+)
 from pipeline.patches import StoredSlide
+from pipeline.session import Job
 from pipeline.tracking import Tracker, open_tracking
-from pipeline.train import Trained, _process_group, train
+from pipeline.train import EndAtOnce, Trained, _cause, _process_group, train
+from pipeline.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
-
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 Slides = list[tuple[CohortSlide, StoredSlide]]
 
@@ -43,6 +54,8 @@ def _train(config: Config, slides: Slides, tracker: Tracker, fingerprint: str = 
     return train(config, slides[:5], slides[5:], fingerprint, tracker, run_id), run_id
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_run_resumes_from_its_last_checkpoint_as_if_uninterrupted(
     ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
 ) -> None:
@@ -60,6 +73,8 @@ def test_a_run_resumes_from_its_last_checkpoint_as_if_uninterrupted(
         train(_config(tmp_path / "whole"), slides[:4], slides[5:], "aa", tracker, tracker.start_run("train"))
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_two_workers_train_on_every_slide_and_keep_equal_weights(
     ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
 ) -> None:
@@ -69,6 +84,8 @@ def test_two_workers_train_on_every_slide_and_keep_equal_weights(
     assert all(torch.isfinite(value.float()).all() for value in weights.values())
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_what_can_never_be_had_is_refused(ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"needs 16 x \(0.5 CPUs"):
         _train(_config(tmp_path, workers=16), slides, tracker)
@@ -80,8 +97,61 @@ def test_ranks_wait_while_the_first_one_validates(tmp_path: Path) -> None:
     assert (group.backend, group.timeout_s) == ("gloo", 24 * 3600)
 
 
-def test_a_diverging_loss_reaches_the_driver_as_itself(
-    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried_again(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = _config(tmp_path, lr=1e30, clip_norm=None, warmup_epochs=0)
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failures": 2})})
+    begun = tmp_path / "begun"
+
+    def diverges(loop_config: Mapping[str, Job]) -> Progress:
+        begun.write_bytes(begun.read_bytes() + b"x" if begun.exists() else b"x")
+        return train_worker(loop_config)
+
+    def goes_away(loop_config: Mapping[str, Job]) -> Progress:
+        begun.write_bytes(begun.read_bytes() + b"y")
+        raise StorageError("cannot read s3://bucket/x: the endpoint cannot be reached")
+
+    monkeypatch.setattr("pipeline.train.train_worker", diverges)
     with pytest.raises(StageError, match=r"at step .* lower train.lr"):
-        _train(_config(tmp_path, lr=1e30, clip_norm=None, warmup_epochs=0), slides, tracker, "bb")
+        _train(config, slides, tracker, "bb")
+    assert begun.read_text() == "x"
+    monkeypatch.setattr("pipeline.train.train_worker", goes_away)
+    with pytest.raises(StorageError, match=r"^cannot read s3://bucket/x"):
+        _train(config, slides, tracker, "bb")
+    assert begun.read_text() == "xyyy"
+
+
+_LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:29400")
+_AWAY = StorageError("cannot write s3://b/x: the endpoint cannot be reached")
+
+
+@pytest.mark.parametrize("failures", [[_LOST], [_AWAY], [_LOST, _AWAY], [SlideError("source", "s.svs: no answer")]])
+def test_ray_tries_again_where_a_restart_may_help(failures: list[Exception]) -> None:
+    EndAtOnce().after_exception(None, dict(enumerate(failures)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StageError("the loss became nan at step 3"),
+        StageError("train: out of memory in the selection"),
+        DamagedError("part-00003.arrow: the store is damaged"),
+        ConfigError("config", ["model.encoder.features: wrong"]),
+        SlideError("changed", "s.svs: replaced"),
+    ],
+)
+def test_what_would_only_happen_again_ends_the_run_whatever_its_peers_say(error: PipelineError) -> None:
+    failures = {0: _LOST, 1: error, 2: _AWAY}
+    with pytest.raises(type(error)) as caught:
+        EndAtOnce().after_exception(None, failures)
+    assert caught.value is error
+    assert _cause(ControllerError(error)) is error
+    assert _cause(WorkerGroupError("x", failures)) is error
+
+
+def test_an_error_of_ray_s_own_is_a_failed_stage() -> None:
+    assert _cause(WorkerGroupError("x", {0: _LOST, 1: _AWAY})) is _AWAY
+    assert "train: Training failed due to worker errors" in str(_cause(WorkerGroupError("x", {0: _LOST})))

@@ -10,7 +10,8 @@ from PIL import Image
 
 from pipeline.compose import load_config
 from pipeline.config import Config
-from pipeline.errors import DataBudgetError
+from pipeline.errors import DataBudgetError, StageError
+from pipeline.lease import held
 from pipeline.workflow import plan, run
 from tests.synth import tissue_rgb
 
@@ -75,6 +76,19 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert plan(config, "tile")[0].action == "run"
     assert run(config, "tile").stages["tile"].outcome == "done"
     assert len(list(store.rglob("slide.json"))) == 4
+
+
+def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Path) -> None:
+    """Nor its MLflow run, which a run after a kill would end."""
+    _cohort(tmp_path, ["a", "b"])
+    config = _config(tmp_path)
+    (tile,) = plan(config, "tile")
+    with (
+        held(str(tmp_path / "root" / "stages" / f"tile-{tile.fingerprint}.lease"), "the first"),
+        pytest.raises(StageError, match=r"tile of default: process \d+ on .*, since .*, is at work on it"),
+    ):
+        run(config, "tile")
+    assert sorted(path.name for path in (tmp_path / "root").rglob("*")) == ["stages"]
 
 
 def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None, tmp_path: Path) -> None:
