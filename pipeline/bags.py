@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from ips.bag import Chunk
-from pipeline import storage
-from pipeline.errors import StorageError
-from pipeline.parts import part_name
+from pipeline.errors import DamagedError
 from pipeline.patches import PatchIndex
 from pipeline.stain import jittered
 
@@ -120,7 +118,8 @@ class PatchBag:
         """Every row once, in order; the next chunks are read and decoded while one is in use.
 
         Raises:
-            StorageError: the store cannot be read, or a patch in it cannot be decoded.
+            StorageError: the store cannot be read.
+            DamagedError: a patch in it cannot be decoded.
         """
         edge, rooms = self._slides[0].patch_px, _Rooms()
         with ThreadPoolExecutor(self._threads, "decode") as decoders, ThreadPoolExecutor(1, "read") as reader:
@@ -142,7 +141,8 @@ class PatchBag:
         """The patches of `rows` (n,) int64, in that order, by exact range reads.
 
         Raises:
-            StorageError: the store cannot be read, or a patch in it cannot be decoded.
+            StorageError: the store cannot be read.
+            DamagedError: a patch in it cannot be decoded.
         """
         with ThreadPoolExecutor(self._threads, "decode") as decoders:
             edge = self._slides[0].patch_px
@@ -235,12 +235,11 @@ def _decode_all(jobs: Sequence[_Job]) -> None:
         job.out.view(_PIXEL)[..., 0] = oriented(pixels.view(_PIXEL)[..., 0], job.code)
 
 
-def _damaged(job: _Job, reason: str) -> StorageError:
+def _damaged(job: _Job, reason: str) -> DamagedError:
     part, reason = int(job.slide.index().part[job.row]), f"the patch of row {job.row} cannot be decoded ({reason})"
     if part < 0:
-        return StorageError(f"{job.slide.uri}: {reason}; copy the slide again, or take it out of the cohort")
-    file = storage.join(job.slide.uri, part_name(part))
-    return StorageError(
-        f"{file}: {reason}; the store is damaged: remove {job.slide.uri} and tile again. If `verify` finds it whole, "
-        "the slide itself is damaged there: tiling.codec=checked leaves such patches out"
+        return DamagedError(f"{job.slide.uri}: {reason}; copy the slide again, or take it out of the cohort")
+    return DamagedError(
+        f"{job.slide.uri}, part {part}: {reason}; the store is damaged: remove that folder and tile again. If `verify` "
+        "finds it whole, the slide itself is damaged there: tiling.codec=checked leaves such patches out"
     )

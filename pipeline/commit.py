@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config_base import fingerprint
-from pipeline.errors import StorageError
+from pipeline.cutting import codec_fingerprint
+from pipeline.errors import SlideError, StorageError
 from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, read_part, unpack
 from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
 from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.slide import SlideReader, tool_versions
+from pipeline.storage import SourceVersion
 from pipeline.tiling import SlideTiling
 
 RECORD_THREADS = 16  # requests of some KB each, which wait on the storage
@@ -37,6 +39,10 @@ class PlannedSlide:
     tiling: SlideTiling
     pictures: Mapping[str, bytes]
     """File name -> thumbnail and what is kept to be looked at; written with the commit."""
+    codec: str
+    """`cutting.codec_fingerprint` where it was planned."""
+    version: SourceVersion | None
+    """Of the file that was planned, where the digest is of samples; None: it is of every byte."""
 
     def attached(self, reader: SlideReader) -> PlannedSlide:
         """With the slide opened anew, so that its parts can be read."""
@@ -46,11 +52,21 @@ class PlannedSlide:
     def fingerprint(self) -> str:
         """Digest of what decides the parts' bytes beyond the spec: parts of another plan are not its parts."""
         cells = hashlib.sha256(np.ascontiguousarray(self.tiling.cells).tobytes()).hexdigest()
-        return fingerprint({"cells": cells, **self.facts})
+        version = None if self.version is None else asdict(self.version)
+        return fingerprint({"cells": cells, "codec": self.codec, "version": version, **self.facts})
+
+    def is_done(self, store: PatchStore) -> bool:
+        """Whether the slide is committed, with nothing lost that this plan's file may have."""
+        return store.has(self.key) and (self.version is None or store.slide(self.key).n_bad_tiles == 0)
 
 
 def plan_slide(
-    digest: str, mpp: float | None, reader: SlideReader, tiling: SlideTiling, guide: str | None = None
+    digest: str,
+    mpp: float | None,
+    reader: SlideReader,
+    tiling: SlideTiling,
+    guide: str | None = None,
+    version: SourceVersion | None = None,
 ) -> PlannedSlide:
     """An open slide's patches, planned and not yet read.
 
@@ -60,10 +76,12 @@ def plan_slide(
         reader: the open slide, for its facts.
         tiling: its planned patches.
         guide: digest of the mask and coordinates that were given beside it.
+        version: of the slide's file, where the digest is of samples: parts of another version are not its parts.
     """
     facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
     pictures = {"thumbnail.jpg": tiling.thumbnail.jpeg, **tiling.evidence.files}
-    return PlannedSlide(slide_key(digest, mpp, guide), digest, mpp, facts, tiling, pictures)
+    key = slide_key(digest, mpp, guide)
+    return PlannedSlide(key, digest, mpp, facts, tiling, pictures, codec_fingerprint(), version)
 
 
 def write_pictures(store: PatchStore, planned: PlannedSlide) -> PlannedSlide:
@@ -111,25 +129,32 @@ def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[],
 def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
     """Write some parts of a slide that several tasks share; those that a killed run left finished are kept.
 
-    A part is recorded in `unfinished/` once it is whole, until the commit. Arguments and errors as `write_slide`.
+    A part is recorded in `unfinished/` once it is whole, until the commit. Arguments and errors as `write_slide`;
+    SlideError "codec" where this process would write other bytes than the one that planned the slide.
     """
+    if planned.codec != codec_fingerprint():
+        raise SlideError(
+            "codec",
+            f"this node's image libraries are not those of the node that planned the slide ({planned.facts['tools']}), "
+            f"but {tool_versions()} or other builds; give all nodes one environment, and run again",
+        )
     for number in parts:
         if _finished(store, planned, number) is None:
             part = _write_part(store, planned, number)
             unchanged()
-            storage.write_bytes(_record(store, planned, number), pack(part, planned.fingerprint))
+            storage.write_bytes(_record(store, planned, number), pack(part))
 
 
 def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
     """Commit a slide all of whose parts were written by `write_share`.
 
     Raises:
-        SlideError: "bad-tiles", over all parts.
+        SlideError: "bad-tiles", over all parts; "changed", what another job committed lost patches that this has.
         StorageError: a part's record is absent, or the store cannot be written.
     """
     numbers = range(part_count(planned.tiling))
     with ThreadPoolExecutor(RECORD_THREADS) as pool:
-        if not store.has(planned.key):
+        if not planned.is_done(store):
             parts = list(pool.map(lambda number: _finished(store, planned, number), numbers))
             if None not in parts:
                 _commit(store, planned, [part for part in parts if part is not None])
@@ -148,11 +173,11 @@ def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
 def _finished(store: PatchStore, planned: PlannedSlide, number: int) -> Part | None:
     """What a task left of a part that is whole; None when it is to be written."""
     data = storage.read_if_there(_record(store, planned, number))
-    return None if data is None else unpack(data, planned.fingerprint)
+    return None if data is None else unpack(data)
 
 
 def _record(store: PatchStore, planned: PlannedSlide, number: int) -> str:
-    return storage.join(store.uri, UNFINISHED, planned.key, f"part-{number:05d}.parquet")
+    return storage.join(store.uri, UNFINISHED, planned.key, f"part-{number:05d}-{planned.fingerprint}.parquet")
 
 
 def _commit(
@@ -162,6 +187,8 @@ def _commit(
     uri = storage.join(store.uri, planned.key)
     bad_tiles = [corner for part in parts for corner in part.bad_tiles]
     planned.tiling.check_lost(len(bad_tiles))
+    if store.has(planned.key):
+        return _committed(store, planned, bad_tiles)
     table = join_index(parts) if table is None else table
     index = parquet_bytes(table)
     storage.write_bytes(storage.join(uri, "index.parquet"), index)
@@ -180,6 +207,18 @@ def _commit(
         "index": _file_facts("index.parquet", index),
     }
     storage.write_json(storage.join(uri, "slide.json"), facts)
+    return store.slide(planned.key)
+
+
+def _committed(store: PatchStore, planned: PlannedSlide, bad_tiles: Sequence[tuple[int, int]]) -> StoredSlide:
+    """What another task committed meanwhile; "changed" where its file, of the same samples, was a worse one."""
+    lost = {(x, y) for x, y in store.facts(planned.key)["bad_tiles"]} - set(bad_tiles)
+    if planned.version is not None and lost:
+        raise SlideError(
+            "changed",
+            f"{store.uri}/{planned.key}: stored meanwhile from a copy that lost {len(lost)} patches which this one "
+            "has; run again",
+        )
     return store.slide(planned.key)
 
 

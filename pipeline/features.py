@@ -210,6 +210,7 @@ def _part_bytes(vectors: Features, first: int) -> tuple[bytes, Ints]:
 def _index(stored: StoredSlide, places: list[tuple[int, Ints]], length: int) -> pa.Table:
     """The patch store's index with the vectors' places in it."""
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(stored.uri, "index.parquet"))))
+    table = table.replace_schema_metadata(INDEX.metadata)  # without the names of the patches' files
     columns = {
         "part": np.concatenate([np.full(len(offsets), number) for number, offsets in places]),
         "offset": np.concatenate([offsets for _, offsets in places]),

@@ -2,8 +2,8 @@
 
 A file under 64 MiB is hashed whole. Of a larger one: the size, the first and last MiB and, for a TIFF, all
 tile offset and byte-count tables and 64 tiles a page, evenly spaced; of other large files 64 blocks of 64 KiB,
-evenly spaced. OpenSlide is not used: its quickhash misses changed level-0 pixels, and single-level TIFFs
-have none.
+evenly spaced. What was changed between the samples the digest does not show: `tiler` looks again where a slide lost
+patches. OpenSlide is not used: its quickhash misses changed level-0 pixels, and single-level TIFFs have none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -41,14 +41,29 @@ Segments = npt.NDArray[np.uint64]
 """(2, n) offsets and byte counts."""
 
 
-def slide_digest(uri: str) -> str:
-    """Digest (sha256, hex) of a slide's content, companion files of MRXS, VMS and DICOM included.
+@dataclass(frozen=True)
+class Digest:
+    """Of a slide's content, companion files of MRXS, VMS and DICOM included."""
+
+    sha256: str
+    whole: bool
+    """Whether it is of every byte: slides that share it are the same. Of samples, they may differ in between."""
+
+
+def slide_digest(uri: str, *, whole: bool = False) -> Digest:
+    """The slide's digest.
+
+    Args:
+        uri: of its main file.
+        whole: read every byte, however large the slide is.
 
     Raises:
         StorageError: a file of the slide cannot be read.
     """
-    members = sorted(_file_digest(member) for member in slide_files(uri))
-    return members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
+    sizes = {member: storage.source_version(member).size for member in slide_files(uri)}
+    members = sorted(_file_digest(member, size, whole=whole) for member, size in sizes.items())
+    joined = members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
+    return Digest(joined, whole or max(sizes.values()) < WHOLE)
 
 
 def slide_files(uri: str) -> list[str]:
@@ -96,11 +111,11 @@ def reading_source() -> Iterator[None]:
         raise SlideError(reason, str(error)) from error
 
 
-def _file_digest(uri: str) -> str:
-    size = storage.source_version(uri).size
+def _file_digest(uri: str, size: int, *, whole: bool) -> str:
     digest = hashlib.sha256(size.to_bytes(8, "little"))
-    if size < WHOLE:
-        digest.update(storage.read_bytes(uri))
+    if whole or size < WHOLE:
+        for start in range(0, size, WHOLE):
+            digest.update(storage.read_ranges(uri, [(start, min(WHOLE, size - start))])[0])
         return digest.hexdigest()
     for data in storage.read_ranges(uri, [(0, EDGE), (size - EDGE, EDGE)]):
         digest.update(data)

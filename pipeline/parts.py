@@ -2,7 +2,8 @@
 
 Part k holds the patches of cells [k * P, (k + 1) * P) of the slide's plan, less those that cannot be decoded; P
 follows from the edge of a patch alone. So a part depends on the slide and the spec, and not on which task wrote it,
-on how many tasks shared the slide, or on what was lost elsewhere.
+on how many tasks shared the slide, or on what was lost elsewhere. Its file is named by its bytes, and the slide's index
+holds the names: what it points at stays what it was, whoever writes beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pipeline.tiling import PatchRow, SlideTiling
 BATCH_PATCHES = 256  # a record batch: 3 to 15 MB of 256 px patches
 PART_PX = 2**26  # 1024 patches of 256 px: 10 to 60 MB of JPEG; a task holds one part, whatever the slide's size
 MAX_PART_PATCHES = 8192
+NAMES = b"ips.parts"
+"""Key of an index's metadata: names of the parts' files (JSON), in order."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,16 @@ class Part:
 
 
 def part_name(number: int) -> str:
-    """File name of a part."""
+    """File name of a part that only one kind of bytes can have."""
     return f"part-{number:05d}.arrow"
+
+
+def _content_name(number: int, sha256: str) -> str:
+    """File name of a part by its bytes: no writer of others can put them in their place.
+
+    Others come from another libjpeg, or from another copy of a slide whose digest is of samples.
+    """
+    return f"part-{number:05d}-{sha256[:12]}.arrow"
 
 
 def part_patches(patch_px: int) -> int:
@@ -80,7 +91,7 @@ def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
     index = part_index(data, number)
     bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
     sha256 = hashlib.sha256(data).hexdigest()
-    return data, Part(part_name(number), len(data), sha256, len(index), bad_tiles, index)
+    return data, Part(_content_name(number, sha256), len(data), sha256, len(index), bad_tiles, index)
 
 
 def part_index(data: bytes, number: int) -> pa.Table:
@@ -110,9 +121,16 @@ def part_index(data: bytes, number: int) -> pa.Table:
 
 
 def join_index(parts: Sequence[Part]) -> pa.Table:
-    """The slide's index: its parts' one after another, rows counted through."""
+    """The slide's index: its parts' one after another, rows counted through; it names their files."""
     table = pa.concat_tables([part.index for part in parts])
-    return table.set_column(0, INDEX.field("row"), pa.array(np.arange(len(table), dtype=np.int64)))
+    table = table.set_column(0, INDEX.field("row"), pa.array(np.arange(len(table), dtype=np.int64)))
+    return table.replace_schema_metadata({**INDEX.metadata, NAMES: json.dumps([part.name for part in parts]).encode()})
+
+
+def file_name(index: pa.Schema, number: int) -> str:
+    """The file of a part, by the slide's index; features, and stores from before names had digests, name none."""
+    names = index.metadata.get(NAMES)
+    return part_name(number) if names is None else str(json.loads(names)[number])
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -122,19 +140,17 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def pack(part: Part, plan: str) -> bytes:
+def pack(part: Part) -> bytes:
     """A finished part's record for a slide that is not yet committed: its index, with the rest as metadata."""
-    facts = {**part.facts(), "bad_tiles": part.bad_tiles, "plan": plan}
+    facts = {**part.facts(), "bad_tiles": part.bad_tiles}
     metadata = {**INDEX.metadata, b"ips.part": json.dumps(facts).encode()}
     return parquet_bytes(part.index.replace_schema_metadata(metadata))
 
 
-def unpack(data: bytes, plan: str) -> Part | None:
-    """The record that `pack` wrote; None when it belongs to another plan of the slide."""
+def unpack(data: bytes) -> Part:
+    """The part of a record that `pack` wrote."""
     table = pq.read_table(pa.BufferReader(data))
     facts = json.loads(table.schema.metadata[b"ips.part"])
-    if facts.pop("plan") != plan:
-        return None
     facts["bad_tiles"] = tuple((x, y) for x, y in facts["bad_tiles"])
     return Part(**facts, index=table.cast(INDEX))
 

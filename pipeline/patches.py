@@ -1,8 +1,9 @@
 """The patch store: which slides are committed, what became of each source, and exact reads.
 
-`<root>/<spec fingerprint>/<slide key>/` holds `part-00000.arrow` (uncompressed Arrow IPC files), `index.parquet`,
-`thumbnail.jpg` and `slide.json`, which is written last: a slide without it does not exist. All bytes follow from
-the slide's content and the spec, so two writers of one slide write the same files and a lost race harms nothing.
+`<root>/<spec fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow IPC files, with the
+start of their sha256 in the name), `index.parquet`, `thumbnail.jpg` and `slide.json`, which is written last: a slide
+without it does not exist. All bytes follow from the slide's content, the spec and the image libraries: two writers of
+one slide write the same files, or parts under other names, and a lost race harms nothing.
 `<root>/<spec fingerprint>/sources/` remembers for each source URI which version of it gave which slide, or why
 it gave none; `unfinished/` which parts are whole of a slide that several tasks share, until it is committed.
 """
@@ -25,7 +26,7 @@ from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.config_base import fingerprint
 from pipeline.errors import StorageError
-from pipeline.parts import part_name
+from pipeline.parts import file_name
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import SourceVersion
 
@@ -99,7 +100,7 @@ class StoredSlide:
 
     def index(self) -> PatchIndex:
         """Position and place of every patch; the last few slides' are kept in memory."""
-        return _read_index(self.uri)
+        return _read_index(self.uri)[0]
 
     def positions(self) -> Ints:
         """(n, 2) grid column and row of every patch."""
@@ -108,7 +109,7 @@ class StoredSlide:
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
-        index, wanted = self.index(), np.asarray(rows, np.int64)
+        (index, schema), wanted = _read_index(self.uri), np.asarray(rows, np.int64)
         found: dict[int, bytes] = {}
         for part in np.unique(index.part[wanted]).tolist():
             members = np.unique(wanted[index.part[wanted] == part])
@@ -117,7 +118,8 @@ class StoredSlide:
                 (int(index.offset[run[0]]), int(index.offset[run[-1]] + index.length[run[-1]] - index.offset[run[0]]))
                 for run in runs
             ]
-            for run, data in zip(runs, storage.read_ranges(self._part(part), ranges), strict=True):
+            file = storage.join(self.uri, file_name(schema, part))
+            for run, data in zip(runs, storage.read_ranges(file, ranges), strict=True):
                 start = index.offset[run[0]]
                 for row in run.tolist():
                     first = int(index.offset[row] - start)
@@ -127,9 +129,6 @@ class StoredSlide:
     def thumbnail(self) -> bytes:
         """The slide's thumbnail, a JPEG of at most 512 px."""
         return storage.read_bytes(storage.join(self.uri, "thumbnail.jpg"))
-
-    def _part(self, number: int) -> str:
-        return storage.join(self.uri, part_name(number))
 
 
 class PatchStore:
@@ -220,9 +219,10 @@ def slide_key(digest: str, mpp: float | None, guide: str | None = None) -> str:
 
 
 @lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each
-def _read_index(uri: str) -> PatchIndex:
+def _read_index(uri: str) -> tuple[PatchIndex, pa.Schema]:
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))))
-    return PatchIndex(*(table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__))
+    columns = (table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__)
+    return PatchIndex(*columns), table.schema
 
 
 def _runs(index: PatchIndex, rows: Ints) -> list[Ints]:

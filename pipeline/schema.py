@@ -26,7 +26,7 @@ INDEX = pa.schema(
         pa.field("x", pa.int64(), nullable=False),
         pa.field("y", pa.int64(), nullable=False),
         pa.field("level", pa.int32(), nullable=False),
-        pa.field("part", pa.int32(), nullable=False),  # part-<part>.arrow
+        pa.field("part", pa.int32(), nullable=False),  # its number; the metadata's ips.parts are the files' names
         pa.field("offset", pa.int64(), nullable=False),  # absolute byte offset of the JPEG in the part
         pa.field("length", pa.int64(), nullable=False),  # its length in bytes
     ],

@@ -25,13 +25,13 @@ from pipeline.errors import SlideError, StorageError
 from pipeline.guide import guided_version, read_guide
 from pipeline.identity import reading_source, slide_digest, slide_files, slide_version
 from pipeline.parts import part_count
-from pipeline.patches import PatchStore, SlideStatus, slide_key
+from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
 from pipeline.slide import SlideReader, open_uri
 from pipeline.staging import GIB, Staging
 from pipeline.storage import SourceVersion
 from pipeline.tiling import effective_mpp, tile_slide
 
-TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "crash"})
+TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "codec", "crash"})
 """Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
 
 Result = TypeVar("Result")
@@ -89,7 +89,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
     def work() -> None:
         check = _unchanged(slide, spec, large.version)
         check()
-        if patches.has(large.planned.key):  # committed from another file with the same content
+        if large.planned.is_done(patches):  # from another file with the same content
             return
         with opened(slide, spec) as reader:
             write_share(patches, large.planned.attached(reader), parts, check)
@@ -107,8 +107,7 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
 
     def work() -> SlideStatus:
         _unchanged(large.slide, spec, large.version)()
-        stored = commit_shares(patches, large.planned)
-        return _committed(large.slide, stored.key, stored.n_patches, stored.n_bad_tiles)
+        return _committed(large.slide, commit_shares(patches, large.planned))
 
     return _outcome(large.slide, large.version, patches, work)
 
@@ -129,22 +128,28 @@ def _begin(
         digest, guide = slide_digest(slide.uri), read_guide(slide, spec)
     with opened(slide, spec) as reader:
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
-        key = slide_key(digest, mpp, guide.digest)
-        if patches.has(key):
-            stored = patches.slide(key)
-            return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
+        key = slide_key(digest.sha256, mpp, guide.digest)
+        known = patches.slide(key) if patches.has(key) else None
+        if known is not None and (digest.whole or known.n_bad_tiles == 0):
+            return _committed(slide, known)
         with reading_source():
             tiling = tile_slide(reader, spec, mpp, guide)
-        planned = plan_slide(digest, mpp, reader, tiling, guide.digest)
+            if known is not None:
+                if not tiling.reads_any({(x, y) for x, y in patches.facts(key)["bad_tiles"]}):
+                    return _committed(slide, known)
+                digest = slide_digest(slide.uri, whole=True)  # a mended copy: the samples do not tell it
+                key = slide_key(digest.sha256, mpp, guide.digest)
+                if patches.has(key):
+                    return _committed(slide, patches.slide(key))
+        sampled = None if digest.whole else version
+        planned = plan_slide(digest.sha256, mpp, reader, tiling, guide.digest, sampled)
         check = _unchanged(slide, spec, version)
         if not pixels:
-            stored = write_plan(patches, planned, check)
-            return _committed(slide, key, stored.n_patches, 0)
+            return _committed(slide, write_plan(patches, planned, check))
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version
             return LargeSlide(slide, version, write_pictures(patches, planned))
-        stored = write_slide(patches, planned, check)
-        return _committed(slide, key, stored.n_patches, stored.n_bad_tiles)
+        return _committed(slide, write_slide(patches, planned, check))
 
 
 def _outcome(
@@ -195,5 +200,6 @@ def version_of(slide: CohortSlide, spec: TilingConfig) -> SourceVersion:
         return guided_version(slide, spec, slide_version(slide.uri))
 
 
-def _committed(slide: CohortSlide, key: str, n_patches: int, n_bad_tiles: int) -> SlideStatus:
-    return SlideStatus(slide.slide_id, slide.uri, key, "committed", None, n_patches, n_bad_tiles)
+def _committed(slide: CohortSlide, stored: StoredSlide) -> SlideStatus:
+    counts = stored.n_patches, stored.n_bad_tiles
+    return SlideStatus(slide.slide_id, slide.uri, stored.key, "committed", None, *counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,21 @@ class SlideTiling:
         self.bad_tiles.append((x, y))
         self.check_lost(len(self.bad_tiles), error)
 
+    def reads_any(self, corners: Collection[tuple[int, int]]) -> bool:
+        """Whether a place that was lost is so no longer: it can be read now, or is no patch of this plan.
+
+        Args:
+            corners: level-0 x, y of the patches that could not be decoded, of a plan of a like slide.
+
+        Raises:
+            SlideError: the slide is gone or broken as a whole.
+        """
+        at = [tuple(corner) in corners for corner in self.grid.level0_origins(self.cells).tolist()]
+        origins = self.grid.level_origins(self.cells[at])
+        cutter = Cutter(self._reader, self.grid, self.spec)
+        cutter.expect(origins)
+        return len(origins) < len(corners) or any(_is_whole(cutter, x, y) for x, y in origins.tolist())
+
     def attached(self, reader: SlideReader) -> SlideTiling:
         """The same plan for the same slide opened anew, where a tiling that was pickled has none."""
         twin = copy.copy(self)
@@ -108,6 +123,15 @@ class SlideTiling:
         bits = np.frombuffer(zlib.decompress(state["cells"]), np.uint8)
         cells = self.grid.cells()
         self.cells = cells[np.unpackbits(bits, count=len(cells)).astype(np.bool_)]
+
+
+def _is_whole(cutter: Cutter, x: int, y: int) -> bool:
+    """Whether a patch can be decoded."""
+    try:
+        cutter.cut(x, y)
+    except BadTileError:
+        return False
+    return True
 
 
 def tile_slide(reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide | None = None) -> SlideTiling:

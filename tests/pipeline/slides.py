@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import balance, parts
+from pipeline import balance, identity, parts
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.patches import SlideStatus
@@ -59,20 +59,32 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def part_file(folder: Path | str, number: int = 0) -> Path:
+    """The file of one part of a stored slide."""
+    (path,) = Path(folder).glob(f"part-{number:05d}-*.arrow")
+    return path
+
+
 def small_tasks(patch: Callable[[object, str, object], None]) -> None:
     """Parts of 9 cells and tasks of 2 parts of `SPEC`: a small slide stands for one of 100,000 patches."""
     patch(parts, "MAX_PART_PATCHES", 9)
     patch(balance, "TASK_PX", 2 * 9 * PATCH**2)
 
 
-def tile_in_shares(slide: CohortSlide, store: str) -> SlideStatus:
+def sampled_digests(patch: Callable[[object, str, object], None]) -> None:
+    """Slides over 1 kB count as large: of tiles 0 to 8 of a level the digest takes 0, 2, 5 and 8."""
+    for name, value in {"WHOLE": 1000, "EDGE": 500, "BLOCK": 50, "SAMPLES": 4}.items():
+        patch(identity, name, value)
+
+
+def tile_in_shares(slide: CohortSlide, store: str, spec: TilingConfig = SPEC) -> SlideStatus:
     """What the tasks of one run do with a large slide, one after another."""
-    begun = begin_slide(slide, SPEC, store, whole=False)
+    begun = begin_slide(slide, spec, store, whole=False)
     if isinstance(begun, SlideStatus):
         return begun
     count = parts.part_count(begun.planned.tiling)
     for share in balance.shares(count, balance.share_count(count, PATCH)):
-        failed = store_share(begun, share, SPEC, store)
+        failed = store_share(begun, share, spec, store)
         if failed is not None:
             return failed
-    return finish_slide(begun, SPEC, store)
+    return finish_slide(begun, spec, store)

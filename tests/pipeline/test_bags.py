@@ -27,6 +27,7 @@ from pipeline.patches import PatchStore, StoredSlide
 from pipeline.slide import open_slide
 from pipeline.stain import jittered
 from pipeline.tiler import store_slide
+from tests.pipeline.slides import part_file
 from tests.pipeline.small import write_slide
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
@@ -217,7 +218,7 @@ def damaged(slide: StoredSlide, row: int, folder: Path, payload: bytes) -> Store
     """A copy of a stored slide with other bytes at the start of one patch."""
     storage.upload_tree(Path(slide.uri), str(folder / slide.key))
     index = pq.read_table(folder / slide.key / "index.parquet").to_pylist()[row]
-    path = folder / slide.key / f"part-{index['part']:05d}.arrow"
+    path = part_file(folder / slide.key, index["part"])
     data = bytearray(path.read_bytes())
     data[index["offset"] : index["offset"] + len(payload)] = payload
     path.write_bytes(data)
@@ -229,7 +230,7 @@ def test_a_damaged_patch_is_named(slides: list[StoredSlide], tmp_path: Path) -> 
     for number, (payload, reason) in enumerate([(b"\0" * 32, ""), (small, "it is 3 x 5 px, not 19")]):
         slide = damaged(slides[0], 41, tmp_path / str(number), payload)
         bag = PatchBag([slides[1], slide], threads=2, augment=None)
-        expected = rf"{slide.key}/part-00000\.arrow: the patch of row 41 cannot be decoded \({reason}.*tile again"
+        expected = rf"{slide.key}, part 0: the patch of row 41 cannot be decoded \({reason}.*tile again"
         with pytest.raises(StorageError, match=expected):
             list(bag.chunks(10))
         with pytest.raises(StorageError, match=expected):
@@ -239,8 +240,8 @@ def test_a_damaged_patch_is_named(slides: list[StoredSlide], tmp_path: Path) -> 
 
 def test_a_lost_part_is_named(slides: list[StoredSlide], tmp_path: Path) -> None:
     slide = damaged(slides[0], 0, tmp_path, b"")
-    (tmp_path / slide.key / "part-00000.arrow").unlink()
-    with pytest.raises(StorageError, match=r"part-00000\.arrow: it does not exist"):
+    part_file(tmp_path / slide.key).unlink()
+    with pytest.raises(StorageError, match=r"part-00000-\w+\.arrow: it does not exist"):
         list(PatchBag([slide], threads=1, augment=None).chunks(10))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from pipeline import cutting
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.slide import open_slide
@@ -161,3 +162,20 @@ def test_too_many_bad_tiles(slide: Path, tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"4 of 63 patches .* tiling.max_bad_tiles=0.05") as caught:
         rows(path, max_bad_tiles=0.05)
     assert caught.value.reason == "bad-tiles"
+
+
+def test_the_codecs_fingerprint_tells_code_libraries_and_builds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = cutting.codec_fingerprint.__wrapped__
+    same = fingerprint()
+    assert same == fingerprint() == cutting.codec_fingerprint()
+    found = {same}
+    with monkeypatch.context() as patch:
+        patch.setattr(cutting, "PAYLOAD", cutting.PAYLOAD + 1)
+        found.add(fingerprint())
+    with monkeypatch.context() as patch:
+        patch.setattr(cutting, "tool_versions", lambda: {"simplejpeg": "0"})
+        found.add(fingerprint())
+    original = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data: original(data, fastupsample=True))
+    found.add(fingerprint())
+    assert len(found) == 4

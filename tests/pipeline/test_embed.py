@@ -16,6 +16,7 @@ from pipeline.embed import Embedder, embed_slide, embed_slides, encoder_fingerpr
 from pipeline.errors import StageError
 from pipeline.features import FeatureStore
 from pipeline.patches import StoredSlide
+from tests.pipeline.slides import part_file
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 
@@ -95,11 +96,12 @@ def test_actors_make_what_is_missing(ray_session: None, slides: list[StoredSlide
     done.clear()
     embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
     assert done == []
-    (Path(slides[0].uri) / "part-00000.arrow").rename(tmp_path / "away")
+    part = part_file(slides[0].uri)
+    part.rename(tmp_path / "away")
     try:
         again = FeatureStore(str(tmp_path / "again"), "spec", encoder_fingerprint(config))
-        with pytest.raises(Exception, match="part-00000.arrow") as caught:
+        with pytest.raises(Exception, match=part.name) as caught:
             embed_slides(slides, config, again, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
         assert type(caught.value).__name__ == "StorageError"
     finally:
-        (tmp_path / "away").rename(Path(slides[0].uri) / "part-00000.arrow")
+        (tmp_path / "away").rename(part)

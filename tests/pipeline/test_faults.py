@@ -14,9 +14,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import simplejpeg
 from PIL import Image
 
-from pipeline import s3, storage, tiler
+from pipeline import commit, cutting, parts, s3, storage, tiler
+from pipeline.balance import shares
 from pipeline.byte_source import LocalSource
 from pipeline.errors import SlideError, StorageError
 from pipeline.parts import part_count
@@ -24,9 +26,9 @@ from pipeline.patches import PatchStore
 from pipeline.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.verify import verify_store
 from tests.faults import Fault, faulty_s3
-from tests.pipeline.slides import RGB, SPEC, contents, row, small_tasks, tile_in_shares
+from tests.pipeline.slides import RGB, SPEC, contents, row, sampled_digests, small_tasks, tile_in_shares
 from tests.s3 import serve_s3
-from tests.synth import tissue_rgb, write_pyramid
+from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,73 @@ def test_a_slide_replaced_between_its_shares_is_tiled_anew(slide: Path, tmp_path
     assert contents(tmp_path / "store" / name) == contents(tmp_path / "fresh" / name)
 
 
+def test_a_large_slide_replaced_between_a_kill_and_the_next_run_shares_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies have in common what the digest samples, and level 1, which the plan is made of."""
+    sampled_digests(monkeypatch.setattr)
+    monkeypatch.setattr(parts, "MAX_PART_PATCHES", 60)  # 4 parts
+    path, store = tmp_path / "slide.tiff", str(tmp_path / "store")
+    slide = write_pyramid(tmp_path / "sound.tiff", tissue_rgb(1103, 871), levels=2)
+    shutil.copy(slide, path)
+    spec = SPEC.model_copy(update={"max_bad_tiles": 0.9, "tissue": "none"})
+    zero_tile(path, 0, 7)  # of 20, of which 0, 6, 12 and 19 are sampled
+    begun = begin_slide(row(path), spec, store, whole=False)
+    assert isinstance(begun, LargeSlide)
+    for share in shares(part_count(begun.planned.tiling), 2):  # all but the commit
+        assert tiler.store_share(begun, share, spec, store) is None
+    shutil.copy(slide, path)
+    status = tile_in_shares(row(path), store, spec)
+    assert (status.status, status.n_bad_tiles, status.key) == ("committed", 0, begun.planned.key)
+    stored, sound = (PatchStore(place, spec.fingerprint()) for place in (store, str(tmp_path / "sound")))
+    other = sound.slide(str(tile_in_shares(row(path), str(tmp_path / "sound"), spec).key))
+    rows = range(status.n_patches)
+    assert stored.slide(str(status.key)).payloads(rows) == other.payloads(rows)
+    assert findings(store) == []
+
+
+def other_codec(patch: pytest.MonkeyPatch) -> None:
+    """As another version of the encoder would: other bytes, and another fingerprint."""
+    patch.setattr(cutting, "encode", lambda rgb, quality: simplejpeg.encode_jpeg(rgb, quality=quality - 20))
+    patch.setattr(commit, "codec_fingerprint", lambda: "other")
+
+
+def test_jobs_with_two_codecs_on_one_slide_mix_no_parts(
+    slide: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Each in turn writes some parts; the slide is one job's, whole, and the other's files stand beside it."""
+    store = str(tmp_path / "store")
+    one = begin_slide(row(slide), SPEC, store, whole=False)
+    assert isinstance(one, LargeSlide)
+    first, second = shares(part_count(one.planned.tiling), 2)
+    assert tiler.store_share(one, first, SPEC, store) is None
+    with pytest.MonkeyPatch.context() as patch:
+        other_codec(patch)
+        two = begin_slide(row(slide), SPEC, store, whole=False)
+        assert isinstance(two, LargeSlide)
+        for share in (first, second):
+            assert tiler.store_share(two, share, SPEC, store) is None
+    assert tiler.store_share(one, second, SPEC, store) is None
+    status = tiler.finish_slide(one, SPEC, store)
+    assert tiler.finish_slide(two, SPEC, store) == status
+    assert status.status == "committed"
+    assert findings(store) == []
+    kept = {name: data for name, data in contents(tmp_path / "store").items() if name in undisturbed}
+    assert kept == undisturbed
+
+
+def test_a_node_with_another_codec_writes_no_part(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = str(tmp_path / "store")
+    begun = begin_slide(row(slide), SPEC, store, whole=False)
+    assert isinstance(begun, LargeSlide)
+    other_codec(monkeypatch)
+    status = tiler.store_share(begun, range(2), SPEC, store)
+    assert status is not None
+    assert (status.reason or "").startswith("codec: this node's image libraries are not those")
+    assert not list((tmp_path / "store").rglob("part-*"))
+    assert tile_in_shares(row(slide), store).status == "committed"  # it is not remembered
+
+
 def test_a_slide_replaced_while_a_part_is_read_is_not_recorded(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +212,7 @@ def test_a_slide_replaced_while_a_part_is_read_is_not_recorded(
 
     def replacing(uri: str, data: bytes) -> None:
         original(uri, data)
-        if uri.endswith("part-00001.arrow"):
+        if "/part-00001-" in uri and uri.endswith(".arrow"):
             write_pyramid(path, tissue_rgb(613, 487, seed=9), levels=2)
 
     monkeypatch.setattr(storage, "write_bytes", replacing)
@@ -239,7 +308,7 @@ def test_a_server_killed_mid_slide_is_waited_for(
         down = threading.Event()
 
         def killing(method: str, path: str) -> None:
-            if "part-00002.arrow" in path and not down.is_set():
+            if "/part-00002-" in path and not down.is_set():
                 server.kill()
                 down.set()
 

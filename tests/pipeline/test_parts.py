@@ -84,7 +84,6 @@ def test_a_part_of_which_nothing_can_be_read_is_empty(tiling: SlideTiling, path:
     assert len(part_index(data, 0)) == part.patches
 
 
-def test_a_record_is_for_one_plan(tiling: SlideTiling) -> None:
+def test_a_record_is_the_part(tiling: SlideTiling) -> None:
     _, part = read_part(tiling, 1)
-    assert unpack(pack(part, "plan"), "plan") == part
-    assert unpack(pack(part, "plan"), "other") is None
+    assert unpack(pack(part)) == part

@@ -19,6 +19,7 @@ from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
 from pipeline.slide import open_slide
 from pipeline.storage import SourceVersion
 from pipeline.tiling import tile_slide
+from tests.pipeline.slides import part_file
 from tests.synth import tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(1013, 787)
@@ -46,7 +47,7 @@ def test_offsets_point_at_the_jpegs(stored: StoredSlide) -> None:
     assert stored.n_patches == len(index.x) > 202
     assert index.part.max() == 2
     for row in range(0, stored.n_patches, 13):
-        data = (Path(stored.uri) / f"part-{index.part[row]:05d}.arrow").read_bytes()
+        data = part_file(stored.uri, index.part[row]).read_bytes()
         image = data[index.offset[row] : index.offset[row] + index.length[row]]
         assert image.startswith(b"\xff\xd8")
         assert image.endswith(b"\xff\xd9")

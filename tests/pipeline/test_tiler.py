@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pipeline import storage, tiler, tiling
+from pipeline import commit, storage, tiler, tiling
 from pipeline.errors import StorageError
-from pipeline.patches import PatchStore
-from pipeline.tiler import store_slide
-from tests.pipeline.slides import RGB, SPEC, row, spoilt
-from tests.synth import write_pyramid
+from pipeline.identity import slide_digest
+from pipeline.parts import part_count
+from pipeline.patches import PatchStore, SlideStatus
+from pipeline.tiler import LargeSlide, begin_slide, finish_slide, store_share, store_slide
+from pipeline.verify import verify_store
+from tests.pipeline.slides import RGB, SPEC, row, sampled_digests, small_tasks, spoilt, tile_in_shares
+from tests.synth import write_pyramid, zero_tile
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +134,74 @@ def test_a_store_that_cannot_be_written_is_no_slides_fault(good: Path, tmp_path:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file"):
         store_slide(row(good), SPEC, str(tmp_path / "file" / "store"))
+
+
+LENIENT = SPEC.model_copy(update={"max_bad_tiles": 0.9})
+
+
+def damaged(good: Path, folder: Path, *tiles: int) -> Path:
+    """A copy with some level-0 tiles that cannot be decoded, in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    path = Path(shutil.copy(good, folder / "slide.tiff"))
+    for tile in tiles:
+        zero_tile(path, 0, tile)
+    return path
+
+
+@pytest.mark.parametrize("store_it", [store_slide, lambda slide, spec, store: tile_in_shares(slide, store, spec)])
+def test_a_mended_copy_of_a_large_slide_gets_its_patches_back(
+    store_it: Callable[..., SlideStatus], good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the samples of its digest see: half mended, then whole; each copy is stored as what it is."""
+    spec = LENIENT.model_copy(update={"tissue": "none"})  # by tissue, unread places would be patches too
+    sampled_digests(monkeypatch.setattr)
+    small_tasks(monkeypatch.setattr)
+    paths = [damaged(good, tmp_path / str(len(tiles)), *tiles) for tiles in ((1, 4), (4,), ())]
+    assert len({slide_digest(str(path)) for path in paths}) == 1
+    worst, better, whole = (store_it(row(path), spec, str(store)) for path in paths)
+    assert worst.n_bad_tiles > better.n_bad_tiles > whole.n_bad_tiles == 0
+    assert whole.n_patches == better.n_patches + better.n_bad_tiles == worst.n_patches + worst.n_bad_tiles
+    assert len({worst.key, better.key, whole.key}) == 3
+    fresh = store_it(row(paths[2]), spec, str(tmp_path / "fresh"))
+    payloads = [
+        PatchStore(str(root), spec.fingerprint()).slide(str(key)).payloads(range(whole.n_patches))
+        for root, key in ((store, whole.key), (tmp_path / "fresh", fresh.key))
+    ]
+    assert payloads[0] == payloads[1]
+    assert verify_store(str(store), 1, lambda done, total: None).damage == []
+    monkeypatch.setattr(commit, "read_part", None)  # nothing is tiled again, and what each became is remembered
+    for path, status in zip(paths, (worst, better, whole), strict=True):
+        os.utime(path, (1, 1))
+        assert store_it(row(path), spec, str(store)) == status
+    monkeypatch.delattr(tiler, "slide_digest")
+    for path, status in zip(paths, (worst, better, whole), strict=True):
+        assert store_it(row(path), spec, str(store)) == status
+
+
+def test_a_worse_copy_of_a_large_slide_keeps_the_stored_patches(
+    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled_digests(monkeypatch.setattr)
+    first = store_slide(row(good), LENIENT, str(store))
+    monkeypatch.delattr(tiler, "tile_slide")
+    assert store_slide(row(damaged(good, tmp_path / "x", 1)), LENIENT, str(store)).key == first.key
+
+
+def test_a_whole_copy_that_ends_after_a_damaged_one_is_not_taken_for_it(
+    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in one cohort, tiled at the same time: the next run stores the whole one."""
+    sampled_digests(monkeypatch.setattr)
+    small_tasks(monkeypatch.setattr)
+    bad = damaged(good, tmp_path / "x", 1)
+    begun = begin_slide(row(good), LENIENT, str(store), whole=False)
+    assert isinstance(begun, LargeSlide)
+    first = tile_in_shares(row(bad), str(store), LENIENT)
+    count = part_count(begun.planned.tiling)
+    assert store_share(begun, range(count), LENIENT, str(store)) is None
+    late = finish_slide(begun, LENIENT, str(store))
+    assert (late.reason or "").startswith("changed: ")
+    assert f"lost {first.n_bad_tiles} patches" in str(late.reason)
+    assert verify_store(str(store), 1, lambda done, total: None).damage == []
+    assert tile_in_shares(row(good), str(store), LENIENT).n_bad_tiles == 0
+    assert tile_in_shares(row(bad), str(store), LENIENT) == first
