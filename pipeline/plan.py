@@ -90,6 +90,11 @@ def steps_per_epoch(slides: int, batch_size: int) -> int:
     return -(-slides // batch_size)
 
 
+def deal(sizes: Sequence[int], world_size: int) -> tuple[tuple[int, ...], ...]:
+    """Which bags each rank takes where every one is taken once and nothing is trained: even by patch count."""
+    return _deal(range(len(sizes)), sizes, world_size, None).hands
+
+
 def plan_digest(keys: Sequence[str], sizes: Sequence[int], recipe: str) -> str:
     """Digest of all that determines the plan and the training; stands in every checkpoint."""
     lines = [recipe, *(f"{key} {size}" for key, size in zip(keys, sizes, strict=True))]

@@ -1,4 +1,7 @@
-"""What the ranks of one training exchange: sums. DDP's hooks do not fit a step in which a rank may have no slide."""
+"""What the ranks of one training exchange: sums. DDP's hooks do not fit a step in which a rank may have no slide.
+
+Bytes travel as sums too, in which the others have zeros: every backend has those, on the device that each rank has.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,24 @@ def average_statistics(model: nn.Module, ranks: Ranks, weight: float) -> None:
     _sum([count, *statistics], ranks)
     for buffer in statistics:
         buffer.div_(count)
+
+
+def gathered(mine: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
+    """What every rank has, by rank; all of them call this together.
+
+    Args:
+        mine: of this rank, not empty.
+        ranks: all of them.
+        device: of this rank, where its sums are made.
+    """
+    lengths = torch.zeros(ranks.world_size, dtype=torch.int64, device=device)
+    lengths[ranks.rank] = len(mine)
+    ranks.sum_(lengths)
+    every = [int(length) for length in lengths]
+    rows = torch.zeros(ranks.world_size, max(every), dtype=torch.uint8, device=device)
+    rows[ranks.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
+    ranks.sum_(rows)
+    return [bytes(row[:length].cpu().numpy()) for row, length in zip(rows, every, strict=True)]
 
 
 def _all_reduce(tensor: Tensor) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,12 @@ import torch
 
 from ips.bag import Bag
 from ips.model import IPSModel
+from ips.scorer import Scorer
 from pipeline.bags import Augment
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config
-from pipeline.inference import bag_scorer, predict_bag
+from pipeline.inference import BagPrediction, bag_scorer, predict_bag
 from pipeline.journal import Journal
 from pipeline.labels import class_weights, target
 from pipeline.lease import Lease
@@ -30,7 +32,7 @@ from pipeline.sources import LabelledSource, open_bag
 from pipeline.stopping import Watch
 from pipeline.streamed import StreamedSlide
 from pipeline.tracking import Tracker
-from pipeline.validation import look
+from pipeline.validation import look, predict_together
 
 if TYPE_CHECKING:
     from pipeline.streaming import Feed
@@ -65,7 +67,8 @@ def run_session(
 ) -> Progress:
     """Train to the last epoch; all ranks call this with the same arguments but their rank and device.
 
-    Rank 0 alone validates, writes checkpoints and logs; all of that depends on nothing that differs between ranks.
+    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing that differs between
+    ranks.
 
     Args:
         job: what to train.
@@ -75,9 +78,10 @@ def run_session(
         is_leaving: asked after every step on every rank: whether the machine is about to be taken away. A checkpoint
             is then written at once.
     """
+    settings = job.config.train
     torch.manual_seed(job.config.seed)  # the same initial weights on every rank
     model = build_model(job.config, pretrained=start is None).to(device)
-    optimizer = build_optimizer(model, job.config.train)
+    optimizer = build_optimizer(model, settings)
     begun = Progress(0, 0, job.plan_digest)
     progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
     with ExitStack() as stack:
@@ -91,18 +95,22 @@ def run_session(
             model,
             optimizer,
             training_slides(job),
-            job.config.train,
+            settings,
             job.config.model.select,
             seed=job.config.seed,
             start_epoch=progress.epoch,
             start_step=progress.step_in_epoch,
             ranks=ranks,
         ):
-            progress = _advanced(progress, done, job.config.train.epochs)
+            progress = _advanced(progress, done, settings.epochs)
             leaving = is_leaving()
             if keeper is not None:
-                progress = keeper.after(done, progress, leaving=leaving)
-            if done.last_of_epoch and job.config.train.patience is not None:
+                keeper.note(done)
+            is_due = done.last_of_epoch and _looks(progress.epoch, settings.epochs, settings.validate_every)
+            looked = _look(model, job, ranks, device) if job.val and is_due else None
+            if keeper is not None:
+                progress = keeper.after(done, progress, looked, leaving=leaving)
+            if done.last_of_epoch and settings.patience is not None:
                 progress = replace(progress, is_last=_agreed(ranks, device, answer=progress.is_last))
             if progress.is_last:
                 break
@@ -125,7 +133,7 @@ def _advanced(before: Progress, done: StepDone, epochs: int) -> Progress:
 
 @dataclass
 class _Keeper:
-    """What rank 0 does beside training: validation, checkpoints, metrics."""
+    """What rank 0 does beside training: checkpoints, metrics."""
 
     job: Job
     model: IPSModel
@@ -138,12 +146,17 @@ class _Keeper:
     saved_at: float = field(default_factory=time.monotonic)
     has_left: bool = False
 
-    def after(self, done: StepDone, progress: Progress, *, leaving: bool) -> Progress:
-        """Log the step; at the end of an epoch validate and log that too; write a checkpoint where one is due."""
+    def note(self, done: StepDone) -> None:
+        """Log the step."""
         self.bound = self.bound or _peak_bytes()
         self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
+
+    def after(
+        self, done: StepDone, progress: Progress, looked: Mapping[str, float] | None, *, leaving: bool
+    ) -> Progress:
+        """At the end of an epoch log it, and what was looked at; write a checkpoint where one is due."""
         if done.last_of_epoch:
-            progress = self._end_epoch(progress)
+            progress = self._end_epoch(progress, looked)
             shown = list(done.chosen.items())[:_SHOWN]
             self.journal.show(progress.epoch, [(self.job.train[index][1], rows) for index, rows in shown])
         must = progress.is_last or progress.best == progress.name
@@ -156,13 +169,13 @@ class _Keeper:
             self._save(progress)
         return progress
 
-    def _end_epoch(self, progress: Progress) -> Progress:
-        """With what a look at the validation split says, where one is due."""
+    def _end_epoch(self, progress: Progress, looked: Mapping[str, float] | None) -> Progress:
+        """With what a look at the validation split says, where one was due."""
         settings, epoch = self.job.config.train, progress.epoch
         metrics, watch = dict(progress.metrics), self.watch
         metrics |= {"peak_memory_mb": _peak_bytes() / 1e6, "memory_bound_mb": (self.bound or 0.0) / 1e6}
-        if self.job.val and _looks(epoch, settings.epochs, settings.validate_every):
-            metrics |= _look(self.model, self.job)
+        if looked is not None:
+            metrics |= looked
             if settings.keeps_best:
                 watch = self.watch = watch.after(metrics, epoch, settings)
         metrics |= watch.metrics
@@ -232,10 +245,18 @@ def _looks(epoch: int, epochs: int, every: int) -> bool:
     return epoch == epochs or epoch % every == 0
 
 
-def _look(model: IPSModel, job: Job) -> dict[str, float]:
-    scorer = bag_scorer(model, job.config)
-    bags = [open_bag(source, threads=_threads(job), augment=None) for _, source in job.val]
-    found = [predict_bag(model, bag, job.config, scorer) for bag in bags]
+def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device) -> dict[str, float]:
+    """What the validation slides say of the model; all ranks call this together."""
+
+    @cache
+    def scorer() -> Scorer | None:
+        return bag_scorer(model, job.config)  # where a slide needs it: what fails then is told to the other ranks
+
+    def predict(index: int) -> BagPrediction:
+        bag = open_bag(job.val[index][1], threads=_threads(job), augment=None)
+        return predict_bag(model, bag, job.config, scorer())
+
+    found = predict_together(predict, [source.n_patches for _, source in job.val], ranks, device)
     return look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
 
 

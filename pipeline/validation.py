@@ -1,22 +1,77 @@
-"""What a look at the validation split says: the loss, a score, and the measures of each task."""
+"""A look at the validation split: its slides shared out over the ranks; the loss, a score, each task's measures.
+
+A prediction depends on the slide and the weights alone, so a look says the same on any number of ranks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ips.losses import mean_loss, task_loss
 from pipeline.config_data import TaskConfig
+from pipeline.errors import PipelineError
 from pipeline.inference import BagPrediction
 from pipeline.labels import Label, target, truth
 from pipeline.metrics import MEASURES, measure
+from pipeline.plan import deal
+from pipeline.ranks import Ranks, gathered
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is measured of one slide's prediction: the rest, as large as the slide, stays on its rank."""
+
+    values: Mapping[str, npt.NDArray[np.float64]]
+    """As `BagPrediction.values`."""
+    logits: Mapping[str, npt.NDArray[np.float64]]
+    """As `BagPrediction.logits`."""
+
+
+def predict_together(
+    predict: Callable[[int], BagPrediction], sizes: Sequence[int], ranks: Ranks, device: torch.device
+) -> list[Outputs]:
+    """The predictions of all slides, in their order, on every rank; each one makes its part. All call this together.
+
+    Args:
+        predict: slide index -> its prediction.
+        sizes: patches of each slide.
+        ranks: all of them.
+        device: of this rank.
+
+    Raises:
+        Exception: what stopped a rank. Its peers have waited for its part: they raise the same PipelineError, or a
+            RuntimeError that says what another kind was.
+    """
+    found: dict[int, Outputs] = {}
+    failure: Exception | None = None
+    try:
+        for index in deal(sizes, ranks.world_size)[ranks.rank]:
+            one = predict(index)
+            found[index] = Outputs(one.values, one.logits)
+    except Exception as error:  # raised below, when all ranks know of it
+        failure = error
+    ours = failure if isinstance(failure, PipelineError) else failure and repr(failure)
+    parts = [pickle.loads(part) for part in gathered(pickle.dumps((found, ours)), ranks, device)]
+    if failure is not None:
+        raise failure
+    for rank, (more, stopped) in enumerate(parts):
+        if isinstance(stopped, PipelineError):
+            raise stopped
+        if stopped is not None:
+            raise RuntimeError(f"worker {rank} failed in the validation: {stopped}")
+        found |= more
+    return [found[index] for index in range(len(sizes))]
 
 
 def look(
-    tasks: Sequence[TaskConfig], labels: Sequence[Mapping[str, Label | None]], found: Sequence[BagPrediction]
+    tasks: Sequence[TaskConfig], labels: Sequence[Mapping[str, Label | None]], found: Sequence[Outputs]
 ) -> dict[str, float]:
     """Metrics of n slides: val_loss, val_score (the mean over tasks of the first measure), val_<measure>_<task>.
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import MAX_WAIT, ShardAbove, Step, epoch_plan, plan_digest, steps_per_epoch
+from pipeline.plan import MAX_WAIT, ShardAbove, Step, deal, epoch_plan, plan_digest, steps_per_epoch
 
 SIZES = st.lists(st.integers(1, 100_000), min_size=1, max_size=60)
 
@@ -138,3 +138,12 @@ def test_digest_knows_slides_sizes_and_recipe() -> None:
         plan_digest(["a", "b"], [1, 2], "s"),
     }
     assert len(digests) == 4
+
+
+@given(SIZES, st.integers(1, 5))
+def test_what_is_dealt_goes_to_one_rank_each_evenly(sizes: list[int], world: int) -> None:
+    hands = deal(sizes, world)
+    assert len(hands) == world
+    assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
+    loads = [sum(sizes[index] for index in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(sizes)

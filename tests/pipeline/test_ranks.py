@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.ranks import Ranks, average_statistics, sum_gradients
+from pipeline.ranks import Ranks, average_statistics, gathered, sum_gradients
 
 
 def _other_rank_adds(values: list[Tensor]) -> Ranks:
@@ -70,3 +70,12 @@ def test_statistics_are_averaged_over_the_ranks_that_took_slides() -> None:
     average_statistics(idle, _other_rank_adds([torch.tensor([1.0, 2.0, 5.0])]), weight=0.0)
     assert float(idle.running_mean) == 2.0  # type: ignore[arg-type]
     assert float(idle.running_var) == 5.0  # type: ignore[arg-type]
+
+
+def test_bytes_of_all_ranks_are_gathered_by_rank() -> None:
+    other = b"\xff\x00longer"
+    rows = torch.zeros(2, len(other), dtype=torch.uint8)
+    rows[1] = torch.tensor(list(other), dtype=torch.uint8)
+    ranks = _other_rank_adds([torch.tensor([0, len(other)]), rows])
+    assert gathered(b"mine", ranks, torch.device("cpu")) == [b"mine", other]
+    assert gathered(b"\x00", Ranks(), torch.device("cpu")) == [b"\x00"]
