@@ -238,7 +238,10 @@ def _decode_all(jobs: Sequence[_Job]) -> None:
 def _damaged(job: _Job, reason: str) -> DamagedError:
     part, reason = int(job.slide.index().part[job.row]), f"the patch of row {job.row} cannot be decoded ({reason})"
     if part < 0:
-        return DamagedError(f"{job.slide.uri}: {reason}; copy the slide again, or take it out of the cohort")
+        return DamagedError(
+            f"{job.slide.uri}: {reason}; set tiling.codec=checked, which leaves such patches "
+            "out, copy the slide again, or take it out of the cohort"
+        )
     return DamagedError(
         f"{job.slide.uri}, part {part}: {reason}; the store is damaged: remove that folder and tile again. If `verify` "
         "finds it whole, the slide itself is damaged there: tiling.codec=checked leaves such patches out"

@@ -6,6 +6,7 @@ Everything in a slide's folder follows from the slide's content and the spec, ho
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from pipeline import storage
 from pipeline.config_base import fingerprint
 from pipeline.cutting import codec_fingerprint
 from pipeline.errors import SlideError, StorageError
+from pipeline.identity import reading_source
 from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, read_part, unpack
 from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
 from pipeline.schema import INDEX, SCHEMA_VERSION
@@ -111,19 +113,28 @@ def write_slide(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[]
 def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
     """Commit where a slide's patches are, without reading any: to a store of plans, whose slides have no parts.
 
+    Only a slide of which a patch is known to be undecodable is read, to leave out the same patches as `write_slide`.
     The index names no part; `left` and `top` are the patch's corner in px of the level that is read. Arguments and
     errors as `write_slide`.
     """
-    grid, cells = planned.tiling.grid, planned.tiling.cells
-    corners, origins = grid.level0_origins(cells), grid.level_origins(cells)
-    numbers, nothing = np.arange(len(cells)), np.zeros(len(cells), np.int64)
-    columns = [numbers, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
+    grid, tiling = planned.tiling.grid, planned.tiling
+    if store.is_distrusted(planned.key):
+        with reading_source():
+            deque(tiling.rows(), maxlen=0)
+    lost = set(tiling.bad_tiles)
+    kept = [
+        number for number, corner in enumerate(grid.level0_origins(tiling.cells).tolist()) if tuple(corner) not in lost
+    ]
+    numbers = np.array(kept, np.int64)
+    corners, origins = grid.level0_origins(tiling.cells[numbers]), grid.level_origins(tiling.cells[numbers])
+    rows, nothing = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
+    columns = [rows, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
     index = pa.table(arrays, schema=INDEX)
     for name, column in zip(("left", "top"), origins.T, strict=True):
         index = index.append_column(name, pa.array(column))
     unchanged()
-    return _commit(store, planned, [], index)
+    return _commit(store, planned, [], index, tiling.bad_tiles)
 
 
 def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
@@ -181,11 +192,15 @@ def _record(store: PatchStore, planned: PlannedSlide, number: int) -> str:
 
 
 def _commit(
-    store: PatchStore, planned: PlannedSlide, parts: Sequence[Part], table: pa.Table | None = None
+    store: PatchStore,
+    planned: PlannedSlide,
+    parts: Sequence[Part],
+    table: pa.Table | None = None,
+    lost: Sequence[tuple[int, int]] = (),
 ) -> StoredSlide:
-    """Write all but the parts, the commit last; `table` is the index of a slide without parts."""
+    """Write all but the parts, the commit last; `table` and `lost` are the index and the loss of one without parts."""
     uri = storage.join(store.uri, planned.key)
-    bad_tiles = [corner for part in parts for corner in part.bad_tiles]
+    bad_tiles = [*lost, *(corner for part in parts for corner in part.bad_tiles)]
     planned.tiling.check_lost(len(bad_tiles))
     if store.has(planned.key):
         return _committed(store, planned, bad_tiles)

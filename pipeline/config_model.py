@@ -105,7 +105,8 @@ class TrainConfig(Section):
     source: Literal["store", "stream"] = "store"
     """Where patches come from (execution: they are the same). store: the tile stage stores them. stream: it only plans
     them; Ray Data cuts them out of the slides in every epoch and nothing is stored. A patch that cannot be decoded then
-    ends the training; a store leaves it out. Workers share no streamed slide: among several, shard_above is null."""
+    ends the training, and the next run's plan leaves it out like a store, by tiling.max_bad_tiles. Workers share no
+    streamed slide: among several, shard_above is null."""
     epochs: Positive = 20
     batch_size: Positive = 16
     """Slides a step, over all workers."""

@@ -6,7 +6,8 @@ PipelineError                exit 1
 ├── StorageError             exit 1   a URI cannot be read or written
 │   └── DamagedError          exit 1   what is stored is not what was written
 ├── SlideError               exit 1   one slide cannot be used; the tile stage quarantines it and goes on
-│   └── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
+│   ├── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
+│   └── PlanError            exit 1   a slide's plan names a patch that cannot be decoded; it is planned anew
 ├── DataBudgetError          exit 3   more bad slides or tiles than the config allows (`verify`: a damaged store)
 ├── ResourceError            exit 5   the cluster can never give what was asked for
 ├── TrackingError            exit 1   MLflow cannot be reached or refuses
@@ -90,6 +91,17 @@ class SlideError(PipelineError):
 
 class BadTileError(SlideError):
     """One tile of a slide cannot be decoded."""
+
+
+class PlanError(SlideError):
+    """A slide's plan names a patch that cannot be decoded. `key` is the slide's in the store of plans."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__("bad-tiles", message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.key, str(self))
 
 
 class DataBudgetError(PipelineError):

@@ -100,7 +100,7 @@ class StoredSlide:
 
     def index(self) -> PatchIndex:
         """Position and place of every patch; the last few slides' are kept in memory."""
-        return _read_index(self.uri)[0]
+        return _read_index(self.uri, self.n_patches)[0]
 
     def positions(self) -> Ints:
         """(n, 2) grid column and row of every patch."""
@@ -109,7 +109,7 @@ class StoredSlide:
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
-        (index, schema), wanted = _read_index(self.uri), np.asarray(rows, np.int64)
+        (index, schema), wanted = _read_index(self.uri, self.n_patches), np.asarray(rows, np.int64)
         found: dict[int, bytes] = {}
         for part in np.unique(index.part[wanted]).tolist():
             members = np.unique(wanted[index.part[wanted] == part])
@@ -167,6 +167,15 @@ class PatchStore:
         """Whether the slide is committed."""
         return storage.exists(storage.join(self.uri, key, "slide.json"))
 
+    def distrust(self, key: str) -> None:
+        """Remove a plan that names patches which cannot be decoded; the next plan of the slide leaves them out."""
+        storage.write_bytes(self._distrusted(key), b"a patch of this slide cannot be decoded\n")
+        storage.delete_folder(storage.join(self.uri, key))
+
+    def is_distrusted(self, key: str) -> bool:
+        """Whether the slide's patches must be read before they are planned."""
+        return storage.exists(self._distrusted(key))
+
     def facts(self, key: str) -> Mapping[str, Any]:
         """All that a slide's commit says.
 
@@ -203,6 +212,9 @@ class PatchStore:
             **values,
         )
 
+    def _distrusted(self, key: str) -> str:
+        return storage.join(self.uri, UNFINISHED, key, "damaged")
+
     def _pointer(self, slide: CohortSlide) -> str:
         source = [slide.uri, slide.mpp]
         if slide.mask is not None or slide.coords is not None:  # one file may be several slides: a mask for each
@@ -219,7 +231,7 @@ def slide_key(digest: str, mpp: float | None, guide: str | None = None) -> str:
 
 
 @lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each
-def _read_index(uri: str) -> tuple[PatchIndex, pa.Schema]:
+def _read_index(uri: str, _n: int) -> tuple[PatchIndex, pa.Schema]:  # a plan that is made anew has fewer
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))))
     columns = (table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__)
     return PatchIndex(*columns), table.schema

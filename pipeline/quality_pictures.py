@@ -64,7 +64,8 @@ def picture(stored: StoredSlide) -> SlidePicture:
     corners = np.stack([index.x, index.y], axis=1)
     drawn = overlay(thumbnail, mask, corners, stored.extent, stored.thumbnail_scale)
     height, width = drawn.shape[:2]
-    rows = np.unique(np.linspace(0, stored.n_patches - 1, KEPT).round().astype(np.int64))
+    shown = KEPT if facts["parts"] else 0  # a plan of a slide to be streamed has no patches
+    rows = np.unique(np.linspace(0, stored.n_patches - 1, shown).round().astype(np.int64))
     kept = [
         PatchPicture(_data_uri(_resized(data)), int(index.x[row]), int(index.y[row]), "kept")
         for row, data in zip(rows.tolist(), stored.payloads(rows), strict=True)

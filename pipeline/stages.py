@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pipeline.checkpoint import WEIGHTS
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TilingConfig
-from pipeline.errors import DataBudgetError, SlideError, StageError
+from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
 from pipeline.images import source_versions
 from pipeline.ledger import write_ledger
 from pipeline.patches import SlideStatus
@@ -187,10 +188,28 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     tracker, cohort = space.tracker(), space.cohort
     tracker.log_dataset(run_id, "cohort", cohort.digest, cohort.uri, "training")
     space.ray()
-    trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
+    with plans_mended(space.config):
+        trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
     facts = {"train_slides": len(slides), "val_slides": len(validation)}
     outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
     return Record("train", stage_fingerprint, outputs, trained.metrics, facts)
+
+
+@contextmanager
+def plans_mended(config: Config) -> Iterator[None]:
+    """Inside, a plan that names a patch which cannot be decoded is removed, so that the next run makes another.
+
+    Here and now the training cannot do without the patch: the slide's rows, and the steps drawn from them, would not
+    be those of a store, where it never was.
+    """
+    try:
+        yield
+    except PlanError as error:
+        patch_store(config).distrust(error.key)
+        raise StageError(
+            f"{error}. Run again: the tile stage then reads this slide whole and leaves such patches out, or the slide "
+            "where they are over tiling.max_bad_tiles, as train.source=store does"
+        ) from error
 
 
 def _warn_small_bags(config: Config, sizes: Sequence[int]) -> None:
@@ -221,13 +240,14 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     slides = space.stored(config.evaluate.split)
     tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
     space.ray()
-    evaluation = cluster.call(
-        evaluate_checkpoint,
-        (config, space.records["train"].outputs["checkpoint"], slides),
-        cpus=config.cluster.cpus_per_worker,
-        gpus=config.cluster.gpus_per_worker,
-        timeout_s=config.cluster.start_timeout_s,
-    )
+    with plans_mended(config):
+        evaluation = cluster.call(
+            evaluate_checkpoint,
+            (config, space.records["train"].outputs["checkpoint"], slides),
+            cpus=config.cluster.cpus_per_worker,
+            gpus=config.cluster.gpus_per_worker,
+            timeout_s=config.cluster.start_timeout_s,
+        )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
     page = render_report(evaluation, config, space.cohort, space.lineage)
     table = io.BytesIO()

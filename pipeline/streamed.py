@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.cutting import Cutter
-from pipeline.errors import BadTileError, SlideError
+from pipeline.errors import BadTileError, PlanError, SlideError
 from pipeline.grid import Grid
 from pipeline.identity import reading_source
 from pipeline.patches import PLANS, PatchIndex, PatchStore, StoredSlide
@@ -46,7 +46,6 @@ class StreamedSlide:
     """As the tile stage committed it; without parts."""
     version: SourceVersion
     """Of the file that was planned."""
-    n_bad_tiles: int = 0
 
     @property
     def key(self) -> str:
@@ -62,6 +61,11 @@ class StreamedSlide:
     def n_patches(self) -> int:
         """N, all of which must be readable."""
         return self.plan.n_patches
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Patches that are known to be undecodable, and are not among the N."""
+        return self.plan.n_bad_tiles
 
     @property
     def patch_px(self) -> int:
@@ -95,7 +99,8 @@ class StreamedSlide:
         """The JPEGs of `rows`, in their order, cut from the slide here and now.
 
         Raises:
-            SlideError: the slide is gone, was replaced, or cannot be decoded there.
+            SlideError: the slide is gone or was replaced.
+            PlanError: it cannot be decoded there.
         """
         with _lock:
             return list(cut(self, _reader(self), np.asarray(rows, np.int64)))
@@ -120,9 +125,9 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     """The JPEGs of `rows` of an open slide.
 
     Raises:
-        SlideError: "bad-tiles", one of them cannot be decoded.
+        PlanError: one of them cannot be decoded.
     """
-    plan, origins = streamed.plan, _origins(streamed.plan.uri)[rows]
+    plan, origins = streamed.plan, _origins(streamed.plan.uri, streamed.n_patches)[rows]
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches)
@@ -133,10 +138,8 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
             try:
                 yield cutter.cut(x, y)
             except BadTileError as error:
-                raise SlideError(
-                    "bad-tiles",
-                    f"{streamed.uri}: the patch of row {row} cannot be decoded ({error}). A stream cannot leave it "
-                    "out: set train.source=store, which does, copy the slide again, or take it out of the cohort",
+                raise PlanError(
+                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({error})"
                 ) from error
 
 
@@ -168,7 +171,7 @@ def _reader(streamed: StreamedSlide) -> SlideReader:
 
 
 @lru_cache(maxsize=8)  # slides: 16 bytes a patch each
-def _origins(uri: str) -> Ints:
+def _origins(uri: str, _n: int) -> Ints:  # a plan that is made anew has fewer
     """(n, 2) corners of a plan's patches, px of the level that is read."""
     table = pq.read_table(
         pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))), columns=["left", "top"]

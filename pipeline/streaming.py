@@ -8,6 +8,7 @@ that no rank can take the CPUs that another one waits for.
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ BLOCK_BYTES = 8 * 2**20  # Ray Data puts smaller blocks together up to this
 STREAM = pa.schema(
     [
         pa.field("place", pa.int32(), nullable=False),  # of the slide in the order that was announced
-        pa.field("row", pa.int64(), nullable=False),  # of the slide's patches; -1: `image` is why there are no more
+        pa.field("row", pa.int64(), nullable=False),  # of the slide's patches; -1: `image` is the pickled error instead
         pa.field("image", pa.large_binary(), nullable=False),  # one JPEG
     ]
 )
@@ -106,6 +107,7 @@ class FedBag:
         """Every row once, in order.
 
         Raises:
+            SlideError: the slide cannot be used.
             StageError: the stream broke off.
         """
         passing = self._feed.pass_through(self._index)
@@ -149,6 +151,7 @@ def _rows(stream: Iterator[_Block], place: int, slide: StreamedSlide) -> Iterato
     """The patches of the slide whose turn it is.
 
     Raises:
+        SlideError: what the task met that tiled the slide.
         StageError: the stream ends early, or is another slide's or out of order.
     """
     row = 0
@@ -157,7 +160,7 @@ def _rows(stream: Iterator[_Block], place: int, slide: StreamedSlide) -> Iterato
         if block is None:
             raise StageError(f"{slide.uri}: its stream ends after {row} of {slide.n_patches} patches; run again")
         if block.first < 0:
-            raise StageError(f"train: {block.images[0].decode()}")
+            raise pickle.loads(block.images[0])
         if (block.place, block.first) != (place, row):
             raise StageError(
                 f"{slide.uri}: row {block.first} of slide {block.place} came in its stream instead of row {row} of "
@@ -214,7 +217,7 @@ class _Slides(Datasource):
 
 
 def _tile(slide: StreamedSlide, place: int, start: int, stop: int) -> Iterator[pa.Table]:
-    """Rows `start` to `stop` of a slide; where they end, the last row says why."""
+    """Rows `start` to `stop` of a slide; where they end early, the last one holds the error."""
     try:
         with ExitStack() as stack:
             reader = open_unchanged(slide, stack)
@@ -222,7 +225,7 @@ def _tile(slide: StreamedSlide, place: int, start: int, stop: int) -> Iterator[p
                 rows = np.arange(first, min(first + BLOCK_PATCHES, stop))
                 yield _table(place, rows, list(cut(slide, reader, rows)))
     except SlideError as error:
-        yield _table(place, np.array([-1]), [f"{error.reason}: {error}".encode()])
+        yield _table(place, np.array([-1]), [pickle.dumps(error)])
 
 
 def _table(place: int, rows: Ints, images: list[bytes]) -> pa.Table:

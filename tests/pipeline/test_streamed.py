@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ from pipeline import streamed as module
 from pipeline.bags import Augment, PatchBag
 from pipeline.cohort import Cohort
 from pipeline.config_data import TilingConfig
-from pipeline.errors import BadTileError, SlideError, StorageError
-from pipeline.patches import PatchStore, StoredSlide
+from pipeline.errors import PlanError, SlideError, StageError, StorageError
+from pipeline.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.quality_pictures import picture
+from pipeline.stages import plans_mended
 from pipeline.streamed import StreamedSlide, open_streamed, plan_root
-from pipeline.tiler import begin_slide
+from pipeline.tiler import begin_slide, store_slide
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
+from tests.pipeline.test_cutting import spoil
+from tests.synth import tissue_rgb, write_pyramid
 
 Pairs = list[tuple[StreamedSlide, StoredSlide]]
 
@@ -48,6 +53,7 @@ def test_a_plan_has_the_places_of_the_store_and_no_patches(pairs: Pairs) -> None
         assert np.array_equal(streamed.index().x, stored.index().x)
         assert np.array_equal(streamed.index().y, stored.index().y)
         assert not list(Path(streamed.plan.uri).glob("*.arrow"))
+        assert picture(streamed.plan).kept == ()
     assert pairs[0][0].key != pairs[1][0].key
 
 
@@ -96,16 +102,68 @@ def test_a_slide_that_was_replaced_is_refused(tmp_path: Path) -> None:
         streamed.payloads([0])
 
 
-def test_a_patch_that_cannot_be_decoded_ends_the_training_with_the_remedy(
-    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> bytes:
-        raise BadTileError("bad-tile", "level 0, x 64, y 32: torn")
+def _torn(folder: Path, spec: TilingConfig, *, tiles: int) -> tuple[Cohort, str, SlideStatus]:
+    """A slide of 9 x 7 patches, each a tile, of which some cannot be decoded; and what a store makes of it."""
+    path = write_pyramid(folder / "torn.tiff", tissue_rgb(613, 487, seed=5), levels=1, tile=64)
+    for number in range(23, 23 + tiles):
+        spoil(path, number, "cut short")
+    cohort = write_cohort(folder, ["no"])
+    slide = replace(cohort.slides[0], uri=str(path), mpp=0.5)
+    return Cohort(cohort.uri, (slide,)), str(folder / "plans"), store_slide(slide, spec, str(folder / "store"))
 
-    monkeypatch.setattr("pipeline.cutting.Cutter.cut", broken)
-    with pytest.raises(SlideError, match=r"s0.png: the patch of row 3 .*torn.*train.source=store") as caught:
-        pairs[0][0].payloads([3])
-    assert caught.value.reason == "bad-tiles"
+
+def test_after_a_patch_that_cannot_be_decoded_the_next_plan_is_the_store_s(tmp_path: Path) -> None:
+    spec = TilingConfig(patch_px=64, mpp=None, tissue="none", max_bad_tiles=0.1)
+    cohort, root, status = _torn(tmp_path, spec, tiles=2)
+    stored = PatchStore(str(tmp_path / "store"), spec.fingerprint()).slide(str(status.key))
+    assert stored.n_bad_tiles == 2
+    (before,) = stream_slides(cohort, Path(root), spec)
+    assert (before.key, before.n_patches, before.n_bad_tiles) == (stored.key, stored.n_patches + 2, 0)
+    with pytest.raises(PlanError, match=r"torn.tiff: the patch of row \d+ cannot be decoded \(") as caught:
+        before.payloads(np.arange(before.n_patches))
+    assert caught.value.key == stored.key
+
+    plans = PatchStore(plan_root(root), spec.fingerprint())
+    plans.distrust(caught.value.key)
+    assert not plans.has(stored.key)
+    (after,) = stream_slides(cohort, Path(root), spec)
+    assert (after.key, after.n_patches, after.n_bad_tiles) == (stored.key, stored.n_patches, 2)
+    rows = np.arange(stored.n_patches)
+    assert np.array_equal(after.index().x, stored.index().x)
+    assert np.array_equal(after.index().y, stored.index().y)
+    assert after.payloads(rows) == stored.payloads(rows)
+    facts = [store.facts(stored.key) for store in (plans, PatchStore(str(tmp_path / "store"), spec.fingerprint()))]
+    assert facts[0]["bad_tiles"] == facts[1]["bad_tiles"]
+    assert facts[0]["rejects"] == facts[1]["rejects"]
+    for streamed, kept in zip(
+        PatchBag([after], threads=1, augment=Augment(3, 1, "")).chunks(7),
+        PatchBag([stored], threads=1, augment=Augment(3, 1, "")).chunks(7),
+        strict=True,
+    ):
+        assert torch.equal(streamed.patches, kept.patches)
+
+
+def test_a_slide_over_the_budget_is_quarantined_by_both(tmp_path: Path) -> None:
+    spec = TilingConfig(patch_px=64, mpp=None, tissue="none", max_bad_tiles=0.02)
+    cohort, root, status = _torn(tmp_path, spec, tiles=3)
+    (before,) = stream_slides(cohort, Path(root), spec)
+    PatchStore(plan_root(root), spec.fingerprint()).distrust(before.key)
+    again = begin_slide(cohort.slides[0], spec, plan_root(root), whole=True, pixels=False)
+    assert isinstance(again, SlideStatus)
+    assert (again.status, again.reason) == (status.status, status.reason)
+    assert str(again.reason).startswith("bad-tiles: 2 of 63 patches cannot be decoded, over tiling.max_bad_tiles=0.02")
+
+
+def test_the_run_that_meets_it_says_so_and_removes_the_plan(tmp_path: Path) -> None:
+    config = small_config(storage={"patches": str(tmp_path)}, train={"source": "stream"})
+    cohort = write_cohort(tmp_path, ["no"])
+    (streamed,) = stream_slides(cohort, tmp_path, config.tiling)
+    with (
+        pytest.raises(StageError, match=r"s0.png: the patch of row 3 .*\. Run again: the tile stage then reads this"),
+        plans_mended(config),
+    ):
+        raise PlanError(streamed.key, "s0.png: the patch of row 3 cannot be decoded")
+    assert not Path(streamed.plan.uri).exists()
 
 
 def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ips.select import select
 from pipeline import streaming
 from pipeline.bags import Augment, PatchBag
 from pipeline.build import build_model
-from pipeline.errors import StageError
+from pipeline.errors import SlideError, StageError
 from pipeline.patches import StoredSlide
 from pipeline.streamed import StreamedSlide
 from pipeline.streaming import Feed
@@ -119,8 +119,9 @@ def test_a_slide_that_fails_on_the_way_says_why(tmp_path: Path) -> None:
     feed = Feed(streamed, cpus=0.5, readers=1)
     feed.announce([0, 1])
     assert sum(len(chunk.index) for chunk in feed.bag(0, threads=1, augment=None).chunks(9)) == streamed[0].n_patches
-    with pytest.raises(StageError, match=r"changed: .*s1.png: the file was replaced"):
+    with pytest.raises(SlideError, match=r"s1.png: the file was replaced") as caught:
         list(feed.bag(1, threads=1, augment=None).chunks(9))
+    assert caught.value.reason == "changed"
 
 
 def test_another_slide_s_blocks_are_not_taken(kinds: tuple[list[StreamedSlide], list[StoredSlide]]) -> None:
