@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
@@ -24,6 +24,7 @@ import tifffile
 from pipeline import storage
 from pipeline.byte_source import Range, SourceFile
 from pipeline.errors import SlideError, StorageError
+from pipeline.staging import Fetched
 from pipeline.storage import SourceVersion
 from pipeline.tiff_layout import BROKEN
 
@@ -50,20 +51,40 @@ class Digest:
     """Whether it is of every byte: slides that share it are the same. Of samples, they may differ in between."""
 
 
-def slide_digest(uri: str, *, whole: bool = False) -> Digest:
+def slide_digest(uri: str, fetched: Fetched | None = None, *, whole: bool = False) -> Digest:
     """The slide's digest.
 
     Args:
         uri: of its main file.
+        fetched: the slide's bytes where they are at hand (`fetch_small`).
         whole: read every byte, however large the slide is.
 
     Raises:
         StorageError: a file of the slide cannot be read.
     """
+    if fetched is not None:
+        return Digest(_whole_digest(len(fetched.data), [fetched.data]), whole=True)
     sizes = {member: storage.source_version(member).size for member in slide_files(uri)}
     members = sorted(_file_digest(member, size, whole=whole) for member, size in sizes.items())
     joined = members[0] if len(members) == 1 else hashlib.sha256("".join(members).encode()).hexdigest()
     return Digest(joined, whole or max(sizes.values()) < WHOLE)
+
+
+def fetch_small(uri: str) -> Fetched | None:
+    """All bytes of a remote slide whose digest needs all of them, so that they travel once; None of any other.
+
+    Raises:
+        StorageError: the slide cannot be read.
+    """
+    if not storage.is_remote(uri) or is_several(uri):
+        return None
+    version = storage.source_version(uri)
+    return Fetched(version, storage.read_bytes(uri)) if version.size < WHOLE else None
+
+
+def is_several(uri: str) -> bool:
+    """Whether the slide is of a format whose slides are several files."""
+    return _suffix(uri) in COMPANIONS
 
 
 def slide_files(uri: str) -> list[str]:
@@ -82,7 +103,7 @@ def slide_version(uri: str) -> SourceVersion:
         StorageError: the main file is absent, denied or a folder.
     """
     main = storage.source_version(uri)
-    if _suffix(uri) not in COMPANIONS:
+    if not is_several(uri):
         return main
     folder = _companion_folder(uri)
     versions = storage.list_versions(folder)
@@ -112,11 +133,10 @@ def reading_source() -> Iterator[None]:
 
 
 def _file_digest(uri: str, size: int, *, whole: bool) -> str:
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
     if whole or size < WHOLE:
-        for start in range(0, size, WHOLE):
-            digest.update(storage.read_ranges(uri, [(start, min(WHOLE, size - start))])[0])
-        return digest.hexdigest()
+        blocks = ([(start, min(WHOLE, size - start))] for start in range(0, size, WHOLE))
+        return _whole_digest(size, (storage.read_ranges(uri, block)[0] for block in blocks))
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
     for data in storage.read_ranges(uri, [(0, EDGE), (size - EDGE, EDGE)]):
         digest.update(data)
     try:
@@ -127,6 +147,13 @@ def _file_digest(uri: str, size: int, *, whole: bool) -> str:
         digest.update(segments.tobytes())
         for data in storage.read_ranges(uri, _samples(segments, size)):
             digest.update(data)
+    return digest.hexdigest()
+
+
+def _whole_digest(size: int, blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
 
 

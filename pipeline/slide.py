@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.byte_source import ByteSource, LocalSource, RemoteSource, source_error
+from pipeline.byte_source import ByteSource, FetchedSource, LocalSource, RemoteSource, source_error
 from pipeline.errors import SlideError, StorageError
 from pipeline.slide_image import ImageReader
 from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slide_reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
 from pipeline.slide_tiff import TiffReader
-from pipeline.staging import Staging
+from pipeline.staging import Fetched, Staging
 from pipeline.tiff_layout import read_layout
 
 __all__ = [
@@ -47,13 +47,16 @@ def open_slide(path: Path) -> SlideReader:
 
 
 @contextmanager
-def open_uri(uri: str, files: Callable[[], Sequence[str]], staging: Staging) -> Iterator[SlideReader]:
+def open_uri(
+    uri: str, files: Callable[[], Sequence[str]], staging: Staging, fetched: Fetched | None = None
+) -> Iterator[SlideReader]:
     """Open a slide wherever it lies; on S3 in place if it can be read by ranges, else as a copy on this node.
 
     Args:
         uri: of its main file.
         files: gives all its files; called only for a copy.
         staging: where copies are kept.
+        fetched: its main file where it was read before: nothing of it travels again.
 
     Raises:
         SlideError: as `open_slide`; "source", it cannot be reached; "cache", it is too large for a copy.
@@ -62,12 +65,12 @@ def open_uri(uri: str, files: Callable[[], Sequence[str]], staging: Staging) -> 
         if not storage.is_remote(uri):
             yield stack.enter_context(open_slide(Path(storage.absolute(uri))))
             return
-        in_place = _tiff(RemoteSource(uri))
+        in_place = _tiff(RemoteSource(uri) if fetched is None else FetchedSource(uri, fetched.data))
         if in_place is not None:
             yield stack.enter_context(in_place)
             return
         try:
-            path = stack.enter_context(staging.hold(uri, files()))
+            path = stack.enter_context(staging.hold(uri, files(), fetched))
         except StorageError as error:
             raise source_error(error) from error
         yield stack.enter_context(open_slide(path))

@@ -1,6 +1,7 @@
 """Copies of remote slides on a node's own disk, within a budget of bytes, shared by the processes of the node.
 
-Only slides that no reader can read in place come here. The least recently used go first; what a process holds stays.
+Only slides that no reader can read in place, or that are several files, come here. The least recently used go first;
+what a process holds stays.
 All bookkeeping happens under one lock file, and a second lock marks what is held: both are `flock`s, which the kernel
 frees when a process dies.
 
@@ -19,16 +20,26 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import SlideError
+from pipeline.storage import SourceVersion
 
 POLL_S = 0.2  # how often a process looks again whether another one has finished its copy, or freed room
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """All bytes of a remote file."""
+
+    version: SourceVersion
+    """Taken before they were read."""
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Staging:
     """Bytes."""
 
     @contextmanager
-    def hold(self, uri: str, files: Sequence[str]) -> Iterator[Path]:
+    def hold(self, uri: str, files: Sequence[str], fetched: Fetched | None = None) -> Iterator[Path]:
         """A local copy of a remote slide, kept at least until the block ends.
 
         Waits while another process copies the same slide, or while all room is held by others.
@@ -49,6 +60,7 @@ class Staging:
         Args:
             uri: the slide's main file.
             files: all its files, `uri` among them, which lie in its folder or below.
+            fetched: the main file where it was read before; written instead of read again, unless it changed.
 
         Raises:
             SlideError: "cache", the slide alone is over the budget.
@@ -68,7 +80,8 @@ class Staging:
         held = self._grip(entry, size)
         try:
             if not (entry / "files").exists():
-                _fill(entry, above, files)
+                data = {uri: fetched.data} if fetched is not None and fetched.version == versions[uri] else {}
+                _fill(entry, above, files, data)
             yield entry / "files" / storage.absolute(uri).removeprefix(above)
         finally:
             os.close(held)
@@ -135,9 +148,13 @@ def _evict(entry: Path) -> bool:
     return True
 
 
-def _fill(entry: Path, above: str, files: Sequence[str]) -> None:
+def _fill(entry: Path, above: str, files: Sequence[str], data: Mapping[str, bytes]) -> None:
     """Copy the files of a held entry; what a failure leaves is evicted by the next that needs the room."""
     unfinished = entry / "unfinished"
     for file in files:
-        storage.download(file, unfinished / storage.absolute(file).removeprefix(above))
+        path = unfinished / storage.absolute(file).removeprefix(above)
+        if file in data:
+            storage.write_bytes(str(path), data[file])
+        else:
+            storage.download(file, path)
     unfinished.rename(entry / "files")

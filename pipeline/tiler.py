@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from pipeline import storage
 from pipeline.balance import share_count
 from pipeline.cohort import CohortSlide
 from pipeline.commit import (
@@ -21,13 +22,13 @@ from pipeline.commit import (
     write_slide,
 )
 from pipeline.config_data import TilingConfig
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.guide import guided_version, read_guide
-from pipeline.identity import reading_source, slide_digest, slide_files, slide_version
+from pipeline.identity import fetch_small, is_several, reading_source, slide_digest, slide_files, slide_version
 from pipeline.parts import part_count
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
 from pipeline.slide import SlideReader, open_uri
-from pipeline.staging import GIB, Staging
+from pipeline.staging import GIB, Fetched, Staging
 from pipeline.storage import SourceVersion
 from pipeline.tiling import effective_mpp, tile_slide
 
@@ -124,9 +125,11 @@ def _begin(
 ) -> SlideStatus | LargeSlide:
     if version.size == 0:
         raise SlideError("empty-file", f"{slide.uri}: zero bytes; copy the slide again")
-    with reading_source():
-        digest, guide = slide_digest(slide.uri), read_guide(slide, spec)
-    with opened(slide, spec) as reader:
+    with ExitStack() as stack:
+        with reading_source():
+            place, fetched = stack.enter_context(_at_hand(slide, spec))
+            digest, guide = slide_digest(place, fetched), read_guide(slide, spec)
+        reader = stack.enter_context(_opened(place, spec, fetched))
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
         key = slide_key(digest.sha256, mpp, guide.digest)
         known = patches.slide(key) if patches.has(key) else None
@@ -137,7 +140,7 @@ def _begin(
             if known is not None:
                 if not tiling.reads_any({(x, y) for x, y in patches.facts(key)["bad_tiles"]}):
                     return _committed(slide, known)
-                digest = slide_digest(slide.uri, whole=True)  # a mended copy: the samples do not tell it
+                digest = slide_digest(place, whole=True)  # a mended copy: the samples do not tell it
                 key = slide_key(digest.sha256, mpp, guide.digest)
                 if patches.has(key):
                     return _committed(slide, patches.slide(key))
@@ -162,8 +165,8 @@ def _outcome(
         status = quarantined(slide, error.reason, error)
         if error.reason in TRANSIENT:
             return status
-    except StorageError:
-        raise  # the store's: what concerns the slide is a SlideError by now
+    except (StorageError, ConfigError):
+        raise  # the store's, or this node's: what concerns the slide is a SlideError by now
     except Exception as error:  # one slide's unforeseen failure must not end the others' run
         return quarantined(slide, "crash", error)
     else:
@@ -176,8 +179,28 @@ def _outcome(
 
 def opened(slide: CohortSlide, spec: TilingConfig) -> AbstractContextManager[SlideReader]:
     """The slide, open for the block; SlideError where it cannot be."""
-    staging = Staging(spec.cache, round(spec.cache_gib * GIB))
-    return open_uri(slide.uri, partial(slide_files, slide.uri), staging)
+    return _opened(slide.uri, spec)
+
+
+def _opened(uri: str, spec: TilingConfig, fetched: Fetched | None = None) -> AbstractContextManager[SlideReader]:
+    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched)
+
+
+@contextmanager
+def _at_hand(slide: CohortSlide, spec: TilingConfig) -> Iterator[tuple[str, Fetched | None]]:
+    """Where to identify and open a slide so that its bytes travel once, and all of them where they are few.
+
+    That is the slide's place; for several files on S3, which only a copy can be opened of, that copy.
+    """
+    if storage.is_remote(slide.uri) and is_several(slide.uri):
+        with _staging(spec).hold(slide.uri, slide_files(slide.uri)) as path:
+            yield str(path), None
+    else:
+        yield slide.uri, fetch_small(slide.uri)
+
+
+def _staging(spec: TilingConfig) -> Staging:
+    return Staging(spec.cache, round(spec.cache_gib * GIB))
 
 
 def _unchanged(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -> Callable[[], None]:

@@ -30,6 +30,8 @@ class Faults:
     """The server's own; may be changed while requests come."""
     choose: Callable[[str, str], Fault | None] = lambda method, path: None
     seen: list[tuple[str, str, Fault | None]] = field(default_factory=list)
+    sent: list[tuple[str, int]] = field(default_factory=list)
+    """Path and length of each body that answered a GET."""
     hold_s: float = 1.0
     """How long a silent server is silent."""
 
@@ -115,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         finally:
             connection.close()
+        if self.command == "GET":
+            faults.sent.append((self.path, len(data)))
         headers = [item for item in answer.getheaders() if item[0].lower() not in ("transfer-encoding", "connection")]
         self._answer(answer.status, answer.reason, headers, data, short=short)
 

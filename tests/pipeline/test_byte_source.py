@@ -16,6 +16,7 @@ from pipeline.byte_source import (
     GAP,
     RUN,
     ByteSource,
+    FetchedSource,
     LocalSource,
     Range,
     ReadAhead,
@@ -40,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", "s3", "fetched"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ByteSource]:
     found: ByteSource
     if request.param == "s3":
@@ -48,6 +49,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         found = RemoteSource("s3://slides/a b.bin")
+    elif request.param == "fetched":
+        found = FetchedSource("s3://slides/a b.bin", DATA)
     else:
         (tmp_path / "a b.bin").write_bytes(DATA)
         found = LocalSource(tmp_path / "a b.bin")

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
 from pipeline.errors import SlideError, StorageError
-from pipeline.staging import Staging
+from pipeline.staging import Fetched, Staging
 from tests.s3 import S3Server, serve_s3
 
 SIZE = 1000
@@ -73,6 +74,14 @@ def test_companions_lie_beside(tmp_path: Path, downloads: list[str]) -> None:
         assert path.read_bytes() == b"x" * 20
         assert (path.parent / "m" / "Data.dat").read_bytes() == b"m" * 10
     assert downloads == files
+
+
+def test_what_was_fetched_is_not_fetched_again_unless_it_changed(tmp_path: Path, downloads: list[str]) -> None:
+    version = storage.source_version(uri("a"))
+    for number, fetched in enumerate((Fetched(version, b"a" * SIZE), Fetched(replace(version, etag="old"), b"old"))):
+        with Staging(str(tmp_path / str(number))).hold(uri("a"), [uri("a")], fetched) as path:
+            assert path.read_bytes() == b"a" * SIZE
+        assert len(downloads) == number
 
 
 def test_another_version_is_another_copy(tmp_path: Path, downloads: list[str], server: S3Server) -> None:

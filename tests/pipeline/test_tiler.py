@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from pipeline.parts import part_count
 from pipeline.patches import PatchStore, SlideStatus
 from pipeline.tiler import LargeSlide, begin_slide, finish_slide, store_share, store_slide
 from pipeline.verify import verify_store
+from tests.faults import faulty_s3
 from tests.pipeline.slides import RGB, SPEC, row, sampled_digests, small_tasks, spoilt, tile_in_shares
+from tests.s3 import S3Server, serve_s3
 from tests.synth import write_pyramid, zero_tile
 
 
@@ -205,3 +208,51 @@ def test_a_whole_copy_that_ends_after_a_damaged_one_is_not_taken_for_it(
     assert verify_store(str(store), 1, lambda done, total: None).damage == []
     assert tile_in_shares(row(good), str(store), LENIENT).n_bad_tiles == 0
     assert tile_in_shares(row(bad), str(store), LENIENT) == first
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket("slides")
+        yield server
+
+
+@pytest.fixture
+def counted(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
+    """Bytes of an object that have travelled so far."""
+    with faulty_s3(server.endpoint) as proxy:
+        for name, value in {**server.env, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        yield lambda name: sum(length for path, length in proxy.sent if path == f"/slides/{name}")
+
+
+@pytest.mark.parametrize("kind", ["tiff", "png"])
+def test_a_small_slide_on_s3_travels_once(
+    kind: str, server: S3Server, counted: Callable[[str], int], tmp_path: Path
+) -> None:
+    """Read in place, or only as a copy: its digest needs all bytes, and nothing is asked for again."""
+    path, spec = server.folder / "slides" / f"small.{kind}", SPEC.model_copy(update={"cache": str(tmp_path / "cache")})
+    if kind == "tiff":
+        write_pyramid(path, RGB)
+    else:
+        Image.fromarray(RGB).save(path)
+    status = store_slide(row(f"s3://slides/{path.name}", mpp=0.5), spec, str(tmp_path / "store"))
+    assert counted(path.name) == path.stat().st_size
+    assert replace(status, uri=str(path)) == store_slide(row(path, mpp=0.5), spec, str(tmp_path / "local"))
+    assert status.status == "committed"
+    assert len(list((tmp_path / "cache").glob("*/files/*"))) == (kind == "png")
+
+
+def test_the_files_of_a_slide_on_s3_travel_once(
+    server: S3Server, counted: Callable[[str], int], tmp_path: Path
+) -> None:
+    """Identified by the copy that is opened."""
+    folder = server.folder / "slides"
+    (folder / "a").mkdir()
+    for name in ("a.mrxs", "a/Slidedat.ini", "a/Data0000.dat"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    spec = SPEC.model_copy(update={"cache": str(tmp_path / "cache")})
+    status = store_slide(row("s3://slides/a.mrxs"), spec, str(tmp_path / "store"))
+    assert (status.reason or "").startswith("unopenable: a.mrxs: ")  # OpenSlide had it
+    for name in ("a.mrxs", "a/Slidedat.ini", "a/Data0000.dat"):
+        assert counted(name) == len(name) * 1000
