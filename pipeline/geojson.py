@@ -70,9 +70,16 @@ def _area(ring: npt.NDArray[np.float64]) -> float:
 
 
 def _straightened(ring: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """A closed ring without the points that lie on a straight line between their neighbours."""
-    inner = ring[:-1]
-    before, after = inner - np.roll(inner, 1, axis=0), np.roll(inner, -1, axis=0) - inner
-    bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    kept = inner[bends]
-    return np.concatenate([kept, kept[:1]])
+    """A closed ring without the points that repeat, or lie on a straight line between, their neighbours.
+
+    Points that repeat go first: both neighbours of a corner that stands twice would say that it bends nothing. Taking
+    one point out can make its neighbours repeat or straighten each other, so it is done until nothing changes.
+    """
+    points = ring[:-1]
+    while True:
+        points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
+        before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+        bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+        if bends.all():
+            return np.concatenate([points, points[:1]])
+        points = points[bends]

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -63,6 +63,7 @@ def test_any_mask_survives_up_to_single_px(seed: int, share: float) -> None:
 
 
 @given(seed=st.integers(0, 10_000), scale=st.sampled_from([1.0, 1.3, 2.0, 7.3]), smooth=st.sampled_from([0.3, 1.0]))
+@example(seed=248, scale=1.3, smooth=1.0)  # a spur one px wide: without its tip its foot stands there twice
 def test_every_ring_is_one(seed: int, scale: float, smooth: float) -> None:
     ragged = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(61, 83)), smooth) > 0
     for feature in json.loads(tissue_geojson(ragged, (round(83 * scale), round(61 * scale))))["features"]:
@@ -70,6 +71,19 @@ def test_every_ring_is_one(seed: int, scale: float, smooth: float) -> None:
             assert len(ring) >= 4
             assert ring[0] == ring[-1]
             assert all(a != b for a, b in pairwise(ring))
+
+
+def test_a_corner_that_rounding_gives_twice_stays() -> None:
+    """In a slide of fewer px than its mask both sides of a corner round to one px."""
+    square = np.zeros((40, 40), bool)
+    square[8:32, 8:32] = True
+    (feature,) = json.loads(tissue_geojson(square, (20, 20)))["features"]
+    (ring,) = feature["geometry"]["coordinates"]
+    corners = np.array(ring[:-1])
+    assert corners.min() == 4
+    assert corners.max() == 16
+    x, y = np.array(ring).T
+    assert abs(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2 >= 12 * 12 - 4  # each corner may be cut by half a px
 
 
 def test_a_large_mask_gives_a_small_outline() -> None:
