@@ -101,6 +101,30 @@ def test_from_nothing_to_a_champion_that_predicts(tmp_path: Path) -> None:
     assert len(list((tmp_path / "predictions" / "heatmaps").glob("*.png"))) == 2
 
 
+def test_streamed_slides_to_a_champion_while_a_second_run_of_the_recipe_is_refused(tmp_path: Path) -> None:
+    streamed = ["run", "--config", "demo", *QUICK, "train.source=stream", "cluster.cpus_per_worker=1"]
+    root = tmp_path / "runs" / "demo"
+    command = [*_command(*streamed), "--json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not list(root.glob("stages/*.lease")):
+            assert running.poll() is None, running.communicate()[1][-4000:]
+            time.sleep(0.05)
+        refused = _ips(*streamed, cwd=tmp_path, code=1)
+        said, log = running.communicate()
+    assert running.returncode == 0, log[-4000:]
+    assert f"process {running.pid} on {socket.gethostname()}, since " in refused["message"]
+    first = json.loads(said)
+    assert {stage["outcome"] for stage in first["stages"].values()} == {"done"}
+    assert first["stages"]["train"]["metrics"]["epoch"] == 2
+    assert list(root.glob("patches/plans/*/*/slide.json"))
+    assert not list(root.rglob("*.arrow"))
+    assert not list(root.glob("stages/*.lease"))
+    client = MlflowClient(first["tracking_uri"])
+    assert {client.get_run(stage["run_id"]).info.status for stage in first["stages"].values()} == {"FINISHED"}
+    assert client.get_model_version_by_alias("demo", "champion")
+    assert _ips(*streamed, cwd=tmp_path)["outcome"] == "nothing to do"
+
+
 def test_everything_in_a_bucket(tmp_path: Path) -> None:
     with serve_s3(tmp_path / "s3") as server:
         bucket = server.bucket("hospital")
