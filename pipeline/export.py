@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.cohort import CohortSlide, read_cohort
 from pipeline.config import Config
 from pipeline.errors import StageError
-from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name
+from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name, require_h5py
 from pipeline.patches import StoredSlide
 from pipeline.quality import look_up, safe_stems
 from pipeline.sources import patch_store
@@ -29,6 +29,7 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
         SlideError: a slide has no microns per px and the tool's file needs them.
         ConfigError: h5py is not installed.
     """
+    require_h5py()
     store, folder = patch_store(config), storage.absolute(folder)
     slides = read_cohort(config.cohort.uri).slides
     rows = look_up(store, slides, config.tiling)

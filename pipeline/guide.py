@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.interchange import Coordinates, file_name, read_coordinates
+from pipeline.interchange import Coordinates, file_name, read_coordinates, require_h5py
 from pipeline.masks import ExternalMask, read_mask
 from pipeline.storage import SourceVersion
 
@@ -23,6 +24,16 @@ class Guide:
     coords: Coordinates | None = None
     digest: str | None = None
     """sha256 (hex) of the files' content; None without files."""
+
+
+def check_environment(slides: Iterable[CohortSlide], spec: TilingConfig) -> None:
+    """Whether what is given beside the slides can be read at all; nothing is opened.
+
+    Raises:
+        ConfigError: there are patch coordinates, and h5py is not installed.
+    """
+    if spec.coords is not None or any(slide.coords is not None for slide in slides):
+        require_h5py()
 
 
 def guide_files(slide: CohortSlide, spec: TilingConfig) -> tuple[str | None, str | None]:

@@ -21,7 +21,7 @@ from pipeline.attempts import MAX_ATTEMPTS, attempt
 from pipeline.balance import group_slides, share_count, shares
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.parts import part_count
 from pipeline.patches import PatchStore, SlideStatus
 from pipeline.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
@@ -147,7 +147,7 @@ def _run(
         dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
         for row in dataset.flat_map(task, fn_kwargs={"job": job}, num_cpus=job.cpus).iter_rows():
             if row["failure"] is not None:
-                raise StorageError(row["failure"])
+                raise pickle.loads(row["failure"])
             yield row["number"], pickle.loads(row["outcome"])
 
 
@@ -168,7 +168,7 @@ def _tile_share(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
 
 
 def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outcome]) -> dict[str, Any]:
-    """The row of what the work gives; a failing store is data here, so that Ray neither retries nor wraps it."""
+    """The row of what the work gives; a failing store or node is data, so that Ray neither retries nor wraps it."""
     try:
         with attempt(name) as attempts:
             if attempts > MAX_ATTEMPTS:
@@ -176,6 +176,6 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
                 outcome: Outcome = quarantined(slide, "crash", killed)
             else:
                 outcome = work()
-    except StorageError as error:
-        return {"number": number, "outcome": b"", "failure": str(error)}
+    except (StorageError, ConfigError) as error:
+        return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}
     return {"number": number, "outcome": pickle.dumps(outcome), "failure": None}

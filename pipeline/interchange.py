@@ -66,6 +66,15 @@ class StoredGrid:
     """Microns per level-0 px."""
 
 
+def require_h5py() -> None:
+    """Tell now, and not at the first slide, that coordinates cannot be read or written here.
+
+    Raises:
+        ConfigError: h5py is not installed.
+    """
+    _h5py()
+
+
 def read_coordinates(data: bytes, source: str) -> Coordinates:
     """The patches that a file of TRIDENT or CLAM lists, told apart by its attributes.
 
@@ -170,7 +179,9 @@ def _h5py() -> ModuleType:
     try:
         import h5py
     except ImportError as error:
-        raise ConfigError(
-            "patch coordinates", ["HDF5 files need h5py; run: pip install 'ips-pipeline[interchange]'"]
-        ) from error
+        problem = (
+            f"HDF5 files (tiling.coords, the cohort's column coords, export) need h5py, which is absent ({error}); "
+            "run: pip install 'ips-pipeline[interchange]', on every node"
+        )
+        raise ConfigError("patch coordinates", [problem]) from error
     return h5py  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.config_data import TaskConfig
 from pipeline.errors import SlideError, StageError
 from pipeline.figures import overlay_png
+from pipeline.guide import check_environment
 from pipeline.inference import SlidePrediction, load_model, predict_slide
 from pipeline.registry import fetch
 from pipeline.schema import ATTENTION
@@ -79,6 +80,7 @@ def predict(
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
     source, network, config = _load(model, tracking_uri)
+    check_environment(rows, config.tiling)
     (out / "heatmaps").mkdir(parents=True, exist_ok=True)
     partial = out / "attention.parquet.part"
     with pq.ParquetWriter(partial, ATTENTION, compression="zstd") as writer:

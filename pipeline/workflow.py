@@ -18,6 +18,7 @@ from pipeline.cohort import Cohort, check_trainable, read_cohort, with_splits
 from pipeline.config import Config
 from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
+from pipeline.guide import check_environment
 from pipeline.images import cohort_csv
 from pipeline.lease import held
 from pipeline.stage import Record, Stage, Workspace, slide_tags
@@ -148,9 +149,10 @@ def _missing_cohort(config: Config) -> str | None:
 
 def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     """The cohort with its splits; labels are checked where a stage needs them."""
+    cohort = read_cohort(config.cohort.uri, config.tasks if needs_labels else ())
+    check_environment(cohort.slides, config.tiling)
     if not needs_labels:
-        return read_cohort(config.cohort.uri)
-    cohort = read_cohort(config.cohort.uri, config.tasks)
+        return cohort
     cohort = with_splits(cohort, config.cohort.split, config.seed, config.tasks)
     splits = ["train", config.evaluate.split]
     if config.train.keeps_best and "val" not in splits:

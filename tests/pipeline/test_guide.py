@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.cohort import CohortSlide, read_cohort
-from pipeline.errors import SlideError, StorageError
-from pipeline.guide import guide_files, guided_version, read_guide
+from pipeline.errors import ConfigError, SlideError, StorageError
+from pipeline.guide import check_environment, guide_files, guided_version, read_guide
 from pipeline.patches import PatchStore
 from pipeline.storage import source_version
 from pipeline.tiler import store_slide, version_of
@@ -18,6 +21,7 @@ from tests.pipeline.test_interchange import trident
 from tests.pipeline.test_masks import geojson, polygon
 
 TILING = small_config().tiling
+H5 = trident()
 
 
 def rectangle(left: int, right: int) -> bytes:
@@ -92,3 +96,36 @@ def test_coordinates_are_looked_for_by_id_and_by_file_name(slide: CohortSlide, t
     assert guide.mask is not None
     assert guide.coords is not None
     assert guide.digest not in {read_guide(slide, TILING).digest, read_guide(replace(own, mask=None), spec).digest}
+
+
+@pytest.fixture
+def no_h5py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extra is not installed: the import fails."""
+    monkeypatch.setitem(sys.modules, "h5py", None)
+
+
+@pytest.mark.parametrize("command", ["tile", "plan", "export"])
+@pytest.mark.parametrize("given", ["tiling.coords", "column"])
+def test_coordinates_without_h5py_end_before_any_work(
+    slide: CohortSlide, tmp_path: Path, no_h5py: None, command: str, given: str
+) -> None:
+    named = "a.h5" if given == "column" else ""
+    (tmp_path / "cohort.csv").write_text(f"slide_id,uri,label,coords\na,s 0.png,1,{named}\nb,s 0.png,0,\n")
+    root = tmp_path / "root"
+    options = [f"cohort.uri={tmp_path / 'cohort.csv'}", f"storage.root={root}", "tiling=image"]
+    options += [f"tiling.coords={tmp_path / 'h5'}"] if given == "tiling.coords" else []
+    options += ["--out", str(tmp_path / "out")] if command == "export" else []
+    done = CliRunner().invoke(app, [command, *options])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.count("pip install 'ips-pipeline[interchange]'") == 1
+    assert "tiling.coords" in done.stderr
+    assert not root.exists()
+
+
+def test_a_node_without_h5py_ends_the_stage_and_costs_no_slide(
+    slide: CohortSlide, tmp_path: Path, no_h5py: None
+) -> None:
+    (tmp_path / "a.h5").write_bytes(H5)
+    with pytest.raises(ConfigError, match="on every node"):
+        store_slide(replace(slide, coords=str(tmp_path / "a.h5")), TILING, str(tmp_path / "store"))
+    check_environment([slide], TILING)  # a mask alone needs none
