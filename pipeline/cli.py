@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +13,9 @@ import typer
 from rich.text import Text
 
 from pipeline import cli_data
-from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.config_data import DemoConfig
-from pipeline.console import ConfigOption, DirOption, JsonOption, Overrides, print_table
-from pipeline.console import errors as _errors
-from pipeline.console import print_json as _print_json
+from pipeline.console import Chosen, JsonOption, errors, print_json, print_table, with_config
 from pipeline.errors import ConfigError, DataBudgetError
 
 log = logging.getLogger(__name__)
@@ -27,7 +24,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Learn from images too large for any GPU: from slides in a bucket to a registered model that predicts.",
+    epilog="\n\n".join(
+        (
+            "Try it on made slides: python -m pipeline run --config demo",
+            "Your own: python -m pipeline run cohort.uri=cohort.csv name=mystudy, with columns slide_id, uri and label",
+            "What can be set: conf/README.md, and pipeline/config*.py for every field",
+            "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides or a damaged "
+            "store, 5 resources that can never be met, 130 or 143 interrupted",
+        )
+    ),
 )
+_STAGES, _TILED, _MODEL, _START = "The pipeline, stage by stage", "What is tiled", "A trained model", "To begin with"
 
 
 def main() -> None:
@@ -35,111 +42,118 @@ def main() -> None:
     app()
 
 
-@app.command()
-def run(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run every stage that is not done: tile, train, evaluate, register."""
-    _stages(config, overrides, config_dir, last="register", as_json=as_json)
-
-
-@app.command()
-def tile(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Cut the cohort's slides into a committed patch store."""
-    _stages(config, overrides, config_dir, last="tile", as_json=as_json)
-
-
-@app.command()
-def train(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train, after tiling what is not tiled; an interrupted training goes on from its last checkpoint."""
-    _stages(config, overrides, config_dir, last="train", as_json=as_json)
-
-
-@app.command()
-def evaluate(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Evaluate the trained model on the test split and write the report, after the stages before it."""
-    _stages(config, overrides, config_dir, last="evaluate", as_json=as_json)
-
-
-@app.command()
-def register(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Register the evaluated model and make it the champion, after the stages before it."""
-    _stages(config, overrides, config_dir, last="register", as_json=as_json)
-
-
-@app.command()
-def plan(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what `run` would do and why; change nothing."""
-    with _errors(as_json=as_json):
-        from pipeline.workflow import plan as make_plan
-
-        planned = make_plan(load_config(config, overrides or (), config_dir))
-        if as_json:
-            _print_json({"stages": [asdict(item) for item in planned]})
-            return
-        rows = [(item.stage, item.action, item.why, item.fingerprint or "") for item in planned]
-        print_table(("stage", "action", "why", "fingerprint"), rows)
-
-
-@app.command()
+@app.command(rich_help_panel=_START)
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to write cohort.csv and the slides.")],
-    slides: Annotated[int, typer.Option(help="How many slides.", min=12)] = DemoConfig().slides,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="Local folder for cohort.csv and the slides.")],
+    slides: Annotated[int, typer.Option(help="How many slides to write.", min=12)] = DemoConfig().slides,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: same seed, same bytes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the synthetic cohort: slides with and without small lesions."""
-    with _errors(as_json=as_json):
+    """Write slides to try things on: synthetic tissue, half of it with small lesions, and their cohort file."""
+    with errors(as_json=as_json):
         from pipeline.demo import write_demo
 
         _must_be_local(folder)
 
         cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), _progress("demo"))
-        _print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
+        print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
 
 
-@app.command()
+@app.command(rich_help_panel=_START)
+@with_config
+def doctor(chosen: Chosen) -> None:
+    """Check Python, torch, Ray, OpenSlide, MLflow, storage and devices, and say how to mend what is wrong."""
+    from pipeline.doctor import examine
+
+    checks = examine(chosen.name, chosen.overrides, chosen.folder)
+    if chosen.as_json:
+        print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
+    else:
+        rows = [(c.name, Text("ok") if c.ok else Text("bad", "red"), c.found, c.remedy) for c in checks]
+        print_table(("check", "", "found", "remedy"), rows)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def run(chosen: Chosen) -> None:
+    """Run every stage that is not done: tile, embed where model=features, train, evaluate, register."""
+    _stages(chosen, last="register")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def plan(chosen: Chosen) -> None:
+    """Say which stages `run` would run, and why; change nothing."""
+    from pipeline.workflow import plan as make_plan
+
+    planned = make_plan(chosen.load())
+    if chosen.as_json:
+        print_json({"stages": [asdict(item) for item in planned]})
+        return
+    rows = [(item.stage, item.action, item.why, item.fingerprint or "") for item in planned]
+    print_table(("stage", "action", "why", "fingerprint"), rows)
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def tile(chosen: Chosen) -> None:
+    """Cut the cohort's slides into patches; write a page of what became of every slide."""
+    _stages(chosen, last="tile")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def embed(chosen: Chosen) -> None:
+    """Make features of every patch by a frozen network (`embed.encoder`), for model=features; tile first."""
+    _stages(chosen, last="embed")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def train(chosen: Chosen) -> None:
+    """Train, after tiling what is not tiled; an interrupted training goes on from its last checkpoint."""
+    _stages(chosen, last="train")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def evaluate(chosen: Chosen) -> None:
+    """Evaluate the trained model on the test split and write the report, after the stages before."""
+    _stages(chosen, last="evaluate")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def register(chosen: Chosen) -> None:
+    """Register the evaluated model in MLflow as the champion, after the stages before."""
+    _stages(chosen, last="register")
+
+
+@app.command(rich_help_panel=_MODEL)
 def predict(
-    model: Annotated[str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION or a model folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tables and heatmaps.")] = Path("predictions"),
-    slides: Annotated[list[str] | None, typer.Argument(help="Slide URIs.")] = None,
-    cohort: Annotated[str | None, typer.Option(help="Predict a cohort file instead of single slides.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow's URI. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a checkpoint.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Local folder for the tables and heatmaps, made where there is none.")
+    ] = Path("predictions"),
+    slides: Annotated[list[str] | None, typer.Argument(help="Paths or s3:// URIs of slides.")] = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Cohort file, whose slides are predicted too; it needs slide_id and uri only.")
     ] = None,
-    mpp: Annotated[float | None, typer.Option(help="Level-0 microns per px of slides that state none.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="Where the model is registered. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
+    ] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict slides with a registered model: probabilities, attention of every patch, a heatmap each."""
-    with _errors(as_json=as_json):
+    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each."""
+    with errors(as_json=as_json):
         from pipeline.predict import predict as make_predictions
 
         _must_be_local(out)
@@ -147,24 +161,29 @@ def predict(
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
             print(out.resolve() / "predictions.csv")
 
 
-@app.command()
+@app.command(rich_help_panel=_TILED)
 def verify(
-    store: Annotated[str, typer.Argument(help="URI of the patch store, by default <storage.root>/patches.")],
+    store: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3:// prefix of the patch store: storage.patches, by default <storage.root>/patches."
+        ),
+    ],
     threads: Annotated[int, typer.Option(help="Files read at a time, of some 60 MB each.", min=1)] = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Read every committed slide of a patch store and compare it with its digests; exit 3 where one is damaged."""
-    with _errors(as_json=as_json):
+    with errors(as_json=as_json):
         from pipeline.verify import verify_store
 
         report = verify_store(store, threads, _progress("verify"))
         if as_json:
-            _print_json({"whole": not report.damage, **asdict(report)})
+            print_json({"whole": not report.damage, **asdict(report)})
         else:
             kinds = ((Text("damage", "red"), report.damage), (Text("leftover"), report.leftovers))
             rows = [(kind, one.uri, one.what, one.remedy) for kind, findings in kinds for one in findings]
@@ -176,43 +195,21 @@ def verify(
             raise typer.Exit(DataBudgetError.exit_code)
 
 
-@app.command()
-def doctor(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check Python, torch, Ray, OpenSlide, MLflow, storage and devices, and say how to mend what is wrong."""
-    with _errors(as_json=as_json):
-        from pipeline.doctor import examine
+def _stages(chosen: Chosen, *, last: str) -> None:
+    from pipeline.workflow import run as run_workflow
 
-        checks = examine(config, overrides or (), config_dir)
-        if as_json:
-            _print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
-        else:
-            rows = [(c.name, Text("ok") if c.ok else Text("bad", "red"), c.found, c.remedy) for c in checks]
-            print_table(("check", "", "found", "remedy"), rows)
-        if not all(check.ok for check in checks):
-            raise typer.Exit(1)
-
-
-def _stages(name: str, overrides: Sequence[str] | None, config_dir: Path | None, *, last: str, as_json: bool) -> None:
-    with _errors(as_json=as_json):
-        from pipeline.workflow import run as run_workflow
-
-        config = load_config(name, overrides or (), config_dir)
-        result = run_workflow(config, last)
-        summary = {
-            "outcome": result.outcome,
-            "stages": {
-                stage: {"outcome": done.outcome, **_shown(asdict(done.record))} for stage, done in result.stages.items()
-            },
-            "run_id": result.parent_run_id,
-            "root": config.storage.root,
-            "tracking_uri": config.tracking.uri,
-        }
-        _print_json(summary) if as_json else _print_summary(summary, config)
+    config = chosen.load()
+    result = run_workflow(config, last)
+    summary = {
+        "outcome": result.outcome,
+        "stages": {
+            stage: {"outcome": done.outcome, **_shown(asdict(done.record))} for stage, done in result.stages.items()
+        },
+        "run_id": result.parent_run_id,
+        "root": config.storage.root,
+        "tracking_uri": config.tracking.uri,
+    }
+    print_json(summary) if chosen.as_json else _print_summary(summary, config)
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
@@ -249,4 +246,4 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 
 for _command in (cli_data.qc, cli_data.export):
-    app.command()(_command)
+    app.command(rich_help_panel=_TILED)(_command)

@@ -6,37 +6,30 @@ from typing import Annotated
 
 import typer
 
-from pipeline.compose import load_config
-from pipeline.console import ConfigOption, DirOption, JsonOption, Overrides, errors, print_json
+from pipeline.console import Chosen, print_json, with_config
 from pipeline.interchange import Tool
 
 
-def qc(
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write the quality page, table and outlines of the slides that are tiled; tile nothing."""
-    with errors(as_json=as_json):
-        from pipeline.quality import review
+@with_config
+def qc(chosen: Chosen) -> None:
+    """Write the quality page, table and tissue outlines of the slides that are tiled; tile nothing."""
+    from pipeline.quality import review
 
-        outputs = review(load_config(config, overrides or (), config_dir))
-        print_json({"outcome": "done", "outputs": outputs}) if as_json else print(outputs["quality"])
+    outputs = review(chosen.load())
+    print_json({"outcome": "done", "outputs": outputs}) if chosen.as_json else print(outputs["quality"])
 
 
+@with_config
 def export(
+    chosen: Chosen,
     out: Annotated[str, typer.Option(help="Folder or s3:// prefix for the files.")],
-    tool: Annotated[Tool, typer.Option("--format", help="Whose files: trident or clam.")] = "trident",
-    config: ConfigOption = "default",
-    overrides: Overrides = None,
-    config_dir: DirOption = None,
-    as_json: JsonOption = False,
+    tool: Annotated[Tool, typer.Option("--format", help="Which tool the files are for.")] = "trident",
 ) -> None:
-    """Write the patches' coordinates as HDF5 files that TRIDENT or CLAM goes on with, one a slide."""
-    with errors(as_json=as_json):
-        from pipeline.export import export_coordinates
+    """Write the patches' coordinates as HDF5 files for TRIDENT or CLAM, one a slide."""
+    from pipeline.export import export_coordinates
 
-        loaded = load_config(config, overrides or (), config_dir)
-        written = export_coordinates(loaded, tool, out)
-        print_json({"outcome": "done", "slides": len(written), "files": written}) if as_json else print(out)
+    written = export_coordinates(chosen.load(), tool, out)
+    if chosen.as_json:
+        print_json({"outcome": "done", "slides": len(written), "files": written})
+    else:
+        print(out)

@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Concatenate
 
 import typer
 from rich.console import Console
@@ -19,12 +22,57 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.compose import load_config
+from pipeline.config import Config
 from pipeline.errors import Interrupted, PipelineError
 
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="Name of a config in conf/, without .yaml.")]
-DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs instead of conf/.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=5 model=resnet18")]
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="Which file of conf/ to start from, without .yaml: demo, default, ...")
+]
+DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs to use instead of conf/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+_CHANGES = "Changes to the config: train.epochs=5 sets a field, model=resnet18 takes conf/model/resnet18.yaml."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_CHANGES)]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the options of a command that takes a config say."""
+
+    name: str
+    overrides: Sequence[str]
+    folder: Path | None
+    as_json: bool
+
+    def load(self) -> Config:
+        """The validated config; raises ConfigError with all problems at once."""
+        return load_config(self.name, self.overrides, self.folder)
+
+
+def _chosen(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> Chosen:
+    return Chosen(config, overrides or (), config_dir, as_json)
+
+
+def with_config(command: Callable[Concatenate[Chosen, ...], None]) -> Callable[..., None]:
+    """A command whose first parameter becomes the options that choose a config, after its own; inside `errors`."""
+    _, *own = signature(command, eval_str=True).parameters.values()
+    common = signature(_chosen, eval_str=True).parameters
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        chosen = _chosen(**{name: given.pop(name) for name in common})
+        with errors(as_json=chosen.as_json):
+            command(chosen, **given)
+
+    parameters = [*own, *common.values()]
+    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 def print_json(value: object) -> None:

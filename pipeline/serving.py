@@ -22,8 +22,8 @@ from pipeline.storage import absolute
 class SlideModel(PythonModel):
     """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
 
-    `mpp` is microns per level-0 px, for slides whose file states none. A slide that cannot be used has
-    outputs NaN and its reason in `error`; the others are predicted.
+    `mpp` is microns per level-0 px, over what a slide's file states. A slide that cannot be used has outputs
+    NaN and its reason in `error`; the others are predicted.
     """
 
     def load_context(self, context: PythonModelContext) -> None:

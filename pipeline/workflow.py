@@ -79,7 +79,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
     ensure_cohort(config)
     with ExitStack() as stack:
         tracking = _Tracking(config, stack)
-        cohort = load_cohort(config, needs_labels=last != "tile")
+        cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
         tracking.lineage = {**lineage(config), "cohort_digest": cohort.digest}
         space = Workspace(
             config,
@@ -101,7 +101,7 @@ def plan(config: Config, last: str = "register") -> list[Planned]:
     if missing is not None:
         first = Planned("demo" if config.cohort.demo is not None else "megapixel_mnist", "run", missing, None)
         return [first, *(Planned(s.name, "unknown", "needs the cohort", None) for s in stages_for(config, last))]
-    cohort = load_cohort(config, needs_labels=last != "tile")
+    cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
     space = Workspace(config, cohort, _no_tracker, _no_ray, {})
     planned: list[Planned] = []
     for stage in stages_for(config, last):

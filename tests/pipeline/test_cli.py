@@ -2,18 +2,47 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
+from pipeline.compose import load_config
 from pipeline.errors import Interrupted
+from pipeline.workflow import plan
 
 
 def _ips(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_readme_lists_the_commands_that_there_are() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    table = text[text.index("| command | does |") : text.index("Logs go to stderr")]
+    listed = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)", row.partition(" | ")[0])]
+    assert sorted(listed) == sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_a_command_that_takes_a_config_has_its_options_after_its_own(command: str) -> None:
+    options = [parameter.name for parameter in get_command(app).commands[command].params]  # type: ignore[attr-defined]
+    own = {"run": [], "export": ["out", "tool"]}[command]
+    assert options == [*own, "config", "overrides", "config_dir", "as_json"]
+
+
+def test_features_need_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\na,a.png\n")
+    result = _ips(
+        "embed", f"cohort.uri={tmp_path / 'cohort.csv'}", f"storage.root={tmp_path / 'root'}", "embed.batch=0"
+    )
+    assert result.exit_code == 2
+    assert "1 problem\n  - embed.batch: " in result.stderr
+    planned = plan(load_config("default", [f"cohort.uri={tmp_path / 'cohort.csv'}"]), "embed")
+    assert [item.stage for item in planned] == ["tile", "embed"]
 
 
 def test_a_config_error_exits_with_2_and_says_all(tmp_path: Path) -> None:
@@ -41,7 +70,7 @@ def test_plan_says_what_would_run_and_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["run", "tile", "train", "evaluate", "register", "plan"])
+@pytest.mark.parametrize("command", ["run", "tile", "embed", "train", "evaluate", "register", "plan"])
 def test_a_missing_cohort_is_named(command: str, tmp_path: Path) -> None:
     result = _ips(command, f"cohort.uri={tmp_path / 'absent.csv'}", f"storage.root={tmp_path / 'root'}", "--json")
     assert result.exit_code in (1, 2)
@@ -112,7 +141,7 @@ def test_signals_end_with_their_codes(signum: int, code: int, monkeypatch: pytes
         os.kill(os.getpid(), signum)
         raise AssertionError("the signal did not arrive")
 
-    monkeypatch.setattr("pipeline.cli.load_config", interrupted)
+    monkeypatch.setattr("pipeline.console.load_config", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     result = _ips("run", "--config", "demo")
     assert result.exit_code == code
