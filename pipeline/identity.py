@@ -12,9 +12,12 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -35,6 +38,8 @@ WHOLE = 64 * 2**20  # bytes: below, the file is hashed whole
 EDGE = 2**20  # bytes hashed at both ends
 SAMPLES = 64  # tiles a page, or blocks of a file that is no TIFF
 BLOCK = 64 * 2**10
+HEAD = 16 * 2**10  # bytes of a DICOM file that are read for its series; a MiB where its header is longer
+HEAD_THREADS = 16  # they wait on the storage
 
 _SERIES_UID = re.compile(rb"\x20\x00\x0e\x00UI(..)", re.DOTALL)  # DICOM (0020,000E), explicit little endian
 
@@ -93,7 +98,8 @@ def slide_files(uri: str) -> list[str]:
     Raises:
         StorageError: the main file, or a folder, cannot be read.
     """
-    return [uri, *sorted(set(_companions(uri)) - {uri})]
+    folder = _companion_folder(uri)
+    return [uri, *sorted({storage.join(folder, name) for name in _companion_versions(uri)} - {uri})]
 
 
 def slide_version(uri: str) -> SourceVersion:
@@ -105,11 +111,7 @@ def slide_version(uri: str) -> SourceVersion:
     main = storage.source_version(uri)
     if not is_several(uri):
         return main
-    folder = _companion_folder(uri)
-    versions = storage.list_versions(folder)
-    if _suffix(uri) == "vms":  # else all of the folder: a stranger's change costs one more look at the slide
-        named = _vms_names(uri)
-        versions = {name: found for name, found in versions.items() if name in named}
+    versions = _companion_versions(uri)
     rows = [[name, *astuple(found)] for name, found in sorted(versions.items())]
     size = main.size + sum(found.size for found in versions.values())
     digest = hashlib.sha256(json.dumps([astuple(main), rows]).encode()).hexdigest()
@@ -192,21 +194,18 @@ def _companion_folder(uri: str) -> str:
     return storage.join(folder, name.rpartition(".")[0]) if _suffix(uri) == "mrxs" else folder
 
 
-def _companions(uri: str) -> Iterator[str]:
-    """The other files that belong to the slide whose main file is `uri`."""
+def _companion_versions(uri: str) -> dict[str, SourceVersion]:
+    """The other files that belong to the slide whose main file is `uri`, by name; that one may be among them."""
     suffix = _suffix(uri)
     if suffix not in COMPANIONS:
-        return
-    folder = _companion_folder(uri)
-    names = storage.list_names(folder)
+        return {}
+    versions = storage.list_versions(_companion_folder(uri))
+    if suffix == "mrxs":
+        return {name: version for name, version in versions.items() if not storage.is_temporary(name)}
     if suffix == "vms":
         named = _vms_names(uri)
-        names = [name for name in names if name in named]
-    elif suffix == "dcm":
-        series = _dicom_series(uri)
-        names = [name for name in names if _suffix(name) == "dcm"] if series else []
-        names = [name for name in names if _dicom_series(storage.join(folder, name)) == series]
-    yield from (storage.join(folder, name) for name in names)
+        return {name: version for name, version in versions.items() if name in named}
+    return _series_versions(uri, {name: version for name, version in versions.items() if _suffix(name) == "dcm"})
 
 
 def _vms_names(uri: str) -> set[str]:
@@ -214,12 +213,34 @@ def _vms_names(uri: str) -> set[str]:
     return set(re.findall(r"^\w+(?:\(\d+,\d+\))?=(\S+)\s*$", text, re.MULTILINE))
 
 
-def _dicom_series(uri: str) -> bytes | None:
+def _series_versions(uri: str, versions: Mapping[str, SourceVersion]) -> dict[str, SourceVersion]:
+    """Those files of a folder that are of the main file's series; a folder may hold the slides of a whole study."""
+    series = _dicom_series(uri, storage.source_version(uri))
+    if series is None:
+        return {}
+    folder = _companion_folder(uri)
+    with _folder_lock(folder), ThreadPoolExecutor(HEAD_THREADS) as pool:
+        found = pool.map(lambda name: _dicom_series(storage.join(folder, name), versions[name]), versions)
+        return {name: versions[name] for name, other in zip(versions, found, strict=True) if other == series}
+
+
+@lru_cache(maxsize=1024)
+def _folder_lock(folder: str) -> threading.Lock:
+    """One thread reads the heads of a folder's files, and the others find them in the cache."""
+    del folder
+    return threading.Lock()
+
+
+@lru_cache(maxsize=16384)  # files: each head is read once a process and version, not once a slide; 1 KB each
+def _dicom_series(uri: str, version: SourceVersion) -> bytes | None:
     """Series instance UID of a DICOM file: its files are one slide. None when it is no DICOM file."""
-    size = storage.source_version(uri).size
-    (head,) = storage.read_ranges(uri, [(0, min(size, EDGE))])
-    found = _SERIES_UID.search(head) if head[128:132] == b"DICM" else None
-    if found is None:
-        return None
-    length = int.from_bytes(found[1], "little")
-    return head[found.end() : found.end() + length].rstrip(b"\0 ")
+    for most in (HEAD, EDGE):
+        (head,) = storage.read_ranges(uri, [(0, min(version.size, most))])
+        if head[128:132] != b"DICM":
+            return None
+        found = _SERIES_UID.search(head)
+        if found is not None:
+            uid = head[found.end() : found.end() + int.from_bytes(found[1], "little")]
+            if len(uid) == int.from_bytes(found[1], "little"):
+                return uid.rstrip(b"\0 ")
+    return None

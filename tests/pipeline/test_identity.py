@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,64 @@ def test_dicom_files_of_one_series_are_one_slide(tmp_path: Path) -> None:
     assert slide_digest(str(tmp_path / "1.dcm")) == one
     (tmp_path / "2.dcm").unlink()
     assert slide_digest(str(tmp_path / "1.dcm")) != one
+
+
+def write_study(folder: Path, slides: int, files: int) -> list[str]:
+    """A folder with the files of several slides, 200 kB each; the first file of each."""
+    folder.mkdir()
+    for slide in range(slides):
+        for number in range(files):
+            pixels = bytes([slide, number]) * 100_000
+            (folder / f"{slide}-{number}.dcm").write_bytes(dicom(f"{SERIES}.{slide}", pixels))
+    return [str(folder / f"{slide}-0.dcm") for slide in range(slides)]
+
+
+def test_a_folder_of_many_dicom_slides_costs_a_short_head_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many slides and threads ask; of its own files a slide reads all that its digest needs."""
+    uris = write_study(tmp_path / "study", 6, 5)
+    read: list[tuple[str, int]] = []
+    original = storage.read_ranges
+
+    def counted(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        read.extend((uri, length) for _, length in ranges)
+        time.sleep(0.002)  # as a storage would take, so that threads meet
+        return original(uri, ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(slide_version, uris))) == 6
+    assert {length for _, length in read} == {identity.HEAD}
+    assert 30 <= len(read) <= 36  # the main files' may be read by their own threads first
+    read.clear()
+    assert [len(slide_files(uri)) for uri in uris] == [5] * 6
+    assert read == []
+    assert slide_digest(uris[0]).whole
+    sizes = {name: Path(name).stat().st_size for name in slide_files(uris[0])}
+    assert dict(read) == sizes
+    assert len(read) == 5
+
+
+def test_a_change_to_another_dicom_slide_of_the_folder_is_none_of_this_one(tmp_path: Path) -> None:
+    one, two, *_ = write_study(tmp_path / "study", 2, 2)
+    before = slide_version(one), slide_version(two)
+    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom(SERIES + ".1", b"one more"))
+    (tmp_path / "study" / "notes.dcm").write_text("no DICOM file")
+    assert slide_version(one) == before[0]
+    assert slide_version(two) != before[1]
+    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom(SERIES + ".0", b"of the other series now"))
+    assert slide_version(one) != before[0]
+    assert slide_version(two) == before[1]
+
+
+@pytest.mark.parametrize("before", [16 * 2**10 - 180, 500_000])
+def test_the_series_of_a_long_dicom_header_is_found(before: int, tmp_path: Path) -> None:
+    """Its UID lies across the end of the first read, or far behind it."""
+    preamble = bytes(128) + b"DICM" + bytes(before + 30)
+    for number, series in ((1, SERIES), (2, SERIES), (3, SERIES[:-1] + "2")):
+        (tmp_path / f"{number}.dcm").write_bytes(preamble + dicom(series, bytes(number))[132:])
+    assert len(slide_files(str(tmp_path / "1.dcm"))) == 2
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from PIL import Image
@@ -16,6 +19,7 @@ from pipeline.cohort import CohortSlide
 from pipeline.commit import plan_slide, write_slide
 from pipeline.config_data import TilingConfig
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide, slide_key
+from pipeline.schema import INDEX
 from pipeline.slide import open_slide
 from pipeline.storage import SourceVersion
 from pipeline.tiling import tile_slide
@@ -60,6 +64,16 @@ def test_payloads_come_in_the_order_asked_for(stored: StoredSlide) -> None:
     rows = np.random.default_rng(0).integers(0, stored.n_patches, 64)
     assert stored.payloads(rows) == [every[row] for row in rows]
     assert stored.payloads([]) == []
+
+
+def test_stores_whose_parts_have_plain_names_are_read_as_ever(stored: StoredSlide, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(stored.uri, tmp_path / "old"))
+    for number in range(3):
+        part_file(old, number).rename(old / f"part-{number:05d}.arrow")
+    table = pq.read_table(old / "index.parquet")
+    pq.write_table(table.replace_schema_metadata(INDEX.metadata), old / "index.parquet")
+    rows = range(stored.n_patches)
+    assert replace(stored, uri=str(old)).payloads(rows) == stored.payloads(rows)
 
 
 def test_reads_are_exact_and_coalesced(stored: StoredSlide, monkeypatch: pytest.MonkeyPatch) -> None:
