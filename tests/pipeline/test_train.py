@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +26,9 @@ from pipeline.errors import (
 )
 from pipeline.patches import StoredSlide
 from pipeline.session import Job
+from pipeline.storage import write_bytes
 from pipeline.tracking import Tracker, open_tracking
-from pipeline.train import EndAtOnce, Trained, _cause, _process_group, train
+from pipeline.train import EndAtOnce, Trained, _cause, _process_group, _worker_environment, train
 from pipeline.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
@@ -150,6 +153,29 @@ def test_what_would_only_happen_again_ends_the_run_whatever_its_peers_say(error:
     assert caught.value is error
     assert _cause(ControllerError(error)) is error
     assert _cause(WorkerGroupError("x", failures)) is error
+
+
+def test_workers_ask_a_storage_that_is_away_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a write gives up: the pauses of the real client, not waited for."""
+    environment = _worker_environment(_config(tmp_path).cluster)
+    with socket.socket() as taken:  # nobody answers there
+        taken.bind(("127.0.0.1", 0))
+        environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    for name, value in {**environment, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.s3.PATIENCE_S", 0)
+    sleep = asyncio.sleep
+    pauses: list[float] = []
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("asyncio.sleep", noted)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        write_bytes("s3://bucket/file", b"data")
+    assert 180 < sum(pauses) < 600
+    assert max(pauses) <= 15  # so soon it goes on once the storage is back
 
 
 def test_an_error_of_ray_s_own_is_a_failed_stage() -> None:
