@@ -11,9 +11,9 @@ from pipeline import storage
 from pipeline.cohort import CohortSlide, read_cohort
 from pipeline.config import Config
 from pipeline.errors import StageError
-from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name, require_h5py
+from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name, file_stems, require_h5py
 from pipeline.patches import StoredSlide
-from pipeline.quality import look_up, safe_stems
+from pipeline.quality import look_up
 from pipeline.sources import patch_store
 
 THREADS = 16
@@ -39,7 +39,7 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
     for row in rows:
         if row.key is None:
             log.warning("export: %s is left out: %s", row.slide_id, row.reason or "not tiled yet")
-    stems = safe_stems([slide.slide_id for slide in slides])
+    stems = file_stems([slide.slide_id for slide in slides])
 
     def write(slide: CohortSlide) -> tuple[str, str]:
         grid = stored_grid(store.slide(keys[slide.slide_id]), stems[slide.slide_id], config.tiling.overlap_px)

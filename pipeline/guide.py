@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.interchange import Coordinates, file_name, read_coordinates, require_h5py
+from pipeline.interchange import Coordinates, file_names, read_coordinates, require_h5py
 from pipeline.masks import ExternalMask, read_mask
 from pipeline.storage import SourceVersion
 
@@ -39,7 +39,8 @@ def check_environment(slides: Iterable[CohortSlide], spec: TilingConfig) -> None
 def guide_files(slide: CohortSlide, spec: TilingConfig) -> tuple[str | None, str | None]:
     """URIs of the slide's mask and of its coordinates, where it has them.
 
-    The coordinates are the cohort's, else the file in `spec.coords` that bears the slide's id or its file's name.
+    The coordinates are the cohort's, else the file in `spec.coords` that bears the slide's id, as `export` writes it,
+    or its file's name.
 
     Raises:
         SlideError: "coords", `spec.coords` has none for the slide.
@@ -47,7 +48,7 @@ def guide_files(slide: CohortSlide, spec: TilingConfig) -> tuple[str | None, str
     if slide.coords is not None or spec.coords is None:
         return slide.mask, slide.coords
     stem = slide.uri.rpartition("/")[2].rpartition(".")[0]
-    names = dict.fromkeys(file_name(tool, name) for name in (slide.slide_id, stem) for tool in ("trident", "clam"))
+    names = file_names(slide.slide_id, stem)
     for name in names:
         if storage.exists(uri := storage.join(spec.coords, name)):
             return slide.mask, uri

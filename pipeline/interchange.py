@@ -12,8 +12,10 @@ h5py comes with `pip install "ips-pipeline[interchange]"` and is imported here a
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -27,6 +29,9 @@ Tool = Literal["trident", "clam"]
 Corners = npt.NDArray[np.int64]
 
 MICRONS_AT_1X = 10.0  # um per px of a 1x scan: 20x is 0.5 and 40x is 0.25, the convention both tools stand on
+NAME_BYTES = 255  # of a file's name, in most file systems
+_STEM_BYTES = 200  # of it, for the slide's id
+_UNSAFE = re.compile(r"[^\w. -]")
 _CHUNK: Mapping[Tool, int] = {"trident": 1, "clam": 32}  # rows, as each tool writes them
 
 
@@ -116,6 +121,45 @@ def _extent(attributes: Mapping[str, Any]) -> tuple[Tool, float, float]:
 def file_name(tool: Tool, name: str) -> str:
     """What the tool calls the file of a slide."""
     return f"{name}_patches.h5" if tool == "trident" else f"{name}.h5"
+
+
+def file_stem(slide_id: str, *, told_apart: bool = False) -> str:
+    """What the files of a slide are called: its id where that can be a file's name.
+
+    Else what can, with 8 digits of the id's sha256: so ids that differ have names that differ, and the name follows
+    from the id alone, without the cohort it stands in.
+
+    Args:
+        slide_id: any text.
+        told_apart: with the digits in any case.
+    """
+    stem = _UNSAFE.sub("_", slide_id).strip(". ").encode()[:_STEM_BYTES].decode(errors="ignore")
+    if stem and stem == slide_id and not told_apart:
+        return stem
+    return f"{stem or 'slide'}~{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+
+
+def file_stems(slide_ids: Sequence[str]) -> dict[str, str]:
+    """Slide id -> `file_stem`; the second of two that only differ in case is told apart, for disks that do not."""
+    stems: dict[str, str] = {}
+    taken: set[str] = set()
+    for slide_id in slide_ids:
+        stem = file_stem(slide_id)
+        stems[slide_id] = file_stem(slide_id, told_apart=True) if stem.casefold() in taken else stem
+        taken.add(stem.casefold())
+    return stems
+
+
+def file_names(slide_id: str, file: str) -> list[str]:
+    """What the coordinates of a slide may be called: as `file_stems` names it, as its id, as its own file.
+
+    Args:
+        slide_id: the cohort's.
+        file: name of the slide's file, without suffix, after which the tools name theirs.
+    """
+    stems = [file_stem(slide_id, told_apart=True), file_stem(slide_id), slide_id, file]
+    names = dict.fromkeys(file_name(tool, stem) for stem in stems for tool in _CHUNK if "/" not in stem)
+    return [name for name in names if len(name.encode()) <= NAME_BYTES]
 
 
 def coordinates_h5(grid: StoredGrid, tool: Tool, folder: str, target_mpp: float | None) -> bytes:

@@ -7,7 +7,6 @@ The page needs nothing else and stays below some 10 MB whatever the cohort's siz
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from pipeline.config import Config
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.evidence import OUTLINE
+from pipeline.interchange import file_stems
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.quality_pictures import SlidePicture, picture
 from pipeline.sources import patch_store
@@ -34,8 +34,7 @@ PICTURES = 36  # slides: about 150 KB each
 ROWS = 1000
 BINS = 24
 THREADS = 16  # they wait on the storage
-_UNSAFE = re.compile(r"[^\w. -]")
-_STEM_BYTES = 200  # of a file's name, for which file systems have 255
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # OWASP's list of what begins one
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def write_quality(
         fingerprint: of the tiling.
     """
     outputs = {"quality": storage.join(folder, "quality.html"), "quality_table": storage.join(folder, "quality.csv")}
-    names = safe_stems([row.slide_id for row in rows])
+    names = file_stems([row.slide_id for row in rows])
 
     def copy(row: QualityRow) -> None:
         if row.key is not None:
@@ -137,25 +136,18 @@ def write_quality(
     return outputs
 
 
-def safe_stems(slide_ids: Sequence[str]) -> dict[str, str]:
-    """Slide id -> name of its files: the id where it can be one, numbered where two would share it."""
-    names: dict[str, str] = {}
-    taken: Counter[str] = Counter()
-    for slide_id in slide_ids:
-        stem = _UNSAFE.sub("_", slide_id).strip(". ").encode()[:_STEM_BYTES].decode(errors="ignore") or "slide"
-        taken[stem.casefold()] += 1
-        number = taken[stem.casefold()]
-        names[slide_id] = stem if number == 1 else f"{stem}~{number}"
-    return names
-
-
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
-    """One row a slide, in the cohort's order."""
-    plain = [asdict(row) for row in rows]
+    """One row a slide, in the cohort's order. Text that a spreadsheet would take for a formula has a `'` before it."""
+    plain = [{name: _unarmed(value) for name, value in asdict(row).items()} for row in rows]
     columns = {field.name: [row[field.name] for row in plain] for field in fields(QualityRow)}
     sink = io.BytesIO()
     csv.write_csv(pa.table(columns), sink)
     return sink.getvalue()
+
+
+def _unarmed(value: object) -> object:
+    """A cell that no spreadsheet computes: ids and reasons come from files of others. Numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str) -> str:

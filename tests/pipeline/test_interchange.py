@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import SlideError
-from pipeline.interchange import StoredGrid, Tool, coordinates_h5, file_name, read_coordinates
+from pipeline.interchange import (
+    StoredGrid,
+    Tool,
+    coordinates_h5,
+    file_name,
+    file_names,
+    file_stems,
+    read_coordinates,
+)
 
 CORNERS = np.array([[0, 0], [1024, 0], [512, 3072], [99_328, 80_001]])
 
@@ -113,6 +124,40 @@ def test_without_microns_there_is_no_magnification_to_name() -> None:
     with pytest.raises(SlideError, match="export for CLAM"):
         coordinates_h5(stored(mpp=None), "trident", "out", None)
     assert read_coordinates(coordinates_h5(stored(mpp=None), "clam", "out", None), "a").tool == "clam"
+
+
+IDS = [
+    "a",
+    "A",
+    "x/y",
+    "x\\y",
+    "x_y",
+    "..",
+    "",
+    "a b.svs",
+    "é",
+    "e\u0301",
+    "-.",
+    "a\nb",
+    *("肝臓" * 90 + end for end in "ab"),
+]
+
+
+def test_names_of_files_can_be_names_and_differ(tmp_path: Path) -> None:
+    names = file_stems(IDS)
+    assert {slide_id for slide_id in IDS if names[slide_id] == slide_id} == {"a", "x_y", "a b.svs", "é"}
+    for stem in names.values():
+        (tmp_path / f"{stem}_patches.h5").touch()  # the longest of the suffixes
+    assert len({stem.casefold() for stem in names.values()}) == len(IDS) == len(list(tmp_path.iterdir()))
+
+
+@settings(max_examples=40)
+@given(st.text(), st.text(), st.sampled_from(["trident", "clam"]))
+def test_whatever_a_file_is_called_by_it_is_looked_for(one: str, other: str, tool: Tool) -> None:
+    for slide_id, stem in file_stems([one, other]).items():
+        assert file_name(tool, stem) in file_names(slide_id, "file")
+        assert file_name(tool, "file") in file_names(slide_id, "file")
+    assert all(len(name.encode()) <= 255 and "/" not in name for name in file_names(one, other))
 
 
 def test_names_of_the_files() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.patches import PatchStore, SlideStatus
-from pipeline.quality import PICTURES, ROWS, chosen, look_up, quality_page, quality_rows, safe_stems, write_quality
+from pipeline.quality import PICTURES, ROWS, chosen, look_up, quality_csv, quality_page, quality_rows, write_quality
 from pipeline.tiler import store_slide
 from tests.pipeline.small import small_config, write_cohort
 from tests.pipeline.test_report import Page
@@ -53,7 +54,7 @@ def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tm
         assert float(row["tissue"]) == pytest.approx(165 * 149 / (211 * 157), abs=0.03)
 
     outlines = sorted((tmp_path / "tissue").iterdir())
-    assert [path.name for path in outlines] == ["s0.geojson", "s0_again.geojson", "s1.geojson", "s2.geojson"]
+    assert [path.name for path in outlines] == ["s0.geojson", "s0_again~853ab97a.geojson", "s1.geojson", "s2.geojson"]
     assert outlines[0].read_bytes() == outlines[1].read_bytes()
     (feature,) = json.loads(outlines[0].read_text())["features"]
     xs = [x for x, _ in feature["geometry"]["coordinates"][0]]
@@ -107,15 +108,11 @@ def test_slides_that_are_not_tiled_or_gone_are_counted(tmp_path: Path) -> None:
     assert "1 not tiled yet" in quality_page(store, rows, "study", "abc")
 
 
-def test_names_of_files_can_be_names_and_differ() -> None:
-    names = safe_stems(["a", "A", "x/y", "x\\y", "..", "a b.svs", "é"])
-    assert list(names.values()) == ["a", "A~2", "x_y", "x_y~2", "slide", "a b.svs", "é"]
-
-
-def test_a_long_id_is_cut_to_what_file_systems_take(tmp_path: Path) -> None:
-    ids = ["肝臓" * 90 + end for end in "ab"]
-    names = safe_stems(ids)
-    for stem in names.values():
-        (tmp_path / f"{stem}_patches.h5").touch()  # the longest of the suffixes
-    assert len(set(names.values())) == 2
-    assert names[ids[1]] == names[ids[0]] + "~2"
+@pytest.mark.parametrize("evil", ["=1+1", "+1", "-2-3", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://a","b")'])
+def test_no_cell_of_the_table_is_a_formula(tiled: tuple[PatchStore, list[SlideStatus]], evil: str) -> None:
+    row = replace(quality_rows(*tiled)[0], slide_id=evil, uri=evil, reason=evil, mpp=-0.25, rejected_tissue=-3)
+    (read,) = csv.DictReader(io.StringIO(quality_csv([row]).decode(), newline=""))
+    assert {read["slide_id"], read["uri"], read["reason"]} == {f"'{evil}"}
+    assert (read["mpp"], read["rejected_tissue"], read["status"]) == ("-0.25", "-3", "committed")
+    plain = next(csv.DictReader(io.StringIO(quality_csv([replace(row, slide_id="a-1")]).decode())))
+    assert plain["slide_id"] == "a-1"
