@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ips.heads import linear_head
 from ips.model import IPSModel
 from ips.positions import GridPositions, IndexPositions
 from ips.schedule import parameter_groups
+from ips.scorer import evaluating
 from pipeline.config import Config
 from pipeline.config_model import AggregatorConfig, EncoderConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -28,11 +30,13 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
 
     Raises:
         ConfigError: `model.encoder.weights` does not fit the encoder, its width does not suit `model.positions`, or
-            timm is asked for and not installed.
+            timm is asked for and not installed, or its network cannot take patches of `tiling.patch_px`.
         StorageError: the weights cannot be read.
     """
     settings = config.model
     encoder, dim = _encoder(settings.encoder, pretrained=pretrained)
+    if isinstance(encoder, WrappedEncoder) and config.tiling.patch_px != "native":
+        _try(encoder, f"model.encoder.name: {settings.encoder.name}", config.tiling.patch_px)
     aggregator = _pool(settings.aggregator, dim, tasks=len(config.tasks))
     heads = {task.name: linear_head(task.kind, dim, len(task.outputs)) for task in config.tasks}
     try:
@@ -69,6 +73,24 @@ def build_encoder(settings: EncoderConfig) -> tuple[nn.Module, int]:
     return _encoder(settings, pretrained=True)
 
 
+def check_encoder(field: str, settings: EncoderConfig, patch_px: int) -> None:
+    """Refuse, by ConfigError, a network of timm that cannot take patches of this size; `field` is its section."""
+    if settings.name.startswith("timm:"):
+        encoder, _ = _encoder(settings, pretrained=False)
+        _try(cast(WrappedEncoder, encoder), f"{field}.name: {settings.name}", patch_px)
+
+
+def _try(encoder: WrappedEncoder, name: str, patch_px: int) -> None:
+    """One patch through a network that we do not know: many transformers take one size alone, and assert it."""
+    try:
+        with torch.no_grad(), evaluating(encoder):
+            encoder(torch.zeros(1, encoder.channels, patch_px, patch_px))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        made_for = cast(_TimmNetwork, encoder.network).pretrained_cfg["input_size"][-1]
+        problem = f"{name} cannot take patches of {patch_px} px ({error}); it was made for tiling.patch_px={made_for}"
+        raise ConfigError("config", [problem]) from error
+
+
 def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
     """The encoder and D."""
     encoder: ResNet | FeatureProjector | WrappedEncoder
@@ -89,7 +111,9 @@ def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, i
 
 
 class _TimmNetwork(Protocol):
-    num_features: int
+    head_hidden_size: int
+    """D of what it gives without a classifier. Not `num_features`: MobileNetV3, VGG and others have a layer between."""
+    pretrained_cfg: Mapping[str, Any]
 
 
 def timm_encoder(name: str, channels: int) -> WrappedEncoder:
@@ -110,4 +134,4 @@ def timm_encoder(name: str, channels: int) -> WrappedEncoder:
         close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ConfigError("config", [f"model.encoder.name: timm has no network {name!r}; near it are {close}"])
     network = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=0)
-    return WrappedEncoder(network, cast(_TimmNetwork, network).num_features, channels)
+    return WrappedEncoder(network, cast(_TimmNetwork, network).head_hidden_size, channels)

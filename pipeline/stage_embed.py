@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import cluster
+from pipeline.build import check_encoder
 from pipeline.config import Config
 from pipeline.embed import embed_slides
 from pipeline.features import stored_slides
@@ -34,6 +35,8 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     config = space.config
     store, settings = feature_store(config)
     slides = stored_slides(patch_store(config), space.records["tile"].facts["keys"].values())
+    for edge in {slide.patch_px for slide in slides}:
+        check_encoder("embed.encoder", settings.encoder, edge)
     workers = config.cluster.workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
     cpus, gpus = config.cluster.cpus_per_worker, config.cluster.gpus_per_worker

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ips.bag import Batch, TensorBag
 from ips.encoder import FeatureProjector, ResNet
 from ips.select import gather, select
-from pipeline.build import build_model, build_optimizer
-from pipeline.config_model import TrainConfig
+from pipeline.build import build_model, build_optimizer, check_encoder
+from pipeline.config_model import EncoderConfig, TrainConfig
 from pipeline.errors import ConfigError, StorageError
 from tests.pipeline.small import small_config
 
@@ -109,30 +110,43 @@ def test_a_width_that_has_no_positions_is_named() -> None:
         build_model(small_config(model=plain, **STORED))
 
 
-def test_timm_that_is_not_there_is_named_with_its_extra() -> None:
+def test_timm_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"model.encoder.name: timm:vit_tiny .*pip install 'ips-pipeline\[timm\]'"):
         build_model(small_config(model={"encoder": {"name": "timm:vit_tiny"}}))
 
 
 class _Patches(nn.Sequential):
-    num_features = 12
+    num_features, head_hidden_size = 10, 12  # as in MobileNetV3: a layer stands behind the features
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 12, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(nn.Conv2d(3, 10, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 12))
+
+
+class _OneSize(_Patches):
+    """As the vision transformers."""
+
+    pretrained_cfg: Mapping[str, object] = {"input_size": (3, 48, 48)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 48, f"Input height ({x.shape[-1]}) doesn't match model (48)."
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class _Timm(types.ModuleType):
-    """What the adapter uses of timm; the real one does not import beside this torch."""
+    """What the adapter uses of timm; the real one imports only with the torchvision of the torch at hand."""
 
     def is_model(self, name: str) -> bool:
-        return name == "vit_tiny"
+        return name in ("vit_tiny", "vit_48")
 
     def list_models(self, pattern: str) -> list[str]:
         return ["vit_tiny"] if pattern == "*vit*" else []
 
     def create_model(self, name: str, **options: object) -> nn.Module:
-        assert (name, options) == ("vit_tiny", {"pretrained": False, "in_chans": 3, "num_classes": 0})
-        return _Patches()
+        assert options == {"pretrained": False, "in_chans": 3, "num_classes": 0}
+        return _Patches() if name == "vit_tiny" else _OneSize()
 
 
 def test_a_timm_network_selects_and_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,3 +163,16 @@ def test_a_timm_network_selects_and_trains(monkeypatch: pytest.MonkeyPatch, tmp_
         select(model, [TensorBag(torch.zeros(5, 1, 16, 12))], 3, 5)
     with pytest.raises(ConfigError, match=r"timm has no network 'vit_huge'; near it are \['vit_tiny'\]"):
         build_model(small_config(model={"encoder": {"name": "timm:vit_huge"}}))
+
+
+def test_a_network_of_one_size_is_named_with_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", _Timm("timm"))
+    encoder = EncoderConfig(name="timm:vit_48")
+    plain = {"model": {"encoder": encoder.model_dump()}}
+    with pytest.raises(ConfigError, match=r"(?s)name: timm:vit_48 cannot take patches of 32 px \(Input.*patch_px=48"):
+        build_model(small_config(**plain))
+    model = build_model(small_config(**plain, tiling={"patch_px": 48, "mpp": None}))
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ConfigError, match=r"embed.encoder.name: timm:vit_48 cannot take patches of 256 px"):
+        check_encoder("embed.encoder", encoder, 256)
+    check_encoder("embed.encoder", encoder, 48)
