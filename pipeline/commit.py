@@ -20,7 +20,7 @@ from pipeline.config_base import fingerprint
 from pipeline.cutting import codec_fingerprint
 from pipeline.errors import SlideError, StorageError
 from pipeline.identity import reading_source
-from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, read_part, unpack
+from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
 from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
 from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.slide import SlideReader, tool_versions
@@ -49,6 +49,11 @@ class PlannedSlide:
     def attached(self, reader: SlideReader) -> PlannedSlide:
         """With the slide opened anew, so that its parts can be read."""
         return replace(self, tiling=self.tiling.attached(reader))
+
+    def share(self, parts: range) -> PlannedSlide:
+        """With what writing these parts needs of it."""
+        size = part_patches(self.tiling.grid.patch_px)
+        return replace(self, tiling=self.tiling.share(parts.start * size, parts.stop * size))
 
     @property
     def fingerprint(self) -> str:

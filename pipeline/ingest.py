@@ -118,7 +118,7 @@ def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, 
         parts = part_count(slide.planned.tiling)
         cut[number] = shares(parts, share_count(parts, slide.planned.tiling.grid.patch_px))
     open_shares = {number: len(parts) for number, parts in cut.items()}
-    items = (pickle.dumps((number, large[number], parts)) for number in cut for parts in cut[number])
+    items = (pickle.dumps((number, large[number].share(parts), parts)) for number in cut for parts in cut[number])
     final: dict[int, SlideStatus] = {}
     for number, outcome in _run(_tile_share, items, job):
         assert not isinstance(outcome, LargeSlide)

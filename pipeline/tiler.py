@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -45,6 +45,10 @@ class LargeSlide:
     slide: CohortSlide
     version: SourceVersion
     planned: PlannedSlide
+
+    def share(self, parts: range) -> LargeSlide:
+        """What goes to the task that writes these parts."""
+        return replace(self, planned=self.planned.share(parts))
 
 
 def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:

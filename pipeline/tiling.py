@@ -110,6 +110,12 @@ class SlideTiling:
         twin._reader, twin.bad_tiles = reader, []
         return twin
 
+    def share(self, start: int, stop: int) -> SlideTiling:
+        """The same plan with only what cutting `cells[start:stop]` needs; smaller where patches stand on no lattice."""
+        twin = copy.copy(self)
+        twin.grid = self.grid.only(self.cells[start:stop])
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the open slide and the pictures; the cells as bits of the grid: 10 KB for 250,000 patches."""
         left_out = {"_reader", "thumbnail", "evidence"}

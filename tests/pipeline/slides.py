@@ -84,7 +84,7 @@ def tile_in_shares(slide: CohortSlide, store: str, spec: TilingConfig = SPEC) ->
         return begun
     count = parts.part_count(begun.planned.tiling)
     for share in balance.shares(count, balance.share_count(count, PATCH)):
-        failed = store_share(begun, share, spec, store)
+        failed = store_share(begun.share(share), share, spec, store)
         if failed is not None:
             return failed
     return finish_slide(begun, spec, store)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -16,6 +17,8 @@ from pipeline import commit, parts, storage
 from pipeline.commit import PlannedSlide, commit_shares, plan_slide, write_pictures, write_share, write_slide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError, StorageError
+from pipeline.guide import Guide
+from pipeline.interchange import Coordinates
 from pipeline.parts import Part, part_count
 from pipeline.patches import PatchStore, slide_key
 from pipeline.slide import SlideReader, open_slide
@@ -55,14 +58,20 @@ def store(tmp_path: Path) -> PatchStore:
     return PatchStore(str(tmp_path / "store"), SPEC.fingerprint())
 
 
-def plan(reader: SlideReader, spec: TilingConfig = SPEC) -> PlannedSlide:
-    return plan_slide("d1", 0.5, reader, tile_slide(reader, spec, 0.5))
+def plan(reader: SlideReader, spec: TilingConfig = SPEC, guide: Guide | None = None) -> PlannedSlide:
+    return plan_slide("d1", 0.5, reader, tile_slide(reader, spec, 0.5, guide))
+
+
+def scattered(n: int) -> Guide:
+    """Places on no lattice, in no order, as another tool may give them."""
+    numbers = np.random.default_rng(0).choice((1013 - 32) * (787 - 32), n, replace=False)
+    return Guide(coords=Coordinates(np.stack(np.divmod(numbers, 787 - 32), axis=1), 32.0, 32.0, "clam"))
 
 
 def share(store: PatchStore, planned: PlannedSlide, numbers: range, path: Path) -> None:
     """What a task on another node does."""
     with open_slide(path) as reader:
-        write_share(store, pickle.loads(pickle.dumps(planned)).attached(reader), numbers, nothing)
+        write_share(store, pickle.loads(pickle.dumps(planned.share(numbers))).attached(reader), numbers, nothing)
 
 
 def test_a_plan_travels_small_and_whole(reader: SlideReader, store: PatchStore, tmp_path: Path) -> None:
@@ -77,19 +86,35 @@ def test_a_plan_travels_small_and_whole(reader: SlideReader, store: PatchStore, 
     assert twin.attached(reader).tiling.bad_tiles == []
 
 
+def test_a_share_takes_only_its_own_of_imported_patches(reader: SlideReader, store: PatchStore) -> None:
+    planned = write_pictures(store, plan(reader, guide=scattered(300_000)))
+    parts_of_it = range(100, 103)  # 199 patches each
+    whole, data = pickle.dumps(planned), pickle.dumps(planned.share(parts_of_it))
+    rest = len(pickle.dumps(write_pictures(store, plan(reader, guide=scattered(199)))))
+    assert rest < 9000
+    assert len(data) < rest + 3 * 199 * 8
+    assert len(whole) < rest + 300_000 * 8 + 1000  # once for each slide, on its way to the driver
+    twin, rows = pickle.loads(data), slice(100 * 199, 103 * 199)
+    assert twin.fingerprint == planned.fingerprint
+    for corners in ("level0_origins", "level_origins", "level0_boxes"):
+        there, here = getattr(twin.tiling.grid, corners), getattr(planned.tiling.grid, corners)
+        assert (there(twin.tiling.cells[rows]) == here(planned.tiling.cells[rows])).all()
+
+
+@pytest.mark.parametrize("guide", [None, scattered(744)], ids=["lattice", "imported"])
 @pytest.mark.parametrize("cuts", [[0, 1, 4], [0, 2, 3, 4], [0, 4]])
 def test_the_bytes_do_not_depend_on_the_shares(
-    cuts: list[int], reader: SlideReader, path: Path, store: PatchStore, tmp_path: Path
+    cuts: list[int], guide: Guide | None, reader: SlideReader, path: Path, store: PatchStore, tmp_path: Path
 ) -> None:
     whole = PatchStore(str(tmp_path / "whole"), SPEC.fingerprint())
-    stored = write_slide(whole, plan(reader), nothing)
-    planned = plan(reader)
+    stored = write_slide(whole, plan(reader, guide=guide), nothing)
+    planned = plan(reader, guide=guide)
     assert part_count(planned.tiling) == 4
     for start, stop in reversed(list(pairwise(cuts))):
         assert not store.has(planned.key)
         share(store, planned, range(start, stop), path)
     shared = commit_shares(store, planned)
-    assert shared.n_bad_tiles == stored.n_bad_tiles == 64
+    assert shared.n_bad_tiles == stored.n_bad_tiles == (64 if guide is None else 63)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
