@@ -24,24 +24,32 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(mlflow_uri: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("how", "epochs"), [("killed", 20), ("asked", 90)])
+def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(
+    how: str, epochs: int, mlflow_uri: str, tmp_path: Path
+) -> None:
+    """Asked, they are lost by SIGTERM and after a notice, upon which the next step is saved and none is lost."""
+    often = {"checkpoint_steps": 1} if how == "killed" else {}
     config = small_config(
         storage={"root": str(tmp_path)},
-        train={"epochs": 20, "batch_size": 2, "warmup_epochs": 1, "validate_every": 10},
-        cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
+        train={"epochs": epochs, "batch_size": 2, "warmup_epochs": 1, "validate_every": 10},
+        cluster={"cpus_per_worker": 1, **often},
     )
     slides = store_slides(write_cohort(tmp_path, ["no", "yes"] * 3 + ["no"]), tmp_path / "store", config)
     tracker = open_tracking(mlflow_uri, "worker", str(tmp_path / "artifacts"))
     folder = str(tmp_path / "train" / "small-aa")
     harmed = Job(config, tuple(slides[:5]), tuple(slides[5:]), "", folder, tracker, tracker.start_run("train"))
     (tmp_path / "job").write_bytes(pickle.dumps(harmed))
-    command = [sys.executable, "-m", "tests.pipeline.lost_node", str(tmp_path / "job")]
+    command = [sys.executable, "-m", "tests.pipeline.lost_node", str(tmp_path / "job"), how]
     environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "killed worker" in done.stdout
+    assert f"{how} worker" in done.stdout
     assert "removed its node" in done.stdout
+    if how == "asked":
+        noticed, saved = (tmp_path / "train" / "notice").read_text().split()
+        assert noticed == saved
 
     whole = replace(harmed, folder=str(tmp_path / "whole"), run_id=tracker.start_run("train"))
     threads = torch.get_num_threads()
@@ -54,4 +62,4 @@ def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(mlflow_uri: s
     expected, weights = (load_file(Path(one) / last.name / WEIGHTS) for one in (whole.folder, folder))
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
     steps = [metric.step for metric in tracker.client.get_metric_history(harmed.run_id, "loss")]
-    assert sorted(steps) == list(range(1, 61))
+    assert sorted(steps) == list(range(1, 3 * epochs + 1))
