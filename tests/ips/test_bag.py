@@ -13,6 +13,7 @@ def test_chunks_give_every_row_once_in_order() -> None:
     assert [len(chunk.index) for chunk in chunks] == [7, 7, 7, 2]
     assert torch.equal(torch.cat([chunk.index for chunk in chunks]), torch.arange(23))
     assert torch.equal(torch.cat([chunk.patches for chunk in chunks]), bag.patches)
+    assert chunks[1].patches.data_ptr() == bag.patches[7:].data_ptr()  # views: reading a bag copies nothing
     assert bag.positions is not None
     assert torch.equal(torch.cat([c.positions for c in chunks if c.positions is not None]), bag.positions)
 
