@@ -169,9 +169,14 @@ def test_epoch_metrics_average_losses_and_count_patches() -> None:
 
 
 @pytest.mark.slow
-def test_a_storage_that_goes_away_is_waited_for(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("away_s", [0.5, pytest.param(60.0, marks=pytest.mark.nightly)])
+def test_a_storage_that_goes_away_is_waited_for(
+    away_s: float, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times shortly, the first time before anything is read; or a minute, after the first checkpoint."""
     with serve_s3(tmp_path / "s3") as server:
-        for name, value in {**server.env, "AWS_MAX_ATTEMPTS": "24"}.items():
+        for name, value in {**server.env, "AWS_MAX_ATTEMPTS": "24"}.items():  # as `train` gives its workers
             monkeypatch.setenv(name, value)
         port = int(server.endpoint.rpartition(":")[2])
         bucket = server.bucket("bucket")
@@ -188,10 +193,17 @@ def test_a_storage_that_goes_away_is_waited_for(job: Job, tmp_path: Path, monkey
     started = replace(started, run_id=job.tracker.start_run("train"))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_session, started, Ranks(), torch.device("cpu"), None)
-        for _ in range(3):
-            time.sleep(0.5)
+        if away_s > 1:
             with serve_s3(tmp_path / "s3", port):
-                time.sleep(0.5)
+                while not list(tmp_path.glob("s3/bucket/run/*/checkpoint.json")):
+                    time.sleep(0.01)
+            time.sleep(away_s)
+            assert not running.done()
+        else:
+            for _ in range(3):
+                time.sleep(away_s)
+                with serve_s3(tmp_path / "s3", port):
+                    time.sleep(0.5)
         with serve_s3(tmp_path / "s3", port):
             last = running.result(100)
             found = newest(started.folder)
