@@ -25,9 +25,9 @@ from pipeline.parts import part_count
 from pipeline.patches import PatchStore
 from pipeline.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.verify import verify_store
-from tests.faults import Fault, faulty_s3
+from tests.faults import Fault, Faults, faulty_s3
 from tests.pipeline.slides import RGB, SPEC, contents, row, sampled_digests, small_tasks, tile_in_shares
-from tests.s3 import serve_s3
+from tests.s3 import S3Server, serve_s3
 from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
 
@@ -256,55 +256,56 @@ def same_slides(store: dict[str, bytes], other: dict[str, bytes]) -> bool:
     return one == two
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["busy", "reset", "short", "silent"])
-def test_a_bad_network_costs_time_only(
-    fault: Fault, slide: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3, "READ_S", 0.3)
+@pytest.fixture
+def behind(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Server, Faults]]:
+    """s3://bucket/slide.tiff on a server, and the bad network that this process sees it through."""
     (tmp_path / "bucket").mkdir()
     shutil.copy(slide, tmp_path / "bucket")
     with serve_s3(tmp_path) as server, faulty_s3(server.endpoint) as faults:
-        for name, value in server.env.items():
+        for name, value in {**server.env, "AWS_ENDPOINT_URL": faults.endpoint}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
-        faults.every(fault, 20 if fault == "silent" else 4)
-        status = tile_in_shares(row("s3://bucket/slide.tiff"), "s3://bucket/store")
-        assert status.status == "committed", status.error
-        assert faults.spoilt > (1 if fault == "silent" else 5)
+        yield server, faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["busy", "reset", "short", "silent"])
+def test_a_bad_network_costs_time_only(
+    fault: Fault,
+    behind: tuple[S3Server, Faults],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3, "READ_S", 0.3)
+    _, faults = behind
+    faults.every(fault, 20 if fault == "silent" else 4)
+    status = tile_in_shares(row("s3://bucket/slide.tiff"), "s3://bucket/store")
+    assert status.status == "committed", status.error
+    assert faults.spoilt > (1 if fault == "silent" else 5)
     assert same_slides(contents(tmp_path / "bucket" / "store"), undisturbed)
 
 
 @pytest.mark.slow
 def test_a_source_that_stays_away_is_tried_again_by_the_next_run(
-    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    behind: tuple[S3Server, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PATIENCE_S", 0.2)
-    (tmp_path / "bucket").mkdir()
-    shutil.copy(slide, tmp_path / "bucket")
-    with serve_s3(tmp_path) as server, faulty_s3(server.endpoint) as faults:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
-        faults.times("busy", 1000, "GET", "slide.tiff")
-        status = store_slide(row("s3://bucket/slide.tiff"), SPEC, str(tmp_path / "store"))
-        assert (status.reason or "").startswith("source: ")
-        assert "SlowDown" in (status.reason or "")
-        assert not list((tmp_path / "store").rglob("*"))
-        faults.times("busy", 0)
-        assert store_slide(row("s3://bucket/slide.tiff"), SPEC, str(tmp_path / "store")).status == "committed"
+    _, faults = behind
+    faults.times("busy", 1000, "GET", "slide.tiff")
+    status = store_slide(row("s3://bucket/slide.tiff"), SPEC, str(tmp_path / "store"))
+    assert (status.reason or "").startswith("source: ")
+    assert "SlowDown" in (status.reason or "")
+    assert not list((tmp_path / "store").rglob("*"))
+    faults.times("busy", 0)
+    assert store_slide(row("s3://bucket/slide.tiff"), SPEC, str(tmp_path / "store")).status == "committed"
 
 
 @pytest.mark.slow
 def test_a_server_killed_mid_slide_is_waited_for(
-    slide: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    behind: tuple[S3Server, Faults], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    (tmp_path / "bucket").mkdir()
-    shutil.copy(slide, tmp_path / "bucket")
-    with serve_s3(tmp_path) as server, faulty_s3(server.endpoint) as faults, ThreadPoolExecutor(1) as pool:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+    server, faults = behind
+    with ThreadPoolExecutor(1) as pool:
         down = threading.Event()
 
         def killing(method: str, path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipeline.byte_source import GAP
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slide import open_slide, open_uri, tool_versions
+from pipeline.slide import SlideReader, open_slide, open_uri, tool_versions
+from pipeline.slide_openslide import OpenSlideReader
 from pipeline.slide_tiff import TiffReader
 from pipeline.staging import Staging
 from tests.s3 import S3Server, serve_s3
@@ -37,17 +38,22 @@ def test_facts_of_a_pyramid(slide: Path) -> None:
         assert reader.vendor == "generic-tiff"
 
 
-def test_level0_pixels_are_those_of_the_tiles(slide: Path) -> None:
+both = pytest.mark.parametrize("opened", [open_slide, OpenSlideReader])
+
+
+@both
+def test_level0_pixels_are_those_of_the_tiles(slide: Path, opened: Callable[[Path], SlideReader]) -> None:
     offset, length = tile_span(slide, 0, 1)  # tile row 0, column 1
     tile = simplejpeg.decode_jpeg(slide.read_bytes()[offset : offset + length])
-    with open_slide(slide) as reader:
+    with opened(slide) as reader:
         got = reader.read(0, 240, 0, 240, 240)
     assert got.dtype == np.uint8
     assert np.array_equal(got, tile)
 
 
-def test_boxes_are_placed_in_the_px_of_their_level(slide: Path) -> None:
-    with open_slide(slide) as reader:
+@both
+def test_boxes_are_placed_in_the_px_of_their_level(slide: Path, opened: Callable[[Path], SlideReader]) -> None:
+    with opened(slide) as reader:
         at1, at0 = reader.read(1, 101, 67, 53, 31), reader.read(0, 202, 134, 106, 62)
     halved = np.asarray(Image.fromarray(at0).resize((53, 31), Image.Resampling.BOX))
     assert at1.shape == (31, 53, 3)
@@ -55,9 +61,14 @@ def test_boxes_are_placed_in_the_px_of_their_level(slide: Path) -> None:
     assert np.abs(at1.astype(int) - halved[::-1]).mean() > 6
 
 
+@pytest.mark.parametrize(
+    ("opened", "where"), [(open_slide, "level 0, tile at x 240, y 0"), (OpenSlideReader, "level 0, x 230, y 0")]
+)
 @pytest.mark.parametrize("spoil", ["zeroed", "bits flipped", "cut short"])
-def test_a_bad_tile_costs_only_the_reads_that_touch_it(slide: Path, spoil: str) -> None:
-    with open_slide(slide) as reader:
+def test_a_bad_tile_costs_only_the_reads_that_touch_it(
+    slide: Path, spoil: str, opened: Callable[[Path], SlideReader], where: str
+) -> None:
+    with opened(slide) as reader:
         neighbour = reader.read(0, 480, 0, 240, 240)
     offset, length = tile_span(slide, 0, 1)
     data = slide.read_bytes()[offset : offset + length]
@@ -67,9 +78,9 @@ def test_a_bad_tile_costs_only_the_reads_that_touch_it(slide: Path, spoil: str) 
         "cut short": data[:20] + bytes(length - 20),
     }
     overwrite(slide, offset, spoilt[spoil])
-    with open_slide(slide) as reader:
+    with opened(slide) as reader:
         for _ in range(2):
-            with pytest.raises(BadTileError, match=r"level 0, tile at x 240, y 0") as caught:
+            with pytest.raises(BadTileError, match=where) as caught:
                 reader.read(0, 230, 0, 20, 20)
             assert caught.value.reason == "bad-tile"
             assert np.array_equal(reader.read(0, 480, 0, 240, 240), neighbour)

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from ips.aggregator import Aggregator
@@ -25,6 +25,7 @@ from pipeline.hands import Pick, select_hand
 from pipeline.loop import Slides, train_steps
 from pipeline.plan import Step, epoch_plan
 from pipeline.ranks import Ranks, joined_ranks
+from tests.pipeline.test_loop import TinyEncoder, _open
 
 LENGTHS = (5, 90, 8, 11, 40, 7, 14, 6, 17, 9, 12)
 SELECT = SelectConfig(memory=3, chunk=7)
@@ -32,26 +33,11 @@ SELECT = SelectConfig(memory=3, chunk=7)
 SETTINGS = TrainConfig(epochs=7, batch_size=4, lr=1e-2, warmup_epochs=1, bounded=True, norm="frozen", grad_chunk=4)
 
 
-class Encoder(nn.Module):
-    """(n, 3, 5, 7) -> (n, 8)."""
-
-    dim = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.conv(x)).relu().amax(dim=(2, 3))
-        return out
-
-
 def _model() -> IPSModel:
     torch.manual_seed(0)
     aggregator = Aggregator(8, tasks=1, heads=2, key_dim=4, value_dim=4, hidden_dim=16, dropout=0.0)
     head = {"spot": linear_head("binary", 8, 2)}
-    return IPSModel(Encoder(), aggregator, head, None, (0.5,) * 3, (0.25,) * 3).double()
+    return IPSModel(TinyEncoder(), aggregator, head, None, (0.5,) * 3, (0.25,) * 3).double()
 
 
 def _slides() -> Slides:
@@ -59,10 +45,6 @@ def _slides() -> Slides:
     bags = [TensorBag(torch.randint(0, 255, (n, 3, 5, 7), dtype=torch.uint8, generator=generator)) for n in LENGTHS]
     targets = [{"spot": float(n % 2)} for n in LENGTHS]
     return Slides(LENGTHS, targets, {"spot": "binary"}, partial(_open, bags))
-
-
-def _open(bags: Sequence[Bag], index: int, _epoch: int) -> Bag:
-    return bags[index]
 
 
 Chosen = dict[tuple[int, int], list[int]]
