@@ -141,13 +141,14 @@ def _begin(
             return _committed(slide, known)
         with reading_source():
             tiling = tile_slide(reader, spec, mpp, guide)
-            if known is not None:
-                if not tiling.reads_any({(x, y) for x, y in patches.facts(key)["bad_tiles"]}):
-                    return _committed(slide, known)
-                digest = slide_digest(place, whole=True)  # a mended copy: the samples do not tell it
-                key = slide_key(digest.sha256, mpp, guide.digest)
-                if patches.has(key):
-                    return _committed(slide, patches.slide(key))
+        if known is not None:
+            lost = {(x, y) for x, y in patches.facts(key)["bad_tiles"]}
+            with reading_source():
+                if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
+                    digest = slide_digest(place, whole=True)
+            key = slide_key(digest.sha256, mpp, guide.digest)
+            if patches.has(key):
+                return _committed(slide, patches.slide(key))
         sampled = None if digest.whole else version
         planned = plan_slide(digest.sha256, mpp, reader, tiling, guide.digest, sampled)
         check = _unchanged(slide, spec, version)
