@@ -23,6 +23,7 @@ RGB = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Boxes = npt.NDArray[np.int64]
 
+EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder gives them without the rest
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
 SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
 UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
@@ -113,6 +114,19 @@ class SlideReader(ABC):
         """
         del level, boxes  # a reader that fetches nothing ahead need not know
 
+    def has_eighths(self, level: int) -> bool:
+        """Whether a level can be read at an eighth of its size for less than by `read`."""
+        del level
+        return False
+
+    def read_eighth(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """Pixels (ceil(h / 8), ceil(w / 8), 3) of a box, each the mean of 8 x 8 px to within rounding.
+
+        Args and errors as `read`; x and y are multiples of 8, and w and h where the box does not end with the level.
+        Only for levels with `has_eighths`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no eighths of level {level}: {x}, {y}, {w}, {h}")
+
     def __enter__(self) -> Self:
         return self
 
@@ -130,6 +144,8 @@ class SlideReader(ABC):
         number = max((i for i, lv in enumerate(self.levels) if max(lv.width, lv.height) >= max_px), default=0)
         level = self.levels[number]
         factor = max(1, max(level.width, level.height) // max_px)
+        if factor >= EIGHTH and self.has_eighths(number):
+            factor -= factor % EIGHTH
         rgb = np.full((-(-level.height // factor), -(-level.width // factor), 3), UNREAD, np.uint8)
         unread = np.zeros(rgb.shape[:2], np.bool_)
         step = _power_of_two(BLOCK_PX // factor)
@@ -159,7 +175,10 @@ class SlideReader(ABC):
     def _reduced(self, number: int, factor: int, top: int, left: int, step: int) -> RGB:
         """One block of an overview: `step` of its px, each the mean of factor x factor px of the level."""
         ((x, y, w, h),) = self._level_boxes(number, factor, [(top, left, step)]).tolist()
-        pixels = self.read(number, x, y, w, h)
+        if factor % EIGHTH == 0 and self.has_eighths(number):
+            pixels, factor = self.read_eighth(number, x, y, w, h), factor // EIGHTH
+        else:
+            pixels = self.read(number, x, y, w, h)
         return np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
 
     def _level_boxes(self, number: int, factor: int, blocks: list[tuple[int, int, int]]) -> Boxes:

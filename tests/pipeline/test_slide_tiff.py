@@ -13,6 +13,7 @@ import simplejpeg
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline import slide_tiff
 from pipeline.errors import BadTileError, SlideError
@@ -21,6 +22,7 @@ from pipeline.slide_openslide import OpenSlideReader
 from pipeline.slide_reader import RGB, SlideReader
 from pipeline.slide_tiff import TiffReader
 from pipeline.tiff_layout import TiledPage
+from pipeline.tissue import tissue_mask
 from tests.synth import cut, overwrite, philips_xml, tile_span, tissue_rgb, write_pyramid, zero_tile
 
 PICTURE = tissue_rgb(613, 487)
@@ -178,6 +180,101 @@ def test_each_tile_is_decoded_once_while_boxes_come_row_by_row(slide: Path, monk
         assert len(decoded) == 6
         again = [reader.read(0, *box) for box in boxes.tolist()[::-1]]
     assert all(np.array_equal(one, other) for one, other in zip(read, again[::-1], strict=True))
+
+
+class Whole(TiffReader):
+    """Decodes in full what the reader decodes as an eighth."""
+
+    def read_eighth(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        return np.asarray(Image.fromarray(self.read(level, x, y, w, h)).reduce(8))
+
+
+def in_full(reader: SlideReader) -> SlideReader:
+    assert isinstance(reader, TiffReader)
+    reader.__class__ = Whole
+    return reader
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), variant=st.sampled_from(["4:4:4", "4:2:2", "4:2:0", "Aperio", "sparse"]))
+def test_an_eighth_is_the_mean_of_8_by_8_px(tmp_path: Path, data: st.DataObject, variant: str) -> None:
+    path = tmp_path / f"{variant}.tiff"
+    if not path.exists():
+        write_pyramid(path, PICTURE, **VARIANTS[variant])
+    x, y = 8 * data.draw(st.integers(0, 76)), 8 * data.draw(st.integers(0, 60))
+    w, h = (min(8 * data.draw(st.integers(1, 80)), end - start) for start, end in ((x, 613), (y, 487)))
+    with open_slide(path) as reader, open_slide(path) as other:
+        assert reader.has_eighths(0)
+        small, mean = reader.read_eighth(0, x, y, w, h), in_full(other).read_eighth(0, x, y, w, h)
+    assert small.shape == mean.shape == (-(-h // 8), -(-w // 8), 3)
+    apart = np.abs(small.astype(int) - mean)
+    # px are cut off at 0 and 255, and what was coded is not; chroma of fewer px is smoothed across blocks
+    assert apart.max() <= (24 if variant in ("4:2:2", "4:2:0") else 6)
+    assert apart.mean() < 0.8
+
+
+def test_the_mask_of_one_level_is_that_of_a_full_read_to_a_thousandth(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1409, 1103, seed=4), levels=1, subsampling="420", shared=True)
+    with open_slide(path) as reader, open_slide(path) as again, open_slide(path) as other:
+        found, full = reader.overview(130), in_full(other).overview(130)  # 10 px to one: eighths, resized
+        assert np.array_equal(found.rgb, again.overview(130).rgb)
+    assert found.scale == full.scale
+    assert np.abs(found.rgb.astype(int) - full.rgb).max() <= 8
+    ours, theirs = tissue_mask(found.rgb), tissue_mask(full.rgb)
+    assert 0.2 < theirs.mean() < 0.5
+    assert (ours != theirs).mean() < 0.001
+
+
+def test_an_overview_decodes_only_the_tiles_at_a_ragged_edge_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, decode = [], slide_tiff._decoded
+
+    def counted(page: TiledPage, data: bytes, out: RGB) -> RGB:
+        decoded.append(1)
+        return decode(page, data, out)
+
+    monkeypatch.setattr(slide_tiff, "_decoded", counted)
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1208, 967), levels=1)  # 1208 = 8 * 151; 6 x 5 tiles
+    with open_slide(path) as reader:
+        reader.overview(100)
+    assert len(decoded) == 6
+
+
+def test_what_lies_beyond_the_edge_does_not_count(tmp_path: Path) -> None:
+    picture, path = np.full((480, 720, 3), (250, 0, 250), np.uint8), tmp_path / "a.tif"
+    picture[:309, :453] = (200, 190, 30)
+    tiles = [
+        simplejpeg.encode_jpeg(np.ascontiguousarray(picture[y : y + 240, x : x + 240]), quality=100)
+        for y in (0, 240)
+        for x in (0, 240)
+    ]
+    options: dict[str, Any] = {"tile": (240, 240), "compression": "jpeg", "photometric": "ycbcr", "subsampling": (1, 1)}
+    tifffile.imwrite(path, iter(tiles), shape=(309, 453, 3), dtype=np.uint8, **options)
+    with open_slide(path) as reader:
+        assert isinstance(reader, TiffReader)
+        small = reader.read_eighth(0, 0, 0, 453, 309)
+    assert np.abs(small.astype(int) - (200, 190, 30)).max() <= 40  # of the last px, by the block that the edge cuts
+    assert np.abs(small[:-1, :-1].astype(int) - (200, 190, 30)).max() <= 3
+
+
+def test_a_bad_tile_of_an_eighth_is_that_tile(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1409, 1103), levels=1)
+    zero_tile(path, 0, 6)
+    with open_slide(path) as reader, open_slide(path) as other:
+        with pytest.raises(BadTileError, match="tile at x 0, y 240"):
+            reader.read_eighth(0, 8, 248, 16, 16)
+        found, full = reader.overview(130), in_full(other).overview(130)
+    assert found.unread.any()
+    assert np.array_equal(found.unread, full.unread)
+
+
+def test_jpeg_2000_has_no_eighths(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PICTURE, tile=(128, 128), compression="APERIO_JP2000_RGB", photometric="rgb")
+    with open_slide(path) as reader:
+        assert not reader.has_eighths(0)
+        assert reader.overview(60).rgb.shape == (48, 60, 3)
 
 
 def test_decoded_tiles_do_not_pile_up(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
