@@ -42,6 +42,8 @@ def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tm
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "not-a-slide: 1" in page
+    assert ">4 slides</text>" in page  # the four have as many patches
+    assert ">1 slide</text>" in quality_page(store, quality_rows(store, statuses[:1]), "study", "abc")
     assert page.count("<figure>") == 4
 
     with Path(outputs["quality_table"]).open(newline="") as file:
