@@ -76,6 +76,9 @@ class DamagedError(StorageError):
 class SlideError(PipelineError):
     """One slide cannot be used. `reason` is the short category that reports and ledgers count by."""
 
+    left: str | None = None
+    """Key of the slide in the store, where files of it were written before it was given up."""
+
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(message)

@@ -157,11 +157,12 @@ class PatchStore:
         version: Mapping[str, Any] = storage.read_json(pointer)["version"] if storage.exists(pointer) else {}
         return version
 
-    def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus) -> None:
-        """Remember what became of this version of the source."""
+    def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus, left: str | None = None) -> None:
+        """Remember what became of this version of the source, and the key under which a slide given up left files."""
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
         source = {"uri": slide.uri, "mpp": slide.mpp, "mask": slide.mask, "coords": slide.coords}
-        storage.write_json(self._pointer(slide), {"source": source, "version": asdict(version), "status": outcome})
+        record = {"source": source, "version": asdict(version), "status": outcome, "left": left}
+        storage.write_json(self._pointer(slide), record)
 
     def has(self, key: str) -> bool:
         """Whether the slide is committed."""

@@ -13,7 +13,7 @@ from pipeline.embed import embed_slides
 from pipeline.features import stored_slides
 from pipeline.sources import feature_store, patch_store
 from pipeline.stage import Record, Stage, Workspace
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, gone_from
 
 log = logging.getLogger(__name__)
 
@@ -56,4 +56,10 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     return Record("embed", stage_fingerprint, {"features": store.uri}, metrics, {"made": done})
 
 
-EMBED = Stage("embed", _identity, _embed)
+def _outdated(space: Workspace, _record: Record) -> str | None:
+    """Slides whose features are not whole in the store any more; those alone are then made again."""
+    keys: Mapping[str, str] = space.records["tile"].facts["keys"]
+    return gone_from("features", keys, feature_store(space.config)[0].has)
+
+
+EMBED = Stage("embed", _identity, _embed, _outdated)

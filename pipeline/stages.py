@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +30,7 @@ from pipeline.patches import SlideStatus
 from pipeline.saver import model_folder
 from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.stage import Record, Stage, Workspace
-from pipeline.storage import SourceVersion, join, list_names, source_version, write_bytes
+from pipeline.storage import SourceVersion, join, source_version, write_bytes
 from pipeline.tiler import TRANSIENT, version_of
 
 if TYPE_CHECKING:
@@ -123,13 +123,18 @@ def _tile_slides(space: Workspace) -> list[SlideStatus]:
 
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
-    """Slides that somebody removed from the store since; those alone are then tiled again."""
-    keys: Mapping[str, str] = record.facts["keys"]
+    """Slides that are not whole in the store any more (no slide.json); those alone are then tiled again."""
     if space.config.cohort.megapixel_mnist is not None:
         return None
-    there = set(list_names(patch_store(space.config).uri))
-    gone = sorted(slide for slide, key in keys.items() if key not in there)
-    return f"{len(gone)} slides are gone from the store: {', '.join(gone[:5])}" if gone else None
+    return gone_from("store", record.facts["keys"], patch_store(space.config).has)
+
+
+def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -> str | None:
+    """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
+    with ThreadPoolExecutor(16) as pool:
+        there = list(pool.map(has, keys.values()))
+    gone = sorted(slide for slide, found in zip(keys, there, strict=True) if not found)
+    return f"{len(gone)} slides are gone from the {store}: {', '.join(gone[:5])}" if gone else None
 
 
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:

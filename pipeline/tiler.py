@@ -96,7 +96,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         check()
         if large.planned.is_done(patches):  # from another file with the same content
             return
-        with opened(slide, spec) as reader:
+        with opened(slide, spec) as reader, _leaving(large.planned.key):
             write_share(patches, large.planned.attached(reader), parts, check)
 
     return _outcome(slide, large.version, patches, work)
@@ -112,7 +112,8 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
 
     def work() -> SlideStatus:
         _unchanged(large.slide, spec, large.version)()
-        return _committed(large.slide, commit_shares(patches, large.planned))
+        with _leaving(large.planned.key):
+            return _committed(large.slide, commit_shares(patches, large.planned))
 
     return _outcome(large.slide, large.version, patches, work)
 
@@ -157,17 +158,29 @@ def _begin(
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version
             return LargeSlide(slide, version, write_pictures(patches, planned))
-        return _committed(slide, write_slide(patches, planned, check))
+        with _leaving(planned.key):
+            return _committed(slide, write_slide(patches, planned, check))
+
+
+@contextmanager
+def _leaving(key: str) -> Iterator[None]:
+    """A slide that is given up in the block leaves files under its key."""
+    try:
+        yield
+    except SlideError as error:
+        error.left = key
+        raise
 
 
 def _outcome(
     slide: CohortSlide, version: SourceVersion, patches: PatchStore, work: Callable[[], Result]
 ) -> Result | SlideStatus:
     """What the work gives; whatever is wrong with the slide as its status. A final status is recorded."""
+    left = None
     try:
         found = work()
     except SlideError as error:
-        status = quarantined(slide, error.reason, error)
+        status, left = quarantined(slide, error.reason, error), error.left
         if error.reason in TRANSIENT:
             return status
     except (StorageError, ConfigError):
@@ -178,7 +191,7 @@ def _outcome(
         if not isinstance(found, SlideStatus):
             return found
         status = found
-    patches.record(slide, version, status)
+    patches.record(slide, version, status, left)
     return status
 
 

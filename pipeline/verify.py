@@ -27,7 +27,9 @@ from pipeline.schema import INDEX
 _SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fingerprints of tiling spec and encoder
 _SLIDE = re.compile(r"^[0-9a-f]{32}$")  # and in them: slides by their key
 _CLEAN = "delete it when no run is active"
-_REPAIR = "delete the slide's folder and the tile stage's records (stages/tile-*.json), and run the tile stage"
+_REPAIR = "delete the slide's folder, and run the tile stage (for features the embed stage)"
+_GIVEN_UP = "delete the folder when no run is active"
+_GO_ON = "the next run goes on with it if its slide is still in the cohort, and what it was; else delete the folder"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ class _Commit:
     """Whether its index is whole."""
 
 
+@dataclass(frozen=True)
+class _Fates:
+    """What the records of a spec's sources say became of slides."""
+
+    committed: Mapping[str, str]
+    """Key -> URI of the record."""
+    given_up: Mapping[str, str]
+    """Key under which something was left -> reason."""
+
+
 _Check = Callable[[], list[Finding]]
 
 
@@ -97,8 +109,11 @@ def verify_store(store: str, threads: int, on_progress: Callable[[int, int], Non
 
 def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progress: Callable[[int, int], None]) -> None:
     folders = [storage.join(spec, name) for name in storage.list_names(spec) if _SLIDE.match(name)]
+    sources = [storage.join(spec, SOURCES, name) for name in storage.list_names(storage.join(spec, SOURCES))]
+    fates, damaged = _fates(list(pool.map(_source, sources)))
+    report.add(damaged)
     commits = []
-    for commit, findings in pool.map(_look_at, folders):
+    for commit, findings in pool.map(lambda uri: _look_at(uri, fates), folders):
         report.add(findings)
         if commit is not None:
             commits.append(commit)
@@ -107,10 +122,11 @@ def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progres
         report.add(findings)
         on_progress(done, len(checks))
     keys = {str(commit.facts["key"]) for commit in commits}
-    sources = [storage.join(spec, SOURCES, name) for name in storage.list_names(storage.join(spec, SOURCES))]
-    for findings in pool.map(lambda uri: _source(uri, keys), sources):
-        report.add(findings)
-    report.add(_unfinished(spec, keys))
+    looked_at = {uri.rpartition("/")[2] for uri in folders}
+    for key, uri in fates.committed.items():
+        if key not in looked_at:
+            report.add([Finding(uri, f"its slide {key} is gone", "the next run tiles it")])
+    report.add(_unfinished(spec, keys, fates))
     entries = [entry for commit in commits for entry in _entries(commit.facts)]
     report.slides += len(commits)
     report.patches += sum(commit.facts["n_patches"] for commit in commits)
@@ -147,14 +163,13 @@ def _is_of(facts: Mapping[str, Any], key: str) -> bool:
     return bool(facts["key"] == key == made)
 
 
-def _look_at(uri: str) -> tuple[_Commit | None, list[Finding]]:
+def _look_at(uri: str, fates: _Fates) -> tuple[_Commit | None, list[Finding]]:
     """A slide's folder: its commit with the index, and what is there that is not the commit's."""
     names = storage.list_versions(uri)
     stale = [name for name in names if storage.is_temporary(name)]
     found = [Finding(storage.join(uri, name), "its writer was killed or is still writing", _CLEAN) for name in stale]
     if "slide.json" not in names:
-        what = f"{len(names) - len(stale)} files of a slide that is not committed"
-        return None, [*found, Finding(uri, what, "the next run goes on with it")]
+        return None, [*found, _uncommitted(uri, len(names) - len(stale), fates)]
     try:
         facts = storage.read_json(storage.join(uri, "slide.json"))
         right = _is_of(facts, uri.rpartition("/")[2])
@@ -170,6 +185,17 @@ def _look_at(uri: str) -> tuple[_Commit | None, list[Finding]]:
     ]
     broken = _index(uri, facts)
     return _Commit(uri, facts, not broken), found + broken
+
+
+def _uncommitted(uri: str, files: int, fates: _Fates) -> Finding:
+    """What a folder without a commit is: a slide that lost it, one that was given up, or a killed run's."""
+    key = uri.rpartition("/")[2]
+    if key in fates.committed:
+        what = f"is gone, and {fates.committed[key]} says that the slide was committed"
+        return _damage(storage.join(uri, "slide.json"), what, "run the tile stage, which tiles the slide again")
+    if key in fates.given_up:
+        return Finding(uri, f"{files} files of a slide that was given up: {fates.given_up[key]}", _GIVEN_UP)
+    return Finding(uri, f"{files} files of a slide that is not committed", _GO_ON)
 
 
 def _index(uri: str, facts: Mapping[str, Any]) -> list[Finding]:
@@ -229,24 +255,43 @@ def _read(uri: str, entry: Mapping[str, Any]) -> tuple[bytes | None, list[Findin
     return None, [_damage(uri, what)]
 
 
-def _source(uri: str, keys: set[str]) -> list[Finding]:
-    """What one source is remembered to have become."""
+def _source(uri: str) -> tuple[str, str | None, str | None, str] | Finding:
+    """What one source is remembered to have become: URI, key, key of what was left, reason."""
     try:
         record = storage.read_json(uri)
-        key = record["status"]["key"]
-    except (StorageError, KeyError, TypeError) as error:
-        return [_damage(uri, f"cannot be read: {error}", "delete it; the next run looks at the slide again")]
-    if key is not None and key not in keys:
-        return [Finding(uri, f"its slide {key} is not committed", "the next run tiles it")]
-    return []
+        status = record["status"]
+        return uri, status["key"], record.get("left"), str(status["reason"])
+    except (StorageError, KeyError, TypeError, AttributeError) as error:
+        return _damage(uri, f"cannot be read: {error}", "delete it; the next run looks at the slide again")
 
 
-def _unfinished(spec: str, keys: set[str]) -> list[Finding]:
+def _fates(sources: Iterable[tuple[str, str | None, str | None, str] | Finding]) -> tuple[_Fates, list[Finding]]:
+    committed, given_up, damaged = {}, {}, []
+    for source in sources:
+        if isinstance(source, Finding):
+            damaged.append(source)
+            continue
+        uri, key, left, reason = source
+        if key is not None:
+            committed[key] = uri
+        elif left is not None:
+            given_up[left] = reason
+    return _Fates(committed, given_up), damaged
+
+
+def _unfinished(spec: str, keys: set[str], fates: _Fates) -> list[Finding]:
     """Records of the parts of large slides, by slide."""
     found = []
     for key in storage.list_names(storage.join(spec, UNFINISHED)):
         uri = storage.join(spec, UNFINISHED, key)
-        if count := len(storage.list_versions(uri)):
-            remedy = "delete the folder" if key in keys else "the next run goes on with it"
-            found.append(Finding(uri, f"records of {count} parts", remedy))
+        count = sum(name.startswith("part-") for name in storage.list_versions(uri))
+        if not count:  # the mark of a plan that is not trusted, which stays
+            continue
+        if key in keys:
+            found.append(Finding(uri, f"records of {count} parts of a committed slide", "delete the folder"))
+        elif key in fates.given_up:
+            what = f"records of {count} parts of a slide that was given up: {fates.given_up[key]}"
+            found.append(Finding(uri, what, _GIVEN_UP))
+        else:
+            found.append(Finding(uri, f"records of {count} parts", _GO_ON))
     return found

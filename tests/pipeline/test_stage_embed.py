@@ -17,7 +17,8 @@ from pipeline.inference import load_model, predict_slide
 from pipeline.loop import Slides, train_steps
 from pipeline.ranks import Ranks
 from pipeline.sources import feature_store, open_bag, open_sources
-from pipeline.stage_embed import stages_for
+from pipeline.stage import Record, Workspace
+from pipeline.stage_embed import EMBED, stages_for
 from pipeline.workflow import load_cohort, plan, run
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
@@ -39,6 +40,25 @@ def test_the_stage_stands_between_tiling_and_training_where_features_are_wanted(
     assert [stage.name for stage in stages_for(wanted, "train")] == ["tile", "embed", "train"]
     assert [stage.name for stage in stages_for(small_config(), "train")] == ["tile", "train"]
     assert [stage.name for stage in stages_for(small_config(), "embed")] == ["tile", "embed"]
+
+
+def test_features_without_their_commit_are_made_again(tmp_path: Path) -> None:
+    config = small_config(
+        storage={"patches": str(tmp_path / "patches"), "features": str(tmp_path / "features")},
+        embed={"encoder": {"name": "resnet18", "stages": 2}, "batch": 8},
+    )
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    stored = store_slides(cohort, tmp_path / "patches", config)
+    store, settings = feature_store(config)
+    for _, slide in stored:
+        embed_slide(Embedder(settings), slide, store, threads=1)
+    tile = Record("tile", "f", {}, {}, {"keys": {slide.slide_id: kept.key for slide, kept in stored}})
+    space = Workspace(
+        config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {}, {"tile": tile}
+    )
+    assert EMBED.outdated(space, tile) is None
+    (tmp_path / "features" / store.uri.rpartition("/")[2] / stored[1][1].key / "slide.json").unlink()
+    assert EMBED.outdated(space, tile) == "1 slides are gone from the features: s1"
 
 
 def test_a_model_learns_from_features_and_predicts_a_new_slide(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DataBudgetError, StageError
 from pipeline.patches import SlideStatus
-from pipeline.stages import _check_budget, _warn_small_bags, ledger_csv
-from tests.pipeline.small import small_config
+from pipeline.stage import Record, Workspace
+from pipeline.stages import STAGES, _check_budget, _warn_small_bags, ledger_csv
+from tests.pipeline.small import small_config, store_slides, write_cohort
 
 
 def _statuses(good: int, bad: int) -> list[SlideStatus]:
@@ -46,3 +49,17 @@ def test_a_memory_above_every_bag_is_a_warning_and_no_bag_an_error(caplog: pytes
     assert "model.select.memory=5 is not below the largest bag (5 patches): all patches are used" in caplog.text
     with pytest.raises(StageError, match="no slide of the train split is committed"):
         _warn_small_bags(small_config(), [])
+
+
+def test_a_tiled_slide_without_its_commit_is_not_done(tmp_path: Path) -> None:
+    config = small_config(storage={"patches": str(tmp_path / "patches")})
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    stored = store_slides(cohort, tmp_path / "patches", config)
+    record = Record("tile", "f", {}, {}, {"keys": {slide.slide_id: kept.key for slide, kept in stored}})
+    space = Workspace(config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {})
+    tile = STAGES[0]
+    assert tile.outdated(space, record) is None
+    (Path(stored[0][1].uri) / "slide.json").unlink()
+    assert tile.outdated(space, record) == "1 slides are gone from the store: s0"
+    shutil.rmtree(stored[1][1].uri)
+    assert tile.outdated(space, record) == "2 slides are gone from the store: s0, s1"

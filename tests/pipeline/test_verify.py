@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from pipeline import parts
 from pipeline.cli import app
+from pipeline.cohort import CohortSlide
+from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.features import FeatureStore
 from pipeline.parts import parquet_bytes
@@ -23,9 +25,15 @@ from pipeline.patches import PatchStore, SlideStatus
 from pipeline.streamed import plan_root
 from pipeline.tiler import begin_slide, store_slide
 from pipeline.verify import Report, verify_store
-from tests.pipeline.slides import RGB, SPEC, contents, part_file, row
+from tests.pipeline.slides import RGB, SPEC, contents, part_file, row, small_tasks, tile_in_shares
 from tests.s3 import serve_s3
-from tests.synth import overwrite, tissue_rgb, write_pyramid
+from tests.synth import overwrite, tissue_rgb, write_pyramid, zero_tile
+
+GO_ON = "the next run goes on with it if its slide is still in the cohort, and what it was; else delete the folder"
+
+
+def store_slide_with(slide: CohortSlide, store: str, spec: TilingConfig) -> SlideStatus:
+    return store_slide(slide, spec, store)
 
 
 def verify(store: Path | str, threads: int = 2) -> Report:
@@ -115,6 +123,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "commit cut": (lambda s: (s / "slide.json").write_text("{"), "slide.json", "not JSON"),
     "commit empty": (lambda s: (s / "slide.json").write_text("{}"), "slide.json", "'content'"),
     "another slide": (another, "", "is of another slide"),
+    "commit gone": (lambda s: (s / "slide.json").unlink(), "slide.json", "says that the slide was committed"),
 }
 
 
@@ -151,16 +160,53 @@ def test_leftovers_are_told_and_harmless(store: Path, slide: Path) -> None:
     assert {(Path(f.uri).name, f.what, f.remedy) for f in report.leftovers} == {
         (".0123.tmp", "its writer was killed or is still writing", "delete it when no run is active"),
         ("notes.txt", "a file that the commit does not name", "delete it"),
-        ("f" * 32, "1 files of a slide that is not committed", "the next run goes on with it"),
-        ("f" * 32, "records of 1 parts", "the next run goes on with it"),
-        (slide.name, "records of 1 parts", "delete the folder"),
+        ("f" * 32, "1 files of a slide that is not committed", GO_ON),
+        ("f" * 32, "records of 1 parts", GO_ON),
+        (slide.name, "records of 1 parts of a committed slide", "delete the folder"),
     }
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_slide_that_lost_its_commit_is_tiled_again(store: Path, original: Path) -> None:
+    before = contents(store)
+    for path in list(store.rglob("slide.json")):
+        path.unlink()
+    assert [Path(finding.uri).name for finding in verify(store).damage] == ["slide.json"] * 2
+    assert verify(store).leftovers == []
+    for name in "ab":
+        assert store_slide(row(original.parent / f"{name}.tiff"), SPEC, str(store)).status == "committed"
+    assert contents(store) == before
+    assert verify(store).damage == []
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tasks(monkeypatch.setattr)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("tile", [store_slide_with, tile_in_shares])
+def test_what_a_slide_that_was_given_up_leaves(
+    tmp_path: Path, tile: Callable[[CohortSlide, str, TilingConfig], SlideStatus]
+) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, levels=1)
+    zero_tile(path, 0, 4)  # in the middle: parts before it are written
+    spec = SPEC.model_copy(update={"tissue": "none", "max_bad_tiles": 0.01})
+    assert str(tile(row(path), str(tmp_path / "store"), spec).reason).startswith("bad-tiles")
+    report = verify(tmp_path / "store")
+    assert (report.damage, report.slides) == ([], 0)
+    assert report.leftovers
+    assert {finding.remedy for finding in report.leftovers} == {"delete the folder when no run is active"}
+    assert all("of a slide that was given up: bad-tiles: " in finding.what for finding in report.leftovers)
+    for finding in report.leftovers:
+        shutil.rmtree(finding.uri)
+    assert verify(tmp_path / "store").leftovers == []
 
 
 def test_a_slide_that_is_gone_is_a_leftover_of_its_source(store: Path, slide: Path) -> None:
     shutil.rmtree(slide)
     (finding,) = verify(store).leftovers
-    assert finding.what == f"its slide {slide.name} is not committed"
+    assert finding.what == f"its slide {slide.name} is gone"
 
 
 def test_what_is_no_store_is_named(tmp_path: Path) -> None:
