@@ -1,7 +1,10 @@
-"""ratiopath's way from a slide to tiles in a Parquet file, as its documentation shows it; prints tiles a second.
+"""ratiopath's way from slides to tiles in Parquet files, as its documentation shows it; prints tiles and seconds.
 
 Run by `tests.bench.tiling --ratiopath PYTHON` in an interpreter that has ratiopath, which this project does not need:
-`rival_ratiopath.py SLIDE FOLDER`.
+
+    python3.11 -m venv ratiopath-venv
+    ratiopath-venv/bin/pip install ratiopath==1.0.3 "ray[data]==2.60.*" openslide-bin pyvips-binary
+    ratiopath-venv/bin/python -m tests.bench.rival_ratiopath FOLDER SLIDE...
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import ray
 from ratiopath.ray import read_slides
 from ratiopath.tiling import grid_tiles, read_slide_tiles
 
+from tests.bench.processes import cpu_seconds
+
 EDGE = 256
 
 
@@ -27,16 +32,16 @@ def tiling(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"tile_x": int(x), "tile_y": int(y), **common} for x, y in places]
 
 
-def stage(slide: str, folder: str) -> int:
-    """Slide to Parquet; how many tiles it became."""
-    slides = read_slides([slide], tile_extent=EDGE, stride=EDGE, mpp=0.5)
-    tiles = slides.flat_map(tiling).repartition(16).map_batches(read_slide_tiles, num_cpus=1, batch_size=128)
+def stage(slides: list[str], folder: str) -> int:
+    """Slides to Parquet; how many tiles they became."""
+    opened = read_slides(slides, tile_extent=EDGE, stride=EDGE, mpp=0.5)
+    tiles = opened.flat_map(tiling).repartition(16).map_batches(read_slide_tiles, num_cpus=1, batch_size=128)
     tiles.write_parquet(folder)
-    return int(ray.data.read_parquet(folder, columns=["tile_x"]).count())
+    return int(ray.data.read_parquet(folder).select_columns(["tile_x"]).count())
 
 
 if __name__ == "__main__":
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    start = time.perf_counter()
-    count = stage(sys.argv[1], str(Path(sys.argv[2]).absolute()))
-    print(json.dumps({"rate": count / (time.perf_counter() - start), "tiles": count}))
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    count = stage(sys.argv[2:], str(Path(sys.argv[1]).absolute()))
+    print(json.dumps({"tiles": count, "wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}))
