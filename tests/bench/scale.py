@@ -1,8 +1,8 @@
-"""How training scales: `python -m tests.bench.scale`; 6 minutes on 2 idle cores, --quick 1.
+"""How training scales: `python -m tests.bench.scale`; 7 minutes on 2 idle cores, --quick 1.
 
 - Two one-thread workers, a core each, against one one-thread worker on a core: the whole way from the patch store
   through decoding, selection, gradients and their sum over gloo, with slides of unequal size. Alternating epochs.
-- The time of an epoch against its patches: a straight line is fitted, and its residuals looked at.
+- The time of an epoch against its patches: a straight line is fitted, and its residuals looked at. All sizes by turns.
 
 Workers are processes of their own, without Ray: its share is measured in `tests.bench.train`. A machine that does other
 work should be measured with --cpu-time, which counts what a worker computes and not what it waits for. Exit code 1
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -173,12 +174,12 @@ def fit_line(
     stored: StoredSlide, sizes: Sequence[int], seconds: Seconds, repeats: int
 ) -> tuple[float, dict[str, object]]:
     """Largest residual of a straight line through (patches, seconds of an epoch), relative to the line; the table."""
-    patches, times = [], []
-    for share in sizes:
-        found = measure(1, stored, [share] * BATCH, epochs=repeats)
-        patches.append(BATCH * share * stored.n_patches)
-        times.append(min(seconds(epoch) for epoch in found))
-    slope, offset = np.polyfit(patches, times, 1)
+    patches = [BATCH * share * stored.n_patches for share in sizes]
+    times = [math.inf] * len(sizes)
+    for _ in range(repeats):
+        found = [measure(1, stored, [share] * BATCH, epochs=1)[0] for share in sizes]
+        times = list(map(min, times, map(seconds, found)))
+    slope, offset = np.polyfit(patches, times, 1, w=1 / np.array(times))  # the residuals are relative too
     fitted = slope * np.array(patches) + offset
     residuals = (np.array(times) - fitted) / fitted
     print(f"\nepoch of {BATCH} slides: {offset:.2f} s + {1e6 * slope:.0f} us a patch")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,27 +143,24 @@ def _passed(slide: Path, folder: Path, limit: int, spec: TilingConfig, name: str
 
 
 def reading(slide: StoredSlide) -> list[Line]:
-    """Chunks of pixels against simplejpeg on the same JPEGs, into as much memory, with as many threads."""
+    """A slide's pixels in chunks against simplejpeg on its JPEGs, into as much new memory, with as many threads."""
     from pipeline.bags import PatchBag
 
-    n = min(slide.n_patches, 12_000)
+    n, chunk = slide.n_patches, 256
     payloads = slide.payloads(np.arange(n))
-    room = np.zeros((1024, slide.patch_px, slide.patch_px, 3), np.uint8)
 
-    def decode(thread: int) -> None:
+    def decode(room: np.ndarray, thread: int) -> None:
         for i in range(thread, n, THREADS):
             simplejpeg.decode_jpeg(payloads[i], buffer=room[i % len(room)])
 
     def reference() -> None:
+        room = np.empty((4 * chunk, slide.patch_px, slide.patch_px, 3), np.uint8)
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(decode, range(THREADS)))
+            list(pool.map(partial(decode, room), range(THREADS)))
 
     def bag() -> None:
-        done = 0
-        for chunk in PatchBag([slide], threads=THREADS, augment=None).chunks(256):
-            done += len(chunk.index)
-            if done >= n:
-                break
+        for _chunk in PatchBag([slide], threads=THREADS, augment=None).chunks(chunk):
+            pass
 
     ours, theirs = [], []
     for _ in range(WALL_ROUNDS):
