@@ -30,7 +30,7 @@ from pipeline.patches import SlideStatus
 from pipeline.saver import model_folder
 from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.stage import Record, Stage, Workspace
-from pipeline.storage import SourceVersion, join, source_version, write_bytes
+from pipeline.storage import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.tiler import TRANSIENT, version_of
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     write_bytes(outputs["ledger"], ledger_csv(statuses))
     tracker = space.tracker()
     tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
+    if "quality" in outputs:
+        tracker.log_text(run_id, read_bytes(outputs["quality"]).decode(), "quality.html")
     metrics = {
         "slides": float(len(statuses)),
         "slides_quarantined": float(sum(s.status == "quarantined" for s in statuses)),

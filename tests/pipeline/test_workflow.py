@@ -54,6 +54,7 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert child.data.tags["mlflow.parentRunId"] == first.parent_run_id
     assert child.data.tags["cohort_digest"]
     assert child.data.metrics["patches"] == 18
+    assert {item.path for item in client.list_artifacts(child.info.run_id)} == {"slides.csv", "quality.html"}
     assert {client.get_run(str(first.parent_run_id)).info.status, child.info.status} == {"FINISHED"}
 
     again = run(config, "tile")
