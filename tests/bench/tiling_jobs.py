@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Literal
 
 from pipeline.cluster import prepare_environment
 from pipeline.cohort import CohortSlide
@@ -120,17 +121,18 @@ def ray(canvas: str, folder: str, seconds: str) -> dict[str, float]:
     return {"plain": plain, "ray": with_ray, "start": started, "work": work}
 
 
-def stage(folder: str, *paths: str) -> dict[str, float]:
+def stage(codec: Literal["checked", "original"], folder: str, *paths: str) -> dict[str, float]:
     """The whole stage on Ray, from slides to committed patches, glass too; Ray is started before the clock."""
     import ray as cluster
 
     from pipeline.ingest import tile_cohort
 
+    spec = TilingConfig(codec=codec, tissue="none")
     slides = [CohortSlide(Path(path).stem, path, path, None, None, {}, {}) for path in paths]
     prepare_environment()
     cluster.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     wall, cpu = time.perf_counter(), cpu_seconds()
-    statuses = tile_cohort(slides, ALL, folder, cpus=1, on_status=lambda status: None)
+    statuses = tile_cohort(slides, spec, folder, cpus=1, on_status=lambda status: None)
     took = {"wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}
     cluster.shutdown()
     assert {status.status for status in statuses} == {"committed"}
