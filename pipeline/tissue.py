@@ -11,6 +11,7 @@ CEILING = 30  # of 255: where tissue fills the image Otsu splits stain from stai
 SMOOTH = 1.5  # of 255: at 1.4 to 35 um per px 99.5% of real H&E varies by more than 4.5, glass and ink by less than 1
 _WINDOW = 5  # px: edge of the square that a texture is measured in
 _ENOUGH = 9  # coloured px in it; over fewer, a small deviation is chance
+_BOXES = 16384  # at a time
 _RIM = 4  # px: how far a verdict reaches to the px around, which are too few or too mixed for one of their own
 
 Boxes = npt.NDArray[np.float64]
@@ -70,8 +71,15 @@ def tissue_fraction(mask: Mask, boxes: Boxes) -> npt.NDArray[np.float64]:
         mask: (h, w).
         boxes: (n, 4) left, top, right, bottom in mask px, with positive area, inside the mask.
     """
-    table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
-    table[1:, 1:] = mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # in place: 60 MB for 250,000 patches of 256 px
+    np.cumsum(mask, axis=0, out=table[1:, 1:])
+    for row in table:
+        np.cumsum(row, out=row)
+    return np.concatenate([_fraction(table, some) for some in np.split(boxes, range(_BOXES, len(boxes), _BOXES))])
+
+
+def _fraction(table: npt.NDArray[np.int32], boxes: Boxes) -> npt.NDArray[np.float64]:
+    """Share of each box (n, 4), by the integral image."""
     left, top, right, bottom = boxes.T
     covered = (
         _integral(table, right, bottom)
@@ -82,7 +90,7 @@ def tissue_fraction(mask: Mask, boxes: Boxes) -> npt.NDArray[np.float64]:
     return np.asarray(np.clip(covered / ((right - left) * (bottom - top)), 0.0, 1.0))
 
 
-def _integral(table: Boxes, x: Boxes, y: Boxes) -> Boxes:
+def _integral(table: npt.NDArray[np.int32], x: Boxes, y: Boxes) -> Boxes:
     """The integral image at fractional coordinates: bilinear, which is exact for constant pixels."""
     column = np.clip(np.floor(x).astype(np.int64), 0, table.shape[1] - 2)
     line = np.clip(np.floor(y).astype(np.int64), 0, table.shape[0] - 2)

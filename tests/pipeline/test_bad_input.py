@@ -114,6 +114,7 @@ class TestBucket:
         message = self.attempt(place, "s3://slides/cohort.csv", tmp_path)
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
 
+    @pytest.mark.slow
     def test_dead_endpoint(self, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         message = self.attempt(place, "s3://slides/cohort.csv", tmp_path)
