@@ -101,6 +101,7 @@ def test_from_nothing_to_a_champion_that_predicts(tmp_path: Path) -> None:
     assert len(list((tmp_path / "predictions" / "heatmaps").glob("*.png"))) == 2
 
 
+@pytest.mark.nightly
 def test_streamed_slides_to_a_champion_while_a_second_run_of_the_recipe_is_refused(tmp_path: Path) -> None:
     streamed = ["run", "--config", "demo", *QUICK, "train.source=stream", "cluster.cpus_per_worker=1"]
     root = tmp_path / "runs" / "demo"
