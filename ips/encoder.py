@@ -96,6 +96,9 @@ class ResNet(nn.Module):
             raise ValueError(f"stages={stages}, channels={channels}; stages must be 2 or 4 and channels 1 or 3")
         block: type[BasicBlock | Bottleneck] = Bottleneck if name == "resnet50" else BasicBlock
         self.channels = channels
+        self.stem_bytes: int | None = None
+        """Limit to the first feature maps, which are the largest; None runs the batch at once, as batch norms that
+        train need it."""
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -116,10 +119,24 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, C, h, w) float -> (n, D)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        parts = [self._stem(part) for part in torch.split(x, self._stem_rows(x))]
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return x.mean(dim=(2, 3))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        # pooled before the ReLU, not after as in the paper: the same values and gradients, a quarter of the ReLUs
+        y: Tensor = self.relu(self.maxpool(self.bn1(self.conv1(x))))
+        return y
+
+    def _stem_rows(self, x: Tensor) -> int:
+        """Patches of x (n, C, h, w) that go through the stem at once: equal parts, so that no row is a case apart."""
+        if self.stem_bytes is None:
+            return len(x)
+        n, area = len(x), (x.shape[2] // 2) * (x.shape[3] // 2)
+        fit = max(1, self.stem_bytes // (self.conv1.out_channels * area * x.element_size()))
+        return n if fit >= n else min(1 << (fit.bit_length() - 1), n & -n)  # powers of 2; the latter divides n
 
     def conv_norm_pairs(self) -> Iterator[tuple[str, str]]:
         """Names of each convolution and the batch norm that directly follows it, for fusing."""

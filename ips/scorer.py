@@ -30,6 +30,9 @@ from ips.model import IPSModel, normalised
 from ips.transfer import to_device
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STEM_BYTES = 13_000_000
+"""Of the first feature maps on a CPU: 8 patches of 224 px in bfloat16. In larger pieces they leave the cache and, above
+glibc's 32 MiB, are mapped anew each time; in a larger batch the later stages' weights are repacked less often."""
 _PLACES = 128
 """Positions encoded at once: they cost calls, not arithmetic."""
 
@@ -102,6 +105,8 @@ class Scorer:
         self._layout = torch.contiguous_format
         if isinstance(model.encoder, ResNet):
             self._encoder = copy.deepcopy(model.encoder).requires_grad_(False).eval()
+            if self.device.type == "cpu":
+                self._encoder.stem_bytes = _STEM_BYTES
             if fuse:
                 self._pairs = list(model.encoder.conv_norm_pairs())
                 _strip_norms(self._encoder, self._pairs)

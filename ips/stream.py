@@ -117,7 +117,7 @@ class Stream:
                 first = _Queued(first.item, first.rows[:left], first.patches[:left])
             taken.append(first)
             left -= len(first.rows)
-        patches = torch.cat([part.patches for part in taken])
+        patches = torch.cat([part.patches for part in taken]) if len(taken) > 1 else taken[0].patches
         logits = self._scorer.content_logits(pad_rows(patches, self._scorer.batch))
         start = 0
         for part in taken:

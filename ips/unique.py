@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SAMPLE = 64
+"""Words hashed of a patch at first."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,8 +31,8 @@ def distinct_rows(patches: Tensor) -> tuple[Tensor, Tensor, int]:
 def unique_rows(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that stand for all others.
 
-    A 64-bit random hash proposes groups; every proposal is then compared byte by byte, so the answer is exact: a
-    collision only leaves a duplicate in.
+    A 64-bit random hash of a few words, then of all where those are not the only ones of their kind, proposes groups;
+    every proposal is then compared byte by byte, so the answer is exact: a collision only leaves a duplicate in.
 
     Args:
         patches: (n, ...).
@@ -38,20 +40,35 @@ def unique_rows(patches: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         rows (U,) int64, ascending, and inverse (n,) int64: patches[rows][inverse] equals patches, byte for byte.
     """
-    n = len(patches)
     words = _words(patches.flatten(1))
-    generator = torch.Generator().manual_seed(0)  # any fixed numbers do
-    keys = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
-    mixed = words ^ (words.long() >> 32)  # or patches that differ in high bits alone would share their low hash bits
-    hashes = (mixed * keys).sum(dim=1)  # wraps around, which is what a hash wants
-    _, group = torch.unique(hashes, return_inverse=True)
-    order = torch.arange(n, device=words.device)
-    first = torch.full((n,), n, device=words.device).scatter_reduce(0, group, order, "amin")[group]
+    first = torch.arange(len(words), device=words.device)
+    # patches of a photograph differ in any few words: to read no more took 34 of 318 ms off a selection at 224 px
+    glance = words[:, :: -(-words.shape[1] // _SAMPLE)]
+    _, group, sizes = torch.unique(_hashes(glance), return_inverse=True, return_counts=True)
+    alike = (sizes[group] > 1).nonzero().squeeze(1)
+    if len(alike):
+        first[alike] = alike[_first_of_kind(words[alike])]
+    rows, inverse = torch.unique(first, return_inverse=True)
+    return rows, inverse
+
+
+def _first_of_kind(words: Tensor) -> Tensor:
+    """For each row of words (n, k) the first that equals it, (n,) int64; itself, where hashes collide."""
+    _, group = torch.unique(_hashes(words), return_inverse=True)
+    order = torch.arange(len(words), device=words.device)
+    first = torch.full_like(order, len(words)).scatter_reduce(0, group, order, "amin")[group]
     later = (first != order).nonzero().squeeze(1)
     equal = (words[later] == words[first[later]]).all(dim=1)
     first[later[~equal]] = later[~equal]
-    rows, inverse = torch.unique(first, return_inverse=True)
-    return rows, inverse
+    return first
+
+
+def _hashes(words: Tensor) -> Tensor:
+    """(n, k) -> (n,) int64."""
+    generator = torch.Generator().manual_seed(0)  # any fixed numbers do
+    keys = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
+    mixed = words ^ (words.long() >> 32)  # or patches that differ in high bits alone would share their low hash bits
+    return (mixed * keys).sum(dim=1)  # wraps around, which is what a hash wants
 
 
 def constant_rows(patches: Tensor) -> Tensor:

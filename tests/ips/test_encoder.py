@@ -58,6 +58,32 @@ def test_the_residual_is_added() -> None:
     assert torch.equal(encoder.get_submodule("layer1")(stem), stem)
 
 
+@pytest.mark.parametrize(
+    ("maps", "n", "expected"),
+    [(5, 8, [4, 4]), (4, 24, [4] * 6), (3, 24, [2] * 12), (100, 24, [24]), (23, 24, [8, 8, 8]), (0, 3, [1, 1, 1])],
+)
+def test_the_stem_runs_in_equal_parts_that_fit(maps: int, n: int, expected: list[int]) -> None:
+    encoder, x = ResNet("resnet18", 2).eval(), torch.rand(n, 3, 38, 26, generator=torch.Generator().manual_seed(1))
+    whole = encoder(x)
+    encoder.stem_bytes = maps * 64 * 19 * 13 * 4
+    parts: list[int] = []
+    encoder.conv1.register_forward_hook(lambda _m, _i, out: parts.append(len(out)))
+    torch.testing.assert_close(encoder(x), whole)
+    assert parts == expected
+
+
+def test_pooling_before_the_relu_changes_no_bit() -> None:
+    encoder, x = ResNet("resnet18", 2), torch.rand(3, 3, 38, 26, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for stem in (encoder._stem, lambda x: encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x))))):
+        encoder.zero_grad()
+        out = stem(x)
+        out.square().sum().backward()
+        assert encoder.conv1.weight.grad is not None
+        gradients.append((out.detach(), encoder.conv1.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_pairs_are_each_convolution_with_its_norm(name: str) -> None:
     encoder = ResNet(name)

@@ -38,6 +38,18 @@ def test_colliding_hashes_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) < len(patches)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_patches_that_are_alike_at_a_glance_are_looked_at_whole(which: list[int]) -> None:
+    kinds = bag_of(1).patches.repeat(6, 1, 1, 1)
+    kinds[torch.arange(6), 1, 4, torch.arange(9, 15)] += 1  # the first hash reads every 11th byte
+    assert len(torch.unique(kinds.flatten(1)[:, ::11], dim=0)) == 1
+    patches = kinds[torch.tensor(which)]
+    rows, inverse = unique_rows(patches)
+    assert rows.tolist() == sorted({which.index(w) for w in which})
+    assert torch.equal(patches[rows][inverse], patches)
+
+
 def test_one_bit_makes_another_patch() -> None:
     patches = bag_of(1).patches.repeat(2, 1, 1, 1)
     patches[1, 2, 12, 16] ^= 1
