@@ -198,7 +198,14 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
             print(f"  {method} {seed}: step {step.step}, loss {mean(losses[-50:]):.3f}, {spent:.0f} CPU s", flush=True)
     seconds = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
     accuracy = test_accuracy(method, model, test, settings)
-    return {"method": method, "seed": seed, "accuracy": accuracy, "last_loss": mean(losses[-50:]), **seconds}
+    return {
+        "method": method,
+        "seed": seed,
+        "accuracy": accuracy,
+        "last_loss": mean(losses[-50:]),
+        **seconds,
+        "hardware": _hardware(),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -207,8 +214,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "# Small Megapixel MNIST: what selection is worth",
         "",
-        f"{report['date']}; {report['hardware']}; `{report['command']}`. Test accuracy in %, mean and standard "
-        "deviation over seeds; `multi` is right where all ten labels are.",
+        f"{report['date']}; `{report['command']}`. Test accuracy in %, mean and standard deviation over seeds; `multi` "
+        "is right where all ten labels are.",
         "",
         "| method | patches seen | runs | majority | max | top | multi | CPU s a run |",
         "|---|---|---|---|---|---|---|---|",
@@ -221,6 +228,11 @@ def table(report: dict[str, Any]) -> str:
             figures = [_spread([run["accuracy"][task] for run in runs]) for task in TASKS]
             spent = f"{mean(run['cpu_s'] for run in runs):.0f}"
             lines.append(f"| {' | '.join([method, f'{seen} of {cells}', str(len(runs)), *figures, spent])} |")
+    for hardware in dict.fromkeys(run["hardware"] for run in done):
+        runs_there = [
+            f"{run['method']} {run['seed']} ({run['cpu_s']:.0f} s)" for run in done if run["hardware"] == hardware
+        ]
+        lines += ["", f"On {hardware}, CPU time: {', '.join(runs_there)}."]
     missing = [f"{method} {seed}" for method, seed in RUNS if not _is_done(done, method, seed)]
     if missing:
         lines += ["", f"Still to run: {', '.join(missing)}."]
@@ -258,7 +270,7 @@ def _report(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     if report["settings"] != asdict(settings):
         raise SystemExit(f"{file} is of other settings; remove it to start anew")
     command = f"python -m tests.bench.megapixel --threads {options.threads}"
-    return {**report, "date": time.strftime("%Y-%m-%d"), "hardware": _hardware(), "command": command}
+    return {**report, "date": time.strftime("%Y-%m-%d"), "command": command}
 
 
 def main() -> int:
