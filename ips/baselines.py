@@ -74,7 +74,7 @@ class GatedAttention(nn.Module):
 
     def __init__(self, dim: int, tasks: int, hidden_dim: int = 128) -> None:
         super().__init__()
-        self.tasks = tasks
+        self.dim, self.tasks = dim, tasks
         self.content = nn.Linear(dim, hidden_dim)
         self.gate = nn.Linear(dim, hidden_dim)
         self.score = nn.Linear(hidden_dim, tasks)

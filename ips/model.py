@@ -25,8 +25,8 @@ class IPSModel(nn.Module):
         std: per channel.
 
     Raises:
-        ValueError: as many heads as the aggregator has tasks are needed; encoder, aggregator and position are of
-            different widths; `mean` and `std` differ in length.
+        ValueError: as many heads as the aggregator has tasks are needed; encoder, aggregator, position and heads are
+            of different widths; `mean` and `std` differ in length.
     """
 
     mean: Tensor
@@ -46,10 +46,15 @@ class IPSModel(nn.Module):
             raise ValueError(f"heads has {len(heads)} tasks {list(heads)}, the aggregator {aggregator.tasks} tokens")
         parts = {"encoder": encoder, "aggregator": aggregator, "position": position}
         widths = {name: part.dim for name, part in parts.items() if part is not None and hasattr(part, "dim")}
+        for task, head in heads.items():
+            if width := getattr(head, "in_features", 0):  # a lazy layer says 0 until it is used
+                widths[f"heads[{task!r}]"] = width
         if len(set(widths.values())) > 1:
-            raise ValueError(f"encoder, aggregator and position need one width D, found {widths}")
+            raise ValueError(f"encoder, aggregator, position and heads need one width D, found {widths}")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} need equal lengths and std > 0")
+        self.dim: int | None = next(iter(widths.values()), None)
+        """D, where a part says it."""
         self.encoder, self.aggregator, self.position = encoder, aggregator, position
         self.tasks = tuple(heads)
         self.heads = nn.ModuleList(heads.values())  # a list: task names may hold dots, module names may not
@@ -79,10 +84,24 @@ class IPSModel(nn.Module):
             raise ValueError(f"{found}; the encoder needs {channels} channels, mean and std give {len(self.mean)}")
 
     def embed(self, patches: Tensor) -> Tensor:
-        """(n, C, h, w) or (n, F), on the model's device -> (n, D), without positions; checked by `check_patches`."""
+        """(n, C, h, w) or (n, F), on the model's device -> (n, D), without positions.
+
+        Raises:
+            ValueError: where `check_patches` or `check_embeddings` raises it.
+        """
         self.check_patches(patches)
         embeddings: Tensor = self.encoder(self.normalise(patches))
+        self.check_embeddings(embeddings, patches)
         return embeddings
+
+    def check_embeddings(self, embeddings: Tensor, patches: Tensor) -> None:
+        """Refuse, by ValueError, what the encoder made of patches (n, ...) if it is not (n, D)."""
+        n, found = len(patches), tuple(embeddings.shape)
+        if found != (n, self.dim if self.dim is not None or len(found) != 2 else found[1]):
+            raise ValueError(
+                f"encoder: {type(self.encoder).__name__} gives shape {found} for patches {tuple(patches.shape)}; needs "
+                f"({n}, {self.dim or 'D'}), so pool its map, remove its classifier, or build the other parts for its D"
+            )
 
     def places(self, index: Tensor, positions: Tensor | None) -> Tensor | None:
         """What the position encoding reads: the index, the grid positions, or nothing.

@@ -162,10 +162,16 @@ class Scorer:
 
     @torch.no_grad()
     def content_logits(self, patches: Tensor) -> Tensor:
-        """Logits of patches (batch, ...) as `receive` gives them, without the positions' part -> (batch, J)."""
+        """Logits of patches (batch, ...) as `receive` gives them, without the positions' part -> (batch, J).
+
+        Raises:
+            ValueError: the encoder does not give (batch, D).
+        """
         in_place = self._encoder is self.model.encoder
         with torch.autocast(self.device.type, self.dtype, enabled=in_place and self.dtype == torch.bfloat16):
             embeddings = self._embed(patches)
+        # out of what is compiled; `_pad_width` would make a wrong width fit without a word
+        self.model.check_embeddings(embeddings, patches)
         return self._product(embeddings.to(self.logit_dtype))
 
     def _plain_embed(self, patches: Tensor) -> Tensor:

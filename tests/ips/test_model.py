@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.bag import Batch
+from ips.baselines import GatedAttention, MeanPool, every_patch
 from ips.encoder import FeatureProjector
 from ips.model import IPSModel
 from ips.positions import GridPositions, IndexPositions
 from ips.select import gather, select
-from tests.ips.nets import TinyEncoder, bag_of, tiny_model
+from tests.ips.nets import TinyEncoder, bag_of, model_of, tiny_model
 
 
 def test_uint8_and_float_pixels_are_the_same_pixels() -> None:
@@ -99,10 +103,49 @@ def test_bad_compositions_are_named() -> None:
         IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 1))
     with pytest.raises(ValueError, match="std > 0"):
         IPSModel(encoder, aggregator, heads, mean=(0, 0, 0), std=(1, 0, 1))
-    with pytest.raises(ValueError, match=r"one width D, found {'encoder': 16, 'aggregator': 12}"):
+    with pytest.raises(ValueError, match=r"one width D, found {'encoder': 16, 'aggregator': 12, .*'b'\]\": 12}"):
         IPSModel(TinyEncoder(16), aggregator, heads)
-    with pytest.raises(ValueError, match=r"one width D, found {.*'position': 8}"):
+    with pytest.raises(ValueError, match=r"one width D, found {.*\"heads\['a'\]\": 12, \"heads\['b'\]\": 10}"):
+        IPSModel(encoder, aggregator, {**heads, "b": nn.Linear(10, 1)})
+    with pytest.raises(ValueError, match=r"one width D, found {'aggregator': 12, .heads.*: 10}"):
+        IPSModel(nn.Flatten(), GatedAttention(12, 1), {"a": nn.Linear(10, 1)})
+    IPSModel(encoder, aggregator, {"a": nn.LazyLinear(1), "b": nn.Sequential(nn.Linear(12, 1))})
+    with pytest.raises(ValueError, match=r"one width D, found {.*'position': 8,"):
         IPSModel(encoder, aggregator, heads, GridPositions(8))
+
+
+class _Plain(nn.Module):
+    """An encoder that does not say its width: the first numbers of a patch, in `shape`."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, : math.prod(self.shape)].reshape(len(x), *self.shape)
+
+
+@pytest.mark.parametrize("shape", [(10,), (16,), (20,), (12, 2, 3), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_another_shape_are_named(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of 10 and 16 numbers too, which the padding of the scorer's product to 16 would make fit."""
+    model, bags = model_of(_Plain(*shape), 12), [bag_of(5)]
+    gives = "encoder: _Plain gives shape {} for patches {}; needs ({}, 12), so pool its map"
+    found = re.escape(gives.format((32, *shape), (32, 3, 13, 17), 32))
+    with pytest.raises(ValueError, match=found):
+        select(model, bags, 2, 5, dtype=dtype)
+    found = re.escape(gives.format((5, *shape), (5, 3, 13, 17), 5))
+    with pytest.raises(ValueError, match=found):
+        model(gather(bags, every_patch(bags), "cpu"))
+
+
+def test_without_a_known_width_embeddings_are_still_vectors() -> None:
+    bags = [bag_of(5)]
+    batch = gather(bags, every_patch(bags), "cpu")
+    heads = {"a": nn.Sequential(nn.Linear(9, 1))}
+    assert IPSModel(_Plain(9), MeanPool(1), heads)(batch)["a"].shape == (1, 1)
+    with pytest.raises(ValueError, match=r"gives shape \(5, 3, 3\) .*; needs \(5, D\)"):
+        IPSModel(_Plain(3, 3), MeanPool(1), heads)(batch)
 
 
 def test_an_image_without_patches_is_named() -> None:
