@@ -55,12 +55,15 @@ def bounded_backward(
 
     Raises:
         ValueError: `chunk` < 1, another `norm`, a selection of other bags, `frozen` norms without running
-            statistics, or patches that the model cannot take.
+            statistics, an image without patches, or patches and positions that the model cannot take.
     """
     if chunk < 1 or norm not in ("frozen", "group"):
         raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
     if len(bags) != len(selection.index):
         raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
+    if not selection.mask.any(dim=1).all():
+        number = int((~selection.mask.any(dim=1)).nonzero()[0])
+        raise ValueError(f"selection: nothing of bags[{number}] is selected; every image needs one patch")
     if norm == "frozen":
         check_statistics(model.encoder)
     device = model.mean.device
@@ -68,7 +71,8 @@ def bounded_backward(
     with _norms(model.encoder, norm):
         embeddings, positions, states = _embed_all(model, bags, parts, dtype)
         leaf = embeddings.requires_grad_()
-        places = model.places(selection.index.to(device), _place(positions, selection, device))
+        places = model.places(selection.index, _place(positions, selection))
+        places = None if places is None else places.to(device)
         with _autocast(device, dtype):
             outputs = model.pool(leaf, selection.mask.to(device), places)
             value = loss(outputs)
@@ -138,13 +142,13 @@ def _backward_all(
         after.restore()
 
 
-def _place(positions: list[Tensor], selection: Selection, device: torch.device) -> Tensor | None:
-    """Positions (n, 2) of the winners -> (B, M, 2), zeros where masked; None where bags have none."""
+def _place(positions: list[Tensor], selection: Selection) -> Tensor | None:
+    """Positions (n, 2) of the winners -> (B, M, 2) on the host, zeros where masked; None where bags have none."""
     if sum(map(len, positions)) < int(selection.mask.sum()):
         return None
     placed = torch.zeros(*selection.mask.shape, 2)
     placed[selection.mask] = torch.cat(positions).to("cpu", torch.float32)
-    return placed.to(device)
+    return placed
 
 
 class _RngState:

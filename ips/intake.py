@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ips.bag import Bag, Chunk
 from ips.model import IPSModel
+from ips.positions import check_positions
 
 
 def check_bags(bags: Sequence[Bag], memory: int) -> None:
@@ -36,14 +38,38 @@ def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequenc
 
 
 def take(bags: Sequence[Bag], wanted: Sequence[tuple[int, Tensor]]) -> list[Chunk]:
-    """The patches of (bag number, rows) pairs, refused where they cannot stand in one batch or are not finite."""
-    taken = [bags[number].take(rows) for number, rows in wanted]
-    for (number, rows), chunk in zip(wanted, taken, strict=True):
-        if len(chunk.patches) != len(rows):
-            raise ValueError(f"bags[{number}].take gave {len(chunk.patches)} patches for {len(rows)} rows")
+    """The patches of (bag number, rows) pairs, refused where they cannot stand in one batch or are not finite.
+
+    Positions past what the model can encode are its own to refuse (`IPSModel.places`): `gather` has no model.
+    """
+    taken = [take_rows(bags[number], number, rows) for number, rows in wanted]
+    for (number, _), chunk in zip(wanted, taken, strict=True):
         _check_alike(f"bags[{number}]", chunk.patches, taken[0].patches)
         _check_finite(f"bags[{number}]", chunk)
+        _check_positions(f"bags[{number}]", chunk)
     return taken
+
+
+def take_rows(bag: Bag, number: int, rows: Tensor) -> Chunk:
+    """The patches of `rows` (n,) of bag `number`, refused where the bag has no such rows or gives others."""
+    name, N = f"bags[{number}]", len(bag)
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < N:
+        raise ValueError(
+            f"{name}: rows {int(rows.min())} to {int(rows.max())} are asked for, but it has 0..{N - 1}; is the "
+            "selection of these bags, in this order?"
+        )
+    chunk = bag.take(rows)
+    if len(chunk.patches) != len(rows):
+        raise ValueError(f"{name}.take gave {len(chunk.patches)} patches for {len(rows)} rows")
+    _check_index(name, chunk)
+    asked = rows.to(chunk.index.device)
+    if not torch.equal(chunk.index, asked):
+        place = int((chunk.index != asked).nonzero()[0])
+        raise ValueError(
+            f"{name}.take gave row {int(chunk.index[place])} where row {int(rows[place])} was asked for; it must give "
+            "the rows it is asked for, in that order"
+        )
+    return chunk
 
 
 def _check_alike(name: str, patches: Tensor, first: Tensor) -> None:
@@ -63,22 +89,29 @@ def _check_finite(name: str, chunk: Chunk) -> None:
         raise ValueError(f"{name}: patches: row {int(chunk.index[int(bad)])} holds NaN or infinity")
 
 
-def _check_rows(name: str, model: IPSModel, chunk: Chunk, N: int) -> None:
-    index, positions = chunk.index, chunk.positions
+def _check_index(name: str, chunk: Chunk) -> None:
+    index = chunk.index
     if index.shape != chunk.patches.shape[:1] or index.dtype != torch.int64:
         raise ValueError(
             f"{name}: index has shape {tuple(index.shape)}, {index.dtype}; needs ({len(chunk.patches)},) int64"
         )
+
+
+def _check_rows(name: str, model: IPSModel, chunk: Chunk, N: int) -> None:
+    index = chunk.index
+    _check_index(name, chunk)
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < N:
         raise ValueError(f"{name}: index reaches from {int(index.min())} to {int(index.max())}; rows are 0..{N - 1}")
+    _check_positions(name, chunk, getattr(model.position, "limit", math.inf))
+
+
+def _check_positions(name: str, chunk: Chunk, limit: float = math.inf) -> None:
+    positions = chunk.positions
     if positions is None:
         return
-    if positions.shape != (len(index), 2):
-        raise ValueError(f"{name}: positions has shape {tuple(positions.shape)}; needs ({len(index)}, 2)")
-    limit = getattr(model.position, "limit", float("inf"))
-    if not ((positions >= 0) & (positions < limit)).all():
-        low, high = positions.min().item(), positions.max().item()
-        raise ValueError(f"{name}: positions reach from {low:g} to {high:g}; they must be finite, >= 0 and < {limit:g}")
+    if positions.shape != (len(chunk.index), 2):
+        raise ValueError(f"{name}: positions has shape {tuple(positions.shape)}; needs ({len(chunk.index)}, 2)")
+    check_positions(positions, limit, f"{name}: positions")
 
 
 def check_logits(number: int, index: Tensor, logits: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
 from ips.bag import Batch
-from ips.positions import IndexPositions
+from ips.positions import IndexPositions, check_positions
 
 
 class IPSModel(nn.Module):
@@ -107,7 +108,7 @@ class IPSModel(nn.Module):
         """What the position encoding reads: the index, the grid positions, or nothing.
 
         Raises:
-            ValueError: the model encodes grid positions and the bag has none.
+            ValueError: the model encodes grid positions, and the bag has none or has some that are out of range.
         """
         if self.position is None:
             return None
@@ -115,6 +116,7 @@ class IPSModel(nn.Module):
             return index
         if positions is None:
             raise ValueError("positions: the model encodes grid positions, but the bag gives none; add them to it")
+        check_positions(positions, getattr(self.position, "limit", math.inf), "positions")
         return positions
 
     def logits(self, embeddings: Tensor, places: Tensor | None) -> Tensor:
@@ -146,8 +148,8 @@ class IPSModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Winners -> task -> logits (B, K). Masked places are never encoded, so they touch no batch statistics."""
-        embeddings = self.embed(batch.patches[batch.mask])
-        return self.pool(embeddings, batch.mask, self.places(batch.index, batch.positions))
+        places = self.places(batch.index, batch.positions)  # checked before a device has work to be waited for
+        return self.pool(self.embed(batch.patches[batch.mask]), batch.mask, places)
 
 
 def normalised(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -21,6 +21,13 @@ def sinusoid(position: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> 
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
+def check_positions(positions: Tensor, limit: float, name: str) -> None:
+    """Refuse, by ValueError that begins with `name`, positions (..., 2) not finite, negative, or not below `limit`."""
+    if not ((positions >= 0) & (positions < limit)).all():
+        low, high = positions.min().item(), positions.max().item()
+        raise ValueError(f"{name} reach from {low:g} to {high:g}; they must be finite, >= 0 and < {limit:g}")
+
+
 class IndexPositions(nn.Module):
     """1-D encoding of the row index of a patch (the paper's).
 

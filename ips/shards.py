@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ips.bag import Bag, Chunk
+from ips.intake import take_rows
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Strips:
         return [N * rank // self.world for rank in range(self.world + 1)]
 
     def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
-        """This process's strip of every bag, read through `take`."""
+        """This process's strip of every bag, read through `take`; ValueError where that gives other rows."""
         for number, bag in enumerate(bags):
             start, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
             for low in range(start, stop, size):
-                yield number, bag.take(torch.arange(low, min(low + size, stop)))
+                yield number, take_rows(bag, number, torch.arange(low, min(low + size, stop)))
 
     def agree(self, *, failed: bool) -> None:
         """Tell the others whether this process failed; raise where another one did, so that none waits for it."""

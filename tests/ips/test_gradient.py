@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ips.bag import Chunk, TensorBag
+from ips.bag import Chunk, Selection, TensorBag
 from ips.baselines import every_patch
 from ips.gradient import Norm, bounded_backward
 from ips.model import IPSModel
@@ -215,14 +215,28 @@ def test_bfloat16_runs_under_autocast() -> None:
     torch.testing.assert_close(half_value.float(), value, rtol=0.05, atol=0.05)
 
 
-def test_modes_return_when_a_bag_raises() -> None:
+def test_modes_return_when_the_selection_is_of_another_bag() -> None:
     model = tiny_model().train()
     bags = [bag_of(9)]
-    selection = select(model, bags, 4, 5)
-    with pytest.raises(IndexError):
-        bounded_backward(model, [bag_of(1)], selection, _loss, 2)
+    selection = select(model, bags, 9, 5)
+    with pytest.raises(
+        ValueError, match=r"bags\[0\]: rows \d to 8 are asked for, but it has 0..7; is the selection of"
+    ):
+        bounded_backward(model, [bag_of(8)], selection, _loss, 2)
     assert all(m.training for m in model.modules())
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+def test_images_without_patches_and_positions_out_of_range_are_named() -> None:
+    model, bags = tiny_model(grid=True), [bag_of(9, grid=True), bag_of(3, grid=True)]
+    selection = select(model, bags, 4, 5)
+    for kept in ([1, 0], [0, 0]):
+        mask = selection.mask & torch.tensor(kept, dtype=torch.bool)[:, None]
+        with pytest.raises(ValueError, match=rf"selection: nothing of bags\[{kept[0]}\] is selected"):
+            bounded_backward(model, bags, Selection(selection.index, mask, selection.scores), _loss, 2)
+    far = TensorBag(bags[1].patches, torch.full((3, 2), 1e4))
+    with pytest.raises(ValueError, match=r"positions reach from 0 to 10000; they must be finite, >= 0 and < 10000"):
+        bounded_backward(model, [bags[0], far], selection, _loss, 2)
 
 
 def test_bad_arguments_are_named() -> None:

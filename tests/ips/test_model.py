@@ -81,6 +81,11 @@ def test_positions_matter_and_must_be_there() -> None:
     assert not torch.allclose(model(batch)["task.0"], model(moved)["task.0"])
     with pytest.raises(ValueError, match="positions: the model encodes grid positions"):
         model(Batch(batch.patches, None, batch.index, batch.mask))
+    for bad in (-1.0, 1e4, torch.nan):
+        places = batch.positions.clone()
+        places[0, 2, 1] = bad
+        with pytest.raises(ValueError, match=r"positions reach from .* to .*; they must be finite, >= 0 and < 10000"):
+            model(Batch(batch.patches, places, batch.index, batch.mask))
     model.position = IndexPositions(12)
     assert torch.equal(model(batch)["task.0"], model(moved)["task.0"])
 

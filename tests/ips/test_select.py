@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
-from ips.bag import Chunk, TensorBag
+from ips.bag import Chunk, Selection, TensorBag
 from ips.encoder import FeatureProjector, ResNet
 from ips.model import IPSModel
 from ips.official import load_official
@@ -282,6 +282,35 @@ def test_gather_takes_the_winners_and_pads() -> None:
         gather([broken, TensorBag(torch.rand(4, 4))], selection, "cpu")
     with pytest.raises(ValueError, match=r"bags\[1\].take gave 3 patches for 4 rows"):
         gather([bags[0], _Loses(bags[1].patches)], selection, "cpu")
+
+
+class _Elsewhere(TensorBag):
+    def take(self, rows: Tensor) -> Chunk:
+        chunk = super().take(rows)
+        return Chunk(chunk.patches, chunk.index, torch.zeros(len(rows), 3))
+
+
+def test_gather_refuses_other_rows_and_bad_positions() -> None:
+    model, bags = tiny_model(), [bag_of(4, grid=True), bag_of(9, grid=True)]
+    selection = select(model, bags, 9, 5)
+    with pytest.raises(ValueError, match=r"bags\[1\]: rows 0 to 8 are asked for, but it has 0..3; .* in this order\?"):
+        gather(bags[::-1], selection, "cpu")
+    wrong = Selection(selection.index, torch.ones(2, 9, dtype=torch.bool), selection.scores)
+    with pytest.raises(ValueError, match=r"bags\[0\]: rows -1 to 3 are asked for"):
+        gather(bags, wrong, "cpu")
+    reverse = _Reverses(bags[1].patches)
+    first = selection.index[1]
+    with pytest.raises(ValueError, match=rf"bags\[1\].take gave row {first[-1]} where row {first[0]} was asked for"):
+        gather([bags[0], reverse], selection, "cpu")
+    with pytest.raises(ValueError, match=r"bags\[1\]: positions has shape \(9, 3\); needs \(9, 2\)"):
+        gather([bags[0], _Elsewhere(bags[1].patches)], selection, "cpu")
+    with pytest.raises(ValueError, match=r"bags\[1\]: positions reach from nan to nan; they must be finite"):
+        gather([bags[0], TensorBag(bags[1].patches, torch.full((9, 2), torch.nan))], selection, "cpu")
+
+
+class _Reverses(TensorBag):
+    def take(self, rows: Tensor) -> Chunk:
+        return super().take(rows.flip(0))
 
 
 def test_rows_that_never_come_are_counted() -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from ips.bag import TensorBag
+from ips.bag import Chunk, TensorBag
 from ips.select import select
 from ips.shards import Strips
-from tests.ips.nets import bag_of, resnet_model
+from tests.ips.nets import bag_of, resnet_model, tiny_model
 
 _KINDS = (torch.float32, torch.float64)
 
@@ -71,6 +73,40 @@ def test_strips_cover_every_row_once(world: int) -> None:
             assert 0 < len(chunk.index) <= 4
             found[number] += chunk.index.tolist()
     assert found == [list(range(len(bag))) for bag in bags]
+
+
+class _Slips(TensorBag):
+    """Gives other rows than it is asked for."""
+
+    def __init__(self, bag: TensorBag, slip: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(bag.patches, bag.positions)
+        self._slip = slip
+
+    def take(self, rows: Tensor) -> Chunk:
+        return super().take(self._slip(rows))
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        (lambda rows: rows[:-1], r"bags\[1\].take gave 3 patches for 4 rows"),
+        (lambda rows: rows.flip(0), r"bags\[1\].take gave row 3 where row 0 was asked for"),
+        (lambda rows: rows.clamp(max=2), r"bags\[1\].take gave row 2 where row 3 was asked for"),
+        (lambda rows: rows.int(), r"bags\[1\]: index has shape \(4,\), torch.int32; needs \(4,\) int64"),
+    ],
+)
+def test_a_strip_of_other_rows_is_refused(
+    group_of_one: dist.ProcessGroup, slip: Callable[[Tensor], Tensor], message: str
+) -> None:
+    bags = [bag_of(5), _Slips(bag_of(9), slip)]
+    with pytest.raises(ValueError, match=message):
+        select(tiny_model(), bags, 3, 4, group=group_of_one)
+
+
+def test_a_group_of_one_gives_the_answer_of_none(group_of_one: dist.ProcessGroup) -> None:
+    shared, alone = (select(tiny_model(), [bag_of(9), bag_of(1)], 3, 4, group=group) for group in (group_of_one, None))
+    assert torch.equal(shared.index, alone.index)
+    assert torch.equal(shared.scores, alone.scores)
 
 
 def test_the_window_cannot_be_split() -> None:
