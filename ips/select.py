@@ -80,7 +80,7 @@ def select(
     certificates: tuple[Certificate, ...] | None = None
     if certify:
         reference = Scorer(model, batch=scorer.batch)
-        pairs = [certified(cache, bag, memory, chunk, reference) for cache, bag in zip(caches, bags, strict=True)]
+        pairs = [certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches)]
         winners, certificates = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
     else:
         winners = [pool.winners(memory) for pool in pools]
