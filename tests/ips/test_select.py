@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -53,12 +54,18 @@ def test_exact_ignores_order_and_chunking_bit_for_bit(n: int, memory: int, chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resnet_logit_depends_on_its_patch_alone(dtype: torch.dtype) -> None:
-    model, bag = resnet_model(grid=True), bag_of(71, h=37, w=29, grid=True)
-    first = select(model, [bag], 71, 71, attention=True, dtype=dtype)
-    order = torch.randperm(71, generator=torch.Generator().manual_seed(5))
-    other = bag_of(9, 3, h=37, w=29, grid=True)
-    second = select(model, [other, LooseBag(bag, order)], 71, 7, attention=True, dtype=dtype)
+@pytest.mark.parametrize(
+    ("stages", "n", "h", "w", "batch"), [(2, 71, 37, 29, 32), (4, 11, 37, 29, 8), (4, 11, 67, 31, 8), (4, 11, 41, 7, 8)]
+)
+def test_a_resnet_logit_depends_on_its_patch_alone(
+    dtype: torch.dtype, stages: Literal[2, 4], n: int, h: int, w: int, batch: int
+) -> None:
+    model, bag = resnet_model(stages=stages, grid=True), bag_of(n, h=h, w=w, grid=True)
+    scorer = Scorer(model, dtype=dtype, batch=batch)
+    first = select(model, [bag], n, n, attention=True, scorer=scorer)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(5))
+    other = bag_of(9, 3, h=h, w=w, grid=True)
+    second = select(model, [other, LooseBag(bag, order)], n, 7, attention=True, scorer=scorer)
     assert first.attention is not None
     assert second.attention is not None
     assert torch.equal(first.attention[0], second.attention[1])
