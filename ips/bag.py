@@ -6,7 +6,7 @@ embedding, H attention heads, T tasks (query tokens), J = H*T logits of a patch,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,9 @@ class Chunk:
     """(n,) int64, the rows these patches have within their bag."""
     positions: Tensor | None = None
     """(n, 2) float32 (column, row) in grid units."""
+    prepare: Callable[[Tensor], Tensor] | None = None
+    """What is still to be done to the patches once they are on the device, such as augmentation: patches to patches of
+    the same shape and dtype, each for itself, so that a row gives the same in every chunk it comes in."""
 
 
 class Bag(Protocol):

@@ -22,7 +22,7 @@ from ips.bag import Bag, Chunk, Selection
 from ips.intake import take
 from ips.model import IPSModel
 from ips.scorer import BATCH_NORMS, check_statistics
-from ips.transfer import to_device
+from ips.transfer import arrived
 
 Norm = Literal["frozen", "group"]
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -100,7 +100,7 @@ def _parts(selection: Selection, chunk: int) -> list[_Part]:
 
 def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tensor, list[Chunk]]:
     chunks = take(bags, part)
-    return to_device(torch.cat([chunk.patches for chunk in chunks]), device), chunks
+    return torch.cat([arrived(chunk, device) for chunk in chunks]), chunks
 
 
 def _embed_all(

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ips.aggregator import Aggregator
+from ips.bag import Chunk
 from ips.encoder import ResNet
 from ips.model import IPSModel, normalised
-from ips.transfer import to_device
+from ips.transfer import arrived, prepared, to_device
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _STEM_BYTES = 13_000_000
@@ -154,10 +155,12 @@ class Scorer:
             x = nn.functional.linear(_pad_width(x), matrix)
         return x
 
-    def receive(self, patches: Tensor) -> Tensor:
-        """Patches (n, ...) of a bag, on the device."""
-        if not self._device_normalise:
-            patches = normalised(patches, self.model.mean.to(patches.device), self.model.std.to(patches.device))
+    def receive(self, chunk: Chunk) -> Tensor:
+        """Patches (n, ...) of a bag, prepared and on the device."""
+        if self._device_normalise:
+            return arrived(chunk, self.device, side_stream=self._side_stream)
+        patches = prepared(chunk.patches, chunk)
+        patches = normalised(patches, self.model.mean.to(patches.device), self.model.std.to(patches.device))
         return to_device(patches, self.device, side_stream=self._side_stream)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from ips.pools import LogitCache, Pool, Window
 from ips.scorer import Scorer
 from ips.shards import Strips, strips
 from ips.stream import Stream
-from ips.transfer import to_device
+from ips.transfer import arrived
 
 Mode = Literal["exact", "window"]
 
@@ -174,11 +174,10 @@ def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str
         raise ValueError(f"bags has {len(bags)} images, the selection {B}")
     rows = [index[mask] for index, mask in zip(selection.index, selection.mask, strict=True)]
     taken = take(bags, list(enumerate(rows)))
-    patches = torch.stack([_padded(chunk.patches, M) for chunk in taken])
-    places = [_padded(chunk.positions, M) for chunk in taken if chunk.positions is not None]
     target = torch.device(device)
+    places = [_padded(chunk.positions, M) for chunk in taken if chunk.positions is not None]
     return Batch(
-        patches=to_device(patches, target),
+        patches=torch.stack([_padded(arrived(chunk, target), M) for chunk in taken]),
         positions=torch.stack(places).to(target) if len(places) == B else None,
         index=selection.index.to(target),
         mask=selection.mask.to(target),

@@ -74,7 +74,7 @@ class Stream:
 
     def _admit(self, bag: int, chunk: Chunk) -> _Item:
         scorer = self._scorer
-        patches = scorer.receive(chunk.patches)
+        patches = scorer.receive(chunk)
         n = len(patches)
         rows = inverse = torch.arange(n, device=patches.device)
         flat = 0

@@ -5,6 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ips.bag import Chunk
+
+
+def arrived(chunk: Chunk, device: torch.device, *, side_stream: bool = True) -> Tensor:
+    """The patches of a chunk on `device`, prepared.
+
+    Raises:
+        ValueError: `prepare` made patches of another shape or dtype.
+    """
+    return prepared(to_device(chunk.patches, device, side_stream=side_stream), chunk)
+
+
+def prepared(patches: Tensor, chunk: Chunk) -> Tensor:
+    """What `chunk.prepare` makes of its patches, wherever they are."""
+    if chunk.prepare is None:
+        return patches
+    found = chunk.prepare(patches)
+    if found.shape != patches.shape or found.dtype != patches.dtype:
+        raise ValueError(
+            f"prepare made {tuple(found.shape)} {found.dtype} of patches {tuple(patches.shape)} {patches.dtype}; "
+            "it must keep shape and dtype"
+        )
+    return found
+
 
 def to_device(patches: Tensor, device: torch.device, *, side_stream: bool = True) -> Tensor:
     """Patches on `device`; to CUDA through pinned memory on a side stream, so that the device's work goes on."""

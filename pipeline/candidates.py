@@ -109,7 +109,7 @@ def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
         tissue_fraction(table, np.minimum(grid.level0_boxes(some) / overview.scale, edges))
         for some in np.split(cells, range(_AT_ONCE, len(cells), _AT_ONCE))
     ]
-    return np.round(np.concatenate(shares), _DECIMALS)
+    return np.asarray(np.round(np.concatenate(shares), _DECIMALS), np.float64)
 
 
 def _enough(share: Shares, spec: TilingConfig) -> Mask:

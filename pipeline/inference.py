@@ -20,6 +20,7 @@ from ips.heads import probabilities
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating
 from ips.select import select
+from ips.transfer import arrived
 from pipeline.build import build_model
 from pipeline.checkpoint import load_weights, read_config
 from pipeline.cohort import CohortSlide
@@ -118,7 +119,7 @@ def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str
     device, embeddings, positions = model.mean.device, [], []
     for part in torch.split(rows, chunk):
         taken = bag.take(part)
-        embeddings.append(model.embed(taken.patches.to(device)))
+        embeddings.append(model.embed(arrived(taken, device)))
         positions += [] if taken.positions is None else [taken.positions]
     whole, mask = torch.cat(embeddings), torch.ones(1, len(rows), dtype=torch.bool, device=device)
     places = model.places(rows.to(device)[None], torch.cat(positions).to(device)[None] if positions else None)

@@ -17,7 +17,7 @@ import torch
 from ips.bag import Bag
 from ips.model import IPSModel
 from ips.scorer import Scorer
-from pipeline.bags import Augment
+from pipeline.augment import Augment
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 
 from ips.bag import Bag
-from pipeline.bags import Augment, PatchBag
+from pipeline.augment import Augment
+from pipeline.bags import PatchBag
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_embed import EmbedConfig

@@ -26,7 +26,8 @@ from ray.data.datasource import Datasource, ReadTask
 from torch import Tensor
 
 from ips.bag import Chunk
-from pipeline.bags import Augment, PatchBag
+from pipeline.augment import Augment
+from pipeline.bags import PatchBag
 from pipeline.errors import SlideError, StageError
 from pipeline.patches import PatchIndex
 from pipeline.streamed import StreamedSlide, cut, open_unchanged

@@ -30,7 +30,8 @@ from PIL import Image
 from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag
-from pipeline.bags import Augment, PatchBag
+from pipeline.augment import Augment
+from pipeline.bags import PatchBag
 from pipeline.build import build_model, build_optimizer
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from ips.bag import Chunk
 from ips.encoder import ResNet
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating, pad_rows
@@ -36,15 +39,24 @@ def _plain(model: IPSModel, patches: torch.Tensor) -> torch.Tensor:
 def test_every_measure_alone_keeps_the_logits(name: str, measures: dict[str, bool]) -> None:
     model, patches = resnet_model(name), _patches()
     scorer = Scorer(model, batch=8, **measures)  # type: ignore[arg-type]
-    found = scorer.content_logits(scorer.receive(patches))
+    found = scorer.content_logits(scorer.receive(Chunk(patches, torch.arange(len(patches)))))
     torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
 
 
 def test_pixels_travel_as_they_are_unless_told() -> None:
     model, patches = resnet_model(), _patches()
-    assert Scorer(model).receive(patches) is patches
-    early = Scorer(model, device_normalise=False).receive(patches)
+    chunk = Chunk(patches, torch.arange(len(patches)))
+    assert Scorer(model).receive(chunk) is patches
+    early = Scorer(model, device_normalise=False).receive(chunk)
     assert torch.equal(early, model.normalise(patches))
+
+
+@pytest.mark.parametrize("device_normalise", [True, False])
+def test_patches_are_prepared_before_they_are_looked_at(*, device_normalise: bool) -> None:
+    model, patches = resnet_model(), _patches()
+    chunk = Chunk(patches, torch.arange(len(patches)), prepare=lambda x: x.flip(-1))
+    scorer = Scorer(model, device_normalise=device_normalise)
+    assert torch.equal(scorer.receive(chunk), scorer.receive(replace(chunk, patches=patches.flip(-1), prepare=None)))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "resnet"])

@@ -18,8 +18,10 @@ import torch
 from hypothesis import strategies as st
 
 from ips.bag import Chunk
+from ips.transfer import arrived
 from pipeline import storage
-from pipeline.bags import Augment, PatchBag, oriented
+from pipeline.augment import Augment, Changes, oriented
+from pipeline.bags import PatchBag
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
@@ -54,11 +56,16 @@ def stored(path: Path, seed: int, store: str) -> StoredSlide:
     return PatchStore(store, SPEC.fingerprint()).slide(status.key)
 
 
+def ready(chunk: Chunk) -> torch.Tensor:
+    """The patches as the network gets them."""
+    return arrived(chunk, torch.device("cpu"))
+
+
 def same(one: Chunk, other: Chunk) -> bool:
     assert one.positions is not None
     assert other.positions is not None
     return (
-        torch.equal(one.patches, other.patches)
+        torch.equal(ready(one), ready(other))
         and torch.equal(one.index, other.index)
         and torch.equal(one.positions, other.positions)
     )
@@ -68,7 +75,7 @@ def joined(chunks: Iterator[Chunk]) -> Chunk:
     parts = list(chunks)
     positions = [part.positions for part in parts if part.positions is not None]
     return Chunk(
-        torch.cat([part.patches for part in parts]), torch.cat([part.index for part in parts]), torch.cat(positions)
+        torch.cat([ready(part) for part in parts]), torch.cat([part.index for part in parts]), torch.cat(positions)
     )
 
 
@@ -155,11 +162,11 @@ def test_stain_jitter_is_the_same_in_chunks_and_takes(slides: list[StoredSlide])
     augment = Augment(3, 5, slides[0].key, stain=0.2)
     bag = PatchBag(slides, threads=2, augment=augment)
     whole, at = joined(bag.chunks(31)), torch.tensor([170, 3, 3, 88])
-    assert torch.equal(bag.take(at).patches, whole.patches[at])
+    assert torch.equal(ready(bag.take(at)), whole.patches[at])
     turned = joined(PatchBag(slides, threads=1, augment=replace(augment, stain=0.0)).chunks(50)).patches
     assert not torch.equal(whole.patches, turned)
-    (scale, shift), pixels = augment.stains(np.array([3]))[0], turned[3].permute(1, 2, 0).numpy()
-    assert np.array_equal(whole.patches[3].permute(1, 2, 0).numpy(), jittered(pixels, scale, shift))
+    ((scale, shift),) = augment.stains(np.array([3]))
+    assert torch.equal(whole.patches[3:4], jittered(turned[3:4], scale[None], shift[None]))
 
 
 def test_stain_factors_and_shifts_are_even_within_their_strength() -> None:
@@ -175,10 +182,17 @@ def test_stain_factors_and_shifts_are_even_within_their_strength() -> None:
 
 
 def test_the_eight_orientations_differ_and_keep_the_pixels() -> None:
-    patch = np.arange(7 * 7 * 3, dtype=np.uint8).reshape(7, 7, 3)
-    found = {oriented(patch, code).tobytes() for code in range(8)}
+    patch = torch.arange(3 * 7 * 7, dtype=torch.uint8).view(3, 7, 7)
+    found = {oriented(patch, code).contiguous().numpy().tobytes() for code in range(8)}
     assert len(found) == 8
-    assert {bytes(sorted(pixels)) for pixels in found} == {bytes(sorted(patch.tobytes()))}
+    assert {bytes(sorted(pixels)) for pixels in found} == {bytes(sorted(patch.numpy().tobytes()))}
+
+
+def test_changes_leave_what_was_read_as_it_was() -> None:
+    patches = torch.arange(2 * 3 * 5 * 5, dtype=torch.uint8).view(2, 3, 5, 5)
+    before = patches.clone()
+    assert not torch.equal(Changes(np.array([0, 3]), None)(patches), before)
+    assert torch.equal(patches, before)
 
 
 keys = st.builds(Augment, st.integers(0, 2**40), st.integers(0, 1000), st.text("0123456789abcdef", max_size=32))

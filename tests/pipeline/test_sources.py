@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ips.bag import Bag
-from pipeline.bags import Augment
+from ips.transfer import arrived
+from pipeline.augment import Augment
 from pipeline.build import build_model
 from pipeline.checkpoint import save_model
 from pipeline.cohort import read_cohort
@@ -60,7 +61,7 @@ def _sources(config: Config) -> list[LabelledSource]:
 
 
 def _whole(bag: Bag) -> torch.Tensor:
-    return torch.cat([chunk.patches for chunk in bag.chunks(5)])
+    return torch.cat([arrived(chunk, torch.device("cpu")) for chunk in bag.chunks(5)])
 
 
 def test_both_kinds_open_a_bag_of_as_many_patches_as_they_say(tmp_path: Path, digits: Path) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from ips.transfer import arrived
 from pipeline import streamed as module
-from pipeline.bags import Augment, PatchBag
+from pipeline.augment import Augment
+from pipeline.bags import PatchBag
 from pipeline.cohort import Cohort
 from pipeline.config_data import TilingConfig
 from pipeline.errors import PlanError, SlideError, StageError, StorageError
@@ -23,6 +25,8 @@ from tests.pipeline.test_cutting import spoil
 from tests.synth import tissue_rgb, write_pyramid
 
 Pairs = list[tuple[StreamedSlide, StoredSlide]]
+
+CPU = torch.device("cpu")
 
 
 def stream_slides(cohort: Cohort, root: Path, spec: TilingConfig) -> list[StreamedSlide]:
@@ -84,13 +88,13 @@ def test_original_tiles_of_a_real_slide_are_the_store_s(shared_slides: Path, tmp
 def test_bags_of_both_kinds_give_the_same_chunks(pairs: Pairs, augment: Augment | None) -> None:
     bags = [PatchBag([source], threads=2, augment=augment) for source in pairs[1]]
     for one, other in zip(*(bag.chunks(4) for bag in bags), strict=True):
-        assert torch.equal(one.patches, other.patches)
+        assert torch.equal(arrived(one, CPU), arrived(other, CPU))
         assert torch.equal(one.index, other.index)
         assert one.positions is not None
         assert other.positions is not None
         assert torch.equal(one.positions, other.positions)
     rows = torch.tensor([5, 0, 11])
-    assert torch.equal(bags[0].take(rows).patches, bags[1].take(rows).patches)
+    assert torch.equal(*(arrived(bag.take(rows), CPU) for bag in bags))
 
 
 def test_a_slide_that_was_replaced_is_refused(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_after_a_patch_that_cannot_be_decoded_the_next_plan_is_the_store_s(tmp_p
         PatchBag([stored], threads=1, augment=Augment(3, 1, "")).chunks(7),
         strict=True,
     ):
-        assert torch.equal(streamed.patches, kept.patches)
+        assert torch.equal(arrived(streamed, CPU), arrived(kept, CPU))
 
 
 def test_a_slide_over_the_budget_is_quarantined_by_both(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import torch
 from ips.bag import Bag
 from ips.model import IPSModel
 from ips.select import select
+from ips.transfer import arrived
 from pipeline import streaming
-from pipeline.bags import Augment, PatchBag
+from pipeline.augment import Augment
+from pipeline.bags import PatchBag
 from pipeline.build import build_model
 from pipeline.errors import SlideError, StageError
 from pipeline.patches import StoredSlide
@@ -20,6 +22,7 @@ from tests.pipeline.small import small_config, store_slides, write_cohort, write
 from tests.pipeline.test_streamed import stream_slides
 
 # Ray Data leaves a dataset's log file to the garbage collector when the next dataset begins.
+CPU = torch.device("cpu")
 LOG_FILE = "ignore:Exception ignored in.*ray-data:pytest.PytestUnraisableExceptionWarning"
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings(LOG_FILE)]
 
@@ -67,14 +70,14 @@ def test_two_ranks_get_whole_slides_in_order_and_select_as_from_the_store(
                     twin = PatchBag([stored[index]], threads=1, augment=augment)
                     for one, other in zip(bag.chunks(5), twin.chunks(5), strict=True):
                         assert torch.equal(one.index, other.index)
-                        assert torch.equal(one.patches, other.patches)
+                        assert torch.equal(arrived(one, CPU), arrived(other, CPU))
     feeds[0].announce([2, 2])
     bags: list[Bag] = [feeds[0].bag(2, threads=1, augment=None), PatchBag([stored[2]], threads=1, augment=None)]
     found = [select(model, [bag], 5, 7) for bag in bags]
     assert torch.equal(found[0].index, found[1].index)
     assert torch.equal(found[0].scores, found[1].scores)
     rows = found[0].index[0]
-    assert torch.equal(bags[0].take(rows).patches, bags[1].take(rows).patches)
+    assert torch.equal(*(arrived(bag.take(rows), CPU) for bag in bags))
     feeds[0].close()
     feeds[1].close()
 

@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag
 from pipeline import session
-from pipeline.bags import Augment
+from pipeline.augment import Augment
 from pipeline.checkpoint import Progress
 from pipeline.errors import StorageError
 from pipeline.inference import load_model
