@@ -45,6 +45,17 @@ def test_a_converted_model_gives_the_official_outputs() -> None:
         torch.testing.assert_close(probabilities, theirs[task])
 
 
+def test_the_twin_runs_where_its_images_are() -> None:
+    """On the meta device, where a tensor left on the CPU is an error as on a GPU; names stay the official ones."""
+    official = _official()
+    assert not any("pos_enc" in name for name in official.state_dict())
+    official = official.to("meta")
+    images = torch.empty(2, 61, 1, 21, 19, device="meta")
+    rows = official.ips(images, 9, 6)
+    assert {out.device.type for out in official(images[:, :9], rows).values()} == {"meta"}
+    assert official.ips(images[:, :5], 9, 6).device.type == "meta"
+
+
 def test_the_feature_network_converts() -> None:
     projector = FeatureProjector(9, 8)
     model = IPSModel(projector, Aggregator(8, 1, 2, 3, 3, 5), {"t": nn.Linear(8, 2)})
