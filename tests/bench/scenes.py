@@ -98,12 +98,12 @@ def _strokes(count: int, generator: torch.Generator) -> Tensor:
 
 
 class EndlessBag:
-    """N different uint8 patches in constant memory: one of 251 images, its pixels shifted by the row number."""
+    """N uint8 patches in constant memory on the host: one of 251 images, its pixels shifted by the row number."""
 
-    def __init__(self, N: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> None:
+    def __init__(self, N: int, shape: tuple[int, int, int], seed: int) -> None:
         self.N = N
         generator = torch.Generator().manual_seed(seed)
-        self._base = torch.randint(0, 256, (251, *shape), dtype=torch.uint8, generator=generator).to(device)
+        self._base = torch.randint(0, 256, (251, *shape), dtype=torch.uint8, generator=generator)
 
     def __len__(self) -> int:
         return self.N
@@ -115,9 +115,8 @@ class EndlessBag:
 
     def take(self, rows: Tensor) -> Chunk:
         """Any rows."""
-        at = rows.to(self._base.device)
-        shift = (at // 251 % 256).to(torch.uint8).view(-1, 1, 1, 1)
-        return Chunk(self._base[at % 251] + shift, rows)
+        shift = (rows // 251 % 256).to(torch.uint8).view(-1, 1, 1, 1)
+        return Chunk(self._base[rows % 251] + shift, rows)
 
 
 @dataclass(frozen=True)
