@@ -253,7 +253,7 @@ def _read_safetensors(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(module: nn.Module, source: Path | bytes | Mapping[str, Tensor]) -> None:
+def load_weights(module: nn.Module, source: Path | str | bytes | Mapping[str, Tensor]) -> None:
     """Load a state dict into `module`, all or nothing.
 
     torchvision's classifier (`fc.`) and the stages that `module` does not have are passed over; everything else
@@ -264,10 +264,10 @@ def load_weights(module: nn.Module, source: Path | bytes | Mapping[str, Tensor])
         source: path or bytes of a .safetensors or .pth file, or the state dict itself.
 
     Raises:
-        ValueError: missing or unexpected names or other shapes; all of them are listed.
+        ValueError: missing or unexpected names, other shapes, or NaN; all of them are listed.
     """
-    if isinstance(source, Path):
-        source = source.read_bytes()
+    if isinstance(source, Path | str):
+        source = Path(source).read_bytes()
     given = read_weights(source) if isinstance(source, bytes) else source
     wanted = module.state_dict()
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files, unused
@@ -280,6 +280,7 @@ def load_weights(module: nn.Module, source: Path | bytes | Mapping[str, Tensor])
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
+    problems += [f"{name} holds NaN" for name in wanted if name in given and given[name].isnan().any()]
     if problems:
         raise ValueError(f"weights: {len(problems)} names do not fit {type(module).__name__}: " + "; ".join(problems))
     module.load_state_dict({name: given[name] for name in wanted if name in given}, strict=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, Selection
-from ips.intake import take
+from ips.intake import check_count, take
 from ips.model import IPSModel
 from ips.scorer import BATCH_NORMS, check_statistics
 from ips.transfer import to_device
@@ -54,11 +54,13 @@ def bounded_backward(
         The loss and the logits, detached.
 
     Raises:
-        ValueError: `chunk` < 1, another `norm`, a selection of other bags, `frozen` norms without running
-            statistics, an image without patches, or patches and positions that the model cannot take.
+        ValueError: `chunk` < 1 or one that leaves a patch alone with `group`, another `norm`, a selection of other
+            bags, `frozen` norms without running statistics, an image without patches, patches and positions that the
+            model cannot take, or a loss that does not depend on them.
     """
-    if chunk < 1 or norm not in ("frozen", "group"):
-        raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
+    check_count("chunk", chunk)
+    if norm not in ("frozen", "group"):
+        raise ValueError(f"norm={norm!r} must be 'frozen' or 'group'")
     if len(bags) != len(selection.index):
         raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
     if not selection.mask.any(dim=1).all():
@@ -68,6 +70,8 @@ def bounded_backward(
         check_statistics(model.encoder)
     device = model.mean.device
     parts = _parts(selection, chunk)
+    if norm == "group":
+        _check_none_alone(model.encoder, parts, chunk)
     with _norms(model.encoder, norm):
         embeddings, positions, states = _embed_all(model, bags, parts, dtype)
         leaf = embeddings.requires_grad_()
@@ -76,8 +80,12 @@ def bounded_backward(
         with _autocast(device, dtype):
             outputs = model.pool(leaf, selection.mask.to(device), places)
             value = loss(outputs)
-        value.backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
+        if value.requires_grad:
+            value.backward()  # type: ignore[no-untyped-call]
+        if leaf.grad is None:
+            raise ValueError(
+                "loss: it does not depend on the patches; compute it from the logits, without detaching them"
+            )
         if any(parameter.requires_grad for parameter in model.encoder.parameters()):
             _backward_all(model, bags, parts, leaf.grad, states, dtype)
     return value.detach(), {task: logits.detach() for task, logits in outputs.items()}
@@ -96,6 +104,16 @@ def _parts(selection: Selection, chunk: int) -> list[_Part]:
         [(int(number), part_rows[part_image == number]) for number in torch.unique_consecutive(part_image)]
         for part_image, part_rows in zip(image.tensor_split(count), rows.tensor_split(count), strict=True)
     ]
+
+
+def _check_none_alone(encoder: nn.Module, parts: list[_Part], chunk: int) -> None:
+    """Refuse a chunk of one embedding for a norm of embeddings; a map has statistics of its own."""
+    sizes = [sum(len(rows) for _, rows in part) for part in parts]
+    if min(sizes) < 2 and any(isinstance(module, nn.BatchNorm1d) and module.training for module in encoder.modules()):
+        raise ValueError(
+            f"chunk={chunk}: of {sum(sizes)} patches it leaves one alone, which has no statistics for norm='group'; "
+            "change chunk or use norm='frozen'"
+        )
 
 
 def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tensor, list[Chunk]]:
