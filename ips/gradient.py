@@ -6,13 +6,13 @@
 
 Chain rule, no approximation: the gradient is that of the plain step over the same chunks, to rounding. Both passes see
 the same chunks and the same dropout; running statistics move in the second only. The patches are taken from the bags
-twice and never held together.
+twice and never held together. An encoder without trainable parameters is passed once, and its statistics move in that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -58,22 +58,15 @@ def bounded_backward(
             bags, `frozen` norms without running statistics, an image without patches, patches and positions that the
             model cannot take, or a loss that does not depend on them.
     """
-    check_count("chunk", chunk)
-    if norm not in ("frozen", "group"):
-        raise ValueError(f"norm={norm!r} must be 'frozen' or 'group'")
-    if len(bags) != len(selection.index):
-        raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
-    if not selection.mask.any(dim=1).all():
-        number = int((~selection.mask.any(dim=1)).nonzero()[0])
-        raise ValueError(f"selection: nothing of bags[{number}] is selected; every image needs one patch")
-    if norm == "frozen":
-        check_statistics(model.encoder)
+    _check(model.encoder, bags, selection, chunk, norm)
     device = model.mean.device
     parts = _parts(selection, chunk)
     if norm == "group":
         _check_none_alone(model.encoder, parts, chunk)
+    twice = any(parameter.requires_grad for parameter in model.encoder.parameters())
     with _norms(model.encoder, norm):
-        embeddings, positions, states = _embed_all(model, bags, parts, dtype)
+        with _statistics_held(model.encoder) if twice else nullcontext():
+            embeddings, positions, states = _embed_all(model, bags, parts, dtype)
         leaf = embeddings.requires_grad_()
         places = model.places(selection.index, _place(positions, selection))
         places = None if places is None else places.to(device)
@@ -86,9 +79,22 @@ def bounded_backward(
             raise ValueError(
                 "loss: it does not depend on the patches; compute it from the logits, without detaching them"
             )
-        if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        if twice:
             _backward_all(model, bags, parts, leaf.grad, states, dtype)
     return value.detach(), {task: logits.detach() for task, logits in outputs.items()}
+
+
+def _check(encoder: nn.Module, bags: Sequence[Bag], selection: Selection, chunk: int, norm: str) -> None:
+    check_count("chunk", chunk)
+    if norm not in ("frozen", "group"):
+        raise ValueError(f"norm={norm!r} must be 'frozen' or 'group'")
+    if len(bags) != len(selection.index):
+        raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
+    if not selection.mask.any(dim=1).all():
+        number = int((~selection.mask.any(dim=1)).nonzero()[0])
+        raise ValueError(f"selection: nothing of bags[{number}] is selected; every image needs one patch")
+    if norm == "frozen":
+        check_statistics(encoder)
 
 
 _Part = list[tuple[int, Tensor]]
@@ -127,7 +133,7 @@ def _embed_all(
     """Embeddings (n, D) of all winners, their positions, and the RNG state before each chunk."""
     device = model.mean.device
     embeddings, positions, states = [], [], []
-    with torch.no_grad(), _statistics_held(model.encoder):
+    with torch.no_grad():
         for part in parts:
             patches, chunks = _take(bags, part, device)
             states.append(_RngState(device))

@@ -14,7 +14,7 @@ from ips.model import IPSModel
 from ips.positions import check_positions
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: object) -> None:
     """Refuse what is no number of patches."""
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1")

@@ -73,7 +73,7 @@ def test_halving_is_the_convolution_in_bfloat16_too(inputs: int, edge: int, h: i
     for _ in range(3):
         _junk = torch.full((8, inputs + 24, h + 2, w + 2), 3e30)  # so that what is read beyond is not zero by chance
         del _junk
-        conv.weight.grad = None
+        conv.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             found = conv(x)
         (found.float() * slope).sum().backward()

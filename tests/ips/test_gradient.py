@@ -191,6 +191,20 @@ def test_a_frozen_encoder_gets_no_gradient_and_is_encoded_once() -> None:
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
 
 
+def test_the_statistics_of_a_frozen_encoder_move_as_in_the_plain_step() -> None:
+    """Frozen by `requires_grad` alone, and left in training mode."""
+    bounded = _without_dropout(tiny_model(scale=1.0)).train()
+    bounded.encoder.requires_grad_(False)
+    plain = copy.deepcopy(bounded)
+    bags = [bag_of(n, n) for n in (23, 3, 11)]
+    selection = select(bounded, bags, 6, 5)
+    bounded_backward(bounded, bags, selection, _loss, 4, "group")
+    _plain_by_chunks(plain, bags, selection.index, selection.mask, [4, 4, 4, 3])
+    assert int(bounded.encoder.get_buffer("bn.num_batches_tracked")) == 4
+    for (name, value), (_, other) in zip(bounded.state_dict().items(), plain.state_dict().items(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+
+
 def test_index_positions_are_replayed_too() -> None:
     model = _without_dropout(tiny_model()).train()
     model.position = IndexPositions(12)

@@ -8,6 +8,7 @@ import ips.scorer
 from ips.encoder import ResNet
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating, pad_rows
+from ips.transfer import to_device
 from tests.ips.nets import bag_of, resnet_model, tiny_model
 
 
@@ -54,7 +55,12 @@ def test_each_measure_is_on_unless_told(on: bool, monkeypatch: pytest.MonkeyPatc
     assert len(weights) > 5
     assert all(p.is_contiguous(memory_format=torch.channels_last) == on for p in weights)
     asked: list[bool] = []
-    monkeypatch.setattr(ips.scorer, "to_device", lambda x, _device, *, side_stream: (asked.append(side_stream), x)[1])
+
+    def spy(patches: torch.Tensor, device: torch.device, *, side_stream: bool) -> torch.Tensor:
+        asked.append(side_stream)
+        return to_device(patches, device, side_stream=side_stream)
+
+    monkeypatch.setattr(ips.scorer, "to_device", spy)
     scorer("side_stream").receive(_patches())
     assert asked == [on]
 
