@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ips.attention import CrossAttention
@@ -46,7 +47,16 @@ class Aggregator(nn.Module):
         return self.attention.folded()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Pool x (B, M, D) where mask (B, M) is True -> tokens (B, T, D)."""
+        """Pool x (B, M, D) where mask (B, M) is True -> tokens (B, T, D).
+
+        Raises:
+            ValueError: another D, a mask of another shape or not of bool, an image of which nothing is unmasked.
+        """
+        if x.ndim != 3 or x.shape[2] != self.dim or mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            found = f"x has shape {tuple(x.shape)}, mask {tuple(mask.shape)} and {mask.dtype}"
+            raise ValueError(f"{found}; needs (B, M, {self.dim}) and (B, M) bool")
+        if not mask.any(dim=1).all():
+            raise ValueError("mask: an image has no patch; each needs one")
         tokens: Tensor = self.dropout(self.attention(x, mask)) + self.attention.queries
         tokens = self.attention_norm(tokens)
         out: Tensor = self.mlp_norm(self.dropout(self.mlp(tokens)) + tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -253,26 +253,36 @@ def _read_safetensors(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(module: nn.Module, source: Path | bytes | Mapping[str, Tensor]) -> None:
+def load_weights(
+    module: nn.Module, source: Path | str | bytes | Mapping[str, Tensor], classifier: Sequence[str] = ()
+) -> None:
     """Load a state dict into `module`, all or nothing.
 
-    torchvision's classifier (`fc.`) and the stages that `module` does not have are passed over; everything else
-    must fit.
+    torchvision's classifier (`fc.`), the stages that `module` does not have, and `classifier` are passed over;
+    everything else must fit.
 
     Args:
         module: usually a `ResNet`.
         source: path or bytes of a .safetensors or .pth file, or the state dict itself.
+        classifier: names of layers that `module` was made without.
 
     Raises:
-        ValueError: missing or unexpected names or other shapes; all of them are listed.
+        ValueError: missing or unexpected names, other shapes, or NaN; all of them are listed.
     """
-    if isinstance(source, Path):
-        source = source.read_bytes()
+    if isinstance(source, Path | str):
+        source = Path(source).read_bytes()
     given = read_weights(source) if isinstance(source, bytes) else source
     wanted = module.state_dict()
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files, unused
     own = tuple(f"{name}." for name, _ in module.named_children())
-    extra = [n for n in given if n not in wanted and (not n.startswith(_NOT_OURS) or n.startswith(own))]
+    passed = tuple(f"{name}." for name in classifier)
+    extra = [
+        name
+        for name in given
+        if name not in wanted
+        and not name.startswith(passed)
+        and (not name.startswith(_NOT_OURS) or name.startswith(own))
+    ]
     problems = [f"missing {name}" for name in wanted if name not in given and name not in optional]
     problems += [f"unexpected {name}" for name in extra]
     problems += [
@@ -280,6 +290,7 @@ def load_weights(module: nn.Module, source: Path | bytes | Mapping[str, Tensor])
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
+    problems += [f"{name} holds NaN" for name in wanted if name in given and given[name].isnan().any()]
     if problems:
         raise ValueError(f"weights: {len(problems)} names do not fit {type(module).__name__}: " + "; ".join(problems))
     module.load_state_dict({name: given[name] for name in wanted if name in given}, strict=False)

@@ -6,20 +6,20 @@
 
 Chain rule, no approximation: the gradient is that of the plain step over the same chunks, to rounding. Both passes see
 the same chunks and the same dropout; running statistics move in the second only. The patches are taken from the bags
-twice and never held together.
+twice and never held together. An encoder without trainable parameters is passed once, and its statistics move in that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, Selection
-from ips.intake import take
+from ips.intake import check_count, take
 from ips.model import IPSModel
 from ips.scorer import BATCH_NORMS, check_statistics
 from ips.transfer import arrived
@@ -54,33 +54,47 @@ def bounded_backward(
         The loss and the logits, detached.
 
     Raises:
-        ValueError: `chunk` < 1, another `norm`, a selection of other bags, `frozen` norms without running
-            statistics, an image without patches, or patches and positions that the model cannot take.
+        ValueError: `chunk` < 1 or one that leaves a patch alone with `group`, another `norm`, a selection of other
+            bags, `frozen` norms without running statistics, an image without patches, patches and positions that the
+            model cannot take, or a loss that does not depend on them.
     """
-    if chunk < 1 or norm not in ("frozen", "group"):
-        raise ValueError(f"chunk={chunk} must be at least 1 and norm={norm!r} 'frozen' or 'group'")
-    if len(bags) != len(selection.index):
-        raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
-    if not selection.mask.any(dim=1).all():
-        number = int((~selection.mask.any(dim=1)).nonzero()[0])
-        raise ValueError(f"selection: nothing of bags[{number}] is selected; every image needs one patch")
-    if norm == "frozen":
-        check_statistics(model.encoder)
+    _check(model.encoder, bags, selection, chunk, norm)
     device = model.mean.device
     parts = _parts(selection, chunk)
+    if norm == "group":
+        _check_none_alone(model.encoder, parts, chunk)
+    twice = any(parameter.requires_grad for parameter in model.encoder.parameters())
     with _norms(model.encoder, norm):
-        embeddings, positions, states = _embed_all(model, bags, parts, dtype)
+        with _statistics_held(model.encoder) if twice else nullcontext():
+            embeddings, positions, states = _embed_all(model, bags, parts, dtype)
         leaf = embeddings.requires_grad_()
         places = model.places(selection.index, _place(positions, selection))
         places = None if places is None else places.to(device)
         with _autocast(device, dtype):
             outputs = model.pool(leaf, selection.mask.to(device), places)
             value = loss(outputs)
-        value.backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
-        if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        if value.requires_grad:
+            value.backward()  # type: ignore[no-untyped-call]
+        if leaf.grad is None:
+            raise ValueError(
+                "loss: it does not depend on the patches; compute it from the logits, without detaching them"
+            )
+        if twice:
             _backward_all(model, bags, parts, leaf.grad, states, dtype)
     return value.detach(), {task: logits.detach() for task, logits in outputs.items()}
+
+
+def _check(encoder: nn.Module, bags: Sequence[Bag], selection: Selection, chunk: int, norm: str) -> None:
+    check_count("chunk", chunk)
+    if norm not in ("frozen", "group"):
+        raise ValueError(f"norm={norm!r} must be 'frozen' or 'group'")
+    if len(bags) != len(selection.index):
+        raise ValueError(f"bags has {len(bags)} images, the selection {len(selection.index)}")
+    if not selection.mask.any(dim=1).all():
+        number = int((~selection.mask.any(dim=1)).nonzero()[0])
+        raise ValueError(f"selection: nothing of bags[{number}] is selected; every image needs one patch")
+    if norm == "frozen":
+        check_statistics(encoder)
 
 
 _Part = list[tuple[int, Tensor]]
@@ -98,6 +112,16 @@ def _parts(selection: Selection, chunk: int) -> list[_Part]:
     ]
 
 
+def _check_none_alone(encoder: nn.Module, parts: list[_Part], chunk: int) -> None:
+    """Refuse a chunk of one embedding for a norm of embeddings; a map has statistics of its own."""
+    sizes = [sum(len(rows) for _, rows in part) for part in parts]
+    if min(sizes) < 2 and any(isinstance(module, nn.BatchNorm1d) and module.training for module in encoder.modules()):
+        raise ValueError(
+            f"chunk={chunk}: of {sum(sizes)} patches it leaves one alone, which has no statistics for norm='group'; "
+            "change chunk or use norm='frozen'"
+        )
+
+
 def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tensor, list[Chunk]]:
     chunks = take(bags, part)
     return torch.cat([arrived(chunk, device) for chunk in chunks]), chunks
@@ -109,7 +133,7 @@ def _embed_all(
     """Embeddings (n, D) of all winners, their positions, and the RNG state before each chunk."""
     device = model.mean.device
     embeddings, positions, states = [], [], []
-    with torch.no_grad(), _statistics_held(model.encoder):
+    with torch.no_grad():
         for part in parts:
             patches, chunks = _take(bags, part, device)
             states.append(_RngState(device))

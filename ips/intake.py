@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,10 +14,15 @@ from ips.model import IPSModel
 from ips.positions import check_positions
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no number of patches."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
 def check_bags(bags: Sequence[Bag], memory: int) -> None:
     """Refuse a selection of fewer than one patch, of no image, and of an image without patches."""
-    if memory < 1:
-        raise ValueError(f"memory={memory} must be at least 1")
+    check_count("memory", memory)
     if not bags:
         raise ValueError("bags holds no image; pass one at least")
     for number, bag in enumerate(bags):

@@ -42,8 +42,8 @@ def task_loss(
         class_weights: task -> (K,) weights of the classes ((2,) for binary), for binary and multiclass tasks.
 
     Raises:
-        ValueError: a task without outputs or targets, targets or class weights that do not fit the logits, class
-            weights of another task.
+        ValueError: a task without outputs or targets, an unknown kind, targets or class weights that do not fit the
+            logits, class weights of another task, or negative or not finite.
     """
     if strange := [task for task in class_weights or {} if task not in kinds]:
         raise ValueError(f"class_weights names {strange}; the tasks are {list(kinds)}")
@@ -52,7 +52,12 @@ def task_loss(
         for name, given in (("outputs", outputs), ("targets", targets)):
             if task not in given:
                 raise ValueError(f"{name} has no task {task!r}, only {list(given)}")
+        if kind not in _KINDS:
+            raise ValueError(f"kinds[{task!r}]={kind!r} is not a kind of task; use one of {list(_KINDS)}")
         logits, target = _at_least_float32(outputs[task]), targets[task].to(outputs[task].device)
+        if logits.ndim != 2 or target.ndim == 0:
+            found = f"outputs[{task!r}] has shape {tuple(logits.shape)}, targets[{task!r}] {tuple(target.shape)}"
+            raise ValueError(f"{found}; needs logits (B, K) and a target an image, (B,) or (B, K)")
         if len(target) != len(logits):
             raise ValueError(f"targets[{task!r}] has {len(target)} images, the logits have {len(logits)}")
         weights = None if class_weights is None else class_weights.get(task)
@@ -61,7 +66,13 @@ def task_loss(
 
 
 def mean_loss(losses: Mapping[str, LossSum]) -> Tensor:
-    """Mean over tasks of total / weight; a task without any label in the batch adds 0 (and its gradient is 0)."""
+    """Mean over tasks of total / weight; a task without any label in the batch adds 0 (and its gradient is 0).
+
+    Raises:
+        ValueError: no task.
+    """
+    if not losses:
+        raise ValueError("losses holds no task; pass what `task_loss` gives for one at least")
     means = [loss.total / torch.where(loss.weight > 0, loss.weight, 1.0) for loss in losses.values()]
     return torch.stack(means).mean()
 
@@ -85,8 +96,8 @@ def _multiclass(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
     _check_weights(task, weights, logits.shape[1])
     target = target.flatten()
     known = _known(target)
+    _check_range(task, target.where(known, 0), logits.shape[1])
     labels = target.where(known, 0).long()
-    _check_range(task, labels, logits.shape[1])
     scale = known.to(logits.dtype) if weights is None else known * weights.to(logits)[labels]
     return LossSum((F.cross_entropy(logits, labels, reduction="none") * scale).sum(), scale.sum())
 
@@ -117,7 +128,7 @@ def _survival(task: str, logits: Tensor, target: Tensor, weights: Tensor | None)
     if target.shape != (len(logits), 2):
         raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}; survival needs ({len(logits)}, 2)")
     known = _known(target).all(dim=1)
-    time, event = target.where(known[:, None], 0).long().unbind(1)
+    time, event = target.where(known[:, None], 0).unbind(1)
     _check_range(task, time, logits.shape[1])
     _check_range(task, event, 2)
     bins = torch.arange(logits.shape[1], device=logits.device)
@@ -151,7 +162,7 @@ def _same_shape(task: str, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _check_range(task: str, labels: Tensor, classes: int) -> None:
-    if ((labels < 0) | (labels >= classes)).any() or (labels != labels.round()).any():
+    if ((labels < 0) | (labels >= classes)).any() or (labels.is_floating_point() and (labels % 1 != 0).any()):
         raise ValueError(f"targets[{task!r}] holds labels outside 0..{classes - 1}; missing ones are NaN or -1")
 
 
@@ -163,6 +174,8 @@ def _check_one_each(task: str, target: Tensor) -> None:
 def _check_weights(task: str, weights: Tensor | None, classes: int) -> None:
     if weights is not None and weights.shape != (classes,):
         raise ValueError(f"class_weights[{task!r}] has shape {tuple(weights.shape)}; needs ({classes},)")
+    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError(f"class_weights[{task!r}] is {weights.tolist()}; weights must be finite and >= 0")
 
 
 def _no_weights(task: str, weights: Tensor | None) -> None:

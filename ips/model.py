@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,9 @@ class IPSModel(nn.Module):
         if len(heads) != aggregator.tasks:
             raise ValueError(f"heads has {len(heads)} tasks {list(heads)}, the aggregator {aggregator.tasks} tokens")
         parts = {"encoder": encoder, "aggregator": aggregator, "position": position}
-        widths = {name: part.dim for name, part in parts.items() if part is not None and hasattr(part, "dim")}
+        widths: dict[str, Any] = {
+            name: part.dim for name, part in parts.items() if part is not None and hasattr(part, "dim")
+        }
         for task, head in heads.items():
             if width := getattr(head, "in_features", 0):  # a lazy layer says 0 until it is used
                 widths[f"heads[{task!r}]"] = width

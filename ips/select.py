@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ips.bag import Bag, Batch, Certificate, Chunk, Selection
 from ips.certify import certified
-from ips.intake import check_bags, check_logits, checked, take
+from ips.intake import check_bags, check_count, check_logits, checked, take
 from ips.model import IPSModel
 from ips.pools import LogitCache, Pool, Window
 from ips.scorer import Scorer
@@ -99,8 +99,7 @@ def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *,
 
 def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
     check_bags(bags, memory)
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1")
+    check_count("chunk", chunk)
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if exact_only and mode != "exact":

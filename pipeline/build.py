@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -95,16 +95,18 @@ def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, i
     """The encoder and D."""
     encoder: ResNet | FeatureProjector | WrappedEncoder
     trunk: nn.Module  # what the weights are of
+    classifier: Sequence[str] = ()
     if settings.features is not None:
         encoder = trunk = FeatureProjector(settings.features, settings.dim or _PROJECTED)
     elif settings.name.startswith("timm:"):
         encoder = timm_encoder(settings.name.removeprefix("timm:"), settings.channels)
         trunk = encoder.network
+        classifier = _classifier(cast(_TimmNetwork, trunk))
     else:
         encoder = trunk = ResNet(settings.name, settings.stages, settings.channels)
     if pretrained and settings.weights is not None:
         try:
-            load_weights(trunk, read_bytes(settings.weights))
+            load_weights(trunk, read_bytes(settings.weights), classifier)
         except ValueError as error:
             raise ConfigError("config", [f"model.encoder.weights: {settings.weights}: {error}"]) from error
     return encoder, encoder.dim
@@ -114,6 +116,12 @@ class _TimmNetwork(Protocol):
     head_hidden_size: int
     """D of what it gives without a classifier. Not `num_features`: MobileNetV3, VGG and others have a layer between."""
     pretrained_cfg: Mapping[str, Any]
+
+
+def _classifier(network: _TimmNetwork) -> tuple[str, ...]:
+    """The layers that published weights have and `network` was made without; two in distilled transformers."""
+    named = network.pretrained_cfg.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def timm_encoder(name: str, channels: int) -> WrappedEncoder:

@@ -116,6 +116,9 @@ class OfficialNet(nn.Module):
     Shuffling is left to the caller (permute the patches); `multi` tasks give sigmoids, all others softmaxes.
     """
 
+    pos_enc: Tensor | None
+    """(N, D); moves with the network, and the official state dict does not have it."""
+
     def __init__(
         self,
         trunk: ResNet,
@@ -141,7 +144,7 @@ class OfficialNet(nn.Module):
                 for t in tasks
             }
         )
-        self.pos_enc = None if N is None else _table(trunk.dim, N)
+        self.register_buffer("pos_enc", None if N is None else _table(trunk.dim, N), persistent=False)
 
     def _embed(self, patches: Tensor) -> Tensor:
         """(B, n, C, h, w) -> (B, n, D)."""
@@ -152,7 +155,7 @@ class OfficialNet(nn.Module):
     def ips(self, patches: Tensor, M: int, I: int) -> Tensor:  # noqa: E741, the paper's name
         """The official loop: patches (B, N, C, h, w) -> rows kept (B, M), in the buffer's order."""
         B, N = patches.shape[:2]
-        rows = torch.arange(N).expand(B, -1)
+        rows = torch.arange(N, device=patches.device).expand(B, -1)
         if M >= N:
             return rows
         training = self.training

@@ -25,6 +25,7 @@ from tests.oracle import OfficialNet
 
 TASKS = ("majority", "max", "top", "multi")
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
+_DIGITS = "t10k-images-idx3-ubyte.gz"
 
 
 def megapixel_networks(N: int) -> tuple[OfficialNet, IPSModel]:
@@ -48,44 +49,61 @@ def slide_networks() -> tuple[OfficialNet, IPSModel]:
     return official, ours
 
 
-def megapixel_images(count: int, *, folder: Path = MNIST, size: int = 1500, patch: int = 50, seed: int = 0) -> Tensor:
-    """Images as the paper makes them: 5 MNIST digits and 50 strokes on black -> patches (count, N, 1, 50, 50), 0..1.
+def add_mnist_option(parser: argparse.ArgumentParser) -> None:
+    """`--mnist`."""
+    parser.add_argument("--mnist", type=Path, default=MNIST, help="folder of MNIST's idx files, gzipped")
 
-    The placing follows the paper's recipe, not its random numbers.
+
+def check_mnist(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """End with a clear line where the digits of `megapixel_images` are not there."""
+    if not (folder / _DIGITS).is_file():
+        parser.error(f"{folder} has no {_DIGITS}; name a folder with MNIST's idx files: --mnist FOLDER")
+
+
+def megapixel_images(count: int, *, folder: Path = MNIST, size: int = 1500, patch: int = 50, seed: int = 0) -> Tensor:
+    """Images as the paper makes them: 50 strokes, then 5 MNIST digits on black -> (count, N, 1, patch, patch), 0..1.
+
+    Pictures, places and order are the paper's (`pipeline.images`), its random numbers are not, and digits are of any
+    class. The same number of patches holds something, so as many are encoded: 107 of 900 an image.
     """
-    raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    raw = gzip.decompress((folder / _DIGITS).read_bytes())
     digits = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8).view(-1, 28, 28).float() / 255
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, n: int) -> list[int]:
-        return torch.randint(0, high, (n,), generator=generator).tolist()
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
 
+    strokes = _strokes(50, generator)
     images = torch.zeros(count, size, size)
     for image in images:
-        shapes = [digits[n] for n in draw(len(digits), 5)]
-        shapes += [_stroke(torch.rand(3, generator=generator)) for _ in range(50)]
-        for shape, x, y in zip(shapes, draw(size - 28, 55), draw(size - 28, 55), strict=True):
-            image[y : y + 28, x : x + 28] = torch.maximum(image[y : y + 28, x : x + 28], shape)
+        shapes = torch.cat((strokes[draw(50, 50)], digits[draw(len(digits), 5)]))
+        places = torch.cat((28 + draw(size - 56, 50, 2), draw(size - 27, 5, 2)))
+        for shape, (y, x) in zip(shapes, places.tolist(), strict=True):
+            image[y : y + 28, x : x + 28] = shape  # each covers what lies below
     tiles = images.unfold(1, patch, patch).unfold(2, patch, patch)
     return tiles.reshape(count, -1, 1, patch, patch)
 
 
-def _stroke(dice: Tensor) -> Tensor:
-    """A slanted line of random intensity across 28 px."""
-    angle, offset, strength = (dice * torch.tensor([3.14159, 10.0, 0.9]) + torch.tensor([0.0, 9.0, 0.1])).tolist()
-    y, x = torch.meshgrid(torch.arange(28.0) - 14, torch.arange(28.0) - 14, indexing="ij")
-    line = torch.sin(torch.tensor(angle)) * x + torch.cos(torch.tensor(angle)) * y
-    stroke: Tensor = ((line - offset + 14).abs() < 1.5) * strength
-    return stroke
+def _strokes(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 28, 28): two straight lines through a corner each, some mirrored, every px of its own brightness."""
+    lines = torch.zeros(count, 28, 28, dtype=torch.bool)
+    for line, slope in zip(lines, (torch.rand(count, generator=generator) * math.pi / 2.5).tan().tolist(), strict=True):
+        x = torch.linspace(0, min(27.49, 27.49 / max(slope, 1e-9)), 56)
+        line[x.round().long(), (slope * x).round().long()] = True
+    second = lines[torch.randperm(count, generator=generator)]
+    for _ in range(2):  # both times the same axis, the official script's way
+        flipped = torch.rand(count, generator=generator) < 0.33
+        second[flipped] = second[flipped].flip(2)
+    return (lines | second) * (torch.rand(count, 28, 28, generator=generator) * 0.2 + 0.8)
 
 
 class EndlessBag:
-    """N different uint8 patches in constant memory: one of 251 images, its pixels shifted by the row number."""
+    """N uint8 patches in constant memory on the host: one of 251 images, its pixels shifted by the row number."""
 
-    def __init__(self, N: int, shape: tuple[int, int, int], seed: int, device: torch.device) -> None:
+    def __init__(self, N: int, shape: tuple[int, int, int], seed: int) -> None:
         self.N = N
         generator = torch.Generator().manual_seed(seed)
-        self._base = torch.randint(0, 256, (251, *shape), dtype=torch.uint8, generator=generator).to(device)
+        self._base = torch.randint(0, 256, (251, *shape), dtype=torch.uint8, generator=generator)
 
     def __len__(self) -> int:
         return self.N
@@ -97,9 +115,8 @@ class EndlessBag:
 
     def take(self, rows: Tensor) -> Chunk:
         """Any rows."""
-        at = rows.to(self._base.device)
-        shift = (at // 251 % 256).to(torch.uint8).view(-1, 1, 1, 1)
-        return Chunk(self._base[at % 251] + shift, rows)
+        shift = (rows // 251 % 256).to(torch.uint8).view(-1, 1, 1, 1)
+        return Chunk(self._base[rows % 251] + shift, rows)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from ips.model import IPSModel
 from ips.scorer import Scorer
 from ips.select import select
 from tests.bench.scenes import (
-    MNIST,
     Clock,
     Goal,
+    add_mnist_option,
+    check_mnist,
     megapixel_images,
     megapixel_networks,
     multiplications,
@@ -97,24 +98,25 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=16, help="Megapixel-MNIST images a call (official: 16)")
     parser.add_argument("--slides", type=int, default=128, help="patches of 224 px")
     parser.add_argument("--rounds", type=int, default=2)
+    add_mnist_option(parser)
     parser.add_argument("--only", choices=("dense", "mnist", "slides"), help="one of the three")
     Clock.add_option(parser)
     options = parser.parse_args()
     clock = Clock.from_options(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = (options.only,) if options.only else ("dense", "mnist", "slides")
+    if "mnist" in wanted:
+        check_mnist(parser, options.mnist)
     goals, table = [], {}
     flags = (100, 100, clock, options.rounds)
     if "dense" in wanted:
         dense = torch.rand(options.images, 900, 1, 50, 50, generator=torch.Generator().manual_seed(1)).to(device)
         found, table["dense"] = compare("dense random patches", megapixel_networks(900), dense, *flags)
         goals.append(Goal("dense", found, 8.0))
-    if "mnist" in wanted and MNIST.is_dir():
-        real = megapixel_images(options.images).to(device)
+    if "mnist" in wanted:
+        real = megapixel_images(options.images, folder=options.mnist).to(device)
         found, table["mnist"] = compare("Megapixel-MNIST", megapixel_networks(900), real, *flags)
         goals.append(Goal("Megapixel-MNIST", found, 30.0))
-    elif "mnist" in wanted:
-        print(f"\nMegapixel-MNIST left out: no MNIST files in {MNIST}")
     if "slides" in wanted:
         slides = torch.rand(1, options.slides, 3, 224, 224, generator=torch.Generator().manual_seed(2)).to(device)
         found, table["slides"] = compare("ResNet-18 at 224 px", slide_networks(), slides, 16, 32, clock, options.rounds)

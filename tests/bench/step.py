@@ -26,7 +26,16 @@ from ips.losses import mean_loss, task_loss
 from ips.schedule import parameter_groups
 from ips.scorer import Scorer
 from ips.select import gather, select
-from tests.bench.scenes import TASKS, Clock, Goal, megapixel_images, megapixel_networks, verdict
+from tests.bench.scenes import (
+    TASKS,
+    Clock,
+    Goal,
+    add_mnist_option,
+    check_mnist,
+    megapixel_images,
+    megapixel_networks,
+    verdict,
+)
 
 _M = _I = 100
 _OFFICIAL = "official step, float32"
@@ -113,11 +122,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    add_mnist_option(parser)
     Clock.add_option(parser)
     options = parser.parse_args()
+    check_mnist(parser, options.mnist)
     clock = Clock.from_options(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = megapixel_images(options.images).to(device)
+    images = megapixel_images(options.images, folder=options.mnist).to(device)
     generator = torch.Generator().manual_seed(0)
     targets = {task: torch.randint(0, 10, (options.images,), generator=generator).to(device) for task in TASKS[:3]}
     targets["multi"] = torch.randint(0, 2, (options.images, 10), generator=generator).float().to(device)

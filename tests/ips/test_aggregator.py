@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ips.aggregator import Aggregator
@@ -27,3 +28,22 @@ def test_order_of_patches_does_not_matter_and_masks_cut() -> None:
     mask = torch.arange(11)[None] < 6
     torch.testing.assert_close(aggregator(x, mask), aggregator(x[:, :6], every[:, :6]))
     assert aggregator.folded().shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (
+            torch.zeros(2, 5, 9),
+            torch.ones(2, 5).bool(),
+            r"x has shape \(2, 5, 9\), .*; needs \(B, M, 8\) and \(B, M\) bool",
+        ),
+        (torch.zeros(5, 8), torch.ones(5).bool(), r"x has shape \(5, 8\)"),
+        (torch.zeros(2, 5, 8), torch.ones(2, 5), r"mask \(2, 5\) and torch.float32; needs"),
+        (torch.zeros(2, 5, 8), torch.ones(2, 4).bool(), r"mask \(2, 4\)"),
+        (torch.zeros(2, 5, 8), torch.arange(2)[:, None].repeat(1, 5).bool(), r"mask: an image has no patch"),
+    ],
+)
+def test_what_cannot_be_pooled_is_named(x: torch.Tensor, mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Aggregator(8, 2, 2, 3, 3, 5)(x, mask)

@@ -40,7 +40,7 @@ def test_nothing_to_choose_from_is_named() -> None:
             every_patch(bags)
         with pytest.raises(ValueError, match=message):
             random_selection(bags, 2, generator)
-    with pytest.raises(ValueError, match="memory=0 must be at least 1"):
+    with pytest.raises(ValueError, match="memory=0 must be a whole number, at least 1"):
         random_selection([bag_of(3)], 0, generator)
 
 

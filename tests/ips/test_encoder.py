@@ -73,7 +73,7 @@ def test_halving_is_the_convolution_in_bfloat16_too(inputs: int, edge: int, h: i
     for _ in range(3):
         _junk = torch.full((8, inputs + 24, h + 2, w + 2), 3e30)  # so that what is read beyond is not zero by chance
         del _junk
-        conv.weight.grad = None
+        conv.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             found = conv(x)
         (found.float() * slope).sum().backward()
@@ -158,12 +158,12 @@ def _full_state() -> dict[str, Tensor]:
     return {**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "state", "path"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "state", "path", "str"])
 def test_weights_load_from_every_form(form: str, tmp_path: Path) -> None:
     state = _full_state()
     file = tmp_path / "weights.pth"
     file.write_bytes(_pth(state))
-    source = {"safetensors": save(state), "pth": _pth(state), "state": state, "path": file}[form]
+    source = {"safetensors": save(state), "pth": _pth(state), "state": state, "path": file, "str": str(file)}[form]
     for stages in (2, 4):
         encoder = ResNet("resnet18", stages)
         load_weights(encoder, source)  # type: ignore[arg-type]
@@ -193,13 +193,15 @@ def test_all_unfitting_names_are_listed_and_nothing_is_loaded() -> None:
     state["layer2.7.conv1.weight"] = torch.zeros(1)
     state["head.weight"] = torch.zeros(1)
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
-    with pytest.raises(ValueError, match="4 names do not fit ResNet") as caught:
+    state["layer2.0.bn2.bias"] = torch.full((128,), torch.nan)
+    with pytest.raises(ValueError, match="5 names do not fit ResNet") as caught:
         load_weights(encoder, state)
     for part in (
         "missing layer1.0.bn1.weight",
         "unexpected layer2.7.conv1.weight",
         "unexpected head.weight",
         "conv1.weight has shape (64, 1, 7, 7), needs (64, 3, 7, 7)",
+        "layer2.0.bn2.bias holds NaN",
     ):
         assert part in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())

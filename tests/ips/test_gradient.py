@@ -98,7 +98,7 @@ def test_no_more_than_a_chunk_is_ever_alive(chunk: int, memory: int, norm: Norm)
     try:
         bounded_backward(model, bags, selection, _loss, chunk, norm)
     except ValueError as error:
-        assert "more than 1 value per channel" in str(error)  # noqa: PT017, torch's own word on a chunk of one
+        assert "it leaves one alone, which has no statistics" in str(error)  # noqa: PT017
         return
     total = int(selection.mask.sum())
     assert max(encoded) <= chunk
@@ -191,6 +191,20 @@ def test_a_frozen_encoder_gets_no_gradient_and_is_encoded_once() -> None:
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
 
 
+def test_the_statistics_of_a_frozen_encoder_move_as_in_the_plain_step() -> None:
+    """Frozen by `requires_grad` alone, and left in training mode."""
+    bounded = _without_dropout(tiny_model(scale=1.0)).train()
+    bounded.encoder.requires_grad_(False)
+    plain = copy.deepcopy(bounded)
+    bags = [bag_of(n, n) for n in (23, 3, 11)]
+    selection = select(bounded, bags, 6, 5)
+    bounded_backward(bounded, bags, selection, _loss, 4, "group")
+    _plain_by_chunks(plain, bags, selection.index, selection.mask, [4, 4, 4, 3])
+    assert int(bounded.encoder.get_buffer("bn.num_batches_tracked")) == 4
+    for (name, value), (_, other) in zip(bounded.state_dict().items(), plain.state_dict().items(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+
+
 def test_index_positions_are_replayed_too() -> None:
     model = _without_dropout(tiny_model()).train()
     model.position = IndexPositions(12)
@@ -246,6 +260,14 @@ def test_bad_arguments_are_named() -> None:
         bounded_backward(model, bags, selection, _loss, 0)
     with pytest.raises(ValueError, match="norm='batch'"):
         bounded_backward(model, bags, selection, _loss, 1, "batch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"chunk=2\.5 must be a whole number"):
+        bounded_backward(model, bags, selection, _loss, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chunk=1: of 4 patches it leaves one alone, .* change chunk"):
+        bounded_backward(model, bags, selection, _loss, 1, "group")
+    with pytest.raises(ValueError, match="loss: it does not depend on the patches"):
+        bounded_backward(model, bags, selection, lambda _: torch.tensor(3.0), 2)
+    with pytest.raises(ValueError, match="loss: it does not depend on the patches"):
+        bounded_backward(model, bags, selection, lambda _: model.heads[0].get_parameter("weight").sum(), 2)
     model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
     with pytest.raises(ValueError, match="without running statistics"):
         bounded_backward(model, bags, selection, _loss, 1)

@@ -30,3 +30,10 @@ def test_probabilities() -> None:
     assert probabilities("regression", logits) is logits
     survival = probabilities("survival", torch.tensor([[0.0, 0.0, 20.0]]))
     torch.testing.assert_close(survival, torch.tensor([[0.5, 0.25, 0.0]]))
+
+
+def test_unknown_kinds_are_named() -> None:
+    with pytest.raises(ValueError, match="kind='foo' is not a kind of task; use one of .*'survival'"):
+        linear_head("foo", 7, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kind='foo'"):
+        probabilities("foo", torch.zeros(2, 3))  # type: ignore[arg-type]

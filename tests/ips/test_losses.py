@@ -108,6 +108,12 @@ def test_bfloat16_logits_are_scored_in_float32() -> None:
         ("multilabel", torch.tensor([[1.0], [0.0]]), r"shape \(2, 1\), the logits \(2, 3\)"),
         ("survival", torch.tensor([1.0, 1.0]), r"survival needs \(2, 2\)"),
         ("survival", torch.tensor([[3.0, 1.0], [0.0, 0.0]]), r"outside 0..2"),
+        ("multiclass", torch.tensor([1.5, 0.0]), r"outside 0..2"),
+        ("multiclass", torch.tensor([2.0, -0.5]), r"outside 0..2"),
+        ("survival", torch.tensor([[0.7, 1.0], [0.0, 0.0]]), r"outside 0..2"),
+        ("survival", torch.tensor([[1.0, 0.5], [0.0, 0.0]]), r"outside 0..1"),
+        ("multiclass", torch.tensor(1.0), r"outputs\['t'\] has shape \(2, 3\), targets\['t'\] \(\); needs"),
+        ("foo", torch.zeros(2), r"kinds\['t'\]='foo' is not a kind of task; use one of \['binary', 'multiclass'"),
     ],
 )
 def test_bad_targets_are_named(kind: Kind, target: Tensor, message: str) -> None:
@@ -124,6 +130,31 @@ def test_class_weights_only_where_they_mean_something() -> None:
         _one("multiclass", torch.zeros(2, 3), torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match=r"class_weights names \['u'\]; the tasks are \['t'\]"):
         task_loss({"t": torch.zeros(2, 1)}, {"t": torch.zeros(2)}, {"t": "binary"}, {"u": torch.ones(2)})
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [1.0, 1.0, math.inf]])
+def test_class_weights_are_finite_and_not_negative(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"class_weights\['t'\] is \[1.0, .*; weights must be finite and >= 0"):
+        _one("multiclass", torch.zeros(2, 3), torch.zeros(2), torch.tensor(weights))
+    assert _one("multiclass", torch.zeros(2, 3), torch.zeros(2), torch.tensor([0.0, 1.0, 1.0])) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "regression", "survival"])
+def test_logits_have_two_axes(kind: Kind) -> None:
+    with pytest.raises(ValueError, match=r"outputs\['t'\] has shape \(2,\), .*; needs logits \(B, K\)"):
+        _one(kind, torch.zeros(2), torch.zeros(2))
+
+
+def test_no_loss_has_no_mean() -> None:
+    with pytest.raises(ValueError, match="losses holds no task"):
+        mean_loss({})
+
+
+def test_whole_labels_may_be_of_any_type() -> None:
+    logits = torch.randn(2, 3)
+    expected = _one("multiclass", logits, torch.tensor([1, 0]))
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64):
+        assert _one("multiclass", logits, torch.tensor([1, 0]).to(dtype)) == expected
 
 
 def test_absent_tasks_and_wide_binary_logits_are_named() -> None:

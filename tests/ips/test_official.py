@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 from ips.aggregator import Aggregator
 from ips.bag import TensorBag
+from ips.baselines import every_patch
 from ips.encoder import FeatureProjector, ResNet
 from ips.model import IPSModel
 from ips.official import convert_official, load_official
@@ -16,10 +19,10 @@ from tests.oracle import OfficialNet
 _TASKS = ["majority", "max", "top", "multi"]
 
 
-def _ours(*, channels: int = 1, stages: int = 2, classes: int = 10) -> IPSModel:
+def _ours(*, channels: int = 1, stages: int = 2, classes: int = 10, tasks: Sequence[str] = tuple(_TASKS)) -> IPSModel:
     trunk = ResNet("resnet18", stages, channels)  # type: ignore[arg-type]
-    aggregator = Aggregator(trunk.dim, 4, 8, 16, 16, 64)
-    return IPSModel(trunk, aggregator, {t: nn.Linear(trunk.dim, classes) for t in _TASKS}, IndexPositions(trunk.dim))
+    aggregator = Aggregator(trunk.dim, len(tasks), 8, 16, 16, 64)
+    return IPSModel(trunk, aggregator, {t: nn.Linear(trunk.dim, classes) for t in tasks}, IndexPositions(trunk.dim))
 
 
 def _official() -> OfficialNet:
@@ -43,6 +46,43 @@ def test_a_converted_model_gives_the_official_outputs() -> None:
     for task in _TASKS:
         probabilities = ours[task].sigmoid() if task == "multi" else ours[task].softmax(-1)
         torch.testing.assert_close(probabilities, theirs[task])
+
+
+def test_tasks_may_stand_in_another_order_that_is_told() -> None:
+    state, tasks = _official().state_dict(), ["multi", "majority", "top", "max"]
+    ours, other = _ours().eval(), _ours(tasks=tasks).eval()
+    with pytest.raises(ValueError, match=r"order \['majority', 'max', 'top', 'multi'\], the tasks are \['multi', 'maj"):
+        load_official(other, state)
+    load_official(ours, state)
+    load_official(other, state, tokens=_TASKS)
+    batch = gather([bag := TensorBag(torch.rand(11, 1, 21, 19))], every_patch([bag]), "cpu")
+    for task, logits in ours(batch).items():
+        torch.testing.assert_close(other(batch)[task], logits)
+    by_name = dict(sorted(state.items()))  # as safetensors files are
+    with pytest.raises(ValueError, match=r"order \['majority', 'max', 'multi', 'top'\], the tasks are"):
+        load_official(ours, by_name)
+    load_official(ours, by_name, tokens=_TASKS)
+    assert torch.equal(ours.aggregator.get_parameter("attention.queries"), state["transf.crs_attn.q"][0])
+    with pytest.raises(ValueError, match=r"tokens=\['majority', 'max', 'top'\] must be the tasks"):
+        load_official(ours, state, tokens=_TASKS[:3])
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (2, 4, 128), (1, 3, 128)])
+def test_queries_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
+    state = {**_official().state_dict(), "transf.crs_attn.q": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"crs_attn.q has shape \({str(shape)[1:-1]}\); needs \(1, 4, D\)"):
+        load_official(_ours(), state)
+
+
+def test_the_twin_runs_where_its_images_are() -> None:
+    """On the meta device, where a tensor left on the CPU is an error as on a GPU; names stay the official ones."""
+    official = _official()
+    assert not any("pos_enc" in name for name in official.state_dict())
+    official = official.to("meta")
+    images = torch.empty(2, 61, 1, 21, 19, device="meta")
+    rows = official.ips(images, 9, 6)
+    assert {out.device.type for out in official(images[:, :9], rows).values()} == {"meta"}
+    assert official.ips(images[:, :5], 9, 6).device.type == "meta"
 
 
 def test_the_feature_network_converts() -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import ips.transfer
 from ips.bag import Chunk
 from ips.encoder import ResNet
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating, pad_rows
+from ips.transfer import to_device
 from tests.ips.nets import bag_of, resnet_model, tiny_model
 
 
@@ -41,6 +43,29 @@ def test_every_measure_alone_keeps_the_logits(name: str, measures: dict[str, boo
     scorer = Scorer(model, batch=8, **measures)  # type: ignore[arg-type]
     found = scorer.content_logits(scorer.receive(Chunk(patches, torch.arange(len(patches)))))
     torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_each_measure_is_on_unless_told(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    def scorer(name: str) -> Scorer:
+        return Scorer(resnet_model(), batch=8, **({} if on else {name: False}))  # type: ignore[arg-type]
+
+    products = [tuple(product.shape) for product in scorer("fold")._products]
+    assert products == ([(6, 128)] if on else [(15, 128), (6, 16)])  # J = 3 * 2; 3 heads of 5, padded to 16
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in scorer("fuse")._encoder.modules())
+    assert norms == (0 if on else 10)
+    weights = [p for p in scorer("channels_last")._encoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert len(weights) > 5
+    assert all(p.is_contiguous(memory_format=torch.channels_last) == on for p in weights)
+    asked: list[bool] = []
+
+    def spy(patches: torch.Tensor, device: torch.device, *, side_stream: bool) -> torch.Tensor:
+        asked.append(side_stream)
+        return to_device(patches, device, side_stream=side_stream)
+
+    monkeypatch.setattr(ips.transfer, "to_device", spy)
+    scorer("side_stream").receive(Chunk(_patches(), torch.arange(8)))
+    assert asked == [on]
 
 
 def test_pixels_travel_as_they_are_unless_told() -> None:

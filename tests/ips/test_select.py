@@ -328,7 +328,13 @@ def test_rows_that_never_come_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "chunk", "mode", "message"),
-    [(0, 1, "exact", "memory=0"), (1, 0, "exact", "chunk=0"), (1, 1, "fast", "mode='fast' must be")],
+    [
+        (0, 1, "exact", "memory=0 must be"),
+        (2.5, 1, "exact", r"memory=2\.5 must be a whole number"),
+        (1, 0, "exact", "chunk=0 must be"),
+        (1, 2.5, "exact", r"chunk=2\.5 must be a whole number"),
+        (1, 1, "fast", "mode='fast' must be"),
+    ],
 )
 def test_bad_arguments_are_named(memory: int, chunk: int, mode: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ips.bag import Batch, TensorBag
 from ips.encoder import FeatureProjector, ResNet
 from ips.select import gather, select
-from pipeline.build import build_model, build_optimizer, check_encoder
+from pipeline.build import build_encoder, build_model, build_optimizer, check_encoder
 from pipeline.config_model import EncoderConfig, TrainConfig
 from pipeline.errors import ConfigError, StorageError
 from tests.pipeline.small import small_config
@@ -118,6 +118,10 @@ def test_timm_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.Monk
 
 class _Patches(nn.Sequential):
     num_features, head_hidden_size = 10, 12  # as in MobileNetV3: a layer stands behind the features
+    pretrained_cfg: Mapping[str, object] = {
+        "input_size": (3, 32, 32),
+        "classifier": "3.fc",
+    }  # inside a layer that stays
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 10, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 12))
@@ -126,7 +130,7 @@ class _Patches(nn.Sequential):
 class _OneSize(_Patches):
     """As the vision transformers."""
 
-    pretrained_cfg: Mapping[str, object] = {"input_size": (3, 48, 48)}
+    pretrained_cfg: Mapping[str, object] = {"input_size": (3, 48, 48), "classifier": ("head", "head_dist")}
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[-1] == 48, f"Input height ({x.shape[-1]}) doesn't match model (48)."
@@ -176,3 +180,20 @@ def test_a_network_of_one_size_is_named_with_that_size(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"embed.encoder.name: timm:vit_48 cannot take patches of 256 px"):
         check_encoder("embed.encoder", encoder, 256)
     check_encoder("embed.encoder", encoder, 48)
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("vit_tiny", ["3.fc"]), ("vit_48", ["head", "head_dist"])])
+def test_the_classifier_of_timm_weights_is_passed_over(
+    name: str, classifier: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", _Timm("timm"))
+    file, state = tmp_path / "w.safetensors", _Patches().state_dict()
+    encoder = EncoderConfig(name=f"timm:{name}", weights=str(file))
+    for layer in classifier:
+        state |= {f"{layer}.weight": torch.zeros(1000, 12), f"{layer}.bias": torch.zeros(1000)}
+    save_file(state, file)
+    network = build_encoder(encoder)[0].get_submodule("network")
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    save_file({**state, "other.weight": torch.zeros(3), "headless.weight": torch.zeros(3)}, file)
+    with pytest.raises(ConfigError, match="2 names do not fit .*: unexpected headless.weight; unexpected other.weight"):
+        build_encoder(encoder)

@@ -27,6 +27,7 @@ from pipeline.images import (
     source_versions,
 )
 from pipeline.mnist import Subset, read_digits
+from tests.bench.scenes import megapixel_images
 from tests.pipeline.digits import write_digits
 
 GOLDEN = {  # of the official script, W = H = 1500, seed 0
@@ -115,6 +116,20 @@ def test_patches_are_those_of_the_drawn_image(
     assert taken.positions is not None
     columns = dense.shape[1]
     assert taken.positions.tolist() == [[row % columns, row // columns] for row in rows.tolist()]
+
+
+def _kinds(patches: torch.Tensor) -> int:
+    """How many different patches of (n, ...) hold something."""
+    return len({patch.numpy().tobytes() for patch in patches[patches.flatten(1).ne(0).any(dim=1)]})
+
+
+def test_the_benchmark_draws_as_many_patches_with_something_on_them(shared_mnist: Path) -> None:
+    """What `tests.bench.selection` gains by encoding equal patches once is then what it gains on these images."""
+    data, images = MegapixelConfig(folder=str(shared_mnist)), 48
+    bags = [open_image(data, PATCHES_OF_50, f"{shared_mnist}#test-{n}").bag() for n in range(images)]
+    true = sum(_kinds(bag.take(torch.tensor(list(bag._on))).patches) for bag in bags) / images
+    drawn = [image for seed in range(images // 8) for image in megapixel_images(8, folder=shared_mnist, seed=seed)]
+    assert sum(map(_kinds, drawn)) / images == pytest.approx(true, rel=0.03)
 
 
 def test_what_a_bag_holds_does_not_grow_with_the_canvas() -> None:
