@@ -72,6 +72,5 @@ def test_all_passes_see_prepared_patches() -> None:
     found = _pass([_Mirrored(patches) for patches in plain])
     expected = _pass([TensorBag(_mirror(patches)) for patches in plain])
     unprepared = _pass([TensorBag(patches) for patches in plain])
-    for one, same, other in zip(found, expected, unprepared, strict=True):
-        assert torch.equal(one, same)
-        assert not torch.equal(one, other) or not one.any()
+    assert all(torch.equal(one, same) for one, same in zip(found, expected, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(found[:3], unprepared[:3], strict=True))
