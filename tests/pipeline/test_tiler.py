@@ -21,7 +21,7 @@ from pipeline.verify import verify_store
 from tests.faults import faulty_s3
 from tests.pipeline.slides import RGB, SPEC, row, sampled_digests, small_tasks, spoilt, tile_in_shares
 from tests.s3 import S3Server, serve_s3
-from tests.synth import write_pyramid, zero_tile
+from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,20 @@ def test_a_few_bad_tiles_are_counted_and_shown(good: Path, tmp_path: Path, store
     assert status.n_bad_tiles > 0
     again = store_slide(row(spoilt("zeroed", good, tmp_path)), spec, str(store))
     assert again == status
+
+
+@pytest.mark.parametrize("lost", [[0], [2], [0, 1, 2, 3, 4, 5]])
+def test_a_bad_tile_of_a_level_that_no_patch_is_cut_from_costs_nothing(
+    lost: list[int], tmp_path: Path, store: Path
+) -> None:
+    """Level 1, from which the tissue is found, has 3 x 2 tiles: lost are tissue, glass, all of them."""
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1031, 787), levels=2)
+    sound = store_slide(row(path), SPEC, str(store))
+    for tile in lost:
+        zero_tile(path, 1, tile)
+    status = store_slide(row(path), SPEC, str(store))
+    assert (status.status, status.n_patches, status.n_bad_tiles) == ("committed", sound.n_patches, 0)
+    assert sound.n_patches > 50
 
 
 def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
