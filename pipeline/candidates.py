@@ -70,12 +70,13 @@ def find_candidates(
         SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "coords"), the guide does not fit
             ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
     """
+    if guide.coords is not None:
+        placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
+        coloured, artefact = _masks(overview, spec, guide, levels[0])
+        return Candidates(placed, placed.cells(), coloured & ~artefact, rejects, ())
     grid = plan_grid(levels, spec, mpp)
     coloured, artefact = _masks(overview, spec, guide, levels[0])
     mask = coloured & ~artefact
-    if guide.coords is not None:
-        placed, rejects = placed_grid(grid, guide.coords, levels, spec)
-        return Candidates(placed, placed.cells(), mask, rejects, ())
     cells = grid.cells()
     share = _shares(mask, overview, grid, cells)
     kept = _enough(share, spec)
