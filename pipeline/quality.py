@@ -63,6 +63,10 @@ class QualityRow:
     rejected_tissue: int = 0
     """Places with too little tissue."""
     rejected_artefact: int = 0
+    rejected_outside: int = 0
+    """Imported places that do not lie wholly on the slide."""
+    rejected_twice: int = 0
+    """Imported places that were listed before."""
     bad_tiles: int = 0
     key: str | None = None
 
@@ -166,6 +170,7 @@ def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, finge
         quarantined=quarantined[:ROWS],
         n_quarantined=len(quarantined),
         reasons=Counter(row.category for row in quarantined).most_common(),
+        imported=any(row.rejected_outside or row.rejected_twice for row in rows),
         absent=sum(row.status == "absent" for row in rows),
         scanners=_scanners(committed),
         histogram=_histogram([row.patches for row in committed]),
@@ -217,7 +222,8 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "height": height,
         "level": facts["level"],
         "tissue": facts["evidence"]["mask"]["share"],
-        **{f"rejected_{reason}": facts["rejects"].get(reason, 0) for reason in ("tissue", "artefact")},
+        # a reason without a column is an error: with the patches and the bad tiles they are all places there were
+        **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
 
 

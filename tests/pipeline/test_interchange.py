@@ -60,7 +60,7 @@ def trident(coords: np.ndarray = CORNERS, **changes: object) -> bytes:
     return saved(np.asarray(coords, dtype=np.int64), attributes, 1)
 
 
-def clam(coords: np.ndarray = CORNERS) -> bytes:
+def clam(coords: np.ndarray = CORNERS, **changes: object) -> bytes:
     """CLAM's `process_contour` and `save_hdf5`: 256 px of level 1, which is four times smaller."""
     attributes = {
         "patch_size": 256,
@@ -70,6 +70,7 @@ def clam(coords: np.ndarray = CORNERS) -> bytes:
         "level_dim": (25_000, 22_500),
         "name": "a b",
         "save_path": "RESULTS/patches",
+        **changes,
     }
     return saved(coords, attributes, 32)
 
