@@ -67,8 +67,8 @@ def find_candidates(
         guide: what was given beside the slide.
 
     Raises:
-        SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "coords"), the guide does not fit
-            ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
+        SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
+            fit ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
     """
     if guide.coords is not None:
         placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
@@ -86,7 +86,7 @@ def find_candidates(
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
     if not kept.any():
-        raise _nothing(len(cells), float(share.max()), spec, mask=mask, artefact=artefact)
+        raise _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
     return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
 
 
@@ -126,20 +126,27 @@ def _examples(cells: Cells, share: Shares, kept: Mask, spoilt: Mask) -> tuple[Re
     )
 
 
-def _nothing(total: int, best: float, spec: TilingConfig, *, mask: Mask, artefact: Mask) -> SlideError:
-    """Why a slide has no patch."""
-    none = f"none of {total} patches is at least {spec.min_tissue:.0%} tissue"
+def _nothing(
+    share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask
+) -> SlideError:
+    """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some."""
+    none = f"none of {len(share)} patches is at least {spec.min_tissue:.0%} tissue"
+    if guide.mask is not None and not mask.any():
+        return SlideError(
+            "mask", f"{guide.mask.uri}: names no tissue on this slide; draw it in the mask, or leave the mask out"
+        )
+    if spoilt.any() or (artefact.any() and not mask.any()):
+        rest = f"; of what else is coloured the best has {share.max():.1%}" if mask.any() else ""
+        return SlideError(
+            "artefact",
+            f"{none}: what is coloured has no texture, as pen marks and tinted glass have none{rest}; look at the "
+            "slide, or set tiling.artefacts=keep",
+        )
     if mask.any():
         return SlideError(
             "too-little-tissue",
-            f"{none}; the best has {best:.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
+            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
             "tiling.patch_px",
-        )
-    if artefact.any():
-        return SlideError(
-            "artefact",
-            f"{none}: all that is coloured has no texture, as pen marks and tinted glass have none; look at the slide, "
-            "or set tiling.artefacts=keep",
         )
     return SlideError(
         "no-tissue", f"{none}: nothing on it is coloured; look at the slide, give a mask, or set tiling.tissue=none"
