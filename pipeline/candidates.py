@@ -21,6 +21,13 @@ _DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all 
 Shares = npt.NDArray[np.float64]
 
 
+class NothingFoundError(SlideError):
+    """A slide has no patch."""
+
+    coloured: Mask | None = None
+    """(h, w) what of the overview was looked at: tissue, and artefacts too."""
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A place that was looked at and left out."""
@@ -86,7 +93,9 @@ def find_candidates(
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
     if not kept.any():
-        raise _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
+        nothing = _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
+        nothing.coloured = coloured
+        raise nothing
     return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
 
 
@@ -128,26 +137,26 @@ def _examples(cells: Cells, share: Shares, kept: Mask, spoilt: Mask) -> tuple[Re
 
 def _nothing(
     share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask
-) -> SlideError:
+) -> NothingFoundError:
     """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some."""
     none = f"none of {len(share)} patches is at least {spec.min_tissue:.0%} tissue"
     if guide.mask is not None and not mask.any():
-        return SlideError(
+        return NothingFoundError(
             "mask", f"{guide.mask.uri}: names no tissue on this slide; draw it in the mask, or leave the mask out"
         )
     if spoilt.any() or (artefact.any() and not mask.any()):
         rest = f"; of what else is coloured the best has {share.max():.1%}" if mask.any() else ""
-        return SlideError(
+        return NothingFoundError(
             "artefact",
             f"{none}: what is coloured has no texture, as pen marks and tinted glass have none{rest}; look at the "
             "slide, or set tiling.artefacts=keep",
         )
     if mask.any():
-        return SlideError(
+        return NothingFoundError(
             "too-little-tissue",
             f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
             "tiling.patch_px",
         )
-    return SlideError(
+    return NothingFoundError(
         "no-tissue", f"{none}: nothing on it is coloured; look at the slide, give a mask, or set tiling.tissue=none"
     )

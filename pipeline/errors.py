@@ -78,6 +78,8 @@ class SlideError(PipelineError):
 
     left: str | None = None
     """Key of the slide in the store, where files of it were written before it was given up."""
+    picture: bytes | None = None
+    """The slide in small, a JPEG, where it was seen before it was given up."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason

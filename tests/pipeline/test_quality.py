@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
+import tifffile
+from PIL import Image
 
 from pipeline.config_data import TilingConfig
 from pipeline.patches import PatchStore, SlideStatus
@@ -113,6 +118,58 @@ def test_places_that_were_imported_and_left_out_have_their_reason(tmp_path: Path
     page = quality_page(store, quality_rows(store, [status]), "study", "abc")
     assert "3 imported ones outside of the slide, 1 listed twice" in page
     assert '<th class="number">Outside</th><th class="number">Twice</th>' in page
+
+
+def refused(kind: str, folder: Path) -> Path:
+    """A slide that was seen before it was given up, as a single tile of 1031 x 787 px."""
+    rgb = np.clip(np.random.default_rng(5).normal(241, 1, (787, 1031, 3)), 0, 255).astype(np.uint8)
+    pen, tissue = (60, 90, 180), tissue_rgb(1031, 787)
+    if kind == "artefact":
+        rgb[200:600, 100:900] = pen
+    if kind == "too-little-tissue":
+        rgb[100:120, 200:230] = tissue[300:320, 300:330]
+    if kind == "bad-tiles":
+        rgb = tissue
+    path = write_pyramid(folder / f"{kind}.tiff", rgb, levels=2)
+    for tile in range(12 if kind == "bad-tiles" else 0):
+        zero_tile(path, 0, tile)
+    return path
+
+
+@pytest.mark.parametrize(
+    "store_it", [store_slide, lambda slide, spec, store: slides.tile_in_shares(slide, store, spec)]
+)
+@pytest.mark.parametrize("kind", ["no-tissue", "artefact", "too-little-tissue", "bad-tiles"])
+def test_a_slide_that_was_given_up_is_shown_beside_the_reason(
+    kind: str, store_it: Callable[..., SlideStatus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slides.small_tasks(monkeypatch.setattr)
+    path = refused(kind, tmp_path)
+    spec = TilingConfig(patch_px=64)
+    status = store_it(slides.row(path), spec, str(tmp_path / "store"))
+    assert (status.reason or "").partition(":")[0] == kind
+    store = PatchStore(str(tmp_path / "store"), spec.fingerprint())
+    rows = look_up(store, [slides.row(path)], spec)  # from what is recorded, as any later run finds it
+    assert rows == quality_rows(store, [status])
+    assert b"base64" not in quality_csv(rows)
+    assert len(quality_csv(rows)) < 1000
+    (source,) = re.findall(r'<img class="small" src="([^"]*)"', quality_page(store, rows, "study", "abc"))
+    shown = simplejpeg.decode_jpeg(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))
+    assert shown.shape == (391, 512, 3)
+    whole = tissue_rgb(1031, 787) if kind == "bad-tiles" else tifffile.imread(path, level=0)
+    small = np.asarray(Image.fromarray(whole).resize((512, 391), Image.Resampling.BOX))
+    assert np.abs(shown.astype(int) - small).mean() < 4
+    green = (shown[..., 1].astype(int) - shown[..., 0] > 50) & (shown[..., 1] < 160)
+    rim = 2 * (400 + 200) if kind == "artefact" else 2 * (15 + 10) if kind == "too-little-tissue" else 0
+    assert green.sum() == pytest.approx(rim, rel=0.6, abs=5)
+
+
+def test_pictures_of_slides_that_were_given_up_are_bounded(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    bad = replace(quality_rows(*tiled)[-1], picture="AAAA")
+    many = [replace(bad, slide_id=f"bad-{i:03d}") for i in range(2 * PICTURES)]
+    page = quality_page(tiled[0], many, "study", "abc")
+    assert page.count('<img class="small"') == PICTURES
+    assert "<th>Picture</th>" not in quality_page(tiled[0], quality_rows(*tiled), "study", "abc")
 
 
 def test_an_empty_cohort_has_a_page(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:

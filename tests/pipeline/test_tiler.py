@@ -40,6 +40,8 @@ def test_a_good_slide_is_committed(good: Path, store: Path) -> None:
     assert status.key is not None
     stored = PatchStore(str(store), SPEC.fingerprint()).slide(status.key)
     assert stored.n_patches == status.n_patches > 10
+    (record,) = store.glob("*/sources/*.json")
+    assert "picture" not in record.read_text()  # only of those that were given up
 
 
 PERMANENT = {
