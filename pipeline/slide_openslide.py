@@ -1,4 +1,10 @@
-"""A slide read through OpenSlide: every format, one composited box at a time."""
+"""A slide read through OpenSlide: every format, one composited box at a time.
+
+OpenSlide takes the corner of a box in whole level-0 px. At level 0, and where a level is a whole number of times
+smaller, boxes lie on the level's own px. Elsewhere (2.002 times, where an odd edge was halved) they lie up to half a
+level-0 px off, and OpenSlide blends neighbouring px: single ones differ by up to 16 of 255 from the file's where the
+texture is rough. No corner but 0 is a whole number in both planes then, so it cannot be had exactly.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pipeline.byte_source import LocalSource
 from pipeline.errors import SlideError
 from pipeline.slide_openslide import OpenSlideReader
 from pipeline.tiff_layout import Layout, mean_mpp, read_layout
-from tests.synth import cut, overwrite, philips_xml, tissue_rgb, write_pyramid
+from tests.synth import cut, leica_xml, overwrite, philips_xml, tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(313, 271)
 APERIO = "Aperio Image Library v10.0\r\n313x271|AppMag = 20|MPP = {}|Left = 3"
@@ -83,6 +83,22 @@ def test_philips_levels_are_cut_to_their_true_size(tmp_path: Path) -> None:
 def test_a_philips_slide_that_contradicts_itself_is_left_to_openslide(tmp_path: Path, xml: str) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, software="Philips DP v1.0", description=xml)
     assert layout(path) is None
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"more": [(65420, "I", (1,)), (271, "s", tuple(b"Hamamatsu\0"))]},
+        {"more": [(700, "B", tuple(b"<iScan/>\0"))], "software": "ScanOutputManager 1.1.0.15854"},
+        {"description": leica_xml([(313, 271), (156, 135)], (400, 300), (13, 7), 0.5)},
+        {"software": "MedScan 1.1.7"},
+    ],
+    ids=["Hamamatsu NDPI", "Ventana BIF", "Leica SCN", "Trestle"],
+)
+def test_what_only_openslide_reads_rightly_is_left_to_it(tmp_path: Path, tags: dict[str, Any]) -> None:
+    """Their levels lie on a canvas, overlap, or are no tiles of ours; without these marks we would take them."""
+    assert layout(write_pyramid(tmp_path / "a.tiff", RGB, tile=64, levels=2)) is not None
+    assert layout(write_pyramid(tmp_path / "a.tiff", RGB, tile=64, levels=2, **tags)) is None
 
 
 @pytest.mark.parametrize("name", ["none.svs", "short.tiff", "image.png"])
