@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.byte_source import ByteSource, FetchedSource, LocalSource, RemoteSource, source_error
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.slide_image import ImageReader
 from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slide_reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
@@ -60,6 +60,7 @@ def open_uri(
 
     Raises:
         SlideError: as `open_slide`; "source", it cannot be reached; "cache", it is too large for a copy.
+        NodeError: the copy cannot be written.
     """
     with ExitStack() as stack:
         if not storage.is_remote(uri):
@@ -71,6 +72,8 @@ def open_uri(
             return
         try:
             path = stack.enter_context(staging.hold(uri, files(), fetched))
+        except NodeError:
+            raise
         except StorageError as error:
             raise source_error(error) from error
         yield stack.enter_context(open_slide(path))
