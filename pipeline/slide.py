@@ -35,7 +35,8 @@ def open_slide(path: Path) -> SlideReader:
 
     Raises:
         SlideError: reasons "missing", "directory", "empty-file", "truncated", "not-a-slide", "unopenable",
-            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel).
+            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel), "source" (the
+            disk or this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")

@@ -19,7 +19,10 @@ Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_IMAGE_PX, checked before anyth
 
 
 class ImageReader(SlideReader):
-    """A plain image, decoded whole: one level, no mpp."""
+    """A plain image, decoded whole: one level, no mpp.
+
+    The resolution that such files state is not taken: programs write 72 px per inch into whatever they save.
+    """
 
     def __init__(self, path: Path) -> None:
         self.mpp = None

@@ -193,8 +193,8 @@ def effective_mpp(stated: float | None, spec: TilingConfig, override: float | No
     if mpp is None:
         raise SlideError(
             "missing-mpp",
-            "the file states no microns per px; give it in the cohort's mpp column, set tiling.default_mpp, "
-            "or set tiling.mpp=null to read level 0 as it is",
+            "the file states no microns per px (of a plain image its resolution is not taken); give it in the cohort's "
+            "mpp column, set tiling.default_mpp, or set tiling.mpp=null to read level 0 as it is",
         )
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SlideError(

@@ -104,7 +104,7 @@ def test_truncated_files(tmp_path: Path, name: str, share: float) -> None:
     cut(path, share)
     with pytest.raises(SlideError, match="x\\.") as caught:
         open_slide(path)
-    assert caught.value.reason in {"unreadable", "unopenable", "not-a-slide"}
+    assert caught.value.reason in ({"truncated"} if name.endswith("tiff") else {"unreadable"})
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,33 @@ def test_files_that_are_no_tiffs(tmp_path: Path, name: str) -> None:
     assert layout(tmp_path / name) is None
 
 
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_a_file_that_ends_before_its_first_directory(
+    tmp_path: Path, order: str, tile: tuple[int, int] | None, *, big: bool
+) -> None:
+    """Tiled or not, as long as it is TIFF's header that says where the directory should be."""
+    tifffile.imwrite(tmp_path / "whole.tif", RGB, byteorder=order, bigtiff=big, tile=tile, photometric="rgb")
+    data = (tmp_path / "whole.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(moved(data, order, big=big))
+    assert layout(tmp_path / "a.tif") is None  # pixels that are not JPEG
+    cut(tmp_path / "a.tif", 0.9)
+    with pytest.raises(SlideError, match=r"a\.tif: it ends before byte \d+") as caught:
+        layout(tmp_path / "a.tif")
+    assert caught.value.reason == "truncated"
+
+
+def moved(data: bytes, order: str, *, big: bool) -> bytes:
+    """A TIFF of one directory with that directory at its end, where many writers put it."""
+    at, width = (8, 8) if big else (4, 4)
+    byteorder: Any = "little" if order == "<" else "big"
+    first = int.from_bytes(data[at : at + width], byteorder)
+    count = int.from_bytes(data[first : first + (8 if big else 2)], byteorder)
+    length = 8 + 20 * count + 8 if big else 2 + 12 * count + 4
+    return data[:at] + len(data).to_bytes(width, byteorder) + data[at + width :] + data[first : first + length]
+
+
 def test_a_chain_of_directories_that_is_cut_off(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64)
     cut(path, 0.9)

@@ -51,7 +51,7 @@ PERMANENT = {
     "coarse": "too-coarse",
     "tiny": "too-small",
     "zeroed": "bad-tiles",
-    "cut": "not-a-slide",
+    "cut": "truncated",
     "empty": "empty-file",
     "text": "not-a-slide",
 }
@@ -106,6 +106,9 @@ def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
     assert store_slide(row(tmp_path / "plain.png"), spec, str(store)).status == "committed"
     assert store_slide(row(tmp_path / "plain.jpg"), spec, str(store)).status == "committed"
     assert store_slide(row(tmp_path / "plain.png", mpp=0.5), SPEC, str(store)).status == "committed"
+    Image.fromarray(RGB).save(tmp_path / "plain.tiff", dpi=(50_800, 50_800))
+    without = store_slide(row(tmp_path / "plain.tiff"), SPEC, str(store)).reason
+    assert str(without).startswith("missing-mpp: the file states no microns per px (of a plain image its resolution")
 
 
 def test_a_slide_replaced_while_it_is_read_is_not_committed(
