@@ -75,7 +75,7 @@ def _mpp(properties: Mapping[str, str]) -> float | None:
     return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
 
 
-def _cause(path: Path, error: openslide.OpenSlideError) -> Exception:
+def _cause(path: Path, error: Exception) -> Exception:
     """What keeps anybody from reading the file's first byte; else OpenSlide's error, which may not name that."""
     try:
         with path.open("rb") as file:
