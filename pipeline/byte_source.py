@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from abc import ABC, abstractmethod
@@ -19,6 +20,13 @@ GAP = 16 * 2**10  # bytes nobody asked for that are read along rather than skipp
 RUN = 4 * 2**20  # of one request: 40 ms at 100 MB/s, as long as S3 takes to answer at all
 WINDOW = 16 * 2**20  # read ahead at once: four requests side by side on S3; two windows are held
 LOCAL_WINDOW = 2 * 2**20  # a disk needs no more
+_FORMATS_OWN = {errno.EINVAL, errno.EOVERFLOW, errno.EFBIG}  # what a damaged file's offsets lead to
+_PASSING = {
+    errno.EACCES, errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENFILE,
+    errno.ENODEV, errno.ENOMEM, errno.ENOTCONN, errno.EPERM, errno.EPIPE, errno.EREMOTEIO, errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # fmt: skip
 
 
 class ByteSource(ABC):
@@ -55,7 +63,10 @@ class LocalSource(ByteSource):
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        self._file = path.open("rb")
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise SlideError("source", f"{self.name}: cannot be opened: {error.strerror}") from error
         self.size = os.fstat(self._file.fileno()).st_size
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
@@ -124,6 +135,22 @@ def source_error(error: StorageError) -> SlideError:
     """A slide that cannot be reached, as the slide's error: a StorageError is one of the store that is written."""
     reason = "missing" if isinstance(error.__cause__, FileNotFoundError) else "source"
     return SlideError(reason, str(error))
+
+
+def system_error(name: str, error: Exception) -> SlideError | None:
+    """A library's error as a slide that cannot be reached for now; None where it speaks of what the file holds.
+
+    Args:
+        name: of the file, for the message.
+        error: of Pillow, whose errors of the format have no number, or of OpenSlide, which gives the system's reason
+            as text.
+    """
+    if isinstance(error, OSError):
+        passing = error.errno is not None and error.errno not in _FORMATS_OWN
+    else:
+        texts = ["I/O error reading file", *map(os.strerror, _PASSING)]
+        passing = any(text in str(error) for text in texts)
+    return SlideError("source", f"{name}: cannot be read: {error}; the next run tries it again") if passing else None
 
 
 class SourceFile(io.RawIOBase):

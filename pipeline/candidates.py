@@ -22,6 +22,13 @@ _DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all 
 Shares = npt.NDArray[np.float64]
 
 
+class NothingFoundError(SlideError):
+    """A slide has no patch."""
+
+    coloured: Mask | None = None
+    """(h, w) what of the overview was looked at: tissue, and artefacts too."""
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A place that was looked at and left out."""
@@ -68,15 +75,16 @@ def find_candidates(
         guide: what was given beside the slide.
 
     Raises:
-        SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "coords"), the guide does not fit
-            ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
+        SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
+            fit ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
     """
+    if guide.coords is not None:
+        placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
+        coloured, artefact = _masks(overview, spec, guide, levels[0])
+        return Candidates(placed, placed.cells(), coloured & ~artefact, rejects, ())
     grid = plan_grid(levels, spec, mpp)
     coloured, artefact = _masks(overview, spec, guide, levels[0])
     mask = coloured & ~artefact
-    if guide.coords is not None:
-        placed, rejects = placed_grid(grid, guide.coords, levels, spec)
-        return Candidates(placed, placed.cells(), mask, rejects, ())
     cells = grid.cells()
     share = _shares(mask, overview, grid, cells)
     kept = _enough(share, spec)
@@ -86,7 +94,9 @@ def find_candidates(
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
     if not kept.any():
-        raise _nothing(len(cells), float(share.max()), spec, mask=mask, artefact=artefact)
+        nothing = _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
+        nothing.coloured = coloured
+        raise nothing
     return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
 
 
@@ -128,21 +138,28 @@ def _examples(cells: Cells, share: Shares, kept: Mask, spoilt: Mask) -> tuple[Re
     )
 
 
-def _nothing(total: int, best: float, spec: TilingConfig, *, mask: Mask, artefact: Mask) -> SlideError:
-    """Why a slide has no patch."""
-    none = f"none of {total} patches is at least {spec.min_tissue:.0%} tissue"
+def _nothing(
+    share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask
+) -> NothingFoundError:
+    """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some."""
+    none = f"none of {len(share)} patches is at least {spec.min_tissue:.0%} tissue"
+    if guide.mask is not None and not mask.any():
+        return NothingFoundError(
+            "mask", f"{guide.mask.uri}: names no tissue on this slide; draw it in the mask, or leave the mask out"
+        )
+    if spoilt.any() or (artefact.any() and not mask.any()):
+        rest = f"; of what else is coloured the best has {share.max():.1%}" if mask.any() else ""
+        return NothingFoundError(
+            "artefact",
+            f"{none}: what is coloured has no texture, as pen marks and tinted glass have none{rest}; look at the "
+            "slide, or set tiling.artefacts=keep",
+        )
     if mask.any():
-        return SlideError(
+        return NothingFoundError(
             "too-little-tissue",
-            f"{none}; the best has {best:.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
+            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
             "tiling.patch_px",
         )
-    if artefact.any():
-        return SlideError(
-            "artefact",
-            f"{none}: all that is coloured has no texture, as pen marks and tinted glass have none; look at the slide, "
-            "or set tiling.artefacts=keep",
-        )
-    return SlideError(
+    return NothingFoundError(
         "no-tissue", f"{none}: nothing on it is coloured; look at the slide, give a mask, or set tiling.tissue=none"
     )

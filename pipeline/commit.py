@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.config_base import fingerprint
 from pipeline.cutting import codec_fingerprint
 from pipeline.errors import SlideError, StorageError
+from pipeline.evidence import THUMBNAIL
 from pipeline.identity import reading_source
 from pipeline.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
 from pipeline.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
@@ -86,7 +87,7 @@ def plan_slide(
         version: of the slide's file, where the digest is of samples: parts of another version are not its parts.
     """
     facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
-    pictures = {"thumbnail.jpg": tiling.thumbnail.jpeg, **tiling.evidence.files}
+    pictures = {THUMBNAIL: tiling.thumbnail.jpeg, **tiling.evidence.files}
     key = slide_key(digest, mpp, guide)
     return PlannedSlide(key, digest, mpp, facts, tiling, pictures, codec_fingerprint(), version)
 
@@ -264,7 +265,7 @@ def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
         "grid": [grid.columns, grid.rows],
         "rejects": dict(tiling.rejects),
         "evidence": dict(tiling.evidence.facts),
-        "thumbnail": {**_file_facts("thumbnail.jpg", thumbnail.jpeg), **size},
+        "thumbnail": {**_file_facts(THUMBNAIL, thumbnail.jpeg), **size},
         "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
     }
 

@@ -22,7 +22,7 @@ from pipeline.attempts import MAX_ATTEMPTS, attempt
 from pipeline.bags import PatchBag
 from pipeline.build import build_encoder
 from pipeline.config_embed import EmbedConfig
-from pipeline.errors import StageError, StorageError
+from pipeline.errors import NodeError, StageError, StorageError
 from pipeline.features import Features, FeatureSlide, FeatureStore
 from pipeline.patches import StoredSlide
 from pipeline.storage import SourceVersion
@@ -158,8 +158,12 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         stored: StoredSlide = pickle.loads(row["slide"])
-        with attempt(row["name"]) as attempts:
-            failure = self._failure(stored, attempts)
+        failure: Exception | None
+        try:
+            with attempt(row["name"]) as attempts:
+                failure = self._failure(stored, attempts)
+        except NodeError as full:
+            failure = full
         return {"key": stored.key, "failure": b"" if failure is None else pickle.dumps(failure)}
 
     def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:

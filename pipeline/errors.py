@@ -4,7 +4,8 @@ PipelineError                exit 1
 ├── ConfigError              exit 2   a config field is wrong: all problems at once
 ├── CohortError              exit 2   the cohort file is wrong: all problems at once, with row numbers
 ├── StorageError             exit 1   a URI cannot be read or written
-│   └── DamagedError          exit 1   what is stored is not what was written
+│   ├── DamagedError          exit 1   what is stored is not what was written
+│   └── NodeError             exit 1   a node's own disk cannot be written: no slide's fault
 ├── SlideError               exit 1   one slide cannot be used; the tile stage quarantines it and goes on
 │   ├── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
 │   └── PlanError            exit 1   a slide's plan names a patch that cannot be decoded; it is planned anew
@@ -73,11 +74,17 @@ class DamagedError(StorageError):
         return False
 
 
+class NodeError(StorageError):
+    """A folder on a node's own disk cannot be written, so no slide can be worked on there."""
+
+
 class SlideError(PipelineError):
     """One slide cannot be used. `reason` is the short category that reports and ledgers count by."""
 
     left: str | None = None
     """Key of the slide in the store, where files of it were written before it was given up."""
+    picture: bytes | None = None
+    """The slide in small, a JPEG, where it was seen before it was given up."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from PIL import Image
+from scipy import ndimage
 
 from pipeline.candidates import Candidates, Rejected
 from pipeline.errors import BadTileError
@@ -20,7 +21,9 @@ from pipeline.slide import RGB, Overview, SlideReader
 THUMBNAIL_PX = 512
 EXAMPLE_PX = 128  # edge of a rejected patch
 QUALITY = 85
+_OUTLINE = np.array([20, 120, 60], np.uint8)
 
+THUMBNAIL = "thumbnail.jpg"
 MASK = "mask.png"
 REJECTED = "rejected.jpg"
 OUTLINE = "tissue.geojson"
@@ -48,13 +51,23 @@ class Evidence:
     """`mask`: level-0 px per px, and share of tissue; `rejected`: x, y (level 0), reason and tissue of each square."""
 
 
-def thumbnail(overview: Overview) -> Thumbnail:
-    """A JPEG of at most 512 px."""
+def thumbnail(overview: Overview, mask: Mask | None = None) -> Thumbnail:
+    """A JPEG of at most 512 px, with the rim of a mask in green where one is given."""
     image = Image.fromarray(overview.rgb)
     share = min(1.0, THUMBNAIL_PX / max(image.size))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     small = np.asarray(image.resize(size, Image.Resampling.BOX))
-    return Thumbnail(_jpeg(small), *size, overview.scale * max(image.size) / max(size))
+    shown = small if mask is None else outlined(small, mask)
+    return Thumbnail(_jpeg(shown), *size, overview.scale * max(image.size) / max(size))
+
+
+def outlined(rgb: RGB, mask: Mask) -> RGB:
+    """A picture (h, w, 3) with the rim of a mask of any size over it in green."""
+    height, width = rgb.shape[:2]
+    tissue = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    drawn = rgb.copy()
+    drawn[tissue & ~ndimage.binary_erosion(tissue)] = _OUTLINE
+    return drawn
 
 
 def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) -> Evidence:

@@ -19,6 +19,9 @@ from pipeline.units import LevelPx, PatchPx
 
 Cells = npt.NDArray[np.int64]
 
+SNAPPED = (0.59, 1.29)  # TRIDENT takes 0.3 to 0.6 um for 0.5 and up to 0.16 for 0.125: its patches against true ones
+SAME = 0.0025  # share by which a patch may miss its size at a level and is read as it is: levels have 1/4.004 of the px
+
 
 class LevelSize(Protocol):
     """What the grid must know of a pyramid level."""
@@ -161,45 +164,62 @@ class PlacedGrid(Grid):
 
 
 def placed_grid(
-    grid: Grid, coords: Coordinates, levels: Sequence[LevelSize], spec: TilingConfig
+    coords: Coordinates, levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None
 ) -> tuple[PlacedGrid, dict[str, int]]:
     """The patches of a coordinate file that lie wholly on the slide, each once; with the number of the others.
 
+    Each shows the square that the file names, whatever `spec.mpp` would make of the slide's microns: they are only
+    brought to `spec.patch_px`, from the coarsest level at which they are not smaller.
+
     Args:
-        grid: as `plan_grid` lays it: the level, and the size of a patch.
         coords: the file.
         levels: the slide's pyramid.
         spec: how to tile.
+        mpp: microns per level-0 px.
 
     Raises:
         SlideError: "coords", its patches have another size, or none of them lies on the slide.
     """
-    if abs(coords.extent / grid.extent - 1) > max(spec.mpp_tolerance, 1 / grid.extent):
-        raise SlideError(
-            "coords",
-            f"{coords.tool}'s patches are {coords.extent:g} level-0 px wide and those of tiling.patch_px="
-            f"{spec.patch_px} at tiling.mpp={spec.mpp} are {grid.extent:g}; set both to what {coords.tool} was given",
-        )
-    level = levels[grid.level]
+    number, read = _placed_level(coords, levels, spec, mpp)
+    level = levels[number]
     first = np.sort(np.unique(coords.corners, axis=0, return_index=True)[1])
     corners = coords.corners[first]
-    origins = np.rint(corners / grid.downsample)
-    last = np.array([level.width, level.height]) - grid.read_px
+    origins = np.rint(corners / level.downsample)
+    last = np.array([level.width, level.height]) - read
     inside = ((origins >= 0) & (origins <= last)).all(axis=1)
     corners = corners[inside]
     if not len(corners):
         raise SlideError(
             "coords", f"none of {len(first)} patches lies on the slide; is it {coords.tool}'s file of another slide?"
         )
-    stride = LevelPx(max(1, round(coords.step / grid.downsample)))
     placed = PlacedGrid(
-        grid.level,
-        grid.downsample,
-        grid.read_px,
-        stride,
-        grid.patch_px,
+        number,
+        level.downsample,
+        LevelPx(read),
+        LevelPx(max(1, round(coords.step / level.downsample))),
+        PatchPx(spec.edge_px),
         len(corners),
         1,
         corners=corners.astype(np.int32),
     )
     return placed, {"outside": int((~inside).sum()), "twice": len(coords.corners) - len(first)}
+
+
+def _placed_level(
+    coords: Coordinates, levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None
+) -> tuple[int, int]:
+    """The level that a file's patches are cut from, and their edge in its px; SlideError where they are no such."""
+    edge = spec.edge_px
+    expected = edge * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
+    narrowest, widest = (1.0, 1.0) if spec.mpp is None else SNAPPED
+    ratio, rounding = coords.extent / expected, 1 / expected
+    edges = {number: coords.extent / level.downsample for number, level in enumerate(levels)}
+    large = [number for number, px in edges.items() if px >= edge * (1 - SAME)]
+    if not narrowest - rounding <= ratio <= widest + rounding or not large:
+        raise SlideError(
+            "coords",
+            f"{coords.tool}'s patches are {coords.extent:g} level-0 px wide and those of tiling.patch_px="
+            f"{edge} at tiling.mpp={spec.mpp} are {expected:g}; set both to what {coords.tool} was given",
+        )
+    number = max(large, key=lambda number: levels[number].downsample)
+    return number, edge if abs(edges[number] / edge - 1) <= SAME else round(edges[number])

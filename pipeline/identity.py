@@ -26,7 +26,7 @@ import tifffile
 
 from pipeline import storage
 from pipeline.byte_source import Range, SourceFile
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.staging import Fetched
 from pipeline.storage import SourceVersion
 from pipeline.tiff_layout import BROKEN
@@ -123,6 +123,8 @@ def reading_source() -> Iterator[None]:
     """Tell a slide that cannot be reached (a SlideError) from a store that cannot (a StorageError)."""
     try:
         yield
+    except NodeError:
+        raise  # where the slide's copy was to go
     except StorageError as error:
         match error.__cause__:
             case FileNotFoundError():

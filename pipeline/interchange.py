@@ -3,9 +3,11 @@
 Both hold one dataset `coords` (n, 2), the level-0 px of the patches' upper left corners, and say in its attributes
 what a patch is. TRIDENT (`<name>_patches.h5`): int64, one row a chunk; `patch_size` at the target magnification,
 `patch_size_level0`, `level0_magnification`, `target_magnification`, `overlap` (target px), `name`, `savetodir`,
-`level0_width`, `level0_height` (TRIDENT 0.2; its `IO.coords_to_h5`). CLAM (`<name>.h5`): int64, 32 rows a chunk;
-`patch_size` at `patch_level`, `downsample` of that level in x and y, `downsampled_level_dim`, `level_dim`, `name`,
-`save_path` (`WholeSlideImage.process_contour` with `file_utils.save_hdf5`).
+`level0_width`, `level0_height` (TRIDENT 0.2; its `IO.coords_to_h5`). It cuts by `patch_size` and the ratio of the
+magnifications, which ours therefore state exactly, as floats where integers cannot.
+CLAM (`<name>.h5`): int64, 32 rows a chunk; `patch_size` at `patch_level`, `downsample` of that level in x and y,
+`downsampled_level_dim`, `level_dim`, `name`, `save_path` (`WholeSlideImage.process_contour` with
+`file_utils.save_hdf5`).
 
 h5py comes with `pip install "ips-pipeline[interchange]"` and is imported here alone.
 """
@@ -190,17 +192,26 @@ def coordinates_h5(grid: StoredGrid, tool: Tool, folder: str, target_mpp: float 
 def _trident(grid: StoredGrid, folder: str, target_mpp: float | None) -> dict[str, Any]:
     if grid.mpp is None or target_mpp is None:
         raise _bad(grid.name, "TRIDENT's file names magnifications, and tiling.mpp is null; export for CLAM")
+    target = _whole(MICRONS_AT_1X / target_mpp)
     return {
         "patch_size": grid.patch_px,
         "patch_size_level0": round(grid.extent),
-        "level0_magnification": round(MICRONS_AT_1X / grid.mpp),
-        "target_magnification": round(MICRONS_AT_1X / target_mpp),
+        # TRIDENT reads patch_size * level0_magnification / target_magnification level-0 px: what the slide's microns
+        # say is only near that, where a level is read as it is or a patch has whole px
+        "level0_magnification": _whole(target * round(grid.extent) / grid.patch_px),
+        "target_magnification": target,
         "overlap": grid.overlap_px,
         "name": grid.name,
         "savetodir": folder,
         "level0_width": grid.dimensions[0],
         "level0_height": grid.dimensions[1],
     }
+
+
+def _whole(magnification: float) -> float:
+    """As an integer, as TRIDENT writes it, where it is one."""
+    nearest = round(magnification)
+    return nearest if abs(magnification - nearest) < 1e-9 * magnification else magnification
 
 
 def _clam(grid: StoredGrid, folder: str) -> dict[str, Any]:

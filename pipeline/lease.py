@@ -5,6 +5,9 @@ claim that is found is judged by whether its process lives, on this machine, or 
 another one, so clocks need not agree. Two that claim at the same moment, or one that was silent for so long that
 another took over, are told apart by the token: the last one that wrote it goes on, and the other ends at its next beat
 or before it writes (`Lease.check`).
+
+Work that several processes may do at once (`joined`: tiling, whose slides are committed one by one) needs the lease
+for one thing only: who holds it may take the MLflow runs of the same work for abandoned.
 """
 
 from __future__ import annotations
@@ -89,7 +92,36 @@ def held(uri: str, what: str) -> Iterator[Lease]:
         StageError: a process that lives holds it. Found out at once on its own machine, elsewhere within `SILENT_S`.
         StorageError: the file cannot be read or written.
     """
-    _wait_for_it(uri, what)
+    found = _living(uri, what)
+    if found is not None:
+        raise _taken(uri, what, *found)
+    with _claimed(uri) as lease:
+        yield lease
+
+
+@contextmanager
+def joined(uri: str, what: str) -> Iterator[Lease | None]:
+    """As `held`, for work that several may do at once: None where a process that lives holds the lease.
+
+    Args:
+        uri: of its file.
+        what: the work, for messages.
+
+    Raises:
+        StorageError: the file cannot be read or written.
+    """
+    found = _living(uri, what)
+    if found is not None:
+        log.info("%s: %s, is at work on it too", what, found[0])
+        yield None
+        return
+    with _claimed(uri) as lease:
+        yield lease
+
+
+@contextmanager
+def _claimed(uri: str) -> Iterator[Lease]:
+    """The lease, whoever holds it."""
     claim = _claim()
     write_json(uri, asdict(claim))
     stop = threading.Event()
@@ -119,26 +151,27 @@ def _read(uri: str) -> Claim | None:
     return None if data is None else Claim(**json.loads(data))
 
 
-def _wait_for_it(uri: str, what: str) -> None:
-    """Return when nobody who lives holds the lease."""
+def _living(uri: str, what: str) -> tuple[Claim, str] | None:
+    """The claim of a process that lives, and how to end it; None as soon as it is sure that there is none."""
     found = _read(uri)
     if found is None:
-        return
+        return None
     if found.machine == _machine():
         if _lives(found):
-            raise _taken(uri, what, found, f"stop it (kill {found.pid})")
+            return found, f"stop it (kill {found.pid})"
         log.info("%s: %s, is dead; this run goes on", what, found)
-        return
+        return None
     log.info("%s: %s, has begun it; %g s to see whether it lives", what, found, SILENT_S)
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)
         later = _read(uri)
         if later is None:
-            return
+            return None
         if later != found:
-            raise _taken(uri, what, later, "stop it there")
+            return later, "stop it there"
     log.warning("%s: %s, is silent; this run takes over", what, found)
+    return None
 
 
 def _lives(claim: Claim) -> bool:

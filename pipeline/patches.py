@@ -53,6 +53,8 @@ class SlideStatus:
     n_bad_tiles: int = 0
     error: str | None = None
     """Traceback."""
+    picture: str | None = None
+    """A quarantined slide in small, a JPEG in base64, where it was seen before it was given up."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class PatchStore:
     def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus, left: str | None = None) -> None:
         """Remember what became of this version of the source, and the key under which a slide given up left files."""
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
+        if status.picture is None:
+            del outcome["picture"]
         source = {"uri": slide.uri, "mpp": slide.mpp, "mask": slide.mask, "coords": slide.coords}
         record = {"source": source, "version": asdict(version), "status": outcome, "left": left}
         storage.write_json(self._pointer(slide), record)

@@ -1,7 +1,7 @@
 """Quality control of a tiled cohort: what became of every slide, as one HTML page, a CSV table and GeoJSON outlines.
 
 The page needs nothing else and stays below some 10 MB whatever the cohort's size: it shows pictures of at most
-`PICTURES` slides and rows of at most `ROWS`; the CSV table has them all.
+`PICTURES` slides and as many quarantined ones, and rows of at most `ROWS`; the CSV table has them all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
@@ -63,8 +63,14 @@ class QualityRow:
     rejected_tissue: int = 0
     """Places with too little tissue."""
     rejected_artefact: int = 0
+    rejected_outside: int = 0
+    """Imported places that do not lie wholly on the slide."""
+    rejected_twice: int = 0
+    """Imported places that were listed before."""
     bad_tiles: int = 0
     key: str | None = None
+    picture: str | None = field(default=None, repr=False)
+    """A quarantined slide in small, a JPEG in base64; on the page alone."""
 
     @property
     def category(self) -> str:
@@ -139,7 +145,8 @@ def write_quality(
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     """One row a slide, in the cohort's order. Text that a spreadsheet would take for a formula has a `'` before it."""
     plain = [{name: _unarmed(value) for name, value in asdict(row).items()} for row in rows]
-    columns = {field.name: [row[field.name] for row in plain] for field in fields(QualityRow)}
+    columns = {column.name: [row[column.name] for row in plain] for column in fields(QualityRow)}
+    del columns["picture"]
     sink = io.BytesIO()
     csv.write_csv(pa.table(columns), sink)
     return sink.getvalue()
@@ -164,8 +171,10 @@ def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, finge
         total=len(rows),
         committed=committed,
         quarantined=quarantined[:ROWS],
+        seen=[row.slide_id for row in quarantined if row.picture is not None][:PICTURES],
         n_quarantined=len(quarantined),
         reasons=Counter(row.category for row in quarantined).most_common(),
+        imported=any(row.rejected_outside or row.rejected_twice for row in rows),
         absent=sum(row.status == "absent" for row in rows),
         scanners=_scanners(committed),
         histogram=_histogram([row.patches for row in committed]),
@@ -202,6 +211,7 @@ def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
         patches=status.n_patches,
         bad_tiles=status.n_bad_tiles,
         key=status.key,
+        picture=status.picture,
         **known,
     )
 
@@ -217,7 +227,8 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "height": height,
         "level": facts["level"],
         "tissue": facts["evidence"]["mask"]["share"],
-        **{f"rejected_{reason}": facts["rejects"].get(reason, 0) for reason in ("tissue", "artefact")},
+        # a reason without a column is an error: with the patches and the bad tiles they are all places there were
+        **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
 
 

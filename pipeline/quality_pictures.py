@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from pipeline import storage
-from pipeline.evidence import EXAMPLE_PX, MASK, REJECTED, read_mask_png
+from pipeline.evidence import EXAMPLE_PX, MASK, REJECTED, outlined, read_mask_png
 from pipeline.patches import StoredSlide
 
 KEPT = 6
 QUALITY = 82
 GRID_PX = 5  # of the picture: smaller patches are shown as a tint, without lines between them
 
-_TISSUE = np.array([20, 120, 60])
 _PATCH = np.array([31, 95, 190])
 
 RGB = npt.NDArray[np.uint8]
@@ -98,10 +96,7 @@ def overlay(
     drawn = thumbnail.astype(np.float64)
     drawn[inside] += 0.16 * (_PATCH - drawn[inside])
     drawn[lines] += 0.55 * (_PATCH - drawn[lines])
-    tissue = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-    outline = tissue & ~ndimage.binary_erosion(tissue)
-    drawn[outline] = _TISSUE
-    return np.rint(drawn).astype(np.uint8)
+    return outlined(np.rint(drawn).astype(np.uint8), mask)
 
 
 def _rejected(uri: str, facts: Mapping[str, Any]) -> tuple[PatchPicture, ...]:

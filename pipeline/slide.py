@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.byte_source import ByteSource, FetchedSource, LocalSource, RemoteSource, source_error
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.slide_image import ImageReader
 from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slide_reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
@@ -35,7 +35,8 @@ def open_slide(path: Path) -> SlideReader:
 
     Raises:
         SlideError: reasons "missing", "directory", "empty-file", "truncated", "not-a-slide", "unopenable",
-            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel).
+            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel), "source" (the
+            disk or this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")
@@ -60,6 +61,7 @@ def open_uri(
 
     Raises:
         SlideError: as `open_slide`; "source", it cannot be reached; "cache", it is too large for a copy.
+        NodeError: the copy cannot be written.
     """
     with ExitStack() as stack:
         if not storage.is_remote(uri):
@@ -71,6 +73,8 @@ def open_uri(
             return
         try:
             path = stack.enter_context(staging.hold(uri, files(), fetched))
+        except NodeError:
+            raise
         except StorageError as error:
             raise source_error(error) from error
         yield stack.enter_context(open_slide(path))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.byte_source import system_error
 from pipeline.errors import SlideError
 from pipeline.slide_reader import RGB, Level, SlideReader, on_background
 
@@ -18,7 +19,10 @@ Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_IMAGE_PX, checked before anyth
 
 
 class ImageReader(SlideReader):
-    """A plain image, decoded whole: one level, no mpp."""
+    """A plain image, decoded whole: one level, no mpp.
+
+    The resolution that such files state is not taken: programs write 72 px per inch into whatever they save.
+    """
 
     def __init__(self, path: Path) -> None:
         self.mpp = None
@@ -33,7 +37,9 @@ class ImageReader(SlideReader):
                 f"{path.name}: neither a slide format that OpenSlide reads nor {', '.join(IMAGE_FORMATS)}",
             ) from error
         except (OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
-            raise SlideError("unreadable", f"{path.name}: the image cannot be decoded: {error}") from error
+            raise system_error(path.name, error) or SlideError(
+                "unreadable", f"{path.name}: the image cannot be decoded: {error}"
+            ) from error
         height, width = self._pixels.shape[:2]
         self.levels = (Level(width, height, 1.0),)
 

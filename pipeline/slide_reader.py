@@ -22,6 +22,10 @@ from pipeline.errors import BadTileError, SlideError
 RGB = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Boxes = npt.NDArray[np.int64]
+Block = tuple[int, int, int]
+"""Top, left and edge of a square of an overview, in its px."""
+LevelBox = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of a level, in its px."""
 
 EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder gives them without the rest
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
@@ -138,8 +142,10 @@ class SlideReader(ABC):
     def overview(self, max_px: int) -> Overview:
         """The slide with its longer edge at most `max_px`, area-averaged, read block by block.
 
+        What cannot be decoded at the level that is read is taken from the next finer one that can be.
+
         Raises:
-            SlideError: reason "unreadable", when no block at all can be decoded.
+            SlideError: reason "unreadable", when no block at all can be decoded, at no level.
         """
         number = max((i for i, lv in enumerate(self.levels) if max(lv.width, lv.height) >= max_px), default=0)
         level = self.levels[number]
@@ -148,21 +154,13 @@ class SlideReader(ABC):
             factor -= factor % EIGHTH
         rgb = np.full((-(-level.height // factor), -(-level.width // factor), 3), UNREAD, np.uint8)
         unread = np.zeros(rgb.shape[:2], np.bool_)
-        step = _power_of_two(BLOCK_PX // factor)
-        pending = list(_blocks(0, 0, unread.shape, step))[::-1]
-        self.expect(number, self._level_boxes(number, factor, pending[::-1]))
+        pending = list(_blocks(0, 0, unread.shape, _power_of_two(BLOCK_PX // factor)))
         failure = None
-        while pending:
-            top, left, step = pending.pop()
-            target = (slice(top, top + step), slice(left, left + step))
-            try:
-                rgb[target] = self._reduced(number, factor, top, left, step)
-            except BadTileError as error:
-                failure = error
-                if step > 1 and step * factor > SMALLEST_PX:
-                    pending.extend(_blocks(top, left, unread[target].shape, step // 2))
-                else:
-                    unread[target] = True
+        for finer in range(number, -1, -1):
+            if pending:
+                pending, failure = self._fill(rgb, pending, finer, number, factor)
+        for top, left, step in pending:
+            unread[top : top + step, left : left + step] = True
         if failure is not None and unread.all():
             raise SlideError("unreadable", f"no part of the slide can be decoded: {failure}") from failure
         share = min(1.0, max_px / max(self.dimensions))
@@ -172,21 +170,60 @@ class SlideReader(ABC):
         lost = Image.fromarray(unread.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX, box)
         return Overview(np.asarray(small), np.asarray(lost) > 0, max(self.dimensions) / max(width, height))
 
-    def _reduced(self, number: int, factor: int, top: int, left: int, step: int) -> RGB:
-        """One block of an overview: `step` of its px, each the mean of factor x factor px of the level."""
-        ((x, y, w, h),) = self._level_boxes(number, factor, [(top, left, step)]).tolist()
+    def _fill(
+        self, rgb: RGB, blocks: list[Block], number: int, coarse: int, factor: int
+    ) -> tuple[list[Block], BadTileError | None]:
+        """Read the blocks of an overview (h, w, 3) at a level; those that cannot be decoded, and the last error.
+
+        Args:
+            rgb: px of it stand for factor x factor px of the level `coarse`.
+            blocks: to read.
+            number: of the level to read them at, `coarse` or finer.
+            coarse: see `rgb`.
+            factor: see `rgb`.
+        """
+        edge = factor * (self.levels[coarse].downsample / self.levels[number].downsample)  # level px of an overview px
+        largest = _power_of_two(int(BLOCK_PX / edge))
+        pending = sorted(part for block in blocks for part in _parts(block, rgb, min(block[2], largest)))
+        self.expect(number, np.array([_whole(self._level_box(number, edge, block)) for block in pending]))
+        pending.reverse()
+        failed, failure = [], None
+        while pending:
+            top, left, step = block = pending.pop()
+            target = rgb[top : top + step, left : left + step]
+            box = self._level_box(number, edge, block)
+            try:
+                target[:] = (
+                    self._reduced(number, box, factor) if number == coarse else self._resampled(number, box, target)
+                )
+            except BadTileError as error:
+                failure = error
+                if step > 1 and step * edge > SMALLEST_PX:
+                    pending.extend(_parts(block, rgb, step // 2))
+                else:
+                    failed.append(block)
+        return failed, failure
+
+    def _reduced(self, number: int, box: LevelBox, factor: int) -> RGB:
+        """A box, whole px, of a level in small, each px the mean of factor x factor px."""
         if factor % EIGHTH == 0 and self.has_eighths(number):
-            pixels, factor = self.read_eighth(number, x, y, w, h), factor // EIGHTH
+            pixels, factor = self.read_eighth(number, *_whole(box)), factor // EIGHTH
         else:
-            pixels = self.read(number, x, y, w, h)
+            pixels = self.read(number, *_whole(box))
         return np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
 
-    def _level_boxes(self, number: int, factor: int, blocks: list[tuple[int, int, int]]) -> Boxes:
-        """(n, 4) x, y, w, h in px of the level, cut at its edges, of blocks of an overview."""
-        level = self.levels[number]
-        top, left, step = np.array(blocks, np.int64).T * factor
-        sizes = np.minimum(step, level.width - left), np.minimum(step, level.height - top)
-        return np.stack([left, top, *sizes], axis=1)
+    def _resampled(self, number: int, box: LevelBox, target: RGB) -> RGB:
+        """A box of a level in the size of `target` (h, w, 3), area-averaged."""
+        x, y, w, h = _whole(box)
+        pixels = Image.fromarray(self.read(number, x, y, w, h))
+        inside = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
+        return np.asarray(pixels.resize((target.shape[1], target.shape[0]), Image.Resampling.BOX, inside))
+
+    def _level_box(self, number: int, edge: float, block: Block) -> LevelBox:
+        """Where a block of an overview lies in a level of which edge x edge px make one of its px."""
+        level, (top, left, step) = self.levels[number], block
+        right, bottom = min((left + step) * edge, float(level.width)), min((top + step) * edge, float(level.height))
+        return min(left * edge, level.width - 1.0), min(top * edge, level.height - 1.0), right, bottom
 
 
 def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:
@@ -199,7 +236,19 @@ def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _blocks(top: int, left: int, shape: tuple[int, ...], step: int) -> Iterator[tuple[int, int, int]]:
+def _whole(box: LevelBox) -> tuple[int, int, int, int]:
+    """x, y, w, h of the px that a box touches."""
+    x, y = int(box[0]), int(box[1])
+    return x, y, math.ceil(box[2]) - x, math.ceil(box[3]) - y
+
+
+def _parts(block: Block, rgb: RGB, step: int) -> Iterator[Block]:
+    """The squares of edge `step` that cover what of a block lies in an image (h, w, 3)."""
+    top, left, whole = block
+    return _blocks(top, left, rgb[top : top + whole, left : left + whole].shape[:2], step)
+
+
+def _blocks(top: int, left: int, shape: tuple[int, ...], step: int) -> Iterator[Block]:
     """Upper left corners of the squares of edge `step` that cover a box, and the edge."""
     height, width = shape
     return ((y, x, step) for y in range(top, top + height, step) for x in range(left, left + width, step))

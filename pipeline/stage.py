@@ -42,7 +42,7 @@ class Workspace:
     """Name -> value of what this invocation's results come from."""
     records: dict[str, Record] = field(default_factory=dict)
     lease: Lease | None = None
-    """Of the stage that runs: while it stands, no other invocation does the same."""
+    """Of the stage that runs: while it stands, no other invocation does the same. None where others do, too."""
 
     def stored(self, split: str | None = None) -> list[LabelledSource]:
         """The committed slides of a split, in the cohort's order."""
@@ -63,6 +63,8 @@ class Stage:
     """(workspace, fingerprint, MLflow run id) -> record."""
     outdated: Callable[[Workspace, Record], str | None] = lambda _space, _record: None
     """Why a record whose outputs all exist does not hold any more; None where it does."""
+    shared: bool = False
+    """Several processes may do it at once, on the same inputs, and end with the same outputs."""
 
 
 def slide_tags(space: Workspace) -> dict[str, str]:

@@ -279,7 +279,7 @@ def evaluate_checkpoint(config: Config, checkpoint: str, slides: Sequence[Labell
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("tile", _tile_identity, _tile, _tiles_outdated),
+    Stage("tile", _tile_identity, _tile, _tiles_outdated, shared=True),  # each slide's commit is whole or absent
     Stage("train", _train_identity, _train),
     Stage("evaluate", _evaluate_identity, _evaluate),
     Stage("register", registration.identity, registration.register, registration.outdated),

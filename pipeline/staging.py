@@ -13,11 +13,13 @@ frees when a process dies.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.errors import SlideError
+from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.storage import SourceVersion
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only of the disk that is written
 POLL_S = 0.2  # how often a process looks again whether another one has finished its copy, or freed room
 GIB = 2**30
 
@@ -64,7 +67,8 @@ class Staging:
 
         Raises:
             SlideError: "cache", the slide alone is over the budget.
-            StorageError: a file cannot be read, or the copy not be written.
+            StorageError: a file cannot be read.
+            NodeError: the copy cannot be written.
         """
         versions = {file: storage.source_version(file) for file in files}
         size = sum(version.size for version in versions.values())
@@ -75,19 +79,39 @@ class Staging:
                 "node; raise it, or convert the slide to a tiled TIFF, which is read in place",
             )
         state = json.dumps({file: asdict(version) for file, version in versions.items()}, sort_keys=True)
-        entry = self._root() / hashlib.sha256(state.encode()).hexdigest()[:32]
         above = storage.parent(uri) + "/"
-        held = self._grip(entry, size)
+        with self._writing(uri):
+            entry = self._root() / hashlib.sha256(state.encode()).hexdigest()[:32]
+            held = self._grip(entry, size)
         try:
             if not (entry / "files").exists():
                 data = {uri: fetched.data} if fetched is not None and fetched.version == versions[uri] else {}
-                _fill(entry, above, files, data)
+                with self._writing(uri):
+                    _fill(entry, above, files, data)
             yield entry / "files" / storage.absolute(uri).removeprefix(above)
         finally:
             os.close(held)
 
+    @contextmanager
+    def _writing(self, uri: str) -> Iterator[None]:
+        """Tell a folder that cannot be written from a slide that cannot be read."""
+        try:
+            yield
+        except (OSError, StorageError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(error, StorageError) and not (isinstance(cause, OSError) and cause.errno in _FULL):
+                raise
+            raise NodeError(
+                f"{self._place()} on {socket.gethostname()}: cannot keep a copy of {uri} there: {cause}; free space, "
+                "or name a folder with more in tiling.cache and what it may hold in tiling.cache_gib="
+                f"{self.budget / GIB:g}"
+            ) from error
+
+    def _place(self) -> Path:
+        return Path(self.folder or Path(tempfile.gettempdir(), f"ips-slides-{os.getuid()}"))
+
     def _root(self) -> Path:
-        root = Path(self.folder or Path(tempfile.gettempdir(), f"ips-slides-{os.getuid()}"))
+        root = self._place()
         root.mkdir(parents=True, exist_ok=True)
         return root
 

@@ -81,9 +81,11 @@ def read_layout(source: ByteSource) -> Layout | None:
     Raises:
         SlideError: "truncated", the file was cut off; or it cannot be reached.
     """
-    (magic,) = source.read([(0, 4)])
-    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    (head,) = source.read([(0, 16)])
+    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
+    if len(head) == 16:
+        _check_reach(source, head[8:] if b"+" in head[:4] else head[4:8], "<" if head[:1] == b"I" else ">")
 
     def read(wanted: Range) -> bytes:
         return source.read([wanted])[0]
@@ -108,10 +110,15 @@ def _check_whole(source: ByteSource, tiff: tifffile.TiffFile) -> None:
     """SlideError when a directory should follow behind the end of the file: OpenSlide would just leave it out."""
     len(tiff.pages)  # follows the chain of directories
     (link,) = source.read([(tiff.pages.next_page_offset, tiff.tiff.offsetsize)])
-    following = int.from_bytes(link, "little" if tiff.byteorder == "<" else "big")
-    if following >= source.size:
+    _check_reach(source, link, tiff.byteorder)
+
+
+def _check_reach(source: ByteSource, link: bytes, byteorder: str) -> None:
+    """SlideError when the link to a directory leads behind the end of the file."""
+    place = int.from_bytes(link, "little" if byteorder == "<" else "big")
+    if place >= source.size:
         raise SlideError(
-            "truncated", f"{source.name}: it ends before byte {following}, where more should be; copy the slide again"
+            "truncated", f"{source.name}: it ends before byte {place}, where more should be; copy the slide again"
         )
 
 

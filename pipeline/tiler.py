@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,6 +24,7 @@ from pipeline.commit import (
 )
 from pipeline.config_data import TilingConfig
 from pipeline.errors import ConfigError, SlideError, StorageError
+from pipeline.evidence import THUMBNAIL
 from pipeline.guide import guided_version, read_guide
 from pipeline.identity import fetch_small, is_several, reading_source, slide_digest, slide_files, slide_version
 from pipeline.parts import part_count
@@ -96,7 +98,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         check()
         if large.planned.is_done(patches):  # from another file with the same content
             return
-        with opened(slide, spec) as reader, _leaving(large.planned.key):
+        with opened(slide, spec) as reader, _leaving(patches, large.planned):
             write_share(patches, large.planned.attached(reader), parts, check)
 
     return _outcome(slide, large.version, patches, work)
@@ -112,7 +114,7 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
 
     def work() -> SlideStatus:
         _unchanged(large.slide, spec, large.version)()
-        with _leaving(large.planned.key):
+        with _leaving(patches, large.planned):
             return _committed(large.slide, commit_shares(patches, large.planned))
 
     return _outcome(large.slide, large.version, patches, work)
@@ -122,7 +124,9 @@ def quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatu
     """The status of a slide that cannot be used."""
     message = f"{reason}: {error}" if str(error) else f"{reason}: {type(error).__name__}"
     trace = "".join(traceback.format_exception(error))
-    return SlideStatus(slide.slide_id, slide.uri, None, "quarantined", message, error=trace)
+    picture = error.picture if isinstance(error, SlideError) else None
+    small = None if picture is None else base64.b64encode(picture).decode()
+    return SlideStatus(slide.slide_id, slide.uri, None, "quarantined", message, error=trace, picture=small)
 
 
 def _begin(
@@ -158,17 +162,18 @@ def _begin(
         if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
             check()  # the plan is of this version
             return LargeSlide(slide, version, write_pictures(patches, planned))
-        with _leaving(planned.key):
+        with _leaving(patches, planned):
             return _committed(slide, write_slide(patches, planned, check))
 
 
 @contextmanager
-def _leaving(key: str) -> Iterator[None]:
-    """A slide that is given up in the block leaves files under its key."""
+def _leaving(patches: PatchStore, planned: PlannedSlide) -> Iterator[None]:
+    """A slide that is given up in the block leaves files under its key; a share has its picture there."""
     try:
         yield
     except SlideError as error:
-        error.left = key
+        error.left, seen = planned.key, planned.pictures.get(THUMBNAIL)
+        error.picture = seen or storage.read_if_there(storage.join(patches.uri, planned.key, THUMBNAIL))
         raise
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.candidates import find_candidates
+from pipeline.candidates import NothingFoundError, find_candidates
 from pipeline.config_data import TilingConfig
 from pipeline.cutting import Cutter
 from pipeline.errors import BadTileError, SlideError
@@ -47,7 +47,12 @@ class SlideTiling:
         sized = with_native_edge(reader, spec, mpp)
         edge = sized.edge_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
         overview = reader.overview(min(MASK_PX, max(THUMBNAIL_PX, round(longest * MASK_PX_PER_PATCH / edge))))
-        found = find_candidates(overview, reader.levels, sized, mpp, guide)
+        try:
+            found = find_candidates(overview, reader.levels, sized, mpp, guide)
+        except SlideError as error:
+            seen = error.coloured if isinstance(error, NothingFoundError) else None
+            error.picture = thumbnail(overview, seen).jpeg
+            raise
         self.grid: Grid = found.grid
         self.cells: Cells = found.cells
         """(n, 2) grid column and row of the patches."""
@@ -190,8 +195,8 @@ def effective_mpp(stated: float | None, spec: TilingConfig, override: float | No
     if mpp is None:
         raise SlideError(
             "missing-mpp",
-            "the file states no microns per px; give it in the cohort's mpp column, set tiling.default_mpp, "
-            "or set tiling.mpp=null to read level 0 as it is",
+            "the file states no microns per px (of a plain image its resolution is not taken); give it in the cohort's "
+            "mpp column, set tiling.default_mpp, or set tiling.mpp=null to read level 0 as it is",
         )
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SlideError(

@@ -1,12 +1,13 @@
 """MLflow runs, by explicit run id: the stages in the driver and rank 0 of training share one run safely.
 
 Nothing here uses MLflow's active run, so a worker can log into a run without ending it. The store is made, and
-migrated, by `open_tracking` in the driver before any worker starts: first use of an SQLite file by several
-processes at once fails ("duplicate column name").
+migrated, by `open_tracking` in the driver before any worker starts, and by one driver at a time: first use of an
+SQLite file by several processes at once fails ("duplicate column name").
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
@@ -91,7 +93,7 @@ class Tracker:
     def end_abandoned(self, tags: Mapping[str, str]) -> None:
         """Mark runs with these tags that still seem to run, and their parents, as KILLED: their process died mute.
 
-        One process at a time works on what the tags name, so a run that is found here has none.
+        For whoever holds the lease on what the tags name, so that a run that is found here has no process.
         """
         chosen = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         with reported(self.uri):
@@ -186,14 +188,17 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
         TrackingError: the store cannot be reached or refuses; within 20 s when a server is down.
     """
     uri = _absolute_sqlite(uri)
-    with _impatient(), reported(uri):
-        if uri.startswith("sqlite"):
-            Path(uri.partition(":///")[2]).parent.mkdir(parents=True, exist_ok=True)
+    with _impatient(), reported(uri), _one_by_one(uri):
         client = MlflowClient(uri, uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            made = client.create_experiment(experiment, artifact_location=_location(artifact_root), tags=_KIND)
-            return Tracker(uri, made)
+            try:
+                made = client.create_experiment(experiment, artifact_location=_location(artifact_root), tags=_KIND)
+                return Tracker(uri, made)
+            except MlflowException as error:
+                found = client.get_experiment_by_name(experiment)  # another driver made it at the same moment
+                if found is None:
+                    raise error from None
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment {experiment!r} at {uri} is deleted; restore it with "
@@ -201,6 +206,19 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
             "or set tracking.experiment to another name"
         )
     return Tracker(uri, found.experiment_id)
+
+
+@contextmanager
+def _one_by_one(uri: str) -> Iterator[None]:
+    """One process at a time makes an SQLite file; a server sees to that itself."""
+    if not uri.startswith("sqlite"):
+        yield
+        return
+    file = Path(uri.partition(":///")[2])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def connect(uri: str) -> Tracker:

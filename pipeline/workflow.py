@@ -20,7 +20,7 @@ from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
 from pipeline.guide import check_environment
 from pipeline.images import cohort_csv
-from pipeline.lease import held
+from pipeline.lease import held, joined
 from pipeline.stage import Record, Stage, Workspace, slide_tags
 from pipeline.stage_embed import stages_for
 from pipeline.storage import (
@@ -179,9 +179,10 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
     log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
     began = time.monotonic()
     lease = join(space.config.storage.root, "stages", f"{stage.name}-{stage_fingerprint}.lease")
+    claimed = (joined if stage.shared else held)(lease, f"{stage.name} of {space.config.name}")
     with (
-        held(lease, f"{stage.name} of {space.config.name}") as space.lease,
-        tracking.child(stage.name, stage_fingerprint, slide_tags(space)) as run_id,
+        claimed as space.lease,
+        tracking.child(stage.name, stage_fingerprint, slide_tags(space), alone=space.lease is not None) as run_id,
     ):
         record = stage.work(space, stage_fingerprint, run_id)
         record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
@@ -248,10 +249,14 @@ class _Tracking:
         return self._tracker
 
     @contextmanager
-    def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str]) -> Iterator[str]:
-        """The MLflow run of one stage, below this invocation's parent run, with `more` tags."""
+    def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str], *, alone: bool) -> Iterator[str]:
+        """The MLflow run of one stage, below this invocation's parent run, with `more` tags.
+
+        `alone`: no other process works on it, so runs that seem to have none.
+        """
         tracker = self.tracker()
-        tracker.end_abandoned({"stage": stage, "fingerprint": stage_fingerprint})
+        if alone:
+            tracker.end_abandoned({"stage": stage, "fingerprint": stage_fingerprint})
         if self.parent is None:
             self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
             tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")

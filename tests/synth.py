@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,11 +50,13 @@ def write_pyramid(
     photometric: str = "ycbcr",
     description: str | None = None,
     software: str | None = None,
+    more: Sequence[tuple[int, str, tuple[int, ...]]] = (),
 ) -> Path:
     """Write a generic tiled TIFF with JPEG tiles, each level half the one before.
 
     The level-0 tiles numbered in `sparse` have length zero: the file says that there is nothing. `shared`: the tables
-    stand once in the directory, and the tiles name no colour space, as scanners write them.
+    stand once in the directory, and the tiles name no colour space, as scanners write them. `more` are further tags:
+    code, type (H, I, s, B) and values.
     """
     with path.open("wb") as file:
         file.write(struct.pack("<2sHI", b"II", 42, 0))
@@ -71,6 +73,7 @@ def write_pyramid(
             tags += [(347, "B", tuple(tables))] if shared else []
             tags += [(270, "s", tuple(description.encode() + b"\0"))] if description and not number else []
             tags += [(305, "s", tuple(software.encode() + b"\0"))] if software else []
+            tags += more
             if photometric == "rgb":
                 tags = [tag if tag[0] != 262 else (262, "H", (2,)) for tag in tags if tag[0] != 530]
             link = _write_directory(file, link, sorted(tags))
@@ -172,6 +175,29 @@ def philips_xml(levels: int, mpp: float) -> str:
     )
     array = f'<Array><DataObject ObjectType="DPScannedImage">{image}</DataObject></Array>'
     return f'<DataObject ObjectType="DPUfsImport">{attribute("PIM_DP_SCANNED_IMAGES", array)}</DataObject>'
+
+
+def leica_xml(sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], corner: tuple[int, int], mpp: float) -> str:
+    """The description of a Leica SCN: the levels of one scan, whose directories are 0, 1, ..., on a larger canvas.
+
+    Args:
+        sizes: width and height of each level, px.
+        canvas: width and height, level-0 px.
+        corner: x and y of the scan's upper left corner on it, level-0 px.
+        mpp: microns per level-0 px.
+    """
+
+    def nm(px: int) -> int:
+        return round(1000 * px * mpp)
+
+    levels = "".join(f'<dimension sizeX="{w}" sizeY="{h}" ifd="{i}" r="{i}"/>' for i, (w, h) in enumerate(sizes))
+    (width, height), (x, y) = sizes[0], corner
+    view = f'<view sizeX="{nm(width)}" sizeY="{nm(height)}" offsetX="{nm(x)}" offsetY="{nm(y)}"/>'
+    light = "<illuminationSettings><illuminationSource>brightfield</illuminationSource></illuminationSettings>"
+    settings = f"<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>{light}</scanSettings>"
+    image = f'<image><pixels sizeX="{width}" sizeY="{height}">{levels}</pixels>{view}{settings}</image>'
+    collection = f'<collection sizeX="{nm(canvas[0])}" sizeY="{nm(canvas[1])}">{image}</collection>'
+    return f'<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">{collection}</scn>'
 
 
 def tile_span(path: Path, level: int, number: int) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def test_streamed_slides_to_a_champion_while_a_second_run_of_the_recipe_is_refus
     root = tmp_path / "runs" / "demo"
     command = [*_command(*streamed), "--json"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while not list(root.glob("stages/*.lease")):
+        while not list(root.glob("stages/train-*.lease")):
             assert running.poll() is None, running.communicate()[1][-4000:]
             time.sleep(0.05)
         refused = _ips(*streamed, cwd=tmp_path, code=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.byte_source import (
     SourceFile,
     coalesced,
     fetch,
+    system_error,
 )
 from pipeline.errors import SlideError
 from tests.s3 import S3Server, serve_s3
@@ -149,3 +151,25 @@ def test_what_cannot_be_reached_is_the_slides_fault(server: S3Server, monkeypatc
     (server.folder / "slides" / "gone.bin").unlink()
     with pytest.raises(SlideError, match="gone.bin"):
         source.read([(0, 10)])
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),
+        (OSError(errno.EINVAL, "Invalid argument"), False),  # a seek to where a damaged file points
+        (OSError("image file is truncated"), False),
+        (OSError(-2), False),  # Pillow's decoders
+        (SyntaxError("broken PNG file"), False),
+        (RuntimeError("Couldn't open a.mrxs/Data0.dat: Too many open files"), True),
+        (RuntimeError("I/O error reading file a.ndpi"), True),
+        (RuntimeError("Couldn't open a.mrxs/Data0.dat: No such file or directory"), False),
+    ],
+)
+def test_which_errors_of_libraries_are_the_systems(error: Exception, *, passes: bool) -> None:
+    found = system_error("a.svs", error)
+    assert (found is not None) == passes
+    if found is not None:
+        assert found.reason == "source"
+        assert str(error) in str(found)

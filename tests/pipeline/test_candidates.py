@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.candidates import EXAMPLES, Candidates, find_candidates
 from pipeline.config_data import TilingConfig
@@ -98,6 +101,26 @@ def test_nothing_has_its_reason(areas: list[Area], fields: dict[str, object], re
     with pytest.raises(SlideError) as caught:
         find_candidates(overview(*areas), LEVELS, spec(**fields), 0.5, Guide())
     assert caught.value.reason == reason
+
+
+def test_pen_marks_with_a_speck_beside_them_are_artefacts() -> None:
+    with pytest.raises(SlideError, match=r"no texture.*; of what else is coloured the best has [1-9]") as caught:
+        found(overview(("pen", (640, 640, 1920, 1600)), ("tissue", (3200, 2400, 3232, 2424))))
+    assert caught.value.reason == "artefact"
+
+
+def test_a_mask_that_names_no_tissue() -> None:
+    sink = io.BytesIO()
+    Image.fromarray(np.zeros((320, 400), np.uint8)).save(sink, format="PNG")
+    guide = Guide(mask=ExternalMask("masks/a.png", sink.getvalue()))
+    with pytest.raises(SlideError, match=r"masks/a\.png: names no tissue") as caught:
+        found(overview(("tissue", (640, 640, 1920, 1600))), guide)
+    assert caught.value.reason == "mask"
+    ring = [[640, 640], [664, 640], [664, 664], [640, 664], [640, 640]]
+    guide = Guide(mask=ExternalMask("a.geojson", geojson(polygon(ring))))
+    with pytest.raises(SlideError, match="smaller than a patch") as caught:
+        found(overview(("tissue", (640, 640, 1920, 1600))), guide)
+    assert caught.value.reason == "too-little-tissue"
 
 
 def test_a_mask_is_taken_as_it_is() -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.cohort import SPLITS, Cohort, CohortSlide, check_trainable, read_cohort, with_splits
 from pipeline.config_data import SplitConfig, TaskConfig
 from pipeline.errors import CohortError, StorageError
-from tests.s3 import S3Server, serve_s3
+from tests.s3 import S3Server
 
 TUMOR = TaskConfig(name="tumor", column="label")
 GRADE = TaskConfig(name="grade", column="isup grade", kind="multiclass", classes=("low", "mid", "none"))
@@ -104,12 +104,6 @@ def test_without_tasks_labels_are_extra(tmp_path: Path) -> None:
     cohort = read_cohort(write(tmp_path, "slide_id,uri,label\na,a.png,odd\n"))
     assert cohort.slides == (CohortSlide("a", f"{tmp_path}/a.png", "a", None, None, {}, {"label": "odd"}),)
     assert not cohort.has_splits
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 def test_on_s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

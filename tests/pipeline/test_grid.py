@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.grid import plan_grid
+from pipeline.grid import placed_grid, plan_grid
+from pipeline.interchange import Coordinates
 from pipeline.slide import Level
 
 PYRAMID = (Level(5003, 3001, 1.0), Level(1250, 750, 4.0016), Level(312, 187, 16.04))
@@ -69,6 +70,42 @@ def test_planes() -> None:
     assert grid.level0_origins(cells).tolist() == [[1801, 1200]]  # 450 * 4.0016 = 1800.72, 300 * 4.0016 = 1200.48
     assert grid.extent == pytest.approx(150 * 4.0016)
     assert grid.level0_boxes(cells)[0].tolist() == pytest.approx([1800.72, 1200.48, 2400.96, 1800.72])
+
+
+@pytest.mark.parametrize("mpp", [0.2325, 0.2468, 0.25, 0.263, 0.299])
+@pytest.mark.parametrize("levels", [(1.0,), (1.0, 2.0004), (1.0, 4.0016, 16.04)])
+def test_imported_patches_show_what_the_file_says(mpp: float, levels: tuple[float, ...]) -> None:
+    """TRIDENT takes all of these for 40x: patches of 100 px at 20x are 200 level-0 px."""
+    pyramid = [Level(int(5003 / downsample), int(3001 / downsample), downsample) for downsample in levels]
+    coords = Coordinates(np.array([[13, 7], [213, 7]]), 200.0, 200.0, "trident")
+    grid, rejects = placed_grid(coords, pyramid, spec(mpp=0.5), mpp)
+    assert (grid.level, grid.read_px) == ((1, 100) if levels[1:2] == (2.0004,) else (0, 200))
+    assert grid.extent == pytest.approx(200, abs=0.1)
+    assert (grid.patch_px, grid.columns, rejects) == (100, 2, {"outside": 0, "twice": 0})
+
+
+@pytest.mark.parametrize(
+    ("mpp", "target", "extent", "patch"), [(0.55, 0.5, 100, 100), (0.31, 0.5, 100, 100), (0.15, 0.125, 100, 100)]
+)
+def test_imported_patches_of_the_rims_of_a_magnification(mpp: float, target: float, extent: float, patch: int) -> None:
+    coords = Coordinates(np.array([[13, 7]]), extent, extent, "trident")
+    assert placed_grid(coords, PYRAMID, spec(mpp=target, patch_px=patch), mpp)[0].read_px == extent
+
+
+@pytest.mark.parametrize(
+    ("extent", "target", "mpp"),
+    [
+        (200, 0.5, 0.5),  # patches of 200 px, or of 100 px at 1.0
+        (100, 1.0, 0.5),
+        (130, None, None),  # level 0 is read as it is
+        (95, 0.5, 0.5),  # would be enlarged
+    ],
+)
+def test_imported_patches_of_another_size(extent: float, target: float | None, mpp: float | None) -> None:
+    coords = Coordinates(np.array([[13, 7]]), extent, extent, "clam")
+    with pytest.raises(SlideError, match=f"clam's patches are {extent} level-0 px wide") as caught:
+        placed_grid(coords, PYRAMID, spec(mpp=target), mpp)
+    assert caught.value.reason == "coords"
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from pipeline import storage
 from pipeline.cohort import CohortSlide
@@ -143,6 +145,61 @@ def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     assert [run.returncode for run in runs] == [-9, -9, -9, 0], runs[-1].stderr
     assert runs[-1].stdout.startswith("quarantined crash: /data/s.svs: its process was killed 3 times")
     assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import pickle, sys, tempfile
+from pathlib import Path
+from pipeline import ingest
+from pipeline.cohort import CohortSlide
+from pipeline.config_data import TilingConfig
+from pipeline.errors import NodeError
+folder, slide, store = sys.argv[1:]
+tempfile.tempdir = folder
+with Path(folder, "fill").open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(error.strerror)
+work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}))]
+job = ingest._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True)
+(row,) = ingest._tile_group({"item": pickle.dumps(work)}, job)
+error = pickle.loads(row["failure"])
+assert isinstance(error, NodeError)
+print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["temporary files", "copies of slides"])
+def test_a_full_disk_of_a_node_is_the_nodes_fault_and_names_the_folder(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own: 64 KiB of memory as a disk, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k tmpfs {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces")
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    Image.fromarray(RGB).save(tmp_path / "s3" / "bucket" / "slide.png")
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        script, slide, store = FULL, str(tmp_path / "s3" / "bucket" / "slide.png"), str(tmp_path / "store")
+        if what == "copies of slides":
+            script = FULL.replace("tempfile.tempdir = folder\n", "").replace("mpp=None", "mpp=None, cache=folder")
+            slide = "s3://bucket/slide.png"
+        command = [sys.executable, "-c", script, str(disk), slide, store]
+        run = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    full, said = done.stdout.splitlines()
+    assert full == "No space left on device"
+    assert str(disk) in said
+    assert "No space left on device" in said
+    assert {"temporary files": "TMPDIR", "copies of slides": "tiling.cache"}[what] in said
+    assert not list(tmp_path.glob("store/*/*"))  # no slide is said to be bad
 
 
 NO_RAY = """

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config_data import TilingConfig
 from pipeline.errors import SlideError
+from pipeline.grid import plan_grid
 from pipeline.interchange import (
     StoredGrid,
     Tool,
@@ -23,6 +25,7 @@ from pipeline.interchange import (
     file_stems,
     read_coordinates,
 )
+from pipeline.slide import Level
 
 CORNERS = np.array([[0, 0], [1024, 0], [512, 3072], [99_328, 80_001]])
 
@@ -57,7 +60,7 @@ def trident(coords: np.ndarray = CORNERS, **changes: object) -> bytes:
     return saved(np.asarray(coords, dtype=np.int64), attributes, 1)
 
 
-def clam(coords: np.ndarray = CORNERS) -> bytes:
+def clam(coords: np.ndarray = CORNERS, **changes: object) -> bytes:
     """CLAM's `process_contour` and `save_hdf5`: 256 px of level 1, which is four times smaller."""
     attributes = {
         "patch_size": 256,
@@ -67,6 +70,7 @@ def clam(coords: np.ndarray = CORNERS) -> bytes:
         "level_dim": (25_000, 22_500),
         "name": "a b",
         "save_path": "RESULTS/patches",
+        **changes,
     }
     return saved(coords, attributes, 32)
 
@@ -118,6 +122,38 @@ def test_what_we_write_is_what_the_tool_writes(tool: Tool) -> None:
             assert np.array_equal(a.attrs[key], b.attrs[key]), key
     again = read_coordinates(ours, "a.h5")
     assert (again.tool, again.corners.tolist()) == (tool, CORNERS.tolist())
+
+
+@pytest.mark.parametrize(
+    ("mpp", "target", "whole"),
+    [
+        (0.25, 0.5, True),
+        (0.2431, 0.25, True),  # read as it is, so TRIDENT must do so too
+        (0.24, 0.25, True),
+        (0.499, 0.5, True),
+        (0.5, 0.75, False),  # 13.3x
+        (0.25, 8.0, False),  # 1.25x
+        (0.2325, 0.5, False),
+        (0.2527, 0.5, False),
+        (0.263, 0.5, False),
+        (0.4843, 1.0, False),
+    ],
+)
+@pytest.mark.parametrize("patch_px", [224, 256])
+def test_trident_reads_the_patches_that_we_cut(mpp: float, target: float, patch_px: int, *, whole: bool) -> None:
+    """`WSIPatcher` goes by the magnifications alone."""
+    levels = (Level(100_001, 90_001, 1.0), Level(25_000, 22_500, 4.0001))
+    grid = plan_grid(levels, TilingConfig(mpp=target, patch_px=patch_px), mpp)
+    data = coordinates_h5(stored(mpp=mpp, extent=grid.extent, patch_px=patch_px), "trident", "out", target)
+    with h5py.File(io.BytesIO(data)) as file:
+        attributes = dict(file["coords"].attrs)
+    level0, wanted = attributes["level0_magnification"], attributes["target_magnification"]
+    read = round(attributes["patch_size"] * ((10 / wanted) / (10 / level0)))
+    assert read == attributes["patch_size_level0"] == round(grid.extent)
+    assert wanted == pytest.approx(10 / target)
+    assert level0 == pytest.approx(10 / mpp, rel=0.06)
+    if patch_px == 256:
+        assert (isinstance(level0, np.integer) and isinstance(wanted, np.integer)) == whole
 
 
 def test_without_microns_there_is_no_magnification_to_name() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from pipeline.slide import SlideReader, open_slide, open_uri, tool_versions
 from pipeline.slide_openslide import OpenSlideReader
 from pipeline.slide_tiff import TiffReader
 from pipeline.staging import Staging
-from tests.s3 import S3Server, serve_s3
+from tests.s3 import S3Server
 from tests.synth import cut, overwrite, tile_span, tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(1013, 787)
@@ -104,7 +104,7 @@ def test_truncated_files(tmp_path: Path, name: str, share: float) -> None:
     cut(path, share)
     with pytest.raises(SlideError, match="x\\.") as caught:
         open_slide(path)
-    assert caught.value.reason in {"unreadable", "unopenable", "not-a-slide"}
+    assert caught.value.reason in ({"truncated"} if name.endswith("tiff") else {"unreadable"})
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,6 @@ def test_real_slides(shared_slides: Path, tmp_path: Path) -> None:
 
 def test_tool_versions() -> None:
     assert tool_versions()["openslide"] == openslide.__library_version__
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
-        server.bucket("slides")
-        yield server
 
 
 @pytest.fixture

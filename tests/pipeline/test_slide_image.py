@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 
 from pipeline.errors import SlideError
 from pipeline.slide import open_slide
-from tests.synth import tissue_rgb
+from pipeline.slide_image import ImageReader
+from tests.synth import cut, tissue_rgb
 
 RGB = tissue_rgb(1013, 787)
 
@@ -30,6 +32,30 @@ def test_transparent_pixels_of_an_image_are_white(tmp_path: Path) -> None:
         pixels = reader.read(0, 0, 0, 7, 5)
     assert (pixels[:2] == 255).all()
     assert (pixels[2:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_a_process_without_file_descriptors_is_no_fault_of_the_image(tmp_path: Path, name: str) -> None:
+    Image.fromarray(RGB).save(tmp_path / name)
+    ImageReader(tmp_path / name).close()  # Pillow loads its formats with the first image
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for opened in (ImageReader, open_slide):
+            with pytest.raises(SlideError, match="Too many open files") as caught:
+                opened(tmp_path / name)
+            assert caught.value.reason == "source"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff"])
+def test_an_image_that_is_cut_short_stays_unreadable(tmp_path: Path, name: str) -> None:
+    Image.fromarray(RGB).save(tmp_path / name)
+    cut(tmp_path / name, 0.6)
+    with pytest.raises(SlideError) as caught:
+        ImageReader(tmp_path / name)
+    assert caught.value.reason in {"unreadable", "not-a-slide"}
 
 
 def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:

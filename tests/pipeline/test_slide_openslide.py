@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 from pathlib import Path
 
+import numpy as np
+import openslide
 import pytest
+import simplejpeg
 from PIL import Image
 
 from pipeline.errors import BadTileError, SlideError
+from pipeline.patches import PatchStore
+from pipeline.slide import open_slide
 from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
-from tests.synth import tissue_rgb, write_pyramid, zero_tile
+from pipeline.tiler import store_slide
+from tests.pipeline.slides import PATCH, SPEC, row
+from tests.synth import leica_xml, tissue_rgb, write_pyramid, zero_tile
 
 RGB = tissue_rgb(1013, 787)
 
@@ -26,7 +36,62 @@ def test_a_slide_that_vanishes_while_read_is_a_slide_error(slide: Path) -> None:
         with pytest.raises(SlideError) as caught:
             reader.read(0, 0, 0, 10, 10)
     assert not isinstance(caught.value, BadTileError)
-    assert caught.value.reason == "unopenable"
+    assert caught.value.reason == "source"  # it may come back
+
+
+def test_a_process_without_file_descriptors_is_no_fault_of_the_slide(slide: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(SlideError, match="Too many open files") as caught:
+            OpenSlideReader(slide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.reason == "source"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(errno.EIO, "source"), (errno.ESTALE, "source"), (errno.ENOMEM, "source"), (None, "bad-tile")]
+)
+def test_an_error_of_the_disk_is_no_bad_tile(
+    slide: Path, code: int | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test makes a disk fail here: OpenSlide's words are put in its place."""
+    text = f"Couldn't read file {slide}: {os.strerror(code)}" if code else "Corrupt JPEG data"
+
+    def failing(*_: object) -> None:
+        raise openslide.OpenSlideError(text)
+
+    with OpenSlideReader(slide) as reader:
+        expected = reader.read(0, 0, 0, 10, 10)
+        monkeypatch.setattr(openslide.OpenSlide, "read_region", failing)
+        with pytest.raises(SlideError, match=text) as caught:
+            reader.read(0, 0, 0, 10, 10)
+        assert (caught.value.reason, isinstance(caught.value, BadTileError)) == (reason, code is None)
+        monkeypatch.undo()
+        assert (reader.read(0, 0, 0, 10, 10) == expected).all()
+
+
+def test_a_leica_scan_on_its_canvas_is_read_and_tiled(tmp_path: Path) -> None:
+    """Only OpenSlide knows where on the canvas the scan lies; the rest is background."""
+    sizes, canvas, (left, top) = [(1013, 787), (506, 393), (253, 196)], (1500, 1100), (101, 67)
+    path = write_pyramid(tmp_path / "a.scn", RGB, description=leica_xml(sizes, canvas, (left, top), 0.5))
+    with open_slide(path) as reader:
+        assert isinstance(reader, OpenSlideReader)
+        assert (reader.vendor, reader.dimensions) == ("leica", canvas)
+        assert reader.mpp == pytest.approx(0.5)
+        assert np.abs(reader.read(0, left, top, 1013, 787).astype(int) - RGB).mean() < 3
+        assert (reader.read(0, 0, 0, left, top) == 255).all()
+        assert (reader.read(0, left + 1013, 0, 300, 1100) == 255).all()
+    status = store_slide(row(path), SPEC, str(tmp_path / "store"))
+    stored = PatchStore(str(tmp_path / "store"), SPEC.fingerprint()).slide(str(status.key))
+    assert stored.n_patches > 30
+    index = stored.index()
+    for number, data in enumerate(stored.payloads(range(stored.n_patches))):
+        x, y = int(index.x[number]) - left, int(index.y[number]) - top
+        if 0 <= x <= 1013 - PATCH and 0 <= y <= 787 - PATCH:
+            patch = simplejpeg.decode_jpeg(data).astype(int)
+            assert np.abs(patch - RGB[y : y + PATCH, x : x + PATCH]).mean() < 8
 
 
 def test_which_files_are_slides(slide: Path, tmp_path: Path) -> None:

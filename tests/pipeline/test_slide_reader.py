@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import slide_reader
 from pipeline.slide import open_slide
 from pipeline.slide_openslide import OpenSlideReader
 from pipeline.slide_reader import UNREAD, SlideReader, on_background
@@ -87,3 +89,46 @@ def test_colours_over_a_background() -> None:
     rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], np.uint8)
     found = on_background(rgba, np.array([255, 255, 255], np.uint8))
     assert found.tolist() == [[[10, 20, 30], [255, 255, 255], [127, 127, 127]]]
+
+
+@pytest.mark.parametrize("opened", [open_slide, OpenSlideReader])
+@pytest.mark.parametrize("max_px", [130, 250, 253])
+def test_what_a_coarse_level_has_lost_is_read_from_the_next_finer_one(
+    slide: Path, max_px: int, opened: Callable[[Path], SlideReader]
+) -> None:
+    """Level 2 has 253 x 196 px in two tiles; of level 1 a tile is lost too, and that part comes from level 0."""
+    with opened(slide) as reader:
+        sound = reader.overview(max_px)
+    for level, tile in ((2, 0), (2, 1), (1, 1)):
+        zero_tile(slide, level, tile)
+    with opened(slide) as reader:
+        overview = reader.overview(max_px)
+    assert not overview.unread.any()
+    assert overview.scale == sound.scale
+    assert np.abs(overview.rgb.astype(int) - sound.rgb).mean() < 2  # one px off: 4
+    for tile in (0, 1, 2, 7):
+        zero_tile(slide, 0, tile)
+    with opened(slide) as reader:
+        overview = reader.overview(max_px)
+    y, x = np.argwhere(overview.unread).T * overview.scale
+    assert (x.min(), x.max()) == (pytest.approx(480, abs=140), pytest.approx(720, abs=140))
+    assert (y.min(), y.max()) == (0, pytest.approx(480, abs=140))  # tiles 0 and 1 are nobody's last hope
+
+
+def test_a_finer_level_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_reader, "BLOCK_PX", 256)
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(2411, 1907), tile=1024)
+    zero_tile(path, 2, 0)  # all of it
+    zero_tile(path, 1, 0)
+    with open_slide(path) as reader:
+        read, largest = reader.read, 0
+
+        def measured(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+            nonlocal largest
+            largest = max(largest, w, h)
+            return read(level, x, y, w, h)
+
+        monkeypatch.setattr(reader, "read", measured)
+        overview = reader.overview(500)
+    assert not overview.unread.any()
+    assert 200 < largest <= 257

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ips.aggregator import Aggregator
+from ips.model import IPSModel
+from ips.select import gather, select
 from pipeline.build import build_encoder, build_model, build_optimizer
+from pipeline.cohort import Cohort
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.config_embed import EmbedConfig
 from pipeline.embed import Embedder, embed_slide
 from pipeline.errors import ConfigError
+from pipeline.feature_bag import FeatureBag
+from pipeline.features import FeatureStore
 from pipeline.inference import load_model, predict_slide
 from pipeline.loop import Slides, train_steps
 from pipeline.ranks import Ranks
@@ -21,6 +32,7 @@ from pipeline.stage import Record, Workspace
 from pipeline.stage_embed import EMBED, stages_for
 from pipeline.workflow import load_cohort, plan, run
 from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.synth import tissue_rgb
 
 
 def features_config(root: Path, *more: str) -> Config:
@@ -127,3 +139,67 @@ def test_from_slides_to_a_model_on_features(ray_session: None, tmp_path: Path) -
     slide = load_cohort(config, needs_labels=True).slides[0]
     found = predict_slide(model, stored_config, slide)  # tiles and embeds it anew
     assert found.attention["attention"].to_numpy().sum() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that threads wait for one another longest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_the_best_5000_of_12000_features_are_those_that_training_takes(one_thread: None, tmp_path: Path) -> None:
+    """The paper's M = I = 5000 where more patches than that are there: three chunks, of which the last is short."""
+    config = small_config(
+        tiling={"patch_px": 8, "mpp": None, "tissue": "none"},
+        embed={"encoder": {"name": "resnet18", "stages": 2}},
+        model={
+            "encoder": {"name": "features", "features": 8, "dim": 16},
+            "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16, "dropout": 0.0},
+            "select": {"memory": 5000, "chunk": 5000},
+        },
+        train={"epochs": 2, "batch_size": 1, "lr": 1e-2, "explore_epochs": 0, "warmup_epochs": 0, "augment": False},
+    )
+    (cohort_slide,) = write_cohort(tmp_path, ["yes"]).slides
+    Image.fromarray(tissue_rgb(967, 803)).save(cohort_slide.uri)
+    ((_, stored),) = store_slides(Cohort("", (cohort_slide,)), tmp_path / "patches", config)
+    assert stored.n_patches == 12_000
+    vectors = np.random.default_rng(7).normal(size=(12_000, 8)).astype(np.float32)
+    written = FeatureStore(str(tmp_path), "spec", "encoder").write(stored, np.array_split(vectors, 7), {})
+    bag = FeatureBag(written)
+    torch.manual_seed(0)
+    model = build_model(config)
+    before = best_rows(model, vectors, 5000)
+    selection = select(model, [bag], 5000, 5000)
+    assert set(selection.index[0].tolist()) == before
+    assert (selection.scores[0].diff() <= 0).all()
+    assert gather([bag], selection, "cpu").patches[0].numpy().tolist() == vectors[selection.index[0]].tolist()
+
+    slides = Slides([len(bag)], [{"tumour": 1.0}], {"tumour": "binary"}, lambda _index, _epoch: bag)
+    optimizer = build_optimizer(model, config.train)
+    options: dict[str, Any] = {"seed": 0, "start_epoch": 0, "ranks": Ranks()}
+    for done in train_steps(model, optimizer, slides, config.train, config.model.select, **options):
+        assert set(done.chosen[0].tolist()) == before  # by the weights as they were before the step
+        before = best_rows(model, vectors, 5000)
+    assert done.step == 2
+    assert before != set(selection.index[0].tolist())  # it has learnt
+
+
+def best_rows(model: IPSModel, vectors: np.ndarray, memory: int) -> set[int]:
+    """Directly: the scores of all patches at once, in float64."""
+    model = copy.deepcopy(model).double().eval()
+    aggregator = model.aggregator
+    assert isinstance(aggregator, Aggregator)
+    attention = aggregator.attention
+    with torch.no_grad():
+        keys = attention.key_proj(model.embed(torch.from_numpy(vectors).double()))
+        queries = attention.query_proj(attention.queries)
+        heads = [
+            queries[:, start : start + attention.key_dim] @ keys[:, start : start + attention.key_dim].T
+            for start in range(0, attention.heads * attention.key_dim, attention.key_dim)
+        ]
+        scores = (torch.cat(heads) / attention.key_dim**0.5).softmax(dim=1).mean(dim=0)
+    return set(scores.topk(memory).indices.tolist())

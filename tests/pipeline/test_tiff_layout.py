@@ -15,7 +15,7 @@ from pipeline.byte_source import LocalSource
 from pipeline.errors import SlideError
 from pipeline.slide_openslide import OpenSlideReader
 from pipeline.tiff_layout import Layout, mean_mpp, read_layout
-from tests.synth import cut, overwrite, philips_xml, tissue_rgb, write_pyramid
+from tests.synth import cut, leica_xml, overwrite, philips_xml, tissue_rgb, write_pyramid
 
 RGB = tissue_rgb(313, 271)
 APERIO = "Aperio Image Library v10.0\r\n313x271|AppMag = 20|MPP = {}|Left = 3"
@@ -85,11 +85,54 @@ def test_a_philips_slide_that_contradicts_itself_is_left_to_openslide(tmp_path: 
     assert layout(path) is None
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"more": [(65420, "I", (1,)), (271, "s", tuple(b"Hamamatsu\0"))]},
+        {"more": [(700, "B", tuple(b"<iScan/>\0"))], "software": "ScanOutputManager 1.1.0.15854"},
+        {"description": leica_xml([(313, 271), (156, 135)], (400, 300), (13, 7), 0.5)},
+        {"software": "MedScan 1.1.7"},
+    ],
+    ids=["Hamamatsu NDPI", "Ventana BIF", "Leica SCN", "Trestle"],
+)
+def test_what_only_openslide_reads_rightly_is_left_to_it(tmp_path: Path, tags: dict[str, Any]) -> None:
+    """Their levels lie on a canvas, overlap, or are no tiles of ours; without these marks we would take them."""
+    assert layout(write_pyramid(tmp_path / "a.tiff", RGB, tile=64, levels=2)) is not None
+    assert layout(write_pyramid(tmp_path / "a.tiff", RGB, tile=64, levels=2, **tags)) is None
+
+
 @pytest.mark.parametrize("name", ["none.svs", "short.tiff", "image.png"])
 def test_files_that_are_no_tiffs(tmp_path: Path, name: str) -> None:
     content = {"none.svs": b"slide_id,uri", "short.tiff": b"II*\0\xff", "image.png": b"\x89PNG"}
     (tmp_path / name).write_bytes(content[name])
     assert layout(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_a_file_that_ends_before_its_first_directory(
+    tmp_path: Path, order: str, tile: tuple[int, int] | None, *, big: bool
+) -> None:
+    """Tiled or not, as long as it is TIFF's header that says where the directory should be."""
+    tifffile.imwrite(tmp_path / "whole.tif", RGB, byteorder=order, bigtiff=big, tile=tile, photometric="rgb")
+    data = (tmp_path / "whole.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(moved(data, order, big=big))
+    assert layout(tmp_path / "a.tif") is None  # pixels that are not JPEG
+    cut(tmp_path / "a.tif", 0.9)
+    with pytest.raises(SlideError, match=r"a\.tif: it ends before byte \d+") as caught:
+        layout(tmp_path / "a.tif")
+    assert caught.value.reason == "truncated"
+
+
+def moved(data: bytes, order: str, *, big: bool) -> bytes:
+    """A TIFF of one directory with that directory at its end, where many writers put it."""
+    at, width = (8, 8) if big else (4, 4)
+    byteorder: Any = "little" if order == "<" else "big"
+    first = int.from_bytes(data[at : at + width], byteorder)
+    count = int.from_bytes(data[first : first + (8 if big else 2)], byteorder)
+    length = 8 + 20 * count + 8 if big else 2 + 12 * count + 4
+    return data[:at] + len(data).to_bytes(width, byteorder) + data[at + width :] + data[first : first + length]
 
 
 def test_a_chain_of_directories_that_is_cut_off(tmp_path: Path) -> None:

@@ -7,11 +7,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import simplejpeg
+import tifffile
 from PIL import Image
 
 from pipeline import commit, storage, tiler, tiling
+from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.identity import slide_digest
 from pipeline.parts import part_count
@@ -20,8 +25,8 @@ from pipeline.tiler import LargeSlide, begin_slide, finish_slide, store_share, s
 from pipeline.verify import verify_store
 from tests.faults import faulty_s3
 from tests.pipeline.slides import RGB, SPEC, row, sampled_digests, small_tasks, spoilt, tile_in_shares
-from tests.s3 import S3Server, serve_s3
-from tests.synth import write_pyramid, zero_tile
+from tests.s3 import S3Server
+from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,8 @@ def test_a_good_slide_is_committed(good: Path, store: Path) -> None:
     assert status.key is not None
     stored = PatchStore(str(store), SPEC.fingerprint()).slide(status.key)
     assert stored.n_patches == status.n_patches > 10
+    (record,) = store.glob("*/sources/*.json")
+    assert "picture" not in record.read_text()  # only of those that were given up
 
 
 PERMANENT = {
@@ -49,7 +56,7 @@ PERMANENT = {
     "coarse": "too-coarse",
     "tiny": "too-small",
     "zeroed": "bad-tiles",
-    "cut": "not-a-slide",
+    "cut": "truncated",
     "empty": "empty-file",
     "text": "not-a-slide",
 }
@@ -83,6 +90,20 @@ def test_a_few_bad_tiles_are_counted_and_shown(good: Path, tmp_path: Path, store
     assert again == status
 
 
+@pytest.mark.parametrize("lost", [[0], [2], [0, 1, 2, 3, 4, 5]])
+def test_a_bad_tile_of_a_level_that_no_patch_is_cut_from_costs_nothing(
+    lost: list[int], tmp_path: Path, store: Path
+) -> None:
+    """Level 1, from which the tissue is found, has 3 x 2 tiles: lost are tissue, glass, all of them."""
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1031, 787), levels=2)
+    sound = store_slide(row(path), SPEC, str(store))
+    for tile in lost:
+        zero_tile(path, 1, tile)
+    status = store_slide(row(path), SPEC, str(store))
+    assert (status.status, status.n_patches, status.n_bad_tiles) == ("committed", sound.n_patches, 0)
+    assert sound.n_patches > 50
+
+
 def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "plain.png")
     Image.fromarray(RGB).save(tmp_path / "plain.jpg")
@@ -90,6 +111,9 @@ def test_a_plain_image_is_a_slide(tmp_path: Path, store: Path) -> None:
     assert store_slide(row(tmp_path / "plain.png"), spec, str(store)).status == "committed"
     assert store_slide(row(tmp_path / "plain.jpg"), spec, str(store)).status == "committed"
     assert store_slide(row(tmp_path / "plain.png", mpp=0.5), SPEC, str(store)).status == "committed"
+    Image.fromarray(RGB).save(tmp_path / "plain.tiff", dpi=(50_800, 50_800))
+    without = store_slide(row(tmp_path / "plain.tiff"), SPEC, str(store)).reason
+    assert str(without).startswith("missing-mpp: the file states no microns per px (of a plain image its resolution")
 
 
 def test_a_slide_replaced_while_it_is_read_is_not_committed(
@@ -109,6 +133,55 @@ def test_a_slide_replaced_while_it_is_read_is_not_committed(
     assert not list(store.rglob("*.json"))
     monkeypatch.undo()
     assert store_slide(row(path), SPEC, str(store)).status == "committed"
+
+
+def test_a_slide_on_s3_that_is_replaced_between_two_parts_is_not_committed(
+    server: S3Server, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, by ranges: the parts before are the old file's, and those after would be the new one's."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    sampled_digests(monkeypatch.setattr)
+    small_tasks(monkeypatch.setattr)
+    path, slide = server.folder / "slides" / "moving.tiff", row("s3://slides/moving.tiff")
+    write_pyramid(path, RGB, levels=2)
+    other = write_pyramid(server.folder / "slides" / "other.tiff", tissue_rgb(613, 487, seed=9), levels=2)
+    original = storage.write_bytes
+
+    def replacing(uri: str, data: bytes) -> None:
+        original(uri, data)
+        if "/part-00001-" in uri:
+            shutil.copy(other, path)
+
+    monkeypatch.setattr(storage, "write_bytes", replacing)
+    status = tile_in_shares(slide, str(store))
+    assert (status.reason or "").startswith("changed: s3://slides/moving.tiff: ")
+    assert not list(store.rglob("slide.json"))
+    monkeypatch.setattr(storage, "write_bytes", original)
+    again, new = (tile_in_shares(one, str(store)) for one in (slide, row("s3://slides/other.tiff")))
+    assert (again.status, again.key) == ("committed", new.key)
+
+
+@pytest.mark.slow
+def test_a_slide_of_2_32_px_is_tiled(tmp_path: Path, store: Path) -> None:
+    """All but the last of its tiles are declared empty, so it is 1 MB."""
+    edge, tile = 65_536, 4096
+    noise = np.random.default_rng(0).normal(0, 14, (tile, tile, 1))
+    jpeg = simplejpeg.encode_jpeg(np.clip(np.array([200, 120, 170]) + noise, 0, 255).astype(np.uint8))
+    options: dict[str, Any] = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2)}
+    options |= {"resolution": (20_000, 20_000), "resolutionunit": 3, "dtype": np.uint8}
+    with tifffile.TiffWriter(tmp_path / "a.tiff", bigtiff=True) as tiff:
+        tiff.write(iter([b""] * 255 + [jpeg]), shape=(edge, edge, 3), tile=(tile, tile), **options)
+    spec = TilingConfig(artefacts="keep")
+    status = store_slide(row(tmp_path / "a.tiff"), spec, str(store))
+    assert (status.n_patches, status.n_bad_tiles) == (16 * 16, 0), status.reason
+    stored = PatchStore(str(store), spec.fingerprint()).slide(str(status.key))
+    index = stored.index()
+    assert (index.x.min(), index.y.min()) == (edge - tile, edge - tile)
+    assert (index.x.max(), index.y.max()) == (edge - 256, edge - 256)
+    (last,) = stored.payloads([255])
+    whole = simplejpeg.decode_jpeg(jpeg)[-256:, -256:].astype(int)
+    assert np.abs(simplejpeg.decode_jpeg(last).astype(int) - whole).mean() < 3
 
 
 def test_content_that_is_stored_is_not_tiled_again(
@@ -208,13 +281,6 @@ def test_a_whole_copy_that_ends_after_a_damaged_one_is_not_taken_for_it(
     assert verify_store(str(store), 1, lambda done, total: None).damage == []
     assert tile_in_shares(row(good), str(store), LENIENT).n_bad_tiles == 0
     assert tile_in_shares(row(bad), str(store), LENIENT) == first
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
-        server.bucket("slides")
-        yield server
 
 
 @pytest.fixture

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from pipeline.cohort import read_cohort
 from pipeline.compose import load_config
 from pipeline.config import Config
 from pipeline.errors import DataBudgetError, StageError
 from pipeline.lease import held
+from pipeline.tiler import store_slide
+from pipeline.tracking import open_tracking
 from pipeline.workflow import plan, run
+from tests.pipeline.slides import contents
 from tests.synth import tissue_rgb
 
 pytestmark = pytest.mark.ray
@@ -83,15 +89,59 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
 
 def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Path) -> None:
     """Nor its MLflow run, which a run after a kill would end."""
+    _cohort(tmp_path, ["a", "b", "c", "d", "e", "f"])
+    config = _config(tmp_path)
+    run(config, "tile")
+    before = contents(tmp_path / "root")
+    _, train = plan(config, "train")
+    with (
+        held(str(tmp_path / "root" / "stages" / f"train-{train.fingerprint}.lease"), "the first"),
+        pytest.raises(StageError, match=r"train of default: process \d+ on .*, since .*, is at work on it"),
+    ):
+        run(config, "train")
+    assert contents(tmp_path / "root") == before
+
+
+@pytest.mark.parametrize("others", ["alive", "killed"])
+def test_tiling_goes_on_beside_another_run_and_leaves_its_mlflow_run_alone(
+    ray_session: None, tmp_path: Path, others: str
+) -> None:
     _cohort(tmp_path, ["a", "b"])
     config = _config(tmp_path)
     (tile,) = plan(config, "tile")
-    with (
-        held(str(tmp_path / "root" / "stages" / f"tile-{tile.fingerprint}.lease"), "the first"),
-        pytest.raises(StageError, match=r"tile of default: process \d+ on .*, since .*, is at work on it"),
-    ):
-        run(config, "tile")
-    assert sorted(path.name for path in (tmp_path / "root").rglob("*")) == ["stages"]
+    lease = tmp_path / "root" / "stages" / f"tile-{tile.fingerprint}.lease"
+    assert config.tracking.uri is not None
+    tracker = open_tracking(config.tracking.uri, "default", str(tmp_path / "artifacts"))
+    theirs = tracker.start_run("tile", None, {"stage": "tile", "fingerprint": str(tile.fingerprint)})
+    with held(str(lease), "the first") as held_by_first:
+        if others == "killed":
+            claim = json.loads(lease.read_text())
+            lease.write_text(json.dumps({**claim, "started": 1e9}))  # the process of that id is another one
+        done = run(config, "tile")
+        assert done.outcome == "done"
+        if others == "alive":
+            held_by_first.check()
+    status = tracker.client.get_run(theirs).info.status
+    assert status == ("RUNNING" if others == "alive" else "KILLED")
+    assert not lease.exists()
+
+
+@pytest.mark.slow
+def test_two_jobs_that_tile_one_cohort_at_once_end_with_one_store(tmp_path: Path) -> None:
+    _cohort(tmp_path, [f"s{number}" for number in range(24)])
+    overrides = [f"cohort.uri={tmp_path / 'cohort.csv'}", f"storage.root={tmp_path / 'root'}", "tiling=image"]
+    command = [sys.executable, "-m", "pipeline", "tile", *overrides, "tiling.patch_px=16", "--json"]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [job.communicate(timeout=150) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    config = _config(tmp_path, "tiling.patch_px=16")
+    for slide in read_cohort(config.cohort.uri).slides:
+        assert store_slide(slide, config.tiling, str(tmp_path / "undisturbed")).status == "committed"
+    assert contents(Path(str(config.storage.patches))) == contents(tmp_path / "undisturbed")
+    assert plan(config, "tile")[0].action == "skip"
+    client = MlflowClient(str(config.tracking.uri))
+    for answer, log in said:
+        assert client.get_run(json.loads(answer)["stages"]["tile"]["run_id"]).info.status == "FINISHED", log
 
 
 def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None, tmp_path: Path) -> None:
