@@ -21,7 +21,7 @@ from pipeline.attempts import MAX_ATTEMPTS, attempt
 from pipeline.balance import group_slides, share_count, shares
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
-from pipeline.errors import ConfigError, SlideError, StorageError
+from pipeline.errors import ConfigError, NodeError, SlideError, StorageError
 from pipeline.parts import part_count
 from pipeline.patches import PatchStore, SlideStatus
 from pipeline.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
@@ -171,11 +171,17 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
     """The row of what the work gives; a failing store or node is data, so that Ray neither retries nor wraps it."""
     try:
         with attempt(name) as attempts:
-            if attempts > MAX_ATTEMPTS:
-                killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
-                outcome: Outcome = quarantined(slide, "crash", killed)
-            else:
-                outcome = work()
+            if attempts <= MAX_ATTEMPTS:
+                return _row(number, work)
+            killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
+            return _row(number, lambda: quarantined(slide, "crash", killed))
+    except NodeError as error:
+        return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}
+
+
+def _row(number: int, work: Callable[[], Outcome]) -> dict[str, Any]:
+    try:
+        outcome = work()
     except (StorageError, ConfigError) as error:
         return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}
     return {"number": number, "outcome": pickle.dumps(outcome), "failure": None}

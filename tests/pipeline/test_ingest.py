@@ -165,8 +165,10 @@ with Path(folder, "fill").open("wb", buffering=0) as file:
 work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}))]
 job = ingest._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True)
 (row,) = ingest._tile_group({"item": pickle.dumps(work)}, job)
+assert row["failure"] is not None, row
 error = pickle.loads(row["failure"])
 assert isinstance(error, NodeError)
+assert not any(file.stat().st_size for file in Path(tempfile.gettempdir()).glob("ips-task-run-*"))  # it was not killed
 print(error)
 """
 
