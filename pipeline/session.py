@@ -22,7 +22,7 @@ from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config
 from pipeline.inference import BagPrediction, bag_scorer, predict_bag
-from pipeline.journal import Journal
+from pipeline.journal import Journal, send_unsent
 from pipeline.labels import class_weights, target
 from pipeline.lease import Lease
 from pipeline.loop import Slides, StepDone, train_steps
@@ -84,6 +84,10 @@ def run_session(
     optimizer = build_optimizer(model, settings)
     begun = Progress(0, 0, job.plan_digest)
     progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
+    if progress.is_last:  # the worker was lost after its last step, or early stopping had ended the run
+        if ranks.rank == 0:
+            send_unsent(job.tracker, job.run_id, progress.unsent)
+        return progress
     with ExitStack() as stack:
         keeper = None
         if ranks.rank == 0:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from pipeline import storage
 from pipeline.checkpoint import WEIGHTS, Progress
 from pipeline.config import ClusterConfig
-from pipeline.errors import StageError
+from pipeline.errors import StageError, TrackingError
 from pipeline.lease import Claim, Lease
 from pipeline.loop import StepDone
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
 from pipeline.saver import newest
 from pipeline.session import Job, _advanced, _looks, run_session
-from pipeline.tracking import open_tracking
+from pipeline.tracking import Tracker, open_tracking
 from tests.pipeline.small import small_config, store_slides, write_cohort
 from tests.s3 import serve_s3
 
@@ -142,6 +142,32 @@ def test_patience_ends_the_run_and_the_best_checkpoint_stays(job: Job, tmp_path:
     assert last.best in kept
     assert len(kept) <= 3
     assert last.metrics["looks_since_best"] == 2
+
+
+def test_a_run_that_patience_ended_is_over_after_a_restart_too_and_sends_what_was_left(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker is lost with MLflow away, after the last checkpoint: Ray starts it again."""
+    few = replace(job, train=job.train[:2])  # a step an epoch
+    stopped = _short(few, tmp_path, epochs=9, patience=1, validate_every=1, lr=1e-12, weight_decay=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.journal._PERIOD_S", 60)
+        patch.setattr(Tracker, "log_rows", _away)
+        with pytest.raises(TrackingError, match="away"):
+            _run(stopped)
+    found = newest(stopped.folder)
+    assert found is not None
+    assert found.is_last
+    assert found.epoch < 9
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert replace(_run(stopped), unsent=[]) == replace(found, unsent=[])
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    steps = [metric.step for metric in job.tracker.client.get_metric_history(stopped.run_id, "loss")]
+    assert sorted(steps) == list(range(1, found.step + 1))
+
+
+def _away(*_: object) -> None:
+    raise TrackingError("MLflow is away")
 
 
 def test_a_run_that_another_driver_has_taken_over_writes_nothing_and_ends(job: Job, tmp_path: Path) -> None:
