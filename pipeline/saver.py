@@ -166,6 +166,7 @@ def _save(folder: str, snapshot: Snapshot, allowed: Callable[[], None]) -> None:
         files = {file: {"bytes": (local / file).stat().st_size, "sha256": _digest(local / file)} for file in _FILES}
     allowed()
     write_json(join(uri, COMMIT), {"version": _VERSION, "progress": asdict(snapshot.progress), "files": files})
+    allowed()  # that write may have waited for minutes; what is newer by now is another run's
     _prune(folder, name)
 
 

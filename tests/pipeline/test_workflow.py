@@ -91,7 +91,8 @@ def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Pa
         pytest.raises(StageError, match=r"tile of default: process \d+ on .*, since .*, is at work on it"),
     ):
         run(config, "tile")
-    assert sorted(path.name for path in (tmp_path / "root").rglob("*")) == ["stages"]
+    made = sorted(path.name for path in (tmp_path / "root").rglob("*"))
+    assert made == ["stages", f"tile-{tile.fingerprint}.lease"]
 
 
 def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None, tmp_path: Path) -> None:
