@@ -182,6 +182,12 @@ class Config(Section):
         made = self.cohort.megapixel_mnist is not None or self.model.encoder.name == "features"
         if self.train.source == "stream" and made:
             raise ValueError("train.source: stream cuts patches out of slides; features and made images need store")
+        workers = self.cluster.workers
+        if self.train.source == "stream" and not isinstance(workers, int) and workers[0] < workers[1]:
+            raise ValueError(
+                f"cluster.workers={list(workers)} takes every CPU that it finds, and train.source=stream needs some "
+                "beside the workers, for the tasks that tile; set cluster.workers to one number, or train.source=store"
+            )
         return self
 
     def recipe(self) -> dict[str, Any]:
