@@ -8,27 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import ray
 import torch
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import Progress
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
-from pipeline.errors import (
-    ConfigError,
-    DamagedError,
-    PipelineError,
-    ResourceError,
-    SlideError,
-    StageError,
-    StorageError,
-)
+from pipeline.errors import ResourceError, StageError, StorageError
 from pipeline.patches import StoredSlide
 from pipeline.session import Job
 from pipeline.storage import write_bytes
 from pipeline.tracking import Tracker, open_tracking
-from pipeline.train import EndAtOnce, Trained, _cause, _process_group, _worker_environment, train
+from pipeline.train import Trained, _cause, _process_group, _worker_environment, train
 from pipeline.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
@@ -127,34 +121,6 @@ def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried
     assert begun.read_text() == "xyyy"
 
 
-_LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:29400")
-_AWAY = StorageError("cannot write s3://b/x: the endpoint cannot be reached")
-
-
-@pytest.mark.parametrize("failures", [[_LOST], [_AWAY], [_LOST, _AWAY], [SlideError("source", "s.svs: no answer")]])
-def test_ray_tries_again_where_a_restart_may_help(failures: list[Exception]) -> None:
-    EndAtOnce().after_exception(None, dict(enumerate(failures)))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        StageError("the loss became nan at step 3"),
-        StageError("train: out of memory in the selection"),
-        DamagedError("part-00003.arrow: the store is damaged"),
-        ConfigError("config", ["model.encoder.features: wrong"]),
-        SlideError("changed", "s.svs: replaced"),
-    ],
-)
-def test_what_would_only_happen_again_ends_the_run_whatever_its_peers_say(error: PipelineError) -> None:
-    failures = {0: _LOST, 1: error, 2: _AWAY}
-    with pytest.raises(type(error)) as caught:
-        EndAtOnce().after_exception(None, failures)
-    assert caught.value is error
-    assert _cause(ControllerError(error)) is error
-    assert _cause(WorkerGroupError("x", failures)) is error
-
-
 def test_workers_ask_a_storage_that_is_away_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a write gives up: the pauses of the real client, not waited for."""
     environment = _worker_environment(_config(tmp_path).cluster)
@@ -178,6 +144,31 @@ def test_workers_ask_a_storage_that_is_away_for_minutes(tmp_path: Path, monkeypa
     assert max(pauses) <= 15  # so soon it goes on once the storage is back
 
 
-def test_an_error_of_ray_s_own_is_a_failed_stage() -> None:
-    assert _cause(WorkerGroupError("x", {0: _LOST, 1: _AWAY})) is _AWAY
-    assert "train: Training failed due to worker errors" in str(_cause(WorkerGroupError("x", {0: _LOST})))
+def test_what_ended_the_run_is_told_and_gives_the_exit_code() -> None:
+    away = StorageError("cannot write s3://b/x: the endpoint cannot be reached")
+    assert _cause(ControllerError(away)) is away
+    never = _cause(ControllerError(InsufficientClusterResourcesError("Insufficient cluster resources")))
+    assert (type(never), never.exit_code) == (ResourceError, 5)
+    assert "Training failed due to controller error:\nno disk" in str(_cause(ControllerError(OSError("no disk"))))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_that_find_no_room_on_a_busy_cluster_end_with_exit_code_5(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passes the preflight, which looks at what nodes have, not at what is free."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    config = _config(tmp_path)
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"wait_minutes": 0.05})})
+    others = [ray.remote(num_cpus=1)(_Busy).remote() for _ in range(2)]
+    ray.get([other.ready.remote() for other in others])
+    with pytest.raises(ResourceError, match=r"1 x \(0.5 CPUs and 0 GPUs\) found no room .* for 0.05 minutes"):
+        _train(config, slides, tracker, "cc")
+    for other in others:
+        ray.kill(other)
+
+
+class _Busy:
+    def ready(self) -> None:
+        pass
