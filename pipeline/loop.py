@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,11 +99,15 @@ def train_steps(
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
     turn = _Turn(model, slides, settings, selecting, ranks)
-    if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch)
-    for epoch in range(start_epoch, settings.epochs):
+
+    def planned(epoch: int) -> tuple[Step, ...]:
         shared = turn.sharing(epoch)
-        plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+        return _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+
+    if start_epoch < settings.epochs:
+        turn.try_largest(start_epoch, _longest_hand(map(planned, range(start_epoch, settings.epochs))))
+    for epoch in range(start_epoch, settings.epochs):
+        plan = planned(epoch)
         slides.announce(turn.order(plan[start_step if epoch == start_epoch else 0 :], epoch))
         for number, hands in enumerate(plan):
             if epoch == start_epoch and number < start_step:
@@ -145,6 +149,11 @@ def _plan(
         shard_above=shard_above,
     )
     return tuple(step.of(drawn) for step in plan)
+
+
+def _longest_hand(plans: Iterable[Sequence[Step]]) -> int:
+    """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones."""
+    return max(len(hand) for plan in plans for step in plan for hand in step.hands)
 
 
 class _Turn:
@@ -205,17 +214,21 @@ class _Turn:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
         return float(loss)
 
-    def try_largest(self, epoch: int) -> None:
-        """Take this rank's part of a step on the largest bags, and leave no trace of it.
+    def try_largest(self, epoch: int, longest: int) -> None:
+        """Take a step on as many of the largest bags as a rank ever gets in one, and leave no trace of it.
 
-        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn.
+        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn. An
+        encoder that is frozen at first has gradients already: it will need the memory when it thaws.
+
+        Args:
+            epoch: whose augmentation the bags have.
+            longest: slides of a rank in one step, at most.
         """
         settings, slides = self.settings, self.slides
-        share = -(-min(settings.batch_size, len(slides.sizes)) // self.ranks.world_size)
         largest = sorted(range(len(slides.sizes)), key=lambda index: -slides.sizes[index])
-        hand = largest[: min(share, settings.micro_batch or share)]
+        hand = largest[: min(longest, settings.micro_batch or longest)]
         with untouched(self.model):
-            self._set_modes(epoch)
+            self._set_modes(max(epoch, settings.freeze_encoder_epochs))
             bags = [slides.bag(index, epoch) for index in hand]
             try:
                 self._winners(bags[:1], settings.explore_epochs)
