@@ -33,7 +33,7 @@ from pipeline.plan import ShardAbove, Step, epoch_plan, steps_per_epoch
 from pipeline.ranks import Ranks, average_statistics, sum_gradients
 from pipeline.sampling import balanced_slides
 
-_DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
+DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
 LR_FLOOR = 1e-3  # the cosine ends at lr / 1000 (official code)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,7 +119,7 @@ def train_steps(
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + ranks.rank)
             taken = hands.slides
-            where = f"step {step + 1} (epoch {epoch + 1}, lr {lr:g}, slides {', '.join(slides.named(taken))})"
+            where = f"{moment(epoch, step + 1, lr)[:-1]}, slides {', '.join(slides.named(taken))})"
             loss = turn.gradients(hands, epoch, where)
             optimizer.step()
             turn.refresh()
@@ -127,6 +127,11 @@ def train_steps(
             seconds = time.perf_counter() - began
             last, waited = number + 1 == len(plan), turn.waits.seconds - waited
             yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited, turn.chosen)
+
+
+def moment(epoch: int, step: int, lr: float) -> str:
+    """A step for messages; `epoch` counts from 0, steps from 1."""
+    return f"step {step} (epoch {epoch + 1}, lr {lr:g})"
 
 
 def _plan(
@@ -168,7 +173,7 @@ class _Turn:
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
-            self.scorer = Scorer(model, dtype=dtype, compile=settings.compile)
+            self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
 
     def refresh(self) -> None:
         """Score with the new weights from now on."""
@@ -199,7 +204,7 @@ class _Turn:
         try:
             loss = self._accumulate(hands, epoch)
         except ValueError as error:  # `ips` refuses patches and logits that are not finite
-            raise StageError(f"{error}, at {where}; {_DIVERGED}") from error
+            raise StageError(f"{error}, at {where}; {DIVERGED}") from error
         loss = loss.double()  # also where a rank without slides has no model's precision
         self.ranks.sum_(loss)
         sum_gradients(model, self.ranks)
@@ -209,7 +214,7 @@ class _Turn:
         if not loss.isfinite() or not norm.isfinite():
             what = "loss" if not loss.isfinite() else "gradient's norm"
             value = float(loss if not loss.isfinite() else norm)
-            raise StageError(f"the {what} became {value} at {where}; {_DIVERGED}")
+            raise StageError(f"the {what} became {value} at {where}; {DIVERGED}")
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
         return float(loss)
@@ -270,7 +275,7 @@ class _Turn:
         mode = selecting.mode
         if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
             return self._drawn(bags)
-        with memory_advice(self.settings, selecting, selection=True):
+        with memory_advice(self.settings, selecting, "selection"):
             return select(
                 self.model,
                 bags,
@@ -297,7 +302,7 @@ class _Turn:
         def loss(outputs: dict[str, Tensor]) -> Tensor:
             return _loss(outputs, self.slides, mine, everyone)
 
-        with memory_advice(settings, self.selecting, selection=False):
+        with memory_advice(settings, self.selecting, "gradient pass"):
             if settings.norm != "batch":
                 return bounded_backward(model, bags, winners, loss, settings.grad_chunk, settings.norm, dtype)[0]
             device = model.mean.device

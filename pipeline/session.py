@@ -21,18 +21,20 @@ from pipeline.bags import Augment
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config
+from pipeline.errors import StageError
+from pipeline.headroom import memory_advice
 from pipeline.inference import BagPrediction, bag_scorer, predict_bag
 from pipeline.journal import Journal, send_unsent
 from pipeline.labels import class_weights, target
 from pipeline.lease import Lease
-from pipeline.loop import Slides, StepDone, train_steps
+from pipeline.loop import DIVERGED, Slides, StepDone, moment, train_steps
 from pipeline.ranks import Ranks
 from pipeline.saver import Saver, restore
 from pipeline.sources import LabelledSource, open_bag
 from pipeline.stopping import Watch
 from pipeline.streamed import StreamedSlide
 from pipeline.tracking import Tracker
-from pipeline.validation import look, predict_together
+from pipeline.validation import check_finite, look, predict_together
 
 if TYPE_CHECKING:
     from pipeline.streaming import Feed
@@ -111,7 +113,7 @@ def run_session(
             if keeper is not None:
                 keeper.note(done)
             is_due = done.last_of_epoch and _looks(progress.epoch, settings.epochs, settings.validate_every)
-            looked = _look(model, job, ranks, device) if job.val and is_due else None
+            looked = _look(model, job, ranks, device, done) if job.val and is_due else None
             if keeper is not None:
                 progress = keeper.after(done, progress, looked, leaving=leaving)
             if done.last_of_epoch and settings.patience is not None:
@@ -249,8 +251,14 @@ def _looks(epoch: int, epochs: int, every: int) -> bool:
     return epoch == epochs or epoch % every == 0
 
 
-def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """What the validation slides say of the model; all ranks call this together."""
+def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: StepDone) -> dict[str, float]:
+    """What the validation slides say of the model after a step; all ranks call this together.
+
+    Raises:
+        StageError: the step broke the weights, which then are not saved; or memory runs out.
+    """
+    when = f"after {moment(done.epoch, done.step, done.lr)}; {DIVERGED}"
+    names = [slide.slide_id for slide, _ in job.val]
 
     @cache
     def scorer() -> Scorer | None:
@@ -258,10 +266,16 @@ def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device) -> dict
 
     def predict(index: int) -> BagPrediction:
         bag = open_bag(job.val[index][1], threads=_threads(job), augment=None)
-        return predict_bag(model, bag, job.config, scorer())
+        try:
+            with memory_advice(job.config.train, job.config.model.select, "validation"):
+                return predict_bag(model, bag, job.config, scorer())
+        except ValueError as error:  # `ips` refuses logits that are not finite
+            raise StageError(f"{error}, of the validation slide {names[index]} {when}") from error
 
     found = predict_together(predict, [source.n_patches for _, source in job.val], ranks, device)
-    return look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
+    looked = look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
+    check_finite(found, looked, names, when)
+    return looked
 
 
 def _agreed(ranks: Ranks, device: torch.device, *, answer: bool) -> bool:

@@ -216,7 +216,7 @@ class _Greedy(nn.Module):
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize(
     ("with_gradient", "advice"),
-    [(False, "model.select.chunk=7"), (True, "model.select.memory=3 or train.batch_size=4")],
+    [(False, "train.score_batch .*, model.select.chunk=7"), (True, "model.select.memory=3 or train.batch_size=4")],
 )
 def test_running_out_of_memory_comes_before_step_one(with_gradient: bool, advice: str, frozen: int) -> None:  # noqa: FBT001
     """Also where the encoder learns later only."""
@@ -226,6 +226,17 @@ def test_running_out_of_memory_comes_before_step_one(with_gradient: bool, advice
     steps = train_steps(model, _optimizer(model), _slides(), settings, SELECT, seed=0, start_epoch=0, ranks=Ranks())
     with pytest.raises(StageError, match=f"out of memory .*lower {advice}"):
         next(steps)
+
+
+def test_patches_are_scored_as_many_at_a_time_as_asked_for() -> None:
+    seen: set[int] = set()
+    for score_batch in (None, 8):
+        model = _model()
+        model.encoder.register_forward_pre_hook(lambda module, inputs: seen.add(len(inputs[0])))
+        settings = TrainConfig(epochs=1, batch_size=1, warmup_epochs=0, score_batch=score_batch)
+        next(train_steps(model, _optimizer(model), _slides(), settings, SELECT, seed=0, start_epoch=0, ranks=Ranks()))
+        assert seen - {SELECT.memory} == {score_batch or 32}
+        seen.clear()
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:

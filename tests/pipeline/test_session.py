@@ -179,6 +179,41 @@ def test_a_run_that_another_driver_has_taken_over_writes_nothing_and_ends(job: J
     assert not (tmp_path / "run").exists()
 
 
+_RANDOM = {
+    "encoder": {"stages": 2},
+    "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16},
+    "select": {"memory": 5, "chunk": 7, "mode": "random"},
+}
+
+
+@pytest.mark.parametrize(("model", "words"), [({}, "diverged, of the v"), (_RANDOM, "the logits of the v")])
+def test_weights_that_the_last_step_of_an_epoch_broke_are_named_and_not_saved(
+    model: dict[str, object], words: str, job: Job, tmp_path: Path
+) -> None:
+    """The loss and the gradients were still finite."""
+    few = replace(job, train=job.train[:2])
+    broken = _short(few, tmp_path, epochs=3, lr=1e30, clip_norm=None, warmup_epochs=0, validate_every=1)
+    broken = replace(
+        broken, config=small_config(**{**broken.config.model_dump(), **({"model": model} if model else {})})
+    )
+    with pytest.raises(
+        StageError, match=rf"{words}alidation slide s\d.* after step 1 \(epoch 1, lr 1e\+30\); lower train"
+    ):
+        _run(broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_running_out_of_memory_at_a_look_says_what_to_lower(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr("pipeline.session.predict_bag", greedy)
+    with pytest.raises(StageError, match="out of memory in the validation .* lower train.score_batch"):
+        _run(_short(replace(job, train=job.train[:2]), tmp_path, validate_every=1))
+
+
 def test_the_last_epoch_is_always_looked_at() -> None:
     assert [epoch for epoch in range(1, 8) if _looks(epoch, 7, 3)] == [3, 6, 7]
 
