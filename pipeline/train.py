@@ -24,10 +24,11 @@ from pipeline.checkpoint import Progress, check_plan
 from pipeline.cluster import Bundle, require
 from pipeline.config import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
+from pipeline.journal import Journal, send_unsent
 from pipeline.lease import Lease
 from pipeline.plan import plan_digest
 from pipeline.restarts import Failures, Room
-from pipeline.saver import newest
+from pipeline.saver import newest, progress_of
 from pipeline.session import Job
 from pipeline.sources import LabelledSource
 from pipeline.storage import join
@@ -48,6 +49,7 @@ class Trained:
     checkpoint: str
     """URI of the folder with weights.safetensors, config.json and state.pt."""
     metrics: dict[str, float]
+    """Of the epoch that ended with it."""
 
 
 def train(
@@ -82,7 +84,10 @@ def train(
     if done is None or not done.is_last:
         job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
         done = _fit(job, done.step if done else 0)
-    return Trained(join(folder, done.best or done.name), done.metrics)
+    elif done.run_id is not None:  # its driver died after the last checkpoint, perhaps before its metrics were sent
+        send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
+    kept = done.best or done.name
+    return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
 
 
 def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:

@@ -15,7 +15,7 @@ from pipeline.checkpoint import Progress, Snapshot, take_snapshot, write_snapsho
 from pipeline.config import Config
 from pipeline.errors import StageError, StorageError
 from pipeline.lease import Lease, held
-from pipeline.saver import COMMIT, Saver, model_folder, newest, restore
+from pipeline.saver import COMMIT, Saver, model_folder, newest, progress_of, restore
 from tests.s3 import S3Server, serve_s3
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
@@ -224,6 +224,21 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
     commit = tmp_path / "step-00000001" / COMMIT
     commit.write_text(json.dumps({**json.loads(commit.read_text()), "version": 0}))
     with pytest.raises(StageError, match=r"checkpoint of version 0, this is version 1; .* to train anew"):
+        newest(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"colour": "blue"}, None])
+def test_progress_of_another_version_says_so(change: dict[str, object] | None, tmp_path: Path) -> None:
+    """A release may know more of a run, or less, with the files as they are."""
+    _save(tmp_path, 1)
+    assert progress_of(str(tmp_path), "step-00000001").metrics == {"epoch": 1.0}
+    commit = tmp_path / "step-00000001" / COMMIT
+    known = json.loads(commit.read_text())
+    progress = {"epoch": 1} if change is None else {**known["progress"], **change}
+    commit.write_text(json.dumps({**known, "progress": progress}))
+    with pytest.raises(
+        StageError, match=r"checkpoint of another version \(.*__init__.*\); go on with .* to train anew"
+    ):
         newest(str(tmp_path))
 
 

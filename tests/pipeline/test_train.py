@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -14,14 +16,16 @@ from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.errors import ResourceError, StageError, StorageError
 from pipeline.patches import StoredSlide
+from pipeline.plan import plan_digest
+from pipeline.saver import Saver
 from pipeline.session import Job
 from pipeline.storage import write_bytes
-from pipeline.tracking import Tracker, open_tracking
+from pipeline.tracking import Row, Tracker, open_tracking
 from pipeline.train import Trained, _cause, _process_group, _worker_environment, train
 from pipeline.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
@@ -86,6 +90,29 @@ def test_two_workers_train_on_every_slide_and_keep_equal_weights(
 def test_what_can_never_be_had_is_refused(ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"needs 16 x \(0.5 CPUs"):
         _train(_config(tmp_path, workers=16), slides, tracker)
+
+
+def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.require", lambda *_: None)  # no Ray: there is nothing to train
+    earlier = tracker.start_run("train")
+    rows: list[Row] = [(5, 1, {"loss": 0.2}), (6, 2, {"loss": 0.1}), (6, 3, {"epoch": 3.0, "train_loss": 0.15})]
+    tracker.log_rows(earlier, rows[:1])  # it was killed before it learnt that this one had come through
+    first = Progress(2, 4, plan_digest([], [], "aa"), {"epoch": 2.0, "val_loss": 0.3}, best="step-00000004")
+    last = replace(first, epoch=3, step=6, metrics={"epoch": 3.0, "val_loss": 0.9}, is_last=True, run_id=earlier)
+    net = torch.nn.Linear(2, 2)
+    config = _config(tmp_path, keep_best=True)
+    with Saver(str(tmp_path / "train" / "small-aa")) as saver:
+        for progress in (first, replace(last, unsent=rows)):
+            saver.save(take_snapshot(net, torch.optim.SGD(net.parameters()), config, progress))
+    source: Any = None  # of a slide that nobody opens
+    slide = CohortSlide("s", "s.png", "p", "val", None, {"tumour": "no"}, {})
+    run_id = tracker.start_run("train")
+    done = train(config, [], [(slide, source)], "aa", tracker, run_id)
+    assert done == Trained(f"{tmp_path}/train/small-aa/step-00000004", first.metrics)
+    assert [metric.step for metric in tracker.client.get_metric_history(run_id, "loss")] == [6]
+    assert tracker.latest_metrics(run_id)["epoch"] == 3
 
 
 def test_ranks_wait_while_the_first_one_validates(tmp_path: Path) -> None:
