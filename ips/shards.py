@@ -8,12 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ips.bag import Bag, Chunk
+
+
+@runtime_checkable
+class StripBag(Protocol):
+    """A bag that can read a strip of its rows ahead of use."""
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop` once, in order, at most `size` rows at a time."""
+        ...
+
+
+def strip(bag: Bag, size: int, start: int, stop: int) -> Iterator[Chunk]:
+    """Rows `start` to `stop` of any bag, in order: read ahead where the bag can do that, else through `take`."""
+    if isinstance(bag, StripBag):
+        yield from bag.strip(size, start, stop)
+        return
+    for low in range(start, stop, size):
+        yield bag.take(torch.arange(low, min(low + size, stop)))
 
 
 @dataclass(frozen=True)
@@ -29,11 +48,11 @@ class Strips:
         return [N * rank // self.world for rank in range(self.world + 1)]
 
     def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
-        """This process's strip of every bag, read through `take`."""
+        """This process's strip of every bag, at most `size` rows at a time."""
         for number, bag in enumerate(bags):
             start, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
-            for low in range(start, stop, size):
-                yield number, bag.take(torch.arange(low, min(low + size, stop)))
+            for chunk in strip(bag, size, start, stop):
+                yield number, chunk
 
     def agree(self, *, failed: bool) -> None:
         """Tell the others whether this process failed; raise where another one did, so that none waits for it."""
