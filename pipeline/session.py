@@ -28,7 +28,7 @@ from pipeline.journal import Journal, send_unsent
 from pipeline.labels import class_weights, target
 from pipeline.lease import Lease
 from pipeline.loop import DIVERGED, Slides, StepDone, moment, train_steps
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, agreed, gathered
 from pipeline.saver import Saver, restore
 from pipeline.sources import LabelledSource, open_bag
 from pipeline.stopping import Watch
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 4  # slides on the contact sheet of an epoch
+_GROWTH = 1.1  # of memory beyond what was tried, from which on the log says so
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def run_session(
         if ranks.rank == 0:
             send_unsent(job.tracker, job.run_id, progress.unsent)
         return progress
+    bound = 0.0  # peak memory after the trial of the largest bags and one step: what later steps should not pass
     with ExitStack() as stack:
         keeper = None
         if ranks.rank == 0:
@@ -110,14 +112,18 @@ def run_session(
         ):
             progress = _advanced(progress, done, settings.epochs)
             leaving = is_leaving()
+            bound = bound or _peak_bytes(ranks, device)
             if keeper is not None:
                 keeper.note(done)
             is_due = done.last_of_epoch and _looks(progress.epoch, settings.epochs, settings.validate_every)
             looked = _look(model, job, ranks, device, done) if job.val and is_due else None
+            if done.last_of_epoch:
+                peaks = {"peak_memory_mb": _peak_bytes(ranks, device) / 1e6, "memory_bound_mb": bound / 1e6}
+                progress = replace(progress, metrics={**progress.metrics, **peaks})
             if keeper is not None:
                 progress = keeper.after(done, progress, looked, leaving=leaving)
             if done.last_of_epoch and settings.patience is not None:
-                progress = replace(progress, is_last=_agreed(ranks, device, answer=progress.is_last))
+                progress = replace(progress, is_last=agreed(ranks, device, answer=progress.is_last))
             if progress.is_last:
                 break
     return progress
@@ -147,14 +153,12 @@ class _Keeper:
     journal: Journal
     saver: Saver
     watch: Watch
-    bound: float | None = None
-    """Peak memory after the trial of the largest bags and one step, bytes: what later steps should not pass."""
     saved_at: float = field(default_factory=time.monotonic)
     has_left: bool = False
+    has_warned: bool = False
 
     def note(self, done: StepDone) -> None:
         """Log the step."""
-        self.bound = self.bound or _peak_bytes()
         self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
 
     def after(
@@ -179,7 +183,7 @@ class _Keeper:
         """With what a look at the validation split says, where one was due."""
         settings, epoch = self.job.config.train, progress.epoch
         metrics, watch = dict(progress.metrics), self.watch
-        metrics |= {"peak_memory_mb": _peak_bytes() / 1e6, "memory_bound_mb": (self.bound or 0.0) / 1e6}
+        self._warn_of_memory(metrics)
         if looked is not None:
             metrics |= looked
             if settings.keeps_best:
@@ -194,6 +198,17 @@ class _Keeper:
             best=progress.name if watch.best_epoch == epoch else progress.best,
             is_last=progress.is_last or watch.is_over(settings),
         )
+
+    def _warn_of_memory(self, metrics: Mapping[str, float]) -> None:
+        peak, bound = metrics["peak_memory_mb"], metrics["memory_bound_mb"]
+        if peak > _GROWTH * bound and not self.has_warned:
+            self.has_warned = True
+            log.warning(
+                "train: a worker has used %.0f MB, and %.0f MB when the largest slides had been tried and one step "
+                "taken: later steps or looks need more than was tried, and may run out of it",
+                peak,
+                bound,
+            )
 
     def _is_due(self, step: int, cluster: ClusterConfig) -> bool:
         if cluster.checkpoint_steps is not None and step % cluster.checkpoint_steps == 0:
@@ -278,13 +293,6 @@ def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: S
     return looked
 
 
-def _agreed(ranks: Ranks, device: torch.device, *, answer: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    flag = torch.tensor([float(answer and ranks.rank == 0)], device=device)
-    ranks.sum_(flag)
-    return bool(flag.item())
-
-
 def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
     """Of an epoch, from the sums over its steps."""
     return {
@@ -296,9 +304,14 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _peak_bytes() -> float:
-    """Of device memory since the process began, or of the resident set where it computes on the CPU."""
-    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident_bytes()
+def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
+    """The largest rank's, of device memory since the process began, or of the resident set where it computes on a CPU.
+
+    All ranks call this together.
+    """
+    on_gpu = device.type == "cuda"
+    mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
+    return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))
 
 
 def peak_resident_bytes() -> float:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,10 @@ from pipeline.loop import StepDone
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
 from pipeline.saver import newest
-from pipeline.session import Job, _advanced, _looks, run_session
+from pipeline.session import Job, _advanced, _looks, _peak_bytes, run_session
 from pipeline.tracking import Tracker, open_tracking
 from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.pipeline.test_validation import Together
 from tests.s3 import serve_s3
 
 REPO = Path(__file__).resolve().parents[2]
@@ -212,6 +214,31 @@ def test_running_out_of_memory_at_a_look_says_what_to_lower(
     monkeypatch.setattr("pipeline.session.predict_bag", greedy)
     with pytest.raises(StageError, match="out of memory in the validation .* lower train.score_batch"):
         _run(_short(replace(job, train=job.train[:2]), tmp_path, validate_every=1))
+
+
+@pytest.mark.timeout(30)
+def test_peak_memory_is_that_of_the_largest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = threading.local()
+    monkeypatch.setattr("pipeline.session.peak_resident_bytes", lambda: sizes.mine)
+
+    def work(ranks: Ranks) -> float:
+        sizes.mine = (5e8, 7e8, 6e8)[ranks.rank]
+        return _peak_bytes(ranks, torch.device("cpu"))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, Together(3).ranks)) == [7e8] * 3
+
+
+def test_memory_beyond_what_was_tried_is_told_once(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peaks = iter([100e6, 109e6, 111e6, 150e6])  # after step 1, and at the end of each epoch
+    monkeypatch.setattr("pipeline.session._peak_bytes", lambda *_: next(peaks))
+    last = _run(replace(_short(replace(job, train=job.train[:2]), tmp_path, epochs=3), val=()))
+    assert (last.metrics["peak_memory_mb"], last.metrics["memory_bound_mb"]) == (150, 100)
+    told = [record.getMessage() for record in caplog.records if "largest slides had been tried" in record.getMessage()]
+    assert len(told) == 1
+    assert "has used 111 MB, and 100 MB when" in told[0]
 
 
 def test_the_last_epoch_is_always_looked_at() -> None:
