@@ -93,12 +93,7 @@ def run_session(
         return progress
     bound = 0.0  # peak memory after the trial of the largest bags and one step: what later steps should not pass
     with ExitStack() as stack:
-        keeper = None
-        if ranks.rank == 0:
-            # The journal ends last: a finished training is kept even where its last metrics cannot be sent.
-            journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
-            saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
-            keeper = _Keeper(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
+        keeper = _Keeper.at_work(job, model, optimizer, progress, stack) if ranks.rank == 0 else None
         for done in train_steps(
             model,
             optimizer,
@@ -115,8 +110,7 @@ def run_session(
             bound = bound or _peak_bytes(ranks, device)
             if keeper is not None:
                 keeper.note(done)
-            is_due = done.last_of_epoch and _looks(progress.epoch, settings.epochs, settings.validate_every)
-            looked = _look(model, job, ranks, device, done) if job.val and is_due else None
+            looked = _look(model, job, ranks, device, done)
             if done.last_of_epoch:
                 peaks = {"peak_memory_mb": _peak_bytes(ranks, device) / 1e6, "memory_bound_mb": bound / 1e6}
                 progress = replace(progress, metrics={**progress.metrics, **peaks})
@@ -156,6 +150,18 @@ class _Keeper:
     saved_at: float = field(default_factory=time.monotonic)
     has_left: bool = False
     has_warned: bool = False
+
+    @classmethod
+    def at_work(
+        cls, job: Job, model: IPSModel, optimizer: torch.optim.Optimizer, progress: Progress, stack: ExitStack
+    ) -> _Keeper:
+        """From `progress` on, until the stack ends.
+
+        The journal ends last: a finished training is kept even where its last metrics cannot be sent.
+        """
+        journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
+        saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
+        return cls(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
 
     def note(self, done: StepDone) -> None:
         """Log the step."""
@@ -266,12 +272,15 @@ def _looks(epoch: int, epochs: int, every: int) -> bool:
     return epoch == epochs or epoch % every == 0
 
 
-def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: StepDone) -> dict[str, float]:
-    """What the validation slides say of the model after a step; all ranks call this together.
+def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: StepDone) -> dict[str, float] | None:
+    """What the validation slides say of the model after a step, where a look is due; all ranks call this together.
 
     Raises:
         StageError: the step broke the weights, which then are not saved; or memory runs out.
     """
+    settings = job.config.train
+    if not job.val or not done.last_of_epoch or not _looks(done.epoch + 1, settings.epochs, settings.validate_every):
+        return None
     when = f"after {moment(done.epoch, done.step, done.lr)}; {DIVERGED}"
     names = [slide.slide_id for slide, _ in job.val]
 
@@ -282,7 +291,7 @@ def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: S
     def predict(index: int) -> BagPrediction:
         bag = open_bag(job.val[index][1], threads=_threads(job), augment=None)
         try:
-            with memory_advice(job.config.train, job.config.model.select, "validation"):
+            with memory_advice(settings, job.config.model.select, "validation"):
                 return predict_bag(model, bag, job.config, scorer())
         except ValueError as error:  # `ips` refuses logits that are not finite
             raise StageError(f"{error}, of the validation slide {names[index]} {when}") from error

@@ -91,6 +91,7 @@ def test_two_ranks_validate_as_one_does_each_its_part(job: Job, tmp_path: Path) 
         alone = session._look(model, job, Ranks(), CPU, LAST)
     finally:
         torch.set_num_threads(threads)
+    assert alone is not None
     assert set(alone) == set(MEASURES)
     assert {name: progress.metrics[name] for name in MEASURES} == alone
 
