@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from ray.train import ControllerError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from safetensors.torch import load_file
 
@@ -26,7 +27,7 @@ from pipeline.saver import Saver
 from pipeline.session import Job
 from pipeline.storage import write_bytes
 from pipeline.tracking import Row, Tracker, open_tracking
-from pipeline.train import Trained, _cause, _process_group, _worker_environment, train
+from pipeline.train import Trained, _cause, _process_group, _Trainer, _worker_environment, train
 from pipeline.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
@@ -177,6 +178,12 @@ def test_what_ended_the_run_is_told_and_gives_the_exit_code() -> None:
     never = _cause(ControllerError(InsufficientClusterResourcesError("Insufficient cluster resources")))
     assert (type(never), never.exit_code) == (ResourceError, 5)
     assert "Training failed due to controller error:\nno disk" in str(_cause(ControllerError(OSError("no disk"))))
+
+
+def test_ray_still_asks_the_method_that_leaves_sigint_to_the_program() -> None:
+    """Else Ctrl-C would wait for the controller; the end-to-end test with SIGINT is a nightly one."""
+    assert "_register_sigint_handler" in vars(_Trainer)
+    assert hasattr(TorchTrainer, "_register_sigint_handler")
 
 
 @pytest.mark.slow
