@@ -65,6 +65,13 @@ def take_rows(bag: Bag, number: int, rows: Tensor) -> Chunk:
             "selection of these bags, in this order?"
         )
     chunk = bag.take(rows)
+    check_taken(chunk, number, rows)
+    return chunk
+
+
+def check_taken(chunk: Chunk, number: int, rows: Tensor) -> None:
+    """Refuse a chunk of bag `number` that does not hold just the rows (n,) that were asked for, in that order."""
+    name = f"bags[{number}]"
     if len(chunk.patches) != len(rows):
         raise ValueError(f"{name}.take gave {len(chunk.patches)} patches for {len(rows)} rows")
     _check_index(name, chunk)
@@ -75,7 +82,6 @@ def take_rows(bag: Bag, number: int, rows: Tensor) -> Chunk:
             f"{name}.take gave row {int(chunk.index[place])} where row {int(rows[place])} was asked for; it must give "
             "the rows it is asked for, in that order"
         )
-    return chunk
 
 
 def _check_alike(name: str, patches: Tensor, first: Tensor) -> None:

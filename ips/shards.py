@@ -8,13 +8,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ips.bag import Bag, Chunk
-from ips.intake import take_rows
+from ips.intake import check_taken
+
+
+@runtime_checkable
+class StripBag(Protocol):
+    """A bag that can read a strip of its rows ahead of use."""
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop` once, in order, at most `size` rows at a time."""
+        ...
+
+
+def strip(bag: Bag, size: int, start: int, stop: int) -> Iterator[Chunk]:
+    """Rows `start` to `stop` of any bag, in order: read ahead where the bag can do that, else through `take`."""
+    if isinstance(bag, StripBag):
+        yield from bag.strip(size, start, stop)
+        return
+    for low in range(start, stop, size):
+        yield bag.take(torch.arange(low, min(low + size, stop)))
 
 
 @dataclass(frozen=True)
@@ -30,11 +49,16 @@ class Strips:
         return [N * rank // self.world for rank in range(self.world + 1)]
 
     def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
-        """This process's strip of every bag, read through `take`; ValueError where that gives other rows."""
+        """This process's strip of every bag, at most `size` rows at a time; ValueError where a bag gives other rows."""
         for number, bag in enumerate(bags):
-            start, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
-            for low in range(start, stop, size):
-                yield number, take_rows(bag, number, torch.arange(low, min(low + size, stop)))
+            low, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
+            for chunk in strip(bag, size, low, stop):
+                rows = torch.arange(low, min(low + size, stop))
+                check_taken(chunk, number, rows)
+                yield number, chunk
+                low += len(rows)
+            if low < stop:
+                raise ValueError(f"bags[{number}]: its strip ended before row {low} of {stop}")
 
     def agree(self, *, failed: bool) -> None:
         """Tell the others whether this process failed; raise where another one did, so that none waits for it."""

@@ -74,13 +74,17 @@ class PatchBag:
             StorageError: the store cannot be read.
             DamagedError: a patch in it cannot be decoded.
         """
+        return self.strip(size, 0, len(self))
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop`, as `chunks` gives all."""
         edge, rooms = self._slides[0].patch_px, _Rooms()
         with ThreadPoolExecutor(self._threads, "decode") as decoders, ThreadPoolExecutor(1, "read") as reader:
             ahead: deque[Future[_Loading]] = deque()
             try:
-                for start in range(0, len(self), size):
-                    rows = np.arange(start, min(start + size, len(self)))
-                    room = rooms.take((min(size, len(self)), edge, edge, 3))
+                for low in range(start, stop, size):
+                    rows = np.arange(low, min(low + size, stop))
+                    room = rooms.take((min(size, stop - start), edge, edge, 3))
                     ahead.append(reader.submit(self._load, rows, decoders, room[: len(rows)]))
                     if len(ahead) > _AHEAD:
                         yield self._chunk(ahead.popleft().result())

@@ -140,8 +140,7 @@ def check_plan(uri: str, progress: Progress, plan_digest: str) -> None:
     if progress.plan_digest != plan_digest:
         raise StageError(
             f"{uri}: this checkpoint follows another plan (digest {progress.plan_digest}, now {plan_digest}): it was "
-            "copied from another recipe, or its slides were tiled anew since; remove or move the folder of the run "
-            "that it lies in to train anew"
+            "copied from another recipe; remove or move the folder of the run that it lies in to train anew"
         )
 
 

@@ -62,9 +62,14 @@ class ClusterConfig(Section):
     readers_per_worker: Positive = 1
     """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """How long to wait for the asked-for resources before giving up with exit code 5."""
+    """How long to wait until there are nodes that could ever hold what is asked for, before giving up with exit code 5;
+    `wait_minutes` is for what others use at the moment."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts of the training workers after a crash."""
+    """Restarts of the training workers after crashes with no checkpoint written in between; one that is starts the
+    count anew. Nodes that are taken away after a notice do not count."""
+    wait_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long the training workers may find no room, on a busy cluster or until a lost node is replaced, before the
+    training ends with exit code 5; looked at once a minute."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     """Longest time between two checkpoints; the end of an epoch writes one too. A kill loses no more than this."""
     checkpoint_steps: Positive | None = None
@@ -182,6 +187,12 @@ class Config(Section):
         made = self.cohort.megapixel_mnist is not None or self.model.encoder.name == "features"
         if self.train.source == "stream" and made:
             raise ValueError("train.source: stream cuts patches out of slides; features and made images need store")
+        workers = self.cluster.workers
+        if self.train.source == "stream" and not isinstance(workers, int) and workers[0] < workers[1]:
+            raise ValueError(
+                f"cluster.workers={list(workers)} takes every CPU that it finds, and train.source=stream needs some "
+                "beside the workers, for the tasks that tile; set cluster.workers to one number, or train.source=store"
+            )
         return self
 
     def recipe(self) -> dict[str, Any]:

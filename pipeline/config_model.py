@@ -164,6 +164,10 @@ class TrainConfig(Section):
     multiplied by a factor in 1 - s to 1 + s and shifted by up to s (Tellez et al. 2018; `stain.py`). 0: none."""
     score_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the selection pass."""
+    score_batch: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Patches that the encoder scores at a time, padded to so many, in training, validation, test and prediction; fewer
+    need less memory. A patch's score does not depend on the others, but another number may round it otherwise. null: 32
+    on a CPU, 256 on a GPU."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision (autocast) of the gradient pass."""
     compile: bool = False

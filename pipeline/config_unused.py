@@ -114,7 +114,7 @@ UNUSED: tuple[Unused, ...] = (
         "choose another mode",
     ),
     Unused(
-        _paths("train", "explore_epochs", "score_dtype", "compile"),
+        _paths("train", "explore_epochs", "score_dtype", "score_batch", "compile"),
         lambda c: not _selects(c),
         "with model.select.mode=random and every, which score no patches",
         "set model.select.mode=exact or window",

@@ -29,7 +29,11 @@ class FeatureBag:
         Raises:
             StorageError: the store cannot be read.
         """
-        rows = [np.arange(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        return self.strip(size, 0, len(self))
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop`, as `chunks` gives all."""
+        rows = [np.arange(low, min(low + size, stop)) for low in range(start, stop, size)]
         with ThreadPoolExecutor(1, "read") as reader:
             ahead: Future[Chunk] | None = None
             try:

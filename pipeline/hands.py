@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ips.bag import Bag, Chunk, Selection
+from ips.shards import strip
 
 Pick = Callable[[Sequence[Bag]], Selection]
 
@@ -63,7 +64,13 @@ class _Watched:
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Those of the bag."""
-        source = iter(self._bag.chunks(size))
+        return self._timed(self._bag.chunks(size))
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """As the bag can."""
+        return self._timed(strip(self._bag, size, start, stop))
+
+    def _timed(self, source: Iterator[Chunk]) -> Iterator[Chunk]:
         while True:
             began = perf_counter()
             try:

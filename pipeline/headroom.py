@@ -1,9 +1,10 @@
-"""What a training step needs of memory: running out says which setting to lower, and is tried before step one."""
+"""What a training needs of memory: running out says which setting to lower, and is tried before step one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,17 +12,18 @@ from torch import nn
 from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 
+Part = Literal["selection", "gradient pass", "validation"]
 _HOST = "DefaultCPUAllocator"  # torch's own word where the host has no memory left; it has no class of its own
 
 
 @contextmanager
-def memory_advice(train: TrainConfig, selecting: SelectConfig, *, selection: bool) -> Iterator[None]:
+def memory_advice(train: TrainConfig, selecting: SelectConfig, part: Part) -> Iterator[None]:
     """Turn running out of memory inside into a StageError that names the settings to lower, with their values.
 
     Args:
         train: what the step does.
         selecting: what the selection does.
-        selection: whether the selection runs inside, or the gradient pass.
+        part: what runs inside.
     """
     try:
         yield
@@ -32,16 +34,19 @@ def memory_advice(train: TrainConfig, selecting: SelectConfig, *, selection: boo
             and _HOST not in str(error)
         ):
             raise
-        what = "selection" if selection else "gradient pass"
         reason = str(error).partition("\n")[0]
         raise StageError(
-            f"train: out of memory in the {what} ({reason}); lower {_settings(train, selecting, selection=selection)}"
+            f"train: out of memory in the {part} ({reason}); lower {_settings(train, selecting, part)}"
         ) from error
 
 
-def _settings(train: TrainConfig, selecting: SelectConfig, *, selection: bool) -> str:
-    if selection:
-        return f"model.select.chunk={selecting.chunk}"
+def _settings(train: TrainConfig, selecting: SelectConfig, part: Part) -> str:
+    if part != "gradient pass":
+        chunk = f"model.select.chunk={selecting.chunk}"
+        if selecting.mode in ("random", "every"):
+            return chunk
+        batch = "null, which is 256 on a GPU and 32 on a CPU" if train.score_batch is None else str(train.score_batch)
+        return f"train.score_batch ({batch}); above that number, {chunk} too"
     slides = f"train.batch_size={train.batch_size}"
     memory = f"model.select.memory={selecting.memory}"
     if train.bounded:

@@ -80,7 +80,7 @@ def load_model(folder: Path) -> tuple[IPSModel, Config]:
 
 def bag_scorer(model: IPSModel, config: Config) -> Scorer | None:
     """The scorer for `predict_bag` on many bags, of the model as it is now; None where nothing is scored."""
-    return Scorer(model) if config.model.select.mode in ("exact", "window") else None
+    return Scorer(model, batch=config.train.score_batch) if config.model.select.mode in ("exact", "window") else None
 
 
 def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None) -> BagPrediction:
@@ -94,7 +94,7 @@ def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None
     elif selecting.mode == "every":
         selection = every_patch([bag])
     else:
-        sizes = selecting.memory, selecting.chunk
+        scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
         selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer)
     rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():

@@ -113,6 +113,12 @@ class Journal:
             log.warning("train: no picture of epoch %d's patches (%s)", epoch, str(error).splitlines()[0])
 
 
+def send_unsent(tracker: Tracker, run_id: str, unsent: Iterable[Row]) -> None:
+    """Send what the last checkpoint of a finished training had not sent; TrackingError when that fails."""
+    with Journal(tracker, run_id, unsent):
+        pass
+
+
 def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
     """One row a slide, its patches at 64 px from left to right; white where a slide has fewer."""
     sheet = np.full((len(shown) * _TILE_PX, _COLUMNS * _TILE_PX, 3), 255, np.uint8)

@@ -4,7 +4,8 @@ Nothing here needs a lock of the storage's, for local disks, network disks and S
 claim that is found is judged by whether its process lives, on this machine, or by whether its beats still come, on
 another one, so clocks need not agree. Two that claim at the same moment, or one that was silent for so long that
 another took over, are told apart by the token: the last one that wrote it goes on, and the other ends at its next beat
-or before it writes (`Lease.check`).
+or before it writes (`Lease.check`). A lease that is given back stays as a file that says so: whoever was silent through
+all of another one's work must not take the absence of a claim for its own.
 
 Work that several processes may do at once (`joined`: tiling, whose slides are committed one by one) needs the lease
 for one thing only: who holds it may take the MLflow runs of the same work for abandoned.
@@ -28,13 +29,14 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import StageError, StorageError
-from pipeline.storage import delete, read_if_there, write_json
+from pipeline.storage import read_if_there, write_json
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 SILENT_S = 40.0  # without a beat after which a process on another machine is taken for dead
 _POLL_S = 1.0
+_AGAIN_S = 1.0  # after which a file that was not there is looked for once more
 _SAME_S = 10.0  # between two readings of when a process began; its id is not given to another one as fast
 
 
@@ -52,6 +54,8 @@ class Claim:
     since: str
     """When it claimed the work, UTC."""
     beats: int = 0
+    free: bool = False
+    """Whether it was given back: the work is anyone's."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -69,15 +73,26 @@ class Lease:
         """Return where the claim still stands.
 
         Raises:
-            StageError: another process has taken the work over.
+            StageError: another process has taken the work over, or even done it; or this one has given it back.
             StorageError: that cannot be found out.
         """
         found = _read(self.uri)
-        if found is not None and found.token != self.token:
+        if found is None:  # some S3 servers (rclone) remove the old file before they write the new one
+            time.sleep(_AGAIN_S)
+            found = _read(self.uri)
+        if found is None:
             raise StageError(
-                f"{self.uri}: {found} has taken this work over while nothing was heard of this one; the work goes on "
-                "there, and this one ends"
+                f"{self.uri} is gone, by which other processes know that this one is at work; nothing more is written, "
+                "for another one may be at it: run again where none is"
             )
+        if found.token != self.token:
+            rest = "has ended since: what it did stands" if found.free else "the work goes on there"
+            raise StageError(
+                f"{self.uri}: {found} has taken this work over while nothing was heard of this one; {rest}, and this "
+                "one ends"
+            )
+        if found.free:
+            raise StageError(f"{self.uri}: the run that this process works for has ended; nothing more is written")
 
 
 @contextmanager
@@ -154,7 +169,7 @@ def _read(uri: str) -> Claim | None:
 def _living(uri: str, what: str) -> tuple[Claim, str] | None:
     """The claim of a process that lives, and how to end it; None as soon as it is sure that there is none."""
     found = _read(uri)
-    if found is None:
+    if found is None or found.free:
         return None
     if found.machine == _machine():
         if _lives(found):
@@ -166,7 +181,7 @@ def _living(uri: str, what: str) -> tuple[Claim, str] | None:
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)
         later = _read(uri)
-        if later is None:
+        if later is None or later.free:
             return None
         if later != found:
             return later, "stop it there"
@@ -207,10 +222,10 @@ def _beat(uri: str, claim: Claim, stop: threading.Event) -> None:
 
 
 def _give_back(uri: str, claim: Claim) -> None:
-    """Remove the file, unless it is another's by now."""
+    """Say in the file that the work is anyone's, unless it is another's by now."""
     try:
         found = _read(uri)
         if found is not None and found.token == claim.token:
-            delete(uri)
+            write_json(uri, asdict(replace(found, free=True)))
     except StorageError as away:  # it is found to be a dead process's by the next run
         log.warning("%s: not given back (%s)", uri, str(away).splitlines()[0])

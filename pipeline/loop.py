@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ from pipeline.plan import ShardAbove, Step, epoch_plan, steps_per_epoch
 from pipeline.ranks import Ranks, average_statistics, sum_gradients
 from pipeline.sampling import balanced_slides
 
-_DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
+DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
 LR_FLOOR = 1e-3  # the cosine ends at lr / 1000 (official code)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,11 +99,15 @@ def train_steps(
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
     turn = _Turn(model, slides, settings, selecting, ranks)
-    if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch)
-    for epoch in range(start_epoch, settings.epochs):
+
+    def planned(epoch: int) -> tuple[Step, ...]:
         shared = turn.sharing(epoch)
-        plan = _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+        return _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+
+    if start_epoch < settings.epochs:
+        turn.try_largest(start_epoch, _longest_hand(map(planned, range(start_epoch, settings.epochs))))
+    for epoch in range(start_epoch, settings.epochs):
+        plan = planned(epoch)
         slides.announce(turn.order(plan[start_step if epoch == start_epoch else 0 :], epoch))
         for number, hands in enumerate(plan):
             if epoch == start_epoch and number < start_step:
@@ -115,7 +119,7 @@ def train_steps(
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             torch.manual_seed((seed * 1_000_003 + step) * 1009 + ranks.rank)
             taken = hands.slides
-            where = f"step {step + 1} (epoch {epoch + 1}, lr {lr:g}, slides {', '.join(slides.named(taken))})"
+            where = f"{moment(epoch, step + 1, lr)[:-1]}, slides {', '.join(slides.named(taken))})"
             loss = turn.gradients(hands, epoch, where)
             optimizer.step()
             turn.refresh()
@@ -123,6 +127,11 @@ def train_steps(
             seconds = time.perf_counter() - began
             last, waited = number + 1 == len(plan), turn.waits.seconds - waited
             yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited, turn.chosen)
+
+
+def moment(epoch: int, step: int, lr: float) -> str:
+    """A step for messages; `epoch` counts from 0, steps from 1."""
+    return f"step {step} (epoch {epoch + 1}, lr {lr:g})"
 
 
 def _plan(
@@ -147,6 +156,11 @@ def _plan(
     return tuple(step.of(drawn) for step in plan)
 
 
+def _longest_hand(plans: Iterable[Sequence[Step]]) -> int:
+    """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones."""
+    return max(len(hand) for plan in plans for step in plan for hand in step.hands)
+
+
 class _Turn:
     """What one rank does of a step: its gradients, summed over all ranks."""
 
@@ -159,7 +173,7 @@ class _Turn:
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
-            self.scorer = Scorer(model, dtype=dtype, compile=settings.compile)
+            self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
 
     def refresh(self) -> None:
         """Score with the new weights from now on."""
@@ -190,7 +204,7 @@ class _Turn:
         try:
             loss = self._accumulate(hands, epoch)
         except ValueError as error:  # `ips` refuses patches and logits that are not finite
-            raise StageError(f"{error}, at {where}; {_DIVERGED}") from error
+            raise StageError(f"{error}, at {where}; {DIVERGED}") from error
         loss = loss.double()  # also where a rank without slides has no model's precision
         self.ranks.sum_(loss)
         sum_gradients(model, self.ranks)
@@ -200,22 +214,26 @@ class _Turn:
         if not loss.isfinite() or not norm.isfinite():
             what = "loss" if not loss.isfinite() else "gradient's norm"
             value = float(loss if not loss.isfinite() else norm)
-            raise StageError(f"the {what} became {value} at {where}; {_DIVERGED}")
+            raise StageError(f"the {what} became {value} at {where}; {DIVERGED}")
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
         return float(loss)
 
-    def try_largest(self, epoch: int) -> None:
-        """Take this rank's part of a step on the largest bags, and leave no trace of it.
+    def try_largest(self, epoch: int, longest: int) -> None:
+        """Take a step on as many of the largest bags as a rank ever gets in one, and leave no trace of it.
 
-        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn.
+        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn. An
+        encoder that is frozen at first has gradients already: it will need the memory when it thaws.
+
+        Args:
+            epoch: whose augmentation the bags have.
+            longest: slides of a rank in one step, at most.
         """
         settings, slides = self.settings, self.slides
-        share = -(-min(settings.batch_size, len(slides.sizes)) // self.ranks.world_size)
         largest = sorted(range(len(slides.sizes)), key=lambda index: -slides.sizes[index])
-        hand = largest[: min(share, settings.micro_batch or share)]
+        hand = largest[: min(longest, settings.micro_batch or longest)]
         with untouched(self.model):
-            self._set_modes(epoch)
+            self._set_modes(max(epoch, settings.freeze_encoder_epochs))
             bags = [slides.bag(index, epoch) for index in hand]
             try:
                 self._winners(bags[:1], settings.explore_epochs)
@@ -257,7 +275,7 @@ class _Turn:
         mode = selecting.mode
         if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
             return self._drawn(bags)
-        with memory_advice(self.settings, selecting, selection=True):
+        with memory_advice(self.settings, selecting, "selection"):
             return select(
                 self.model,
                 bags,
@@ -284,7 +302,7 @@ class _Turn:
         def loss(outputs: dict[str, Tensor]) -> Tensor:
             return _loss(outputs, self.slides, mine, everyone)
 
-        with memory_advice(settings, self.selecting, selection=False):
+        with memory_advice(settings, self.selecting, "gradient pass"):
             if settings.norm != "batch":
                 return bounded_backward(model, bags, winners, loss, settings.grad_chunk, settings.norm, dtype)[0]
             device = model.mean.device

@@ -86,6 +86,15 @@ def gathered(mine: bytes, ranks: Ranks, device: torch.device) -> list[bytes]:
     return [bytes(row[:length].cpu().numpy()) for row, length in zip(rows, every, strict=True)]
 
 
+def agreed(ranks: Ranks, device: torch.device, *, answer: bool) -> bool:
+    """Rank 0's answer, on every rank; all of them call this together."""
+    if ranks.world_size == 1:
+        return answer
+    flag = torch.tensor([float(answer and ranks.rank == 0)], device=device)
+    ranks.sum_(flag)
+    return bool(flag.item())
+
+
 def _all_reduce(tensor: Tensor) -> None:
     dist.all_reduce(tensor)
 

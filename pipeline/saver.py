@@ -100,11 +100,21 @@ def newest(folder: str, *, read: bool = False) -> Progress | None:
             continue
         harm = _harm(folder, name, commit, read=read)
         if harm is None:
-            progress = Progress(**commit["progress"])
+            progress = _progress(folder, name, commit)
             _check_best(folder, progress, read=read)
             return progress
         log.warning("%s: %s; the checkpoint before it is used", join(folder, name), harm)
     return None
+
+
+def progress_of(folder: str, name: str) -> Progress:
+    """Of one checkpoint in a run's folder.
+
+    Raises:
+        StageError: it was written by another version of the pipeline.
+        StorageError: it cannot be read.
+    """
+    return _progress(folder, name, _read(folder, name))
 
 
 def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, plan_digest: str) -> Progress:
@@ -166,6 +176,7 @@ def _save(folder: str, snapshot: Snapshot, allowed: Callable[[], None]) -> None:
         files = {file: {"bytes": (local / file).stat().st_size, "sha256": _digest(local / file)} for file in _FILES}
     allowed()
     write_json(join(uri, COMMIT), {"version": _VERSION, "progress": asdict(snapshot.progress), "files": files})
+    allowed()  # that write may have waited for minutes; what is newer by now is another run's
     _prune(folder, name)
 
 
@@ -198,14 +209,24 @@ def _commit(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
-    uri = join(folder, name, COMMIT)
-    commit: dict[str, Any] = read_json(uri)
+    commit: dict[str, Any] = read_json(join(folder, name, COMMIT))
     if commit.get("version") != _VERSION:
-        raise StageError(
-            f"{uri}: checkpoint of version {commit.get('version')}, this is version {_VERSION}; go on with the "
-            f"release that wrote it, or remove {folder} to train anew"
-        )
+        raise _foreign(folder, name, f"checkpoint of version {commit.get('version')}, this is version {_VERSION}")
     return commit
+
+
+def _progress(folder: str, name: str, commit: dict[str, Any]) -> Progress:
+    """As the commit has it; StageError where its fields are others than this version's."""
+    try:
+        return Progress(**commit["progress"])
+    except (KeyError, TypeError) as error:
+        raise _foreign(folder, name, f"checkpoint of another version ({error})") from error
+
+
+def _foreign(folder: str, name: str, what: str) -> StageError:
+    return StageError(
+        f"{join(folder, name, COMMIT)}: {what}; go on with the release that wrote it, or remove {folder} to train anew"
+    )
 
 
 def _harm(folder: str, name: str, commit: dict[str, Any], *, read: bool) -> str | None:

@@ -21,18 +21,20 @@ from pipeline.augment import Augment
 from pipeline.build import build_model, build_optimizer
 from pipeline.checkpoint import Progress, take_snapshot
 from pipeline.config import ClusterConfig, Config
+from pipeline.errors import StageError
+from pipeline.headroom import memory_advice
 from pipeline.inference import BagPrediction, bag_scorer, predict_bag
-from pipeline.journal import Journal
+from pipeline.journal import Journal, send_unsent
 from pipeline.labels import class_weights, target
 from pipeline.lease import Lease
-from pipeline.loop import Slides, StepDone, train_steps
-from pipeline.ranks import Ranks
+from pipeline.loop import DIVERGED, Slides, StepDone, moment, train_steps
+from pipeline.ranks import Ranks, agreed, gathered
 from pipeline.saver import Saver, restore
 from pipeline.sources import LabelledSource, open_bag
 from pipeline.stopping import Watch
 from pipeline.streamed import StreamedSlide
 from pipeline.tracking import Tracker
-from pipeline.validation import look, predict_together
+from pipeline.validation import check_finite, look, predict_together
 
 if TYPE_CHECKING:
     from pipeline.streaming import Feed
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 4  # slides on the contact sheet of an epoch
+_GROWTH = 1.1  # of memory beyond what was tried, from which on the log says so
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ def run_session(
     optimizer = build_optimizer(model, settings)
     begun = Progress(0, 0, job.plan_digest)
     progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
-    with ExitStack() as stack:
-        keeper = None
+    if progress.is_last:  # the worker was lost after its last step, or early stopping had ended the run
         if ranks.rank == 0:
-            # The journal ends last: a finished training is kept even where its last metrics cannot be sent.
-            journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
-            saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
-            keeper = _Keeper(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
+            send_unsent(job.tracker, job.run_id, progress.unsent)
+        return progress
+    bound = 0.0  # peak memory after the trial of the largest bags and one step: what later steps should not pass
+    with ExitStack() as stack:
+        keeper = _Keeper.at_work(job, model, optimizer, progress, stack) if ranks.rank == 0 else None
         for done in train_steps(
             model,
             optimizer,
@@ -104,14 +107,17 @@ def run_session(
         ):
             progress = _advanced(progress, done, settings.epochs)
             leaving = is_leaving()
+            bound = bound or _peak_bytes(ranks, device)
             if keeper is not None:
                 keeper.note(done)
-            is_due = done.last_of_epoch and _looks(progress.epoch, settings.epochs, settings.validate_every)
-            looked = _look(model, job, ranks, device) if job.val and is_due else None
+            looked = _look(model, job, ranks, device, done)
+            if done.last_of_epoch:
+                peaks = {"peak_memory_mb": _peak_bytes(ranks, device) / 1e6, "memory_bound_mb": bound / 1e6}
+                progress = replace(progress, metrics={**progress.metrics, **peaks})
             if keeper is not None:
                 progress = keeper.after(done, progress, looked, leaving=leaving)
             if done.last_of_epoch and settings.patience is not None:
-                progress = replace(progress, is_last=_agreed(ranks, device, answer=progress.is_last))
+                progress = replace(progress, is_last=agreed(ranks, device, answer=progress.is_last))
             if progress.is_last:
                 break
     return progress
@@ -141,14 +147,24 @@ class _Keeper:
     journal: Journal
     saver: Saver
     watch: Watch
-    bound: float | None = None
-    """Peak memory after the trial of the largest bags and one step, bytes: what later steps should not pass."""
     saved_at: float = field(default_factory=time.monotonic)
     has_left: bool = False
+    has_warned: bool = False
+
+    @classmethod
+    def at_work(
+        cls, job: Job, model: IPSModel, optimizer: torch.optim.Optimizer, progress: Progress, stack: ExitStack
+    ) -> _Keeper:
+        """From `progress` on, until the stack ends.
+
+        The journal ends last: a finished training is kept even where its last metrics cannot be sent.
+        """
+        journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
+        saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
+        return cls(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
 
     def note(self, done: StepDone) -> None:
         """Log the step."""
-        self.bound = self.bound or _peak_bytes()
         self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
 
     def after(
@@ -173,7 +189,7 @@ class _Keeper:
         """With what a look at the validation split says, where one was due."""
         settings, epoch = self.job.config.train, progress.epoch
         metrics, watch = dict(progress.metrics), self.watch
-        metrics |= {"peak_memory_mb": _peak_bytes() / 1e6, "memory_bound_mb": (self.bound or 0.0) / 1e6}
+        self._warn_of_memory(metrics)
         if looked is not None:
             metrics |= looked
             if settings.keeps_best:
@@ -188,6 +204,17 @@ class _Keeper:
             best=progress.name if watch.best_epoch == epoch else progress.best,
             is_last=progress.is_last or watch.is_over(settings),
         )
+
+    def _warn_of_memory(self, metrics: Mapping[str, float]) -> None:
+        peak, bound = metrics["peak_memory_mb"], metrics["memory_bound_mb"]
+        if peak > _GROWTH * bound and not self.has_warned:
+            self.has_warned = True
+            log.warning(
+                "train: a worker has used %.0f MB, and %.0f MB when the largest slides had been tried and one step "
+                "taken: later steps or looks need more than was tried, and may run out of it",
+                peak,
+                bound,
+            )
 
     def _is_due(self, step: int, cluster: ClusterConfig) -> bool:
         if cluster.checkpoint_steps is not None and step % cluster.checkpoint_steps == 0:
@@ -245,8 +272,17 @@ def _looks(epoch: int, epochs: int, every: int) -> bool:
     return epoch == epochs or epoch % every == 0
 
 
-def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """What the validation slides say of the model; all ranks call this together."""
+def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: StepDone) -> dict[str, float] | None:
+    """What the validation slides say of the model after a step, where a look is due; all ranks call this together.
+
+    Raises:
+        StageError: the step broke the weights, which then are not saved; or memory runs out.
+    """
+    settings = job.config.train
+    if not job.val or not done.last_of_epoch or not _looks(done.epoch + 1, settings.epochs, settings.validate_every):
+        return None
+    when = f"after {moment(done.epoch, done.step, done.lr)}; {DIVERGED}"
+    names = [slide.slide_id for slide, _ in job.val]
 
     @cache
     def scorer() -> Scorer | None:
@@ -254,17 +290,16 @@ def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device) -> dict
 
     def predict(index: int) -> BagPrediction:
         bag = open_bag(job.val[index][1], threads=_threads(job), augment=None)
-        return predict_bag(model, bag, job.config, scorer())
+        try:
+            with memory_advice(settings, job.config.model.select, "validation"):
+                return predict_bag(model, bag, job.config, scorer())
+        except ValueError as error:  # `ips` refuses logits that are not finite
+            raise StageError(f"{error}, of the validation slide {names[index]} {when}") from error
 
     found = predict_together(predict, [source.n_patches for _, source in job.val], ranks, device)
-    return look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
-
-
-def _agreed(ranks: Ranks, device: torch.device, *, answer: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    flag = torch.tensor([float(answer and ranks.rank == 0)], device=device)
-    ranks.sum_(flag)
-    return bool(flag.item())
+    looked = look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
+    check_finite(found, looked, names, when)
+    return looked
 
 
 def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
@@ -278,9 +313,14 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _peak_bytes() -> float:
-    """Of device memory since the process began, or of the resident set where it computes on the CPU."""
-    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident_bytes()
+def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
+    """The largest rank's, of device memory since the process began, or of the resident set where it computes on a CPU.
+
+    All ranks call this together.
+    """
+    on_gpu = device.type == "cuda"
+    mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
+    return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))
 
 
 def peak_resident_bytes() -> float:

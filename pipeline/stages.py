@@ -163,7 +163,10 @@ def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
 
 
 def _labelled(slides: Sequence[LabelledSource]) -> list[Any]:
-    return [[slide.slide_id, slide.patient_id, stored.key, dict(slide.labels)] for slide, stored in slides]
+    """Slides as what they give; one that was tiled or planned anew may have lost patches under the same key."""
+    return [
+        [slide.slide_id, slide.patient_id, stored.key, stored.n_patches, dict(slide.labels)] for slide, stored in slides
+    ]
 
 
 def _train_identity(space: Workspace) -> Mapping[str, Any]:

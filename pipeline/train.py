@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,18 +16,19 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
-    UserCallback,
-    WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
 from pipeline.checkpoint import Progress, check_plan
 from pipeline.cluster import Bundle, require
 from pipeline.config import ClusterConfig, Config
-from pipeline.errors import Interrupted, PipelineError, StageError, TrackingError
+from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
+from pipeline.journal import Journal, send_unsent
 from pipeline.lease import Lease
 from pipeline.plan import plan_digest
-from pipeline.saver import newest
+from pipeline.restarts import Failures, Room
+from pipeline.saver import newest, progress_of
 from pipeline.session import Job
 from pipeline.sources import LabelledSource
 from pipeline.storage import join
@@ -49,6 +49,7 @@ class Trained:
     checkpoint: str
     """URI of the folder with weights.safetensors, config.json and state.pt."""
     metrics: dict[str, float]
+    """Of the epoch that ended with it."""
 
 
 def train(
@@ -81,8 +82,12 @@ def train(
         )
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
-        done = _fit(Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease))
-    return Trained(join(folder, done.best or done.name), done.metrics)
+        job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
+        done = _fit(job, done.step if done else 0)
+    elif done.run_id is not None:  # its driver died after the last checkpoint, perhaps before its metrics were sent
+        send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
+    kept = done.best or done.name
+    return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
 
 
 def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
@@ -95,28 +100,37 @@ def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progres
     return found
 
 
-def _fit(job: Job) -> Progress:
-    """Run the workers, on Ray's retries."""
+def _fit(job: Job, step: int) -> Progress:
+    """Run the workers, from `step` on, with Ray's restarts."""
     with (
-        _interruptible(),
         _progress(job.tracker, job.run_id, job.config.train.epochs),
         tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
     ):
         try:
-            result: Progress = _trainer(job, scratch).fit().return_value
+            result: Progress = _trainer(job, step, scratch).fit().return_value
         except TrainingFailedError as error:
             raise _cause(error) from error
     return result
 
 
-def _trainer(job: Job, scratch: str) -> TorchTrainer:
+class _Trainer(TorchTrainer):
+    """Leaves SIGINT to the program, like SIGTERM.
+
+    Ray's own handler asks its controller to end the run and waits for it: for as long as the workers find no room.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
+
+
+def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
     """Ray Train's part: the workers and their restarts. It keeps no checkpoint, so its folder is a scratch one."""
     cluster = job.config.cluster
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(max(60.0, cluster.start_timeout_s)))
+    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=_process_group(cluster),
@@ -128,9 +142,12 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
         run_config=RunConfig(
             name="run",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),  # see `restarts`
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
-            callbacks=[EndAtOnce()],
+            callbacks=[
+                Failures(job.folder, step, cluster.max_failures),
+                Room(cluster.wait_minutes, f"{cluster.fewest_workers} x ({worker})"),
+            ],
         ),
     )
 
@@ -149,50 +166,15 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     }
 
 
-class EndAtOnce(UserCallback):
-    """Ends a run whose workers met an error that a restart would only meet again.
-
-    Ray itself counts failures and knows no kinds. It calls this in its controller before it decides; what is raised
-    here ends the run, whatever `max_failures` says, and reaches the driver as a ControllerError.
-    """
-
-    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Raise a worker's error, where it is one of ours that cannot pass; those of its peers follow from it."""
-        error = _lasting(worker_exceptions.values())
-        if error is not None:
-            raise error
-
-
-def _lasting(failures: Iterable[Exception]) -> PipelineError | None:
-    """The first error that is the same the next time. Whatever is not ours may be a lost peer or machine."""
-    return next((error for error in failures if isinstance(error, PipelineError) and not error.may_pass), None)
-
-
 def _cause(error: TrainingFailedError) -> PipelineError:
-    """A worker's own error where it is one of ours, else a StageError with the first line of the reason."""
-    match error:
-        case ControllerError():
-            failures = [error.controller_failure]
-        case WorkerGroupError():
-            failures = list(error.worker_failures.values())
-        case _:  # nodes were taken away more often than Ray is told to bear
-            failures = []
-    ours = [failure for failure in failures if isinstance(failure, PipelineError)]
-    return _lasting(ours) or next(iter(ours), StageError(f"train: {error}"))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train replaces the SIGINT handler and leaves by SystemExit; turn that into Interrupted and restore."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as leaving:
-        raise Interrupted(signal.SIGINT) from leaving
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
+    """The error of ours that ended the run (`restarts`), else a StageError with Ray's reason."""
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    match failure:
+        case PipelineError():
+            return failure
+        case InsufficientClusterResourcesError():  # of clusters that say how far they grow
+            return ResourceError(f"train: {failure}")
+    return StageError(f"train: {error}")
 
 
 @contextmanager

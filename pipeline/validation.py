@@ -16,7 +16,7 @@ import torch
 
 from ips.losses import mean_loss, task_loss
 from pipeline.config_data import TaskConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StageError
 from pipeline.inference import BagPrediction
 from pipeline.labels import Label, target, truth
 from pipeline.metrics import MEASURES, measure
@@ -68,6 +68,26 @@ def predict_together(
             raise RuntimeError(f"worker {rank} failed in the validation: {stopped}")
         found |= more
     return [found[index] for index in range(len(sizes))]
+
+
+def check_finite(found: Sequence[Outputs], metrics: Mapping[str, float], names: Sequence[str], what: str) -> None:
+    """Refuse a look at slides of which the model says nothing any more; all ranks come to the same answer.
+
+    Args:
+        found: of every slide.
+        metrics: what `look` makes of them.
+        names: of the slides.
+        what: the moment and the remedy.
+
+    Raises:
+        StageError: a logit or the loss is not finite.
+    """
+    for name, one in zip(names, found, strict=True):
+        if not all(np.isfinite(logits).all() for logits in one.logits.values()):
+            raise StageError(f"the logits of the validation slide {name} are not finite {what}")
+    loss = metrics.get("val_loss", 0.0)
+    if not math.isfinite(loss):
+        raise StageError(f"the validation loss became {loss} {what}")
 
 
 def look(

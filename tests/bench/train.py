@@ -7,6 +7,7 @@
    against 16 of a few more than 5,000, for a smaller one has no 5,000 to keep. It is one image, listed 16 times. On a
    GPU: a made slide of 16.6 gigapixels, 253,440 patches of 256 px in the store (2 GB of scratch), and ResNet-18. That
    would take a CPU days, so it has an image of 64 megapixels, 250,000 patches of 16 px, and a pooling stub as encoder.
+   With each step the shares of it that go to waiting, decoding, the way to the device and the encoder (`clocks`).
 
 Every line of 3 and every loop of 1 is a process of its own. Exit code 1 when a goal is missed.
 """
@@ -53,6 +54,7 @@ from pipeline.tiler import store_slide
 from pipeline.tracking import open_tracking
 from pipeline.train import train
 from tests.bench.canvas import EDGE, TILE, repeat
+from tests.bench.clocks import clocked
 from tests.bench.memory import PoolingStub
 
 _MIB = 2**20
@@ -164,7 +166,7 @@ def _bare_elsewhere(file: Path) -> list[float]:
 def _under_ray(job: Job, number: int) -> list[float]:
     """Seconds of each epoch after the first, by the times at which they were logged."""
     run_id = job.tracker.start_run(f"train {number}")
-    with connected(job.config.cluster):
+    with connected(job.config.cluster), job.tracker.system_metrics(run_id):  # as a run of the pipeline has it
         train(job.config, job.train, job.val, f"bench{number}", job.tracker, run_id)
     history = job.tracker.client.get_metric_history(run_id, "epoch")
     return [float(ms) / 1000 for ms in np.diff(sorted(metric.timestamp for metric in history))]
@@ -209,7 +211,12 @@ def overhead(folder: Path, *, quick: bool) -> tuple[dict[str, object], list[Goal
 
 
 def one_step(file: Path, memory: int) -> None:
-    """One step on a slide listed 16 times, in this process: peak MiB of host and device, seconds, share of waiting."""
+    """One step on a slide listed 16 times, in this process.
+
+    Prints peak MiB of host and device, seconds, and of the step the shares in which the loop waits for patches, the
+    threads decode, patches are on their way to the device, and the encoder scores. They overlap.
+    """
+    threads = os.cpu_count() or 1
     (_, source), device = pickle.loads(file.read_bytes()), torch.device("cuda" if _GPU else "cpu")
     torch.manual_seed(0)
     trunk: ResNet | PoolingStub = ResNet("resnet18") if _GPU else PoolingStub()
@@ -217,7 +224,7 @@ def one_step(file: Path, memory: int) -> None:
     model = IPSModel(trunk, pool, {"t": linear_head("binary", trunk.dim, 2)}).to(device)
 
     def bag(_index: int, _epoch: int) -> Bag:
-        return open_bag(source, threads=os.cpu_count() or 1, augment=None)
+        return open_bag(source, threads=threads, augment=None)
 
     targets = [{"t": float(n % 2)} for n in range(_BATCH)]
     slides = Slides([source.n_patches] * _BATCH, targets, {"t": "binary"}, bag)
@@ -225,21 +232,31 @@ def one_step(file: Path, memory: int) -> None:
     select = SelectConfig(memory=memory, chunk=256)
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters())
-    (done,) = train_steps(model, optimizer, slides, settings, select, seed=0, start_epoch=0, ranks=Ranks())
+    with clocked() as clocks:
+        slides = replace(slides, announce=lambda _order: clocks.reset())  # without the trial before step one
+        (done,) = train_steps(model, optimizer, slides, settings, select, seed=0, start_epoch=0, ranks=Ranks())
+        spent = clocks.read()
+    shares = {
+        "device_wait": done.waited / done.seconds,
+        "decode": spent["decode"] / threads / done.seconds,  # of the decoding threads' time
+        "transfer": spent["transfer"] / done.seconds,
+        "encode": spent["encode"] / done.seconds,
+    }
     peak = peak_resident_bytes() / _MIB
     on_device = torch.cuda.max_memory_allocated() / _MIB if _GPU else 0.0
-    print(json.dumps([peak, on_device, time.perf_counter() - start, done.waited / done.seconds]))
+    print(json.dumps([peak, on_device, time.perf_counter() - start, shares]))
 
 
 def _line(folder: Path, name: str, source: Stored, memory: int) -> dict[str, float]:
     file = folder / name
     file.write_bytes(pickle.dumps(source))
     command = [sys.executable, "-m", "tests.bench.train", "--step", str(file), str(memory)]
-    host, device, seconds, waited = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    host, device, seconds, shares = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     N = source[1].n_patches
     found = f"host {host:8.1f} MiB  device {device:8.1f} MiB  {seconds:6.1f} s"
-    print(f"  N = {N:7d}  B = {_BATCH}  M = {memory:5d}: {found}", flush=True)
-    figures = {"host_mib": host, "device_mib": device, "seconds": seconds, "device_wait": waited}
+    print(f"  N = {N:7d}  B = {_BATCH}  M = {memory:5d}: {found}")
+    print("    of the step: " + ", ".join(f"{what} {100 * share:.0f}%" for what, share in shares.items()), flush=True)
+    figures = {"host_mib": host, "device_mib": device, "seconds": seconds, **shares}
     return {"N": N, "B": _BATCH, "M": memory, **figures}
 
 

@@ -74,21 +74,21 @@ def watched_worker(loop_config: Mapping[str, Job]) -> Progress:
     job = loop_config["job"]
     found = newest(job.folder)
     taken, noticed = found.step if found else 0, 0
-    asked = worker._is_leaving
+    asked = worker.Notices.seen
 
-    def is_leaving() -> bool:
+    def seen(self: worker.Notices) -> bool:
         nonlocal taken, noticed
         time.sleep(_PACE_S)
         if noticed and not _notice(job).exists():
             saved = newest(job.folder)
             _notice(job).write_text(f"{noticed} {saved and saved.step}")
         taken += 1
-        leaving = asked()
+        leaving = asked(self)
         if leaving and not noticed:
             noticed = taken
         return leaving
 
-    worker._is_leaving = is_leaving
+    worker.Notices.seen = seen  # type: ignore[method-assign]
     return worker.train_worker(loop_config)
 
 

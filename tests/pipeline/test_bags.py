@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from hypothesis import strategies as st
 
 from ips.bag import Chunk
+from ips.shards import Strips
 from ips.transfer import arrived
 from pipeline import storage
 from pipeline.augment import Augment, Changes, oriented
@@ -25,6 +27,7 @@ from pipeline.bags import PatchBag
 from pipeline.cohort import CohortSlide
 from pipeline.config_data import TilingConfig
 from pipeline.errors import StorageError
+from pipeline.hands import Waits
 from pipeline.patches import PatchStore, StoredSlide
 from pipeline.slide import open_slide
 from pipeline.stain import jittered
@@ -77,6 +80,22 @@ def joined(chunks: Iterator[Chunk]) -> Chunk:
     return Chunk(
         torch.cat([ready(part) for part in parts]), torch.cat([part.index for part in parts]), torch.cat(positions)
     )
+
+
+@pytest.mark.parametrize("size", [7, 88, 1000])
+def test_strips_are_read_ahead_and_give_the_same_rows(
+    slides: list[StoredSlide], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also through the loop's watch; nothing is taken a chunk at a time while the encoder waits."""
+    augment = Augment(3, 1, "")
+    whole = joined(PatchBag(slides, threads=2, augment=augment).chunks(1000))
+    monkeypatch.setattr(PatchBag, "take", lambda *_: pytest.fail("taken"))
+    bag = Waits().watched(PatchBag(slides, threads=2, augment=augment))
+    group: Any = None
+    parts = [[chunk for _, chunk in Strips(group, rank, 3).chunks([bag], size)] for rank in range(3)]
+    assert [sum(len(chunk.index) for chunk in part) for part in parts] == [58, 59, 59]
+    assert all(len(chunk.index) <= size for part in parts for chunk in part)
+    assert same(joined(chunk for part in parts for chunk in part), whole)
 
 
 @pytest.mark.parametrize("size", [1, 7, 88, 89, 1000])

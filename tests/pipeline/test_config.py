@@ -35,7 +35,7 @@ def test_streaming_is_the_store_without_shared_slides() -> None:
 
     assert recipe("stream", 1) == recipe("store", 1)
     assert recipe("stream", 2, "window") == recipe("store", 2, "window")
-    for workers in (2, [1, 2]):
+    for workers in (2, [2, 2]):
         assert recipe("stream", workers) != recipe("store", workers)
         assert recipe("stream", workers) == recipe("store", workers, shard_above=None)
 
@@ -58,6 +58,10 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
     ("section", "words"),
     [
         ({"tasks": [{"name": "t", "column": "a"}, {"name": "t", "column": "b"}]}, "names must differ"),
+        (
+            {"cluster": {"workers": [1, 4]}, "train": {"source": "stream"}},
+            r"cluster.workers=\[1, 4\] takes every CPU .* set cluster.workers to one number, or train.source=store",
+        ),
         ({"cluster": {"start_timeout_s": float("nan")}}, "greater than 0|finite"),
         (
             {"tasks": [{"name": "t", "column": "a", "kind": "regression"}], "train": {"sampling": "balanced"}},

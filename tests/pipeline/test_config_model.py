@@ -22,6 +22,8 @@ from pipeline.config_model import ModelConfig, TrainConfig
         ({"epochs": 3, "warmup_epochs": 0, "freeze_encoder_epochs": 3}, "set freeze_encoder: true"),
         ({"freeze_encoder": True, "encoder_lr": 1e-4}, "nothing to do; drop them"),
         ({"stain_jitter": 0.1, "augment": False}, "augment is false"),
+        ({"score_batch": 12}, "multiple of 8"),
+        ({"score_batch": 0}, "greater than or equal to 8"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], words: str) -> None:

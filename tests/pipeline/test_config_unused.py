@@ -34,8 +34,8 @@ READ = {
     "train": "source epochs batch_size balance_window micro_batch bounded norm lr encoder_lr freeze_encoder "
     "freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best clip_norm augment "
     "stain_jitter compute_dtype",
-    "cluster": "address workers cpus_per_worker gpus_per_worker start_timeout_s max_failures checkpoint_minutes "
-    "checkpoint_steps",
+    "cluster": "address workers cpus_per_worker gpus_per_worker start_timeout_s max_failures wait_minutes "
+    "checkpoint_minutes checkpoint_steps",
 }
 """Fields that something reads in every valid config: a section's own checks refuse what they do not go with."""
 
@@ -80,6 +80,7 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         (BASELINE, "train.explore_epochs", 3),
         ({"model.select.mode": "every"}, "train.explore_epochs", 3),
         (BASELINE, "train.score_dtype", "bfloat16"),
+        (BASELINE, "train.score_batch", 64),
         (BASELINE, "train.compile", True),
         ({"model.select.mode": "every"}, "model.select.memory", 7),
         ({"model.aggregator.pool": "gated"}, "model.aggregator.heads", 4),

@@ -42,6 +42,13 @@ def test_take_gives_what_chunks_gave(bag_and_vectors: tuple[FeatureBag, np.ndarr
     assert (chunk.positions == everything.positions[rows]).all()
 
 
+def test_a_strip_is_a_part_of_it(bag_and_vectors: tuple[FeatureBag, np.ndarray]) -> None:
+    bag, whole = bag_and_vectors
+    chunks = list(bag.strip(3, 2, 9))
+    assert [chunk.index.tolist() for chunk in chunks] == [[2, 3, 4], [5, 6, 7], [8]]
+    assert (torch.cat([chunk.patches for chunk in chunks]).numpy() == whole[2:9]).all()
+
+
 def test_a_reader_may_stop_early(bag_and_vectors: tuple[FeatureBag, np.ndarray]) -> None:
     chunks = bag_and_vectors[0].chunks(2)
     next(chunks)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ips.bag import Bag, Chunk, Selection, TensorBag
+from ips.shards import strip
 from pipeline.hands import Waits, each_image, select_hand
 
 
@@ -76,6 +77,9 @@ def test_only_waiting_for_patches_is_counted() -> None:
     assert len(bag) == 3
     assert waits.seconds >= 0.12  # twice 20 ms a chunk
     assert time.perf_counter() - began - waits.seconds >= 0.15
+    before = waits.seconds
+    assert [chunk.index.tolist() for chunk in strip(bag, 1, 1, 3)] == [[1], [2]]
+    assert waits.seconds >= before + 0.04
     before = waits.seconds
     assert bag.take(torch.tensor([2])).index.tolist() == [2]
     assert waits.seconds >= before + 0.02

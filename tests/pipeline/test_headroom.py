@@ -8,39 +8,57 @@ from torch import nn
 
 from pipeline.config_model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
-from pipeline.headroom import memory_advice, untouched
+from pipeline.headroom import Part, memory_advice, untouched
 
 PETABYTE = 2**50
 
 
 @pytest.mark.parametrize(
-    ("fields", "selection", "advice"),
+    ("fields", "part", "advice"),
     [
-        ({}, True, "; lower model.select.chunk=256$"),
         (
             {},
-            False,
+            "selection",
+            r"; lower train.score_batch \(null, which is 256 on a GPU and 32 on a CPU\); above that number, "
+            "model.select.chunk=256 too$",
+        ),
+        ({"score_batch": 64}, "validation", r"; lower train.score_batch \(64\); above that number, model.select"),
+        (
+            {},
+            "gradient pass",
             r"lower model.select.memory=64 or train.batch_size=16, set train.micro_batch, or set train.bounded",
         ),
-        ({"micro_batch": 2}, False, "lower model.select.memory=64 or train.micro_batch=2, or set train.bounded=true"),
+        (
+            {"micro_batch": 2},
+            "gradient pass",
+            "lower model.select.memory=64 or train.micro_batch=2, or set train.bounded=true",
+        ),
         (
             {"bounded": True, "norm": "group"},
-            False,
+            "gradient pass",
             "lower train.grad_chunk=64; if that does not do, model.select.memory",
         ),
     ],
 )
-def test_running_out_says_what_to_lower(fields: dict[str, Any], selection: bool, advice: str) -> None:  # noqa: FBT001
-    part = "selection" if selection else "gradient pass"
+def test_running_out_says_what_to_lower(fields: dict[str, Any], part: Part, advice: str) -> None:
     with (
         pytest.raises(StageError, match=rf"out of memory in the {part} .*allocate.*{advice}"),
-        memory_advice(TrainConfig(**fields), SelectConfig(), selection=selection),
+        memory_advice(TrainConfig(**fields), SelectConfig(), part),
     ):
         torch.empty(PETABYTE, dtype=torch.uint8)  # the allocator truly refuses it
 
 
+@pytest.mark.parametrize("mode", ["random", "every"])
+def test_where_nothing_is_scored_the_chunk_alone_counts(mode: Any) -> None:
+    with (
+        pytest.raises(StageError, match="; lower model.select.chunk=256$"),
+        memory_advice(TrainConfig(), SelectConfig(mode=mode), "validation"),
+    ):
+        torch.empty(PETABYTE, dtype=torch.uint8)
+
+
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shape"), memory_advice(TrainConfig(), SelectConfig(), selection=True):
+    with pytest.raises(RuntimeError, match="shape"), memory_advice(TrainConfig(), SelectConfig(), "selection"):
         torch.zeros(2).view(3)
 
 

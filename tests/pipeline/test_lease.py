@@ -53,9 +53,38 @@ def test_a_second_one_is_told_who_holds_it_and_what_to_do(uri: str, monkeypatch:
             pass
         pickle.loads(pickle.dumps(mine)).check()
         assert _token(uri) == mine.token
-    assert not Path(uri).exists()
-    with held(uri, "train of demo") as again:
+    with held(uri, "train of demo") as again:  # though the process of the first one lives
         assert again.token != mine.token
+
+
+def test_who_gave_it_back_or_was_silent_through_all_of_another_s_work_writes_nothing_more(uri: str) -> None:
+    with held(uri, "train") as first:
+        first.check()
+    with pytest.raises(StageError, match="the run that this process works for has ended"):
+        first.check()
+    with held(uri, "train") as second:
+        second.check()
+    with pytest.raises(StageError, match=rf"process {os.getpid()} .* has taken this work over .*has ended since"):
+        first.check()
+
+
+def test_a_claim_that_is_gone_is_looked_for_twice_and_then_lost(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some S3 servers remove the old file before they write the new one."""
+    mine = lease.Lease(uri, "t1")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.lease.time.sleep", lambda _: _write(uri, ELSEWHERE))
+        mine.check()
+    Path(uri).unlink()
+    monkeypatch.setattr(lease, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    with pytest.raises(StageError, match=r"train-aa.lease is gone, .* run again where none is"):
+        mine.check()
+    with held(uri, "train"):
+        Path(uri).unlink()
+        _until(lambda: "is gone" in caplog.text)
+    assert not Path(uri).exists()  # it is not claimed anew
 
 
 KILLED = """
@@ -111,7 +140,7 @@ def test_one_elsewhere_that_lives_is_left_alone(moves: str, uri: str, monkeypatc
     def sleep(_: float) -> None:
         polls.append(1)
         if len(polls) == 3 and moves == "ends":
-            Path(uri).unlink()
+            _write(uri, replace(ELSEWHERE, free=True))
         elif len(polls) == 3:
             _write(uri, replace(ELSEWHERE, beats=4) if moves == "beats" else replace(ELSEWHERE, token="t2"))
 
@@ -180,4 +209,4 @@ def test_on_s3_through_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         _until(lambda: _beats(file) > before)
         mine.check()
         stack.__exit__(None, None, None)
-        assert not file.exists()
+        assert json.loads(file.read_text())["free"]

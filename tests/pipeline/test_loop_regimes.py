@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -166,10 +167,35 @@ def test_the_largest_slides_are_tried_first_and_leave_no_trace(monkeypatch: pyte
     model, _ = _stepped({"batch_size": 2}, slides=slides)
     assert order[:2] == [4, 3]
     assert len(order) == 2 + 5
-    monkeypatch.setattr(_Turn, "try_largest", lambda _self, _epoch: None)
+    monkeypatch.setattr(_Turn, "try_largest", lambda *_: None)
     untried, _ = _stepped({"batch_size": 2}, slides=slides)
     for name, value in untried.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_as_many_slides_are_tried_as_a_rank_ever_gets() -> None:
+    """Beside one of 90 patches the other rank gets all three small ones of a step of four."""
+    bags: list[Bag] = [TensorBag(torch.zeros(90 if n == 2 else 5, 3, 5, 7, dtype=torch.uint8)) for n in range(8)]
+    opened: list[int] = []
+    tried: list[int] = []
+
+    def bag(index: int, _epoch: int) -> Bag:
+        opened.append(index)
+        return bags[index]
+
+    def announce(_order: Sequence[int]) -> None:
+        tried.extend(opened)
+
+    targets = [{"spot": float(n % 2)} for n in range(8)]
+    slides = Slides([len(b) for b in bags], targets, {"spot": "binary"}, bag, announce=announce)
+    for settings, hand in (({}, [2, 0, 1]), ({"micro_batch": 2}, [2, 0])):
+        opened.clear()
+        tried.clear()
+        model = _model()
+        train = TrainConfig.model_validate({**_STEP, "batch_size": 4, **settings})
+        ranks = Ranks(1, 2, lambda _tensor: None)
+        next(train_steps(model, _optimizer(model), slides, train, SELECT, seed=0, start_epoch=0, ranks=ranks))
+        assert tried == hand
 
 
 class _Greedy(nn.Module):
@@ -180,23 +206,37 @@ class _Greedy(nn.Module):
         self.inner, self.with_gradient = TinyEncoder(), with_gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() == self.with_gradient:
+        learns = next(self.inner.parameters()).requires_grad
+        if (torch.is_grad_enabled() and learns) == self.with_gradient:
             torch.empty(2**50, dtype=torch.uint8)
         out: Tensor = self.inner(x)
         return out
 
 
+@pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize(
     ("with_gradient", "advice"),
-    [(False, "model.select.chunk=7"), (True, "model.select.memory=3 or train.batch_size=4")],
+    [(False, "train.score_batch .*, model.select.chunk=7"), (True, "model.select.memory=3 or train.batch_size=4")],
 )
-def test_running_out_of_memory_comes_before_step_one(with_gradient: bool, advice: str) -> None:  # noqa: FBT001
+def test_running_out_of_memory_comes_before_step_one(with_gradient: bool, advice: str, frozen: int) -> None:  # noqa: FBT001
+    """Also where the encoder learns later only."""
     model = _model()
     model.encoder = _Greedy(with_gradient=with_gradient)
-    settings = TrainConfig(epochs=1, batch_size=4, warmup_epochs=0)
+    settings = TrainConfig(epochs=4, batch_size=4, warmup_epochs=0, freeze_encoder_epochs=frozen)
     steps = train_steps(model, _optimizer(model), _slides(), settings, SELECT, seed=0, start_epoch=0, ranks=Ranks())
     with pytest.raises(StageError, match=f"out of memory .*lower {advice}"):
         next(steps)
+
+
+def test_patches_are_scored_as_many_at_a_time_as_asked_for() -> None:
+    seen: set[int] = set()
+    for score_batch in (None, 8):
+        model = _model()
+        model.encoder.register_forward_pre_hook(lambda module, inputs: seen.add(len(inputs[0])))
+        settings = TrainConfig(epochs=1, batch_size=1, warmup_epochs=0, score_batch=score_batch)
+        next(train_steps(model, _optimizer(model), _slides(), settings, SELECT, seed=0, start_epoch=0, ranks=Ranks()))
+        assert seen - {SELECT.memory} == {score_batch or 32}
+        seen.clear()
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from pipeline.checkpoint import Progress, Snapshot, take_snapshot, write_snapshot
 from pipeline.config import Config
 from pipeline.errors import StageError, StorageError
-from pipeline.saver import COMMIT, Saver, model_folder, newest, restore
+from pipeline.lease import Lease, held
+from pipeline.saver import COMMIT, Saver, model_folder, newest, progress_of, restore
 from tests.s3 import S3Server, serve_s3
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
@@ -171,20 +172,29 @@ def test_a_run_that_went_back_behind_a_damaged_checkpoint_keeps_two_whole_ones(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
 
 
-def test_what_is_no_longer_allowed_is_not_done(tmp_path: Path) -> None:
-    _save(tmp_path, 1)
-    answers = iter([None, StageError("another driver has taken the run over")])
+@pytest.mark.parametrize(("answers", "left"), [(1, [1]), (2, [1, 2, 5])])
+def test_what_is_no_longer_allowed_is_not_done(answers: int, left: list[int], tmp_path: Path) -> None:
+    """Allowed when it begins, not when it would count; or when it counts, not when what is newer would go."""
+    _save(tmp_path, *left[:1], *left[2:])
+    allowances = iter([None] * answers)
 
     def allowed() -> None:
-        answer = next(answers)
-        if answer is not None:
-            raise answer
+        if next(allowances, True):
+            raise StageError("another driver has taken the run over")
 
     with pytest.raises(StageError, match="taken the run over"), Saver(str(tmp_path), allowed) as saver:
-        saver.save(_snapshot(2))  # allowed when it begins, not when it would count
-    found = newest(str(tmp_path))
-    assert found is not None
-    assert found.step == 1
+        saver.save(_snapshot(2))
+    whole = sorted(path.parent.name for path in tmp_path.glob(f"*/{COMMIT}"))
+    assert whole == [f"step-{step:08d}" for step in left]
+
+
+def test_a_driver_that_wakes_after_another_one_has_finished_its_run_leaves_that_alone(tmp_path: Path) -> None:
+    with held(str(tmp_path / "lease"), "train"):
+        _save(tmp_path / "run", 35, 36)
+    stale = Lease(str(tmp_path / "lease"), "its token")
+    with pytest.raises(StageError, match="has ended since"), Saver(str(tmp_path / "run"), stale.check) as saver:
+        saver.save(_snapshot(11))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000035", "step-00000036"]
 
 
 def test_the_result_is_what_the_training_wrote_or_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -214,6 +224,21 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
     commit = tmp_path / "step-00000001" / COMMIT
     commit.write_text(json.dumps({**json.loads(commit.read_text()), "version": 0}))
     with pytest.raises(StageError, match=r"checkpoint of version 0, this is version 1; .* to train anew"):
+        newest(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"colour": "blue"}, None])
+def test_progress_of_another_version_says_so(change: dict[str, object] | None, tmp_path: Path) -> None:
+    """A release may know more of a run, or less, with the files as they are."""
+    _save(tmp_path, 1)
+    assert progress_of(str(tmp_path), "step-00000001").metrics == {"epoch": 1.0}
+    commit = tmp_path / "step-00000001" / COMMIT
+    known = json.loads(commit.read_text())
+    progress = {"epoch": 1} if change is None else {**known["progress"], **change}
+    commit.write_text(json.dumps({**known, "progress": progress}))
+    with pytest.raises(
+        StageError, match=r"checkpoint of another version \(.*__init__.*\); go on with .* to train anew"
+    ):
         newest(str(tmp_path))
 
 

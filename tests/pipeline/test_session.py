@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +17,16 @@ from safetensors.torch import load_file
 from pipeline import storage
 from pipeline.checkpoint import WEIGHTS, Progress
 from pipeline.config import ClusterConfig
-from pipeline.errors import StageError
+from pipeline.errors import StageError, TrackingError
 from pipeline.lease import Claim, Lease
 from pipeline.loop import StepDone
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks
 from pipeline.saver import newest
-from pipeline.session import Job, _advanced, _looks, run_session
-from pipeline.tracking import open_tracking
+from pipeline.session import Job, _advanced, _looks, _peak_bytes, run_session
+from pipeline.tracking import Tracker, open_tracking
 from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.pipeline.test_validation import Together
 from tests.s3 import serve_s3
 
 REPO = Path(__file__).resolve().parents[2]
@@ -144,6 +146,32 @@ def test_patience_ends_the_run_and_the_best_checkpoint_stays(job: Job, tmp_path:
     assert last.metrics["looks_since_best"] == 2
 
 
+def test_a_run_that_patience_ended_is_over_after_a_restart_too_and_sends_what_was_left(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker is lost with MLflow away, after the last checkpoint: Ray starts it again."""
+    few = replace(job, train=job.train[:2])  # a step an epoch
+    stopped = _short(few, tmp_path, epochs=9, patience=1, validate_every=1, lr=1e-12, weight_decay=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.journal._PERIOD_S", 60)
+        patch.setattr(Tracker, "log_rows", _away)
+        with pytest.raises(TrackingError, match="away"):
+            _run(stopped)
+    found = newest(stopped.folder)
+    assert found is not None
+    assert found.is_last
+    assert found.epoch < 9
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert replace(_run(stopped), unsent=[]) == replace(found, unsent=[])
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    steps = [metric.step for metric in job.tracker.client.get_metric_history(stopped.run_id, "loss")]
+    assert sorted(steps) == list(range(1, found.step + 1))
+
+
+def _away(*_: object) -> None:
+    raise TrackingError("MLflow is away")
+
+
 def test_a_run_that_another_driver_has_taken_over_writes_nothing_and_ends(job: Job, tmp_path: Path) -> None:
     claim = Claim("theirs", "node-7", "boot", 77, 1e9, "2026-01-02T03:04:05+00:00")
     storage.write_json(str(tmp_path / "lease"), asdict(claim))
@@ -151,6 +179,66 @@ def test_a_run_that_another_driver_has_taken_over_writes_nothing_and_ends(job: J
     with pytest.raises(StageError, match="process 77 on node-7.* has taken this work over"):
         _run(lost)
     assert not (tmp_path / "run").exists()
+
+
+_RANDOM = {
+    "encoder": {"stages": 2},
+    "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16},
+    "select": {"memory": 5, "chunk": 7, "mode": "random"},
+}
+
+
+@pytest.mark.parametrize(("model", "words"), [({}, "diverged, of the v"), (_RANDOM, "the logits of the v")])
+def test_weights_that_the_last_step_of_an_epoch_broke_are_named_and_not_saved(
+    model: dict[str, object], words: str, job: Job, tmp_path: Path
+) -> None:
+    """The loss and the gradients were still finite."""
+    few = replace(job, train=job.train[:2])
+    broken = _short(few, tmp_path, epochs=3, lr=1e30, clip_norm=None, warmup_epochs=0, validate_every=1)
+    broken = replace(
+        broken, config=small_config(**{**broken.config.model_dump(), **({"model": model} if model else {})})
+    )
+    with pytest.raises(
+        StageError, match=rf"{words}alidation slide s\d.* after step 1 \(epoch 1, lr 1e\+30\); lower train"
+    ):
+        _run(broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_running_out_of_memory_at_a_look_says_what_to_lower(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr("pipeline.session.predict_bag", greedy)
+    with pytest.raises(StageError, match="out of memory in the validation .* lower train.score_batch"):
+        _run(_short(replace(job, train=job.train[:2]), tmp_path, validate_every=1))
+
+
+@pytest.mark.timeout(30)
+def test_peak_memory_is_that_of_the_largest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = threading.local()
+    monkeypatch.setattr("pipeline.session.peak_resident_bytes", lambda: sizes.mine)
+
+    def work(ranks: Ranks) -> float:
+        sizes.mine = (5e8, 7e8, 6e8)[ranks.rank]
+        return _peak_bytes(ranks, torch.device("cpu"))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, Together(3).ranks)) == [7e8] * 3
+
+
+def test_memory_beyond_what_was_tried_is_told_once(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peaks = iter([100e6, 109e6, 111e6, 150e6])  # after step 1, and at the end of each epoch
+    monkeypatch.setattr("pipeline.session._peak_bytes", lambda *_: next(peaks))
+    last = _run(replace(_short(replace(job, train=job.train[:2]), tmp_path, epochs=3), val=()))
+    assert (last.metrics["peak_memory_mb"], last.metrics["memory_bound_mb"]) == (150, 100)
+    told = [record.getMessage() for record in caplog.records if "largest slides had been tried" in record.getMessage()]
+    assert len(told) == 1
+    assert "has used 111 MB, and 100 MB when" in told[0]
 
 
 def test_the_last_epoch_is_always_looked_at() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.config_base import fingerprint
 from pipeline.errors import DataBudgetError, StageError
 from pipeline.patches import SlideStatus
 from pipeline.stage import Record, Workspace
@@ -49,6 +52,23 @@ def test_a_memory_above_every_bag_is_a_warning_and_no_bag_an_error(caplog: pytes
     assert "model.select.memory=5 is not below the largest bag (5 patches): all patches are used" in caplog.text
     with pytest.raises(StageError, match="no slide of the train split is committed"):
         _warn_small_bags(small_config(), [])
+
+
+def test_a_slide_that_lost_patches_since_is_another_recipe_for_training_and_test(tmp_path: Path) -> None:
+    """Its key is that of its content, so it stays."""
+    config = small_config(storage={"patches": str(tmp_path / "patches")}, evaluate={"split": "train"})
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    cohort = replace(cohort, slides=tuple(replace(slide, split="train") for slide in cohort.slides))
+    keys = {slide.slide_id: kept.key for slide, kept in store_slides(cohort, tmp_path / "patches", config)}
+    records = {name: Record(name, "f", {}, {}, {"keys": keys}) for name in ("tile", "train")}
+    space = Workspace(config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {}, records)
+    stages = [stage for stage in STAGES if stage.name in ("train", "evaluate")]
+    before = [fingerprint(stage.identity(space)) for stage in stages]
+    assert [fingerprint(stage.identity(space)) for stage in stages] == before
+    commit = tmp_path / "patches" / config.tiling.fingerprint() / keys["s0"] / "slide.json"
+    facts = json.loads(commit.read_text())
+    commit.write_text(json.dumps({**facts, "n_patches": facts["n_patches"] - 1}))
+    assert not set(before) & {fingerprint(stage.identity(space)) for stage in stages}
 
 
 def test_a_tiled_slide_without_its_commit_is_not_done(tmp_path: Path) -> None:

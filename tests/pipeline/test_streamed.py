@@ -16,10 +16,11 @@ from pipeline.cohort import Cohort
 from pipeline.config_data import TilingConfig
 from pipeline.errors import PlanError, SlideError, StageError, StorageError
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.plan import epoch_plan
 from pipeline.quality_pictures import picture
-from pipeline.stages import plans_mended
 from pipeline.streamed import StreamedSlide, open_streamed, plan_root
 from pipeline.tiler import begin_slide, store_slide
+from pipeline.workflow import run
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
 from tests.pipeline.test_cutting import spoil
 from tests.synth import tissue_rgb, write_pyramid
@@ -158,16 +159,49 @@ def test_a_slide_over_the_budget_is_quarantined_by_both(tmp_path: Path) -> None:
     assert str(again.reason).startswith("bad-tiles: 2 of 63 patches cannot be decoded, over tiling.max_bad_tiles=0.02")
 
 
-def test_the_run_that_meets_it_says_so_and_removes_the_plan(tmp_path: Path) -> None:
-    config = small_config(storage={"patches": str(tmp_path)}, train={"source": "stream"})
-    cohort = write_cohort(tmp_path, ["no"])
-    (streamed,) = stream_slides(cohort, tmp_path, config.tiling)
-    with (
-        pytest.raises(StageError, match=r"s0.png: the patch of row 3 .*\. Run again: the tile stage then reads this"),
-        plans_mended(config),
-    ):
-        raise PlanError(streamed.key, "s0.png: the patch of row 3 cannot be decoded")
-    assert not Path(streamed.plan.uri).exists()
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_that_meets_it_removes_the_plan_and_the_next_one_trains_on_a_mended_plan(
+    ray_session: None, tmp_path: Path
+) -> None:
+    """From nothing: what the first run saved before it met the patch belongs to a recipe of other patches."""
+    lines = ["slide_id,uri,split,label"]
+    for number in range(4):
+        width, height = (293, 229) if number == 3 else (613, 487)  # 4 x 3 patches, or 9 x 7
+        write_pyramid(tmp_path / f"s{number}.tiff", tissue_rgb(width, height, seed=number), levels=1, tile=64)
+        lines.append(f"s{number},s{number}.tiff,{'val' if number == 0 else 'train'},{number % 2}")
+    spoil(tmp_path / "s3.tiff", 5, "cut short")
+    (tmp_path / "cohort.csv").write_text("\n".join([*lines, "t0,s0.tiff,test,0", "t1,s1.tiff,test,1"]) + "\n")
+    seed = next(seed for seed in range(99) if _order(seed)[-1] == 2)  # the torn one comes last
+    config = small_config(
+        seed=seed,
+        cohort={"uri": str(tmp_path / "cohort.csv")},
+        tasks=[{"name": "tumour", "column": "label"}],
+        storage={"root": str(tmp_path / "root"), "patches": str(tmp_path / "root" / "patches")},
+        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "torn"},
+        tiling={"patch_px": 64, "mpp": None, "tissue": "none", "max_bad_tiles": 0.1, "cpus": 0.5},
+        train={"source": "stream", "epochs": 1, "batch_size": 1, "warmup_epochs": 0, "shard_above": None},
+        cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
+    )
+    with pytest.raises(StageError, match=r"s3.tiff: the patch of row 4 .*\. Run again: the tile stage then reads this"):
+        run(config, "train")
+    assert len(list(tmp_path.glob("root/train/*/*/checkpoint.json"))) in (1, 2)
+    assert len(list(tmp_path.glob("root/patches/plans/*/*/slide.json"))) == 3
+    done = run(config, "train").stages
+    assert (done["tile"].outcome, done["train"].outcome) == ("done", "done")
+    assert done["tile"].record.metrics["bad_tiles"] == 1
+    assert done["train"].record.metrics["epoch"] == 1
+    assert len(list(tmp_path.glob("root/train/*"))) == 2
+    assert run(config, "train").outcome == "nothing to do"
+
+
+def _order(seed: int) -> list[int]:
+    """Of the training slides, a step each."""
+    return [
+        index
+        for step in epoch_plan([63, 63, 12], batch_size=1, world_size=1, seed=seed, epoch=0)
+        for index in step.slides
+    ]
 
 
 def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from pipeline.hands import Pick, select_hand
 from pipeline.loop import Slides, train_steps
 from pipeline.plan import Step, epoch_plan
 from pipeline.ranks import Ranks, joined_ranks
+from tests.pipeline import test_loop
 from tests.pipeline.test_loop import TinyEncoder, _open
 
 LENGTHS = (5, 90, 8, 11, 40, 7, 14, 6, 17, 9, 12)
@@ -77,6 +79,30 @@ def _train(ranks: Ranks, state: Mapping[str, Any] | None, start: int, stop: int)
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, chosen
 
 
+def _steps(state: Mapping[str, Any] | None, start: int, stop: int | None = None) -> dict[str, Any]:
+    """One rank's state after step `stop`, or the last one, with dropout, batch statistics and random exploration."""
+    model = test_loop._model()
+    optimizer = test_loop._optimizer(model)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    settings = TrainConfig(epochs=4, batch_size=4, lr=1e-2, warmup_epochs=1, explore_epochs=1)
+    place = {"start_epoch": start // 3, "start_step": start % 3}
+    slides, ranks = test_loop._slides(), joined_ranks()
+    for done in train_steps(model, optimizer, slides, settings, SELECT, seed=3, ranks=ranks, **place):
+        if done.step == stop:
+            break
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def _resumed() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The end of a run, and of one that stopped within an epoch and went on from the state that checkpoints have."""
+    whole, box = _steps(None, 0), [_steps(None, 0, 4)]
+    torch.randn(5)  # a new process has other random numbers
+    dist.broadcast_object_list(box, 0)
+    return whole, _steps(box[0], 4)
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -84,15 +110,22 @@ def _worker(rank: int, folder: str) -> None:
         half, chosen = _train(joined_ranks(), None, 0, 4)
         state, more = _train(joined_ranks(), half, 4, 7)
         torch.save((half, state, chosen | more), f"{folder}/{rank}.pt")
+        torch.save(_resumed(), f"{folder}/resumed-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[dict[str, Any], dict[str, Any], Chosen]]:
-    """rank -> state after four epochs, after seven, and what it selected."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
     folder = tmp_path_factory.mktemp("two")
     spawn(_worker, args=(str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Callable[[int], tuple[dict[str, Any], dict[str, Any], Chosen]]:
+    """rank -> state after four epochs, after seven, and what it selected."""
     return lambda rank: torch.load(folder / f"{rank}.pt", weights_only=True)
 
 
@@ -133,6 +166,17 @@ def test_two_processes_train_as_one_does(
     assert all(torch.equal(first[name], second[name]) for name in first)
     untrained = _model().state_dict()
     assert (first["encoder.conv.weight"] - untrained["encoder.conv.weight"]).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_two_ranks_that_stopped_within_an_epoch_go_on_as_if_they_had_not(folder: Path) -> None:
+    """Bit for bit."""
+    for rank in range(2):
+        whole, resumed = torch.load(folder / f"resumed-{rank}.pt", weights_only=True)
+        assert all(torch.equal(resumed["model"][name], value) for name, value in whole["model"].items())
+        moments = [state["optimizer"]["state"] for state in (whole, resumed)]
+        for index, moment in moments[0].items():
+            assert all(torch.equal(moments[1][index][name], value) for name, value in moment.items())
 
 
 @pytest.mark.slow

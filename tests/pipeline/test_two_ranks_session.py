@@ -19,6 +19,7 @@ from pipeline.augment import Augment
 from pipeline.checkpoint import Progress
 from pipeline.errors import StorageError
 from pipeline.inference import load_model
+from pipeline.loop import StepDone
 from pipeline.patches import StoredSlide
 from pipeline.ranks import Ranks, joined_ranks
 from pipeline.session import Job, run_session
@@ -28,6 +29,7 @@ from tests.pipeline.small import small_config, store_slides, write_cohort
 
 LABELS = ["no", "yes"] * 5 + ["no"]  # the last seven to look at
 CPU = torch.device("cpu")
+LAST = StepDone(1, 2, last_of_epoch=True, loss=0.5, lr=1e-5, slides=4, patches=80, seconds=1.0, waited=0.0)
 MEASURES = ("val_auc_tumour", "val_accuracy_tumour", "val_loss", "val_score")
 
 
@@ -86,9 +88,10 @@ def test_two_ranks_validate_as_one_does_each_its_part(job: Job, tmp_path: Path) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone = session._look(model, job, Ranks(), CPU)
+        alone = session._look(model, job, Ranks(), CPU, LAST)
     finally:
         torch.set_num_threads(threads)
+    assert alone is not None
     assert set(alone) == set(MEASURES)
     assert {name: progress.metrics[name] for name in MEASURES} == alone
 

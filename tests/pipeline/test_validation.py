@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.config_data import TaskConfig
-from pipeline.errors import PipelineError, SlideError, StorageError
+from pipeline.errors import PipelineError, SlideError, StageError, StorageError
 from pipeline.inference import BagPrediction
 from pipeline.labels import Label
 from pipeline.ranks import Ranks
-from pipeline.validation import Outputs, look, predict_together
+from pipeline.validation import Outputs, check_finite, look, predict_together
 
 TUMOUR = TaskConfig(name="tumour", column="t", class_weights=(1.0, 9.0))
 AGE = TaskConfig(name="age", column="a", kind="regression", mean=50, std=10)
@@ -56,6 +56,15 @@ def test_what_the_labels_cannot_give_is_absent() -> None:
     alone = look([TUMOUR], _labels(("1", None), ("0", None), (None, None)), FOUND)
     assert half["val_loss"] == alone["val_loss"]  # a task without labels does not halve it
     assert "val_score" not in half
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    check_finite(FOUND, {"val_loss": 0.5}, ["a", "b", "c"], "after step 3")
+    check_finite(FOUND, {}, ["a", "b", "c"], "after step 3")
+    with pytest.raises(StageError, match="the validation loss became inf after step 3"):
+        check_finite(FOUND, {"val_loss": math.inf}, ["a", "b", "c"], "after step 3")
+    with pytest.raises(StageError, match="the logits of the validation slide c are not finite after step 3"):
+        check_finite([*FOUND[:2], _found(math.nan, 1.0)], {}, ["a", "b", "c"], "after step 3")
 
 
 class Together:

@@ -4,6 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,33 @@ from pipeline.ranks import Ranks
 from pipeline.saver import newest
 from pipeline.session import Job, run_session
 from pipeline.tracking import open_tracking
+from pipeline.worker import ASK_S, Notices
 from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.pipeline.test_validation import Together
 
 REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(30)
+def test_notices_are_asked_for_when_the_first_rank_s_clock_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all ranks at the same steps, whatever their own clocks say."""
+    together, steps = Together(3), 12
+    now = threading.local()
+    monkeypatch.setattr("pipeline.worker.time.monotonic", lambda: now.seconds)
+
+    def work(ranks: Ranks) -> list[bool]:
+        now.seconds = 1000.0 * ranks.rank
+        notices = Notices(ranks, torch.device("cpu"), lambda: True)
+        answers = []
+        for _ in range(steps):
+            now.seconds += 2.0 if ranks.rank == 0 else 0.1 * ranks.rank
+            answers.append(notices.seen())
+        return answers
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, together.ranks))
+    assert found == [[False, False, True] * 4] * 3
+    assert ASK_S == 5  # with Ray's own 5 s a notice is seen within 10
 
 
 @pytest.mark.slow
