@@ -94,11 +94,13 @@ def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Pa
     run(config, "tile")
     before = contents(tmp_path / "root")
     _, train = plan(config, "train")
+    lease = tmp_path / "root" / "stages" / f"train-{train.fingerprint}.lease"
     with (
-        held(str(tmp_path / "root" / "stages" / f"train-{train.fingerprint}.lease"), "the first"),
+        held(str(lease), "the first"),
         pytest.raises(StageError, match=r"train of default: process \d+ on .*, since .*, is at work on it"),
     ):
         run(config, "train")
+    lease.unlink()
     assert contents(tmp_path / "root") == before
 
 
