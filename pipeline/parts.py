@@ -81,13 +81,11 @@ def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
     size = part_patches(tiling.grid.patch_px)
     start, stop = number * size, min((number + 1) * size, len(tiling.cells))
     lost_before = len(tiling.bad_tiles)
-    corners = tiling.grid.level0_origins(tiling.cells[start:stop]).tolist()
-    cells = {(x, y): start + i for i, (x, y) in enumerate(corners)}
     sink = pa.BufferOutputStream()
     rows = tiling.rows(start, stop)
     with reading_source(), pa.ipc.new_file(sink, PATCHES) as writer:
         while batch := list(itertools.islice(rows, BATCH_PATCHES)):
-            writer.write_batch(_batch(batch, [cells[row.x, row.y] for row in batch]))
+            writer.write_batch(_batch(batch))
     data = bytes(sink.getvalue())
     index = part_index(data, number)
     bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
@@ -156,9 +154,9 @@ def unpack(data: bytes) -> Part:
     return Part(**facts, index=table.cast(INDEX))
 
 
-def _batch(rows: Sequence[PatchRow], cells: Sequence[int]) -> pa.RecordBatch:
+def _batch(rows: Sequence[PatchRow]) -> pa.RecordBatch:
     columns = [
-        cells,
+        [row.cell for row in rows],
         [row.x for row in rows],
         [row.y for row in rows],
         [row.level for row in rows],

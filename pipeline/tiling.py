@@ -31,6 +31,8 @@ MASK_PX = 2048
 class PatchRow:
     """One encoded patch; x, y are the level-0 px of its upper left corner."""
 
+    cell: int
+    """Its place in the slide's plan."""
     x: int
     y: int
     level: int
@@ -74,13 +76,14 @@ class SlideTiling:
             cells = wanted[first : first + ANNOUNCED]
             origins = self.grid.level_origins(cells)
             cutter.expect(origins)
-            for (x0, y0), (x, y) in zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True):
+            corners = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True)
+            for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
                 try:
                     image = cutter.cut(x, y)
                 except BadTileError as error:
                     self._lose(x0, y0, error)
                 else:
-                    yield PatchRow(x0, y0, self.grid.level, image)
+                    yield PatchRow(cell, x0, y0, self.grid.level, image)
 
     def check_lost(self, lost: int, last: BadTileError | None = None) -> None:
         """SlideError "bad-tiles" when so many of the slide's patches cannot be decoded that it is given up."""

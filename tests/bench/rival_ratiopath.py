@@ -41,7 +41,7 @@ def stage(slides: list[str], folder: str) -> int:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     wall, cpu = time.perf_counter(), cpu_seconds()
     count = stage(sys.argv[2:], str(Path(sys.argv[1]).absolute()))
     print(json.dumps({"tiles": count, "wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}))
