@@ -85,6 +85,7 @@ def test_a_dead_endpoint_fails_soon(endpoint: str, monkeypatch: pytest.MonkeyPat
         storage.exists("s3://bucket/file")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)  # four attempts, and the pauses between them
 def test_a_silent_endpoint_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
@@ -133,6 +134,7 @@ def test_what_may_pass_is_tried_again(fault: Fault, name: str, faults: Faults) -
     assert faults.spoilt == (3 if fault != "silent" else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("busy", "answers SlowDown"), ("reset", "cannot be reached"), ("short", "breaks off its answers")],

@@ -136,6 +136,7 @@ def test_system_metrics_are_sampled(tracker: Tracker) -> None:
             time.sleep(0.1)  # the test's own time limit ends it
 
 
+@pytest.mark.slow
 def test_another_process_logs_into_the_run_and_leaves_it_running(tracker: Tracker) -> None:
     run_id = tracker.start_run("worker")
     code = (
@@ -149,6 +150,7 @@ def test_another_process_logs_into_the_run_and_leaves_it_running(tracker: Tracke
     assert run.info.status == "RUNNING"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_server_that_is_down_is_reported_soon() -> None:
     with pytest.raises(TrackingError, match=r"tracking\.uri"):
