@@ -13,7 +13,8 @@ The size was chosen by trying, on test images that this benchmark draws again: w
 M = 10 and 5 epochs 71%; with 20,000 images seen in all, seeds spread from .35 to .59, because until digits are among
 the M patches there is nothing to learn. Each run is written to results/megapixel_mnist.json when it is done; the same
 command goes on with those that are missing, and several processes may share the work (`--only`, `--seeds`). Exits 1
-where the goal is missed.
+where the goal is missed. A run takes 8 minutes of one core (2026-11-27, Intel Xeon with AMX) and no less of two threads
+(300 of 2,000 steps in 93 s), so two cores are used by two runs at once.
 """
 
 from __future__ import annotations
@@ -299,9 +300,11 @@ def verdict(report: dict[str, Any]) -> int:
     print(table(report))
     exact = [run for run in report["runs"] if run["method"] == "exact"]
     if not exact:
-        return 0
+        print("no run of exact yet")
+        return 1
     found, spent = mean(run["accuracy"]["majority"] for run in exact), max(run["cpu_s"] for run in exact) / 2
-    print(f"majority of exact: {found:.3f}, goal {GOAL}; {spent:.0f} s a run on two cores, limit {LIMIT_S:.0f} s")
+    print(f"majority of exact: {found:.3f}, goal {GOAL}")
+    print(f"{spent:.0f} s a run where two run at once on two cores, limit {LIMIT_S:.0f} s")
     return int(found < GOAL or spent > LIMIT_S)
 
 
