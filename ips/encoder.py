@@ -15,28 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ips.strided import Strided
+
 _BLOCKS: Mapping[str, tuple[int, int, int, int]] = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
     "resnet50": (3, 4, 6, 3),
 }
 _NOT_OURS = ("fc.", "layer1.", "layer2.", "layer3.", "layer4.")  # torchvision's classifier and the stages cut off
-
-
-class Halving(nn.Conv2d):
-    """A convolution of stride 2 that is right on maps of one or two columns too.
-
-    There oneDNN (of torch 2.13, a CPU with AMX) reads memory that is not its own in bfloat16: forward where a column
-    of several rows comes out, backward to the weights where a single column goes in; 3x3 and 7x7, any batch. Such maps
-    are the last stages' of patches up to 32 px wide. A third column of zeros, as the padding has them, avoids it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, inputs, h, w) -> (n, outputs, ceil(h / 2), ceil(w / 2))."""
-        width = x.shape[3]
-        if width > 2 or x.device.type != "cpu":
-            return super().forward(x)
-        return super().forward(nn.functional.pad(x, (0, 3 - width)))[..., :1]
 
 
 class BasicBlock(nn.Module):
@@ -87,7 +73,7 @@ class Bottleneck(nn.Module):
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
-    return (Halving if stride == 2 else nn.Conv2d)(inputs, outputs, 3, stride, 1, bias=False)
+    return (Strided if stride == 2 else nn.Conv2d)(inputs, outputs, 3, stride, 1, bias=False)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -119,7 +105,7 @@ class ResNet(nn.Module):
         self.stem_bytes: int | None = None
         """Limit to the first feature maps, which are the largest; None runs the batch at once, as batch norms that
         train need it."""
-        self.conv1 = Halving(channels, 64, 7, 2, 3, bias=False)
+        self.conv1 = Strided(channels, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)

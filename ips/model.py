@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ips.aggregator import Aggregator
 from ips.bag import Batch
 from ips.positions import IndexPositions, check_positions
+from ips.strided import guard
 
 
 class IPSModel(nn.Module):
@@ -19,7 +20,7 @@ class IPSModel(nn.Module):
 
     Args:
         encoder: (n, C, h, w) or (n, F) -> (n, D); where it says `dim`, that is D, and other patches than its
-            `channels` or `inputs` say are refused.
+            `channels` or `inputs` say are refused. Its strided convolutions become `ips.strided.Strided`.
         aggregator: `Aggregator`, or one of `ips.baselines` with the same `forward` and `tasks`.
         heads: task -> head (B, D) -> (B, K); the i-th head reads the i-th token.
         position: `GridPositions`, `IndexPositions` or None; added to embeddings after the encoder.
@@ -59,6 +60,7 @@ class IPSModel(nn.Module):
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} need equal lengths and std > 0")
         self.dim: int | None = next(iter(widths.values()), None)
         """D, where a part says it."""
+        guard(encoder)
         self.encoder, self.aggregator, self.position = encoder, aggregator, position
         self.tasks = tuple(heads)
         self.heads = nn.ModuleList(heads.values())  # a list: task names may hold dots, module names may not

@@ -1,4 +1,4 @@
-"""What selection is worth on a small Megapixel MNIST: `python -m tests.bench.megapixel`, two hours on one core.
+"""What selection is worth on a small Megapixel MNIST: `python -m tests.bench.megapixel`, two hours on two cores.
 
 One network, one training loop (`pipeline.loop`), one set of images; only the way to choose and to pool patches differs:
 
@@ -13,8 +13,8 @@ The size was chosen by trying, on test images that this benchmark draws again: w
 M = 10 and 5 epochs 71%; with 20,000 images seen in all, seeds spread from .35 to .59, because until digits are among
 the M patches there is nothing to learn. Each run is written to results/megapixel_mnist.json when it is done; the same
 command goes on with those that are missing, and several processes may share the work (`--only`, `--seeds`). Exits 1
-where the goal is missed. A run takes 8 minutes of one core (2026-11-27, Intel Xeon with AMX) and no less of two threads
-(300 of 2,000 steps in 93 s), so two cores are used by two runs at once.
+where a goal is missed: the majorities of `exact`, and that a run of it, images and test included, ends in time on two
+idle cores. The second thread takes a third off a run of `exact`; two runs with `--threads 1` at once do more in all.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def test_accuracy(method: str, model: IPSModel, images: Images, settings: Settin
 
 def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[str, Any]:
     """Train and test once; what the JSON keeps of it."""
+    wall, cpu, losses = time.perf_counter(), time.process_time(), []
     train, test = Images(settings, folder, "train"), Images(settings, folder, "test")
     torch.manual_seed(seed)
     model, training = network(method), settings.training()
@@ -182,7 +183,6 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
         kinds={task.name: task.kind for task in tasks()},
         bag=lambda index, _epoch: train.handles[index].bag(),
     )
-    wall, cpu, losses = time.perf_counter(), time.process_time(), []
     for step in train_steps(
         model,
         build_optimizer(model, training),
@@ -197,8 +197,8 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
         if len(losses) % 50 == 0:
             spent = time.process_time() - cpu
             print(f"  {method} {seed}: step {step.step}, loss {mean(losses[-50:]):.3f}, {spent:.0f} CPU s", flush=True)
-    seconds = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
     accuracy = test_accuracy(method, model, test, settings)
+    seconds = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
     return {
         "method": method,
         "seed": seed,
@@ -231,9 +231,11 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join([method, f'{seen} of {cells}', str(len(runs)), *figures, spent])} |")
     for hardware in dict.fromkeys(run["hardware"] for run in done):
         runs_there = [
-            f"{run['method']} {run['seed']} ({run['cpu_s']:.0f} s)" for run in done if run["hardware"] == hardware
+            f"{run['method']} {run['seed']} ({run['cpu_s']:.0f} CPU s in {run['wall_s']:.0f} s)"
+            for run in done
+            if run["hardware"] == hardware
         ]
-        lines += ["", f"On {hardware}, CPU time: {', '.join(runs_there)}."]
+        lines += ["", f"On {hardware}: {', '.join(runs_there)}."]
     missing = [f"{method} {seed}" for method, seed in RUNS if not _is_done(done, method, seed)]
     if missing:
         lines += ["", f"Still to run: {', '.join(missing)}."]
@@ -270,8 +272,7 @@ def _report(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         report = json.loads(file.read_text())
     if report["settings"] != asdict(settings):
         raise SystemExit(f"{file} is of other settings; remove it to start anew")
-    command = f"python -m tests.bench.megapixel --threads {options.threads}"
-    return {**report, "date": time.strftime("%Y-%m-%d"), "command": command}
+    return {**report, "date": time.strftime("%Y-%m-%d"), "command": "python -m tests.bench.megapixel"}
 
 
 def main() -> int:
@@ -302,9 +303,9 @@ def verdict(report: dict[str, Any]) -> int:
     if not exact:
         print("no run of exact yet")
         return 1
-    found, spent = mean(run["accuracy"]["majority"] for run in exact), max(run["cpu_s"] for run in exact) / 2
+    found, spent = mean(run["accuracy"]["majority"] for run in exact), max(run["wall_s"] for run in exact)
     print(f"majority of exact: {found:.3f}, goal {GOAL}")
-    print(f"{spent:.0f} s a run where two run at once on two cores, limit {LIMIT_S:.0f} s")
+    print(f"longest run of exact: {spent:.0f} s, limit {LIMIT_S:.0f} s")
     return int(found < GOAL or spent > LIMIT_S)
 
 
