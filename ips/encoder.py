@@ -140,7 +140,7 @@ class ResNet(nn.Module):
         """Patches of x (n, C, h, w) that go through the stem at once: equal parts, so that no row is a case apart."""
         if self.stem_bytes is None:
             return len(x)
-        n, area = len(x), (x.shape[2] // 2) * (x.shape[3] // 2)
+        n, area = len(x), -(-x.shape[2] // 2) * -(-x.shape[3] // 2)
         fit = max(1, self.stem_bytes // (self.conv1.out_channels * area * x.element_size()))
         return n if fit >= n else min(1 << (fit.bit_length() - 1), n & -n)  # powers of 2; the latter divides n
 

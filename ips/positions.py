@@ -16,9 +16,10 @@ BASE = 10_000.0
 
 def sinusoid(position: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Encode positions (...,) as (..., dim): sin at even places, cos at odd, wavelengths 2*pi to 2*pi*BASE."""
-    rates = torch.exp(torch.arange(0, dim, 2, dtype=dtype, device=position.device) * (-math.log(BASE) / dim))
-    angle = position.to(dtype).unsqueeze(-1) * rates
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+    exact = torch.promote_types(dtype, torch.float32)  # bfloat16 does not tell 300 from 301
+    rates = torch.exp(torch.arange(0, dim, 2, dtype=exact, device=position.device) * (-math.log(BASE) / dim))
+    angle = position.to(exact).unsqueeze(-1) * rates
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)
 
 
 def check_positions(positions: Tensor, limit: float, name: str) -> None:

@@ -18,7 +18,7 @@ padded to a multiple of 16; an encoder that ends in matrix products keeps the pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ips.aggregator import Aggregator
 from ips.bag import Chunk
 from ips.encoder import ResNet
+from ips.fusing import fusable, fuse, strip_norms
 from ips.model import IPSModel, normalised
 from ips.transfer import arrived, prepared, to_device
 
@@ -54,7 +55,7 @@ class Scorer:
     """Scores patches with `model` as it is at the last `refresh`.
 
     A `ResNet` is copied and fused, so its modes and statistics are never touched; other encoders run in place, in
-    evaluation mode and, for bfloat16, under autocast.
+    evaluation mode and, for bfloat16, under autocast. The caller's autocast does not reach inside.
 
     Args:
         model: with an `Aggregator`.
@@ -62,7 +63,7 @@ class Scorer:
         batch: patches the encoder sees at once, a multiple of 8; by default 32 on a CPU, where more only leaves the
             cache, and 256 elsewhere.
         fold: multiply embeddings by the folded queries; without, by the keys' projection, then by the queries.
-        fuse: fuse batch norm into the convolutions of a `ResNet`.
+        fuse: fuse batch norm into the convolutions of a `ResNet`, where neither has hooks or parametrisations.
         channels_last: memory layout of a `ResNet`.
         compile: `torch.compile` with static shapes; pays where one scorer serves many selections.
         dedupe: encode byte-equal patches of a chunk once, and constant ones once a pass.
@@ -74,6 +75,7 @@ class Scorer:
             running statistics, so that a logit would depend on its neighbours.
     """
 
+    @torch.inference_mode(mode=False)  # or a copy made in that mode could only be refreshed in it
     def __init__(
         self,
         model: IPSModel,
@@ -109,8 +111,8 @@ class Scorer:
             if self.device.type == "cpu":
                 self._encoder.stem_bytes = _STEM_BYTES
             if fuse:
-                self._pairs = list(model.encoder.conv_norm_pairs())
-                _strip_norms(self._encoder, self._pairs)
+                self._pairs = fusable(model.encoder)
+                strip_norms(self._encoder, self._pairs)
             if channels_last:
                 self._layout = torch.channels_last
             for parameter in self._encoder.to(dtype).parameters():
@@ -135,7 +137,7 @@ class Scorer:
             return
         fused = {name for pair in self._pairs for name in pair}
         for conv, norm in self._pairs:
-            _fuse(encoder.get_submodule(conv), encoder.get_submodule(norm), self._encoder.get_submodule(conv))
+            fuse(encoder.get_submodule(conv), encoder.get_submodule(norm), self._encoder.get_submodule(conv))
         for name, module in encoder.named_modules():
             if name not in fused:
                 own = self._encoder.get_submodule(name)
@@ -147,13 +149,19 @@ class Scorer:
         """What embeddings are multiplied by, one after the other, to give logits."""
         aggregator = self.model.aggregator
         assert isinstance(aggregator, Aggregator)
-        return [aggregator.folded()] if self.fold else list(aggregator.attention.unfolded())
+        with self._own_precision():
+            return [aggregator.folded()] if self.fold else list(aggregator.attention.unfolded())
 
     def _product(self, x: Tensor) -> Tensor:
         """(batch, D) -> (batch, J)."""
-        for matrix in self._products:
-            x = nn.functional.linear(_pad_width(x), matrix)
+        with self._own_precision():
+            for matrix in self._products:
+                x = nn.functional.linear(_pad_width(x), matrix)
         return x
+
+    def _own_precision(self) -> torch.autocast:
+        """Whatever autocast the caller is in."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def receive(self, chunk: Chunk) -> Tensor:
         """Patches (n, ...) of a bag, prepared and on the device."""
@@ -219,26 +227,3 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
 def _pad_width(x: Tensor) -> Tensor:
     """Add zeros to x (n, D) up to a width that is a multiple of 16."""
     return nn.functional.pad(x, (0, -x.shape[1] % 16))
-
-
-def _strip_norms(encoder: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
-    """Give each convolution a bias and make its batch norm an identity."""
-    for conv_name, norm_name in pairs:
-        conv = encoder.get_submodule(conv_name)
-        assert isinstance(conv, nn.Conv2d)
-        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
-        parent, _, leaf = norm_name.rpartition(".")
-        setattr(encoder.get_submodule(parent), leaf, nn.Identity())
-
-
-def _fuse(conv: nn.Module, norm: nn.Module, fused: nn.Module) -> None:
-    """Write norm(conv(x)), at the norm's running statistics, into `fused`: w * g and b - mean * g, g = w_n / std."""
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert isinstance(fused, nn.Conv2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert fused.bias is not None
-    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    fused.weight.copy_(conv.weight * gain.to(conv.weight.dtype).view(-1, 1, 1, 1))  # in float64: 3 times as long
-    fused.bias.copy_(norm.bias.double() - norm.running_mean.double() * gain)

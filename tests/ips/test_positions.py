@@ -40,6 +40,15 @@ def test_widths_that_cannot_hold_pairs() -> None:
         GridPositions(6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_dtypes_round_the_code_not_the_angle(dtype: torch.dtype) -> None:
+    index = torch.tensor([*range(600), 65_519, 70_000])
+    codes = IndexPositions(32).to(dtype)(index)
+    assert codes.dtype == dtype
+    assert torch.equal(codes, IndexPositions(32)(index).to(dtype))
+    assert len({tuple(code) for code in codes.tolist()}) == len(index)
+
+
 def test_codes_have_the_modules_dtype() -> None:
     single, double = IndexPositions(6), IndexPositions(6).double()
     index = torch.tensor([3, 2**24 + 1])

@@ -11,6 +11,7 @@ from ips.bag import Chunk
 from ips.encoder import ResNet
 from ips.model import IPSModel
 from ips.scorer import Scorer, evaluating, pad_rows
+from ips.select import select
 from ips.transfer import to_device
 from tests.ips.nets import bag_of, resnet_model, tiny_model
 
@@ -122,6 +123,40 @@ def test_refresh_takes_over_weights_and_statistics(fuse: bool) -> None:  # noqa:
     scorer.refresh()
     torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
     assert not torch.allclose(scorer.content_logits(patches), before, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "resnet"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_callers_autocast_does_not_reach_inside(kind: str, dtype: torch.dtype | None, fold: bool) -> None:  # noqa: FBT001
+    model = tiny_model(grid=True) if kind == "tiny" else resnet_model(grid=True)
+    bags = [bag_of(19, h=37, w=29, grid=True)]
+    expected = select(model, bags, 5, 8, scorer=Scorer(model, dtype=dtype, fold=fold))
+    with torch.autocast("cpu", torch.bfloat16):
+        scorer = Scorer(model, dtype=dtype, fold=fold)
+        scorer.refresh()
+        found = select(model, bags, 5, 8, scorer=scorer)
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_a_scorer_made_in_inference_mode_is_refreshed_out_of_it() -> None:
+    model, patches = resnet_model(), _patches()
+    with torch.inference_mode():
+        scorer = Scorer(model, batch=8)
+        scorer.content_logits(patches)
+    with torch.no_grad():
+        model.encoder.get_submodule("bn1").bias.add_(0.5)  # type: ignore[operator]
+    scorer.refresh()
+    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 5), (40, 1)])
+def test_patches_of_one_pixel_are_scored(h: int, w: int) -> None:
+    model, patches = resnet_model(), bag_of(8, h=h, w=w).patches
+    torch.testing.assert_close(
+        Scorer(model, batch=8).content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.slow
