@@ -37,7 +37,10 @@ class Bag(Protocol):
         ...
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """Every row once, at most `size` rows at a time."""
+        """Every row once, at most `size` rows at a time.
+
+        The memory of a chunk may be filled anew for the next one, unless it is pinned: then it may still be on its way.
+        """
         ...
 
     def take(self, rows: Tensor) -> Chunk:

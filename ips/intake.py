@@ -23,6 +23,8 @@ def check_count(name: str, value: object) -> None:
 def check_bags(bags: Sequence[Bag], memory: int) -> None:
     """Refuse a selection of fewer than one patch, of no image, and of an image without patches."""
     check_count("memory", memory)
+    if not isinstance(bags, Sequence):
+        raise ValueError(f"bags is a {type(bags).__name__}, not a sequence; pass [bag] for one image")  # noqa: TRY004
     if not bags:
         raise ValueError("bags holds no image; pass one at least")
     for number, bag in enumerate(bags):
@@ -31,7 +33,7 @@ def check_bags(bags: Sequence[Bag], memory: int) -> None:
 
 
 def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
-    """Pass on (bag number, chunk) pairs that `model` can take; `sizes` are the lengths of the bags."""
+    """Pass on (bag number, chunk) pairs with rows that `model` can take; `sizes` are the lengths of the bags."""
     first: Tensor | None = None
     for number, chunk in chunks:
         name = f"bags[{number}]"
@@ -40,7 +42,8 @@ def checked(model: IPSModel, chunks: Iterable[tuple[int, Chunk]], sizes: Sequenc
         _check_alike(name, chunk.patches, first)
         _check_finite(name, chunk)
         _check_rows(name, model, chunk, sizes[number])
-        yield number, chunk
+        if len(chunk.index):
+            yield number, chunk
 
 
 def take(bags: Sequence[Bag], wanted: Sequence[tuple[int, Tensor]]) -> list[Chunk]:
@@ -69,18 +72,18 @@ def take_rows(bag: Bag, number: int, rows: Tensor) -> Chunk:
     return chunk
 
 
-def check_taken(chunk: Chunk, number: int, rows: Tensor) -> None:
+def check_taken(chunk: Chunk, number: int, rows: Tensor, method: str = "take") -> None:
     """Refuse a chunk of bag `number` that does not hold just the rows (n,) that were asked for, in that order."""
     name = f"bags[{number}]"
     if len(chunk.patches) != len(rows):
-        raise ValueError(f"{name}.take gave {len(chunk.patches)} patches for {len(rows)} rows")
+        raise ValueError(f"{name}.{method} gave {len(chunk.patches)} patches for {len(rows)} rows")
     _check_index(name, chunk)
     asked = rows.to(chunk.index.device)
     if not torch.equal(chunk.index, asked):
         place = int((chunk.index != asked).nonzero()[0])
         raise ValueError(
-            f"{name}.take gave row {int(chunk.index[place])} where row {int(rows[place])} was asked for; it must give "
-            "the rows it is asked for, in that order"
+            f"{name}.{method} gave row {int(chunk.index[place])} where row {int(rows[place])} was asked for; it must "
+            "give the rows it is asked for, in that order"
         )
 
 

@@ -100,8 +100,12 @@ class IPSModel(nn.Module):
         self.check_embeddings(embeddings, patches)
         return embeddings
 
-    def check_embeddings(self, embeddings: Tensor, patches: Tensor) -> None:
+    def check_embeddings(self, embeddings: object, patches: Tensor) -> None:
         """Refuse, by ValueError, what the encoder made of patches (n, ...) if it is not (n, D)."""
+        if not isinstance(embeddings, Tensor):
+            raise ValueError(  # noqa: TRY004
+                f"encoder: {type(self.encoder).__name__} gives a {type(embeddings).__name__}; needs one tensor (n, D)"
+            )
         n, found = len(patches), tuple(embeddings.shape)
         if found != (n, self.dim if self.dim is not None or len(found) != 2 else found[1]):
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ips.bag import Chunk
 from ips.scorer import Scorer, pad_rows
+from ips.transfer import to_device
 from ips.unique import distinct_rows, unique_rows
 
 
@@ -29,8 +30,8 @@ class _Item:
     table: Tensor
     inverse: Tensor
     missing: int
-    colours: dict[tuple[float, ...], int] = field(default_factory=dict)
-    """Constant patches met for the first time: colour -> row of the table."""
+    colours: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Constant patches met for the first time: bytes of the colour -> row of the table."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Stream:
         self._scorer = scorer
         self._queue: deque[_Queued] = deque()
         self._queued = 0
-        self._colours: dict[tuple[float, ...], Tensor] = {}
+        self._colours: dict[tuple[int, ...], Tensor] = {}
         self.encoded = 0
         """Patches the encoder has seen, without padding."""
 
@@ -81,13 +82,17 @@ class Stream:
         if scorer.dedupe:
             rows, inverse, flat = distinct_rows(patches) if patches.ndim == 4 else (*unique_rows(patches), 0)
         table = torch.empty(len(rows), scorer.width, dtype=scorer.logit_dtype, device=scorer.device)
-        item = _Item(bag, chunk.index, scorer.model.places(chunk.index, chunk.positions), table, inverse, 0)
+        places = scorer.model.places(chunk.index, chunk.positions)
+        if places is not None:
+            places = _kept(to_device(places, scorer.device), places)
+        item = _Item(bag, chunk.index.clone(), places, table, inverse, 0)
         open_rows = torch.arange(len(rows), device=patches.device)
         if flat:
             open_rows = self._recall(item, patches, rows, flat)
         item.missing = len(open_rows)
         if item.missing:
-            left = patches if item.missing == n and not flat else patches[rows[open_rows]]
+            whole = item.missing == n and not flat
+            left = _kept(patches, chunk.patches) if whole else patches[rows[open_rows]]
             self._queue.append(_Queued(item, open_rows, left))
             self._queued += item.missing
         return item
@@ -96,7 +101,7 @@ class Stream:
         """Fill in those of the last `flat` rows, of one colour each, that this pass has met; return the rows open."""
         plain = len(rows) - flat
         still_open = list(range(plain))
-        colours = patches[:, :, 0, 0][rows[plain:]].tolist()
+        colours = patches[:, :, 0, 0][rows[plain:]].contiguous().view(torch.uint8).tolist()  # -0.0 is not 0.0
         for row, colour in enumerate(map(tuple, colours), start=plain):
             known = self._colours.get(colour)
             if known is None:
@@ -137,6 +142,12 @@ class Stream:
         return _Leaving(item.bag, item.index, logits)
 
 
+def _kept(x: Tensor, given: Tensor) -> Tensor:
+    """A copy of x where it is the very memory `given` by a bag, which may fill it anew for the next chunk."""
+    same = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return x.clone() if same else x
+
+
 class _Leaving:
     """Logits on their way to the host: the copy runs while the device goes on."""
 
@@ -147,7 +158,7 @@ class _Leaving:
             self._logits = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
             self._logits.copy_(logits, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(logits.device))  # not that of the current device
 
     def arrive(self) -> tuple[int, Tensor, Tensor]:
         if self._event is not None:

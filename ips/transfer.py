@@ -21,7 +21,7 @@ def prepared(patches: Tensor, chunk: Chunk) -> Tensor:
     """What `chunk.prepare` makes of its patches, wherever they are."""
     if chunk.prepare is None:
         return patches
-    found = chunk.prepare(patches)
+    found = chunk.prepare(patches.clone() if patches is chunk.patches else patches)  # it may write in place
     if found.shape != patches.shape or found.dtype != patches.dtype:
         raise ValueError(
             f"prepare made {tuple(found.shape)} {found.dtype} of patches {tuple(patches.shape)} {patches.dtype}; "

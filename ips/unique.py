@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -65,10 +67,15 @@ def _first_of_kind(words: Tensor) -> Tensor:
 
 def _hashes(words: Tensor) -> Tensor:
     """(n, k) -> (n,) int64."""
-    generator = torch.Generator().manual_seed(0)  # any fixed numbers do
-    keys = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
     mixed = words ^ (words.long() >> 32)  # or patches that differ in high bits alone would share their low hash bits
-    return (mixed * keys).sum(dim=1)  # wraps around, which is what a hash wants
+    return (mixed * _keys(words.shape[1], words.device)).sum(dim=1)  # wraps around, which is what a hash wants
+
+
+@lru_cache(maxsize=8)
+def _keys(count: int, device: torch.device) -> Tensor:
+    """Any fixed numbers do; drawn once, or each chunk would wait for their way to the device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator).to(device)
 
 
 def constant_rows(patches: Tensor) -> Tensor:

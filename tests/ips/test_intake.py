@@ -57,6 +57,26 @@ def test_bad_bags_are_named(bag: TensorBag, message: str) -> None:
         select(tiny_model(grid=True), [bag], 2, 5)
 
 
+def test_one_image_is_still_a_list() -> None:
+    with pytest.raises(ValueError, match=r"bags is a TensorBag, not a sequence; pass \[bag\]"):
+        select(tiny_model(), bag_of(5), 2, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_chunks_may_be_empty(grid: bool) -> None:  # noqa: FBT001
+    class Gaps(TensorBag):
+        def chunks(self, size: int) -> Iterator[Chunk]:
+            for chunk in super().chunks(size):
+                yield self.take(chunk.index[:0])
+                yield chunk
+
+    whole = bag_of(19, grid=grid)
+    found, expected = (
+        select(tiny_model(grid=grid), [bag], 3, 4) for bag in (Gaps(whole.patches, whole.positions), whole)
+    )
+    assert torch.equal(found.index, expected.index)
+
+
 def test_features_have_the_projectors_width() -> None:
     model = model_of(FeatureProjector(9, 12), 12)
     for patches in (torch.rand(4, 8), torch.rand(4, 3, 5, 5)):

@@ -144,6 +144,18 @@ def test_embeddings_of_another_shape_are_named(shape: tuple[int, ...], dtype: to
         model(gather(bags, every_patch(bags), "cpu"))
 
 
+def test_an_encoder_of_several_outputs_is_named() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.flatten(1)[:, :12], x
+
+    model, bags = model_of(Pair(), 12), [bag_of(5)]
+    with pytest.raises(ValueError, match=r"encoder: Pair gives a tuple; needs one tensor \(n, D\)"):
+        model(gather(bags, every_patch(bags), "cpu"))
+    with pytest.raises(ValueError, match="encoder: Pair gives a tuple"):
+        select(model, bags, 2, 5, dtype=torch.bfloat16)
+
+
 def test_without_a_known_width_embeddings_are_still_vectors() -> None:
     bags = [bag_of(5)]
     batch = gather(bags, every_patch(bags), "cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from ips.bag import Bag, Chunk, TensorBag
 from ips.intake import checked as checked_chunks
@@ -22,7 +22,7 @@ def checked(model: IPSModel, bags: Sequence[Bag], size: int) -> Iterator[tuple[i
     return checked_chunks(model, chunks, [len(bag) for bag in bags])
 
 
-def _logits(scorer: Scorer, bags: list[TensorBag | LooseBag], chunk: int) -> tuple[list[Tensor], Stream]:
+def _logits(scorer: Scorer, bags: Sequence[TensorBag | LooseBag], chunk: int) -> tuple[list[Tensor], Stream]:
     stream = Stream(scorer)
     out = [torch.full((len(bag), scorer.width), torch.nan) for bag in bags]
     with scorer.evaluating():
@@ -95,6 +95,52 @@ def test_several_images_share_encoder_batches() -> None:
     scorer.content_logits = lambda patches: (sizes.append(len(patches)), encode(patches))[1]  # type: ignore[func-returns-value, method-assign]
     list(Stream(scorer).run(checked(model, [bag_of(5, n) for n in range(9)], 3)))
     assert sizes == [16, 16, 16]
+
+
+class _OneBuffer(TensorBag):
+    """Fills the same memory for every chunk."""
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        assert self.positions is not None
+        parts = (self.patches[:size].clone(), torch.arange(size), self.positions[:size].clone())
+        for chunk in super().chunks(size):
+            n = len(chunk.index)
+            parts[0][:n], parts[1][:n], parts[2][:n] = chunk.patches, chunk.index, chunk.positions  # type: ignore[assignment]
+            yield Chunk(parts[0][:n], parts[1][:n], parts[2][:n])
+            for part in parts:
+                part.zero_()
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 20, 61])
+@pytest.mark.parametrize("dedupe", [True, False])
+def test_a_bag_may_use_its_memory_again(chunk: int, dedupe: bool) -> None:  # noqa: FBT001
+    bag = bag_of(61, grid=True)
+    scorer = Scorer(tiny_model(grid=True), batch=16, dedupe=dedupe)
+    (found,), _ = _logits(scorer, [_OneBuffer(bag.patches, bag.positions)], chunk)
+    (expected,), _ = _logits(scorer, [bag], chunk)
+    assert torch.equal(found, expected)
+
+
+def test_an_encoder_may_write_to_its_input() -> None:
+    encoder = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(9, 12))
+    bag = TensorBag(torch.randn(48, 9))
+    before = bag.patches.clone()
+    _logits(Scorer(model_of(encoder, 12), batch=16), [bag], 16)
+    assert torch.equal(bag.patches, before)
+
+
+def test_zeros_of_both_signs_are_two_colours() -> None:
+    class Signed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0, 0, :1].signbit().float().expand(-1, 12).contiguous()
+
+    model = IPSModel(Signed(), tiny_model().aggregator, {"a": nn.Linear(12, 1), "b": nn.Linear(12, 1)})
+    patches = torch.rand(24, 3, 5, 7)
+    patches[0], patches[8:] = 0.0, -0.0
+    (folded,), _ = _logits(Scorer(model, batch=8), [TensorBag(patches)], 8)
+    (plain,), _ = _logits(Scorer(model, batch=8, dedupe=False), [TensorBag(patches)], 8)
+    assert torch.equal(folded, plain)
+    assert not torch.equal(folded[0], folded[8])
 
 
 @pytest.mark.parametrize("batch", [8, 64])

@@ -67,6 +67,14 @@ def _pass(bags: list[Bag]) -> list[Tensor]:
     return [selection.index, gather(bags, selection, "cpu").patches, *outputs.values(), *gradients]
 
 
+def test_preparing_in_place_leaves_the_bag_alone() -> None:
+    bag = bag_of(5)
+    before = bag.patches.clone()
+    found = arrived(replace(next(bag.chunks(5)), prepare=lambda x: x.bitwise_not_()), torch.device("cpu"))
+    assert torch.equal(found, 255 - before)
+    assert torch.equal(bag.patches, before)
+
+
 def test_all_passes_see_prepared_patches() -> None:
     plain = [bag_of(23, seed=1).patches, bag_of(17, seed=2).patches]
     found = _pass([_Mirrored(patches) for patches in plain])
