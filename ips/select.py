@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -80,7 +81,8 @@ def select(
     certificates: tuple[Certificate, ...] | None = None
     if certify:
         reference = Scorer(model, batch=scorer.batch)
-        pairs = [certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches)]
+        with nullcontext() if shares is None else shares.together():
+            pairs = [certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches)]
         winners, certificates = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
     else:
         winners = [pool.winners(memory) for pool in pools]
@@ -95,6 +97,8 @@ def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *,
         raise ValueError(f"dtype={dtype}, but the scorer given encodes in {scorer.dtype}; leave dtype out")
     if certify and scorer.dtype != torch.bfloat16:
         raise ValueError("certify=True needs a bfloat16 selection; a float32 one has no doubtful patches")
+    if certify and scorer.logit_dtype.itemsize < 4:
+        raise ValueError(f"certify=True scores again with the model, which is in {scorer.logit_dtype}; needs float32")
 
 
 def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
@@ -113,12 +117,8 @@ def _score(
     if shares is None:
         _fill(scorer, bags, ((n, part) for n, bag in enumerate(bags) for part in bag.chunks(chunk)), sinks, shares)
         return
-    try:
+    with shares.together():
         _fill(scorer, bags, shares.chunks(bags, chunk), sinks, shares)
-    except Exception:
-        shares.agree(failed=True)
-        raise
-    shares.agree(failed=False)
 
 
 def _fill(

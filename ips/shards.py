@@ -6,6 +6,7 @@ Logits are gathered, normalisers are never reduced, so the answer is that of one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -52,16 +53,27 @@ class Strips:
         """This process's strip of every bag, at most `size` rows at a time; ValueError where a bag gives other rows."""
         for number, bag in enumerate(bags):
             low, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
+            method = "strip" if isinstance(bag, StripBag) else "take"
             for chunk in strip(bag, size, low, stop):
-                rows = torch.arange(low, min(low + size, stop))
-                check_taken(chunk, number, rows)
+                given = len(chunk.patches) if method == "strip" else size
+                count = min(given, size, stop - low)
+                check_taken(chunk, number, torch.arange(low, low + count), method)
                 yield number, chunk
-                low += len(rows)
+                low += count
             if low < stop:
                 raise ValueError(f"bags[{number}]: its strip ended before row {low} of {stop}")
 
-    def agree(self, *, failed: bool) -> None:
-        """Tell the others whether this process failed; raise where another one did, so that none waits for it."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise after the block where it failed on another process, so that none waits for one that is gone."""
+        try:
+            yield
+        except Exception:
+            self._agree(failed=True)
+            raise
+        self._agree(failed=False)
+
+    def _agree(self, *, failed: bool) -> None:
         flag = torch.tensor([failed], dtype=torch.int32, device=self._device())
         dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
         if flag.item() and not failed:

@@ -100,5 +100,9 @@ def test_a_group_certifies_too(group_of_one: dist.ProcessGroup) -> None:
 def test_only_where_there_is_doubt() -> None:
     with pytest.raises(ValueError, match="certify=True needs a bfloat16 selection"):
         select(tiny_model(), [bag_of(3)], 2, 3, certify=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        short = tiny_model().to(dtype)
+        with pytest.raises(ValueError, match=f"certify=True scores again with the model, which is in {dtype}"):
+            select(short, [bag_of(3)], 2, 3, dtype=torch.bfloat16, certify=True)
     with pytest.raises(ValueError, match="mode='window': certify and group need mode='exact'"):
         select(tiny_model(), [bag_of(3)], 2, 3, "window", dtype=torch.bfloat16, certify=True)

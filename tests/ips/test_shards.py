@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,62 @@ _KINDS = (torch.float32, torch.float64)
 
 def _bags() -> list[TensorBag]:
     return [bag_of(n, n, h=37, w=29, grid=True) for n in (67, 1, 20)]
+
+
+class _Lost(TensorBag):
+    """Can be read once, not twice."""
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        for low in range(start, stop, size):
+            yield super().take(torch.arange(low, min(low + size, stop)))
+
+    def take(self, rows: Tensor) -> Chunk:
+        raise OSError("the disk is gone")
+
+
+def _certifier(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    bag = (_Lost if rank == 1 else TensorBag)(bag_of(40).patches)
+    try:
+        select(tiny_model(), [bag], 5, 8, dtype=torch.bfloat16, certify=True, group=dist.group.WORLD)
+    except (OSError, RuntimeError) as error:
+        Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_second_scoring_ends_both(tmp_path: Path) -> None:
+    spawn(_certifier, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    assert "RuntimeError: the selection failed on another process" in (tmp_path / "0.txt").read_text()
+    assert "OSError: the disk is gone" in (tmp_path / "1.txt").read_text()
+
+
+class _Parts(TensorBag):
+    """Its strips are cut where its files end, every 5 rows."""
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        while start < stop:
+            end = min(start + size, stop, start - start % 5 + 5)
+            yield self.take(torch.arange(start, end))
+            start = end
+
+
+def test_strips_may_come_in_shorter_chunks(group_of_one: dist.ProcessGroup) -> None:
+    whole = bag_of(23)
+    found, expected = (select(tiny_model(), [bag], 3, 8, group=group_of_one) for bag in (_Parts(whole.patches), whole))
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_a_strip_of_too_much_is_refused(group_of_one: dist.ProcessGroup) -> None:
+    class Long(_Parts):
+        def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+            return super().strip(size + 1, start, stop)
+
+    with pytest.raises(ValueError, match=r"bags\[0\].strip gave 5 patches for 4 rows"):
+        select(tiny_model(), [Long(bag_of(23).patches)], 3, 4, group=group_of_one)
 
 
 def _worker(rank: int, folder: str, broken: int) -> None:
