@@ -5,8 +5,10 @@
     3. take and encode each chunk again, with gradient, and send its part of dL/d(embedding) through
 
 Chain rule, no approximation: the gradient is that of the plain step over the same chunks, to rounding. Both passes see
-the same chunks and the same dropout; running statistics move in the second only. The patches are taken from the bags
-twice and never held together. An encoder without trainable parameters is passed once, and its statistics move in that.
+the same chunks and the same dropout; the running statistics of batch norms move in the second only. (What else counts,
+the statistics of an instance norm or the iterations of a spectral norm, moves in both.) The patches are taken from the
+bags twice and never held together. An encoder without trainable parameters is passed once, and its statistics move in
+that.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ def _parts(selection: Selection, chunk: int) -> list[_Part]:
 
 
 def _check_none_alone(encoder: nn.Module, parts: list[_Part], chunk: int) -> None:
-    """Refuse a chunk of one embedding for a norm of embeddings; a map has statistics of its own."""
+    """Refuse a chunk of one embedding for a norm of embeddings; a map of several pixels has statistics of its own."""
     sizes = [sum(len(rows) for _, rows in part) for part in parts]
     if min(sizes) < 2 and any(isinstance(module, nn.BatchNorm1d) and module.training for module in encoder.modules()):
         raise ValueError(

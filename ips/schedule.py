@@ -19,9 +19,11 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps={warmup_steps} must lie in 0..total_steps={total_steps}")
+    if step >= total_steps:
+        return floor
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -22,6 +22,7 @@ def test_warm_up_then_cosine() -> None:
 def test_edges_and_bad_lengths() -> None:
     assert warmup_cosine(0, 0, 10) == 1
     assert warmup_cosine(4, 5, 5) == 1
+    assert warmup_cosine(5, 5, 5, 0.01) == warmup_cosine(9, 5, 5, 0.01) == warmup_cosine(0, 0, 0, 0.01) == 0.01
     for warmup in (-1, 11):
         with pytest.raises(ValueError, match=f"warmup_steps={warmup}"):
             warmup_cosine(0, warmup, 10)
