@@ -14,15 +14,15 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.config_data import SplitConfig, TaskConfig
+from pipeline.config_data import TaskConfig
 from pipeline.errors import CohortError, StorageError
-from pipeline.labels import MISSING, NONE, Label, finite, is_missing, lacks, read_label, stratum
+from pipeline.labels import MISSING, NONE, Label, finite, is_missing, read_label
 
 SPLITS = ("train", "val", "test")
 _RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords")
@@ -106,73 +106,6 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     if problems:
         raise CohortError(uri, problems)
     return Cohort(uri, slides)
-
-
-def check_trainable(cohort: Cohort, tasks: Sequence[TaskConfig], splits: Sequence[str] = ("train", "test")) -> None:
-    """Raise a CohortError unless each of `splits` has slides, and labels of every task that something shows in."""
-    sizes = {split: len(cohort.subset(split)) for split in SPLITS}
-    counted = ", ".join(f"{split} {size}" for split, size in sizes.items())
-    problems = []
-    for split in splits:
-        if not sizes[split]:
-            problems.append(f"split {split} has no slide ({counted}); add slides or change cohort.split")
-            continue
-        for task in tasks:
-            reason = lacks(task, [slide.labels[task.name] for slide in cohort.subset(split)])
-            if reason is not None:
-                found, _, remedy = reason.partition("; ")
-                problems.append(
-                    f"task {task.name}: split {split} has {found} in column {task.column!r}, from which nothing can be "
-                    f"learned or measured; {remedy}"
-                )
-    if problems:
-        raise CohortError(cohort.uri, problems)
-
-
-def with_splits(cohort: Cohort, fractions: SplitConfig, seed: int, tasks: Sequence[TaskConfig]) -> Cohort:
-    """Give every patient a split, stratified by the first task's label; unchanged when there are splits.
-
-    A patient's stratum is the highest (`labels.stratum`) of its slides. The result depends on the
-    seed, the patients' ids and their labels alone, not on the order of the rows. A class with at least as many
-    patients as there are splits stands in each of them.
-    """
-    if cohort.has_splits:
-        return cohort
-    strata: defaultdict[int, list[str]] = defaultdict(list)
-    for patient, rank in _strata(cohort, tasks).items():
-        strata[rank].append(patient)
-    split_of: dict[str, str] = {}
-    for patients in strata.values():
-        patients.sort(key=lambda patient: hashlib.sha256(f"{seed}\0{patient}".encode()).digest())
-        names = [name for name, size in _shares(len(patients), fractions).items() for _ in range(size)]
-        split_of.update(zip(patients, names, strict=True))
-    return replace(cohort, slides=tuple(replace(slide, split=split_of[slide.patient_id]) for slide in cohort.slides))
-
-
-def _strata(cohort: Cohort, tasks: Sequence[TaskConfig]) -> dict[str, int]:
-    """Patient -> highest stratum of its slides in the first task, -1 when it has no label."""
-    strata: dict[str, int] = {}
-    for slide in cohort.slides:
-        rank = stratum(tasks[0], slide.labels[tasks[0].name]) if tasks else -1
-        strata[slide.patient_id] = max(rank, strata.get(slide.patient_id, -1))
-    return strata
-
-
-def _shares(patients: int, fractions: SplitConfig) -> dict[str, int]:
-    """How many patients of a stratum go where: largest remainders, but no split empty while another has two."""
-    wanted = {name: getattr(fractions, name) for name in ("train", "test", "val")}
-    wanted = {name: share for name, share in wanted.items() if share > 0}
-    if patients <= len(wanted):
-        return {name: int(place < patients) for place, name in enumerate(wanted)}
-    sizes = {name: int(patients * share) for name, share in wanted.items()}
-    by_remainder = sorted(wanted, key=lambda name: sizes[name] - patients * wanted[name])
-    for name in by_remainder[: patients - sum(sizes.values())]:
-        sizes[name] += 1
-    for name in wanted:
-        if not sizes[name]:
-            sizes[max(sizes, key=lambda other: sizes[other])] -= 1
-            sizes[name] = 1
-    return sizes
 
 
 class _Problems:
@@ -269,11 +202,12 @@ def _slide(
     labels = {task.name: _label(number, row, task, problems) for task in tasks}
     if tasks and all(is_missing(task, row) for task in tasks):
         problems.add(number, f"no label in column {_names(dict.fromkeys(task.column for task in tasks))}")
+    patient = row.get("patient_id", "")
     used = {*_RESERVED, *(column for task in tasks for column in task.columns)}
     return CohortSlide(
         slide_id=row["slide_id"],
         uri=_resolve(row["uri"], folder, number, problems),
-        patient_id=row.get("patient_id") or row["slide_id"],
+        patient_id=row["slide_id"] if patient.casefold() in MISSING else patient,
         split=split or None,
         mpp=_mpp(number, row.get("mpp", ""), problems),
         labels=labels,

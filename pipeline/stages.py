@@ -29,6 +29,7 @@ from pipeline.ledger import write_ledger
 from pipeline.patches import SlideStatus
 from pipeline.saver import model_folder
 from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_store
+from pipeline.splits import check_apart
 from pipeline.stage import Record, Stage, Workspace
 from pipeline.storage import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.tiler import TRANSIENT, version_of
@@ -188,6 +189,7 @@ def _weights_version(config: Config) -> Mapping[str, Any] | None:
 def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     from pipeline.train import train
 
+    check_apart(space.cohort, space.records["tile"].facts["keys"])
     slides, validation = space.stored("train"), space.stored("val")
     if not validation:
         log.warning(
@@ -195,6 +197,7 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
             "cohort's split column, or raise cohort.split.val"
         )
     _warn_small_bags(space.config, [stored.n_patches for _, stored in slides])
+    _warn_random_encoder(space.config)
     tracker, cohort = space.tracker(), space.cohort
     tracker.log_dataset(run_id, "cohort", cohort.digest, cohort.uri, "training")
     space.ray()
@@ -234,6 +237,14 @@ def _warn_small_bags(config: Config, sizes: Sequence[int]) -> None:
         )
 
 
+def _warn_random_encoder(config: Config) -> None:
+    if config.train.freeze_encoder and config.model.encoder.weights is None:
+        log.warning(
+            "train.freeze_encoder keeps the encoder as it is drawn at random, since model.encoder.weights is null; "
+            "give it weights, or unfreeze it"
+        )
+
+
 def _evaluate_identity(space: Workspace) -> Mapping[str, Any]:
     config = space.config
     return {
@@ -247,6 +258,7 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     from pipeline.report import render_report
 
     config, tracker = space.config, space.tracker()
+    check_apart(space.cohort, space.records["tile"].facts["keys"])
     slides = space.stored(config.evaluate.split)
     tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
     space.ray()

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connected
-from pipeline.cohort import Cohort, check_trainable, read_cohort, with_splits
+from pipeline.cohort import Cohort, read_cohort
 from pipeline.config import Config
 from pipeline.config_base import fingerprint
 from pipeline.demo import write_demo
 from pipeline.guide import check_environment
 from pipeline.images import cohort_csv
 from pipeline.lease import held, joined
+from pipeline.splits import check_apart, check_trainable, with_splits
 from pipeline.stage import Record, Stage, Workspace, slide_tags
 from pipeline.stage_embed import stages_for
 from pipeline.storage import (
@@ -158,6 +159,7 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     if config.train.keeps_best and "val" not in splits:
         splits.append("val")  # by which early stopping and the best checkpoint go
     check_trainable(cohort, config.tasks, splits)
+    check_apart(cohort)
     return cohort
 
 
@@ -255,12 +257,13 @@ class _Tracking:
         `alone`: no other process works on it, so runs that seem to have none.
         """
         tracker = self.tracker()
+        own = {"stage": stage, "fingerprint": stage_fingerprint, "root": self.config.storage.root}  # as the lease
         if alone:
-            tracker.end_abandoned({"stage": stage, "fingerprint": stage_fingerprint})
+            tracker.end_abandoned(own)
         if self.parent is None:
             self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
             tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
-        tags = {**self.lineage, **more, "stage": stage, "fingerprint": stage_fingerprint}
+        tags = {**self.lineage, **more, **own}
         with tracker.run(stage, self.parent, tags) as run_id, tracker.system_metrics(run_id):
             tracker.log_params(run_id, self.config.model_dump(mode="json"))
             yield run_id

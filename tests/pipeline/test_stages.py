@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config_base import fingerprint
-from pipeline.errors import DataBudgetError, StageError
+from pipeline.errors import CohortError, DataBudgetError, StageError
 from pipeline.patches import SlideStatus
 from pipeline.stage import Record, Workspace
-from pipeline.stages import STAGES, _check_budget, _warn_small_bags, ledger_csv
+from pipeline.stages import STAGES, _check_budget, _warn_random_encoder, _warn_small_bags, ledger_csv
+from pipeline.tracking import open_tracking
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 
@@ -52,6 +53,29 @@ def test_a_memory_above_every_bag_is_a_warning_and_no_bag_an_error(caplog: pytes
     assert "model.select.memory=5 is not below the largest bag (5 patches): all patches are used" in caplog.text
     with pytest.raises(StageError, match="no slide of the train split is committed"):
         _warn_small_bags(small_config(), [])
+
+
+def test_a_frozen_encoder_without_weights_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_random_encoder(small_config())
+    weights = {"stages": 2, "weights": "w.safetensors"}
+    _warn_random_encoder(small_config(train={"freeze_encoder": True}, model={"encoder": weights}))
+    assert not caplog.records
+    _warn_random_encoder(small_config(train={"freeze_encoder": True}))
+    assert "keeps the encoder as it is drawn at random" in caplog.text
+
+
+def test_copies_of_one_image_do_not_train_and_test(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    slides = (replace(cohort.slides[0], split="train"), replace(cohort.slides[1], split="test"))
+    records = {"tile": Record("tile", "f", {}, {}, {"keys": {slide.slide_id: "k" for slide in slides}})}
+    tracker = open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "small", str(tmp_path / "artifacts"))
+    space = Workspace(
+        small_config(), replace(cohort, slides=slides), lambda: tracker, lambda: pytest.fail("no Ray"), {}, records
+    )
+    for stage in STAGES:
+        if stage.name in ("train", "evaluate"):
+            with pytest.raises(CohortError, match=r"'s0' \(train\) and 's1' \(test\) are copies of one image"):
+                stage.work(space, "f", "run")
 
 
 def test_a_slide_that_lost_patches_since_is_another_recipe_for_training_and_test(tmp_path: Path) -> None:

@@ -114,7 +114,9 @@ def test_tiling_goes_on_beside_another_run_and_leaves_its_mlflow_run_alone(
     lease = tmp_path / "root" / "stages" / f"tile-{tile.fingerprint}.lease"
     assert config.tracking.uri is not None
     tracker = open_tracking(config.tracking.uri, "default", str(tmp_path / "artifacts"))
-    theirs = tracker.start_run("tile", None, {"stage": "tile", "fingerprint": str(tile.fingerprint)})
+    tags = {"stage": "tile", "fingerprint": str(tile.fingerprint), "root": config.storage.root}
+    theirs = tracker.start_run("tile", None, tags)
+    elsewhere = tracker.start_run("tile", None, {**tags, "root": "s3://another/root"})  # under another lease
     with held(str(lease), "the first") as held_by_first:
         if others == "killed":
             claim = json.loads(lease.read_text())
@@ -125,6 +127,7 @@ def test_tiling_goes_on_beside_another_run_and_leaves_its_mlflow_run_alone(
             held_by_first.check()
     status = tracker.client.get_run(theirs).info.status
     assert status == ("RUNNING" if others == "alive" else "KILLED")
+    assert tracker.client.get_run(elsewhere).info.status == "RUNNING"
     assert json.loads(lease.read_text())["free"]
 
 
