@@ -6,9 +6,9 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,12 +76,16 @@ def predict(
         StageError: nothing to predict, or no slide at all could be predicted (the tables are written).
         TrackingError: the model is not found or cannot be fetched.
     """
-    rows = [*_named(slides, mpp), *(read_cohort(cohort).slides if cohort else ())]
+    listed = read_cohort(cohort).slides if cohort else ()
+    rows = [*_named(slides, mpp, {slide.slide_id for slide in listed}), *listed]
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
     source, network, config = _load(model, tracking_uri)
     check_environment(rows, config.tiling)
-    (out / "heatmaps").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "heatmaps").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StageError(f"predict: --out {out} is no folder ({error.strerror}); name one") from error
     partial = out / "attention.parquet.part"
     with pq.ParquetWriter(partial, ATTENTION, compression="zstd") as writer:
         outcomes = list(_predict_all(network, config, rows, out / "heatmaps", writer))
@@ -106,12 +110,12 @@ def safe_name(slide_id: str) -> str:
     return f"{cleaned}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
 
 
-def _named(uris: Sequence[str], mpp: float | None) -> Iterator[CohortSlide]:
-    seen: Counter[str] = Counter()
+def _named(uris: Sequence[str], mpp: float | None, taken: set[str]) -> Iterator[CohortSlide]:
+    """Slides under their file's name, with the first number that makes it another than those `taken`."""
     for uri in uris:
         stem = PurePosixPath(uri).stem
-        seen[stem] += 1
-        slide_id = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+        slide_id = next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name not in taken)
+        taken.add(slide_id)
         yield CohortSlide(slide_id, absolute(uri), slide_id, None, mpp, {}, {})
 
 

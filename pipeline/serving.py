@@ -14,7 +14,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline.cohort import CohortSlide
-from pipeline.errors import SlideError
+from pipeline.errors import SlideError, StorageError
 from pipeline.inference import load_model, predict_slide
 from pipeline.storage import absolute
 
@@ -39,11 +39,13 @@ class SlideModel(PythonModel):
         names = [column for task in self.config.tasks for column in task.output_columns]
         return pd.DataFrame(rows, columns=["uri", *names, "error"])
 
-    def _row(self, uri: str, mpp: float | None) -> dict[str, Any]:
-        slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {})
+    def _row(self, uri: str | None, mpp: float | None) -> dict[str, Any]:
+        if pd.isna(uri):
+            return {"uri": uri, "error": "uri is missing; give a path or an s3:// URI"}
         try:
+            slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {})
             found = predict_slide(self.model, self.config, slide)
-        except SlideError as error:
+        except (SlideError, StorageError) as error:
             return {"uri": uri, "error": str(error)}
         values = {
             column: value

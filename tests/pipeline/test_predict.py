@@ -60,6 +60,19 @@ def test_tables_and_heatmaps_are_written_and_a_bad_slide_fails_alone(folder: Pat
         assert picture.width > 900
 
 
+def test_no_two_slides_share_an_id(folder: Path, tmp_path: Path) -> None:
+    """Whatever the files are called, and whatever ids the cohort has."""
+    paths = [tmp_path / name for name in ("a-2.png", "x/a.png", "y/a.png", "z/a.png")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no slide")
+    write_slide(tmp_path / "one.png", 4)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\na,one.png\n")
+    out = tmp_path / "out"
+    predict(str(folder), list(map(str, paths)), str(tmp_path / "cohort.csv"), out, tracking_uri="unused")
+    assert csv.read_csv(out / "predictions.csv")["slide_id"].to_pylist() == ["a-2", "a-3", "a-4", "a-5", "a"]
+
+
 def test_a_cohort_is_predicted_with_the_champion(folder: Path, tmp_path: Path, mlflow_uri: str) -> None:
     tracker = open_tracking(mlflow_uri, "predict", str(tmp_path / "artifacts"))
     with tracker.run("register") as run_id:
@@ -84,6 +97,10 @@ def test_no_slides_no_model_and_no_good_slide_are_errors(folder: Path, tmp_path:
     with pytest.raises(StageError, match=r"none of 1 slides.*\n.*absent\.svs"):
         predict(str(folder), [str(tmp_path / "absent.svs")], None, tmp_path / "out", tracking_uri="unused")
     assert csv.read_csv(tmp_path / "out" / "predictions.csv").num_rows == 1
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StageError, match=f"--out {out} is no folder"):
+            predict(str(folder), [str(tmp_path / "absent.svs")], None, out, tracking_uri="unused")
 
 
 @pytest.mark.parametrize(
