@@ -103,6 +103,8 @@ def _set(tree: Any, key: str, text: str) -> list[str]:
         value = text
     if isinstance(value, Mapping) and not text.lstrip().startswith("{"):
         value = text
+    if isinstance(value, str) and " #" in text and text.lstrip()[:1] not in ("'", '"'):
+        value = text  # no comment
     try:
         OmegaConf.update(tree, key, value, force_add=True)
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config_base import Name, Positive, Section
+from pipeline.config_base import Name, Positive, Section, Seed
 from pipeline.config_data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config_embed import EmbedConfig
 from pipeline.config_model import ModelConfig, TrainConfig
@@ -44,7 +44,7 @@ class TrackingConfig(Section):
     """Tracking server. null: an SQLite file `mlflow.db` beside the run."""
     experiment: str | None = None
     """Default: the config's name."""
-    model: str | None = None
+    model: Name | None = None
     """Name in the model registry. Default: the config's name."""
 
 
@@ -119,7 +119,7 @@ class Config(Section):
 
     name: Name
     """Names the runs, the experiment and the registered model."""
-    seed: int = 0
+    seed: Seed = 0
     storage: StorageConfig = StorageConfig()
     cohort: CohortConfig
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
@@ -174,10 +174,13 @@ class Config(Section):
     def _features(self) -> Config:
         if self.model.encoder.name != "features":
             return self
+        problems = []
         if self.embed is None:
-            raise ValueError("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
+            problems.append("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
         if self.train.augment:
-            raise ValueError("model.encoder.name: stored features cannot be flipped or turned; set train.augment=false")
+            problems.append("train.augment: stored features cannot be flipped or turned; set train.augment=false")
+        if problems:
+            raise ValueError("; ".join(problems))
         if self.cohort.megapixel_mnist is not None:
             raise ValueError("cohort.megapixel_mnist: its patches are drawn, not stored; choose an encoder of pixels")
         return self

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config_base import Fraction, Name, Positive, Section, fingerprint
+from pipeline.config_base import Fraction, Name, Positive, Section, Seed, fingerprint
 from pipeline.schema import SCHEMA_VERSION
 
 Weight = Annotated[float, Field(gt=0)]
@@ -20,7 +20,7 @@ class DemoConfig(Section):
     """The synthetic cohort that `pipeline demo` writes. Read when it is written; a cohort that is there stays."""
 
     slides: Annotated[int, Field(ge=12)] = 120
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MegapixelConfig(Section):
@@ -37,7 +37,7 @@ class MegapixelConfig(Section):
     height: Annotated[int, Field(ge=140)] = 1500
     strokes: Annotated[int, Field(ge=0)] = 50
     """Noise strokes on an image, and different ones there are."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SplitConfig(Section):

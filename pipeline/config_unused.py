@@ -72,7 +72,7 @@ UNUSED: tuple[Unused, ...] = (
         "set tiling.tissue=otsu",
     ),
     Unused(
-        ("tiling.min_tissue",),
+        ("tiling.min_tissue", "tiling.overlap_px"),
         lambda c: c.tiling.coords is not None,
         "with tiling.coords, which say where the patches are",
         "remove tiling.coords",

@@ -97,8 +97,9 @@ def label_auc(probabilities: Floats, held: Bools) -> float:
 
 def r_squared(predicted: Floats, true: Floats) -> float:
     """1 - residual / total sum of squares, (n,), (n,); NaN where all true values are one."""
-    total = float(np.square(true - true.mean()).sum())
-    return 1 - float(np.square(true - predicted).sum()) / total if total > 0 else float("nan")
+    if true.min() == true.max():  # the mean of equal values may differ from them in the last bit
+        return float("nan")
+    return 1 - float(np.square(true - predicted).sum()) / float(np.square(true - true.mean()).sum())
 
 
 def expected_time(survival: Floats, bins: Sequence[float]) -> Floats:

@@ -194,7 +194,7 @@ def effective_mpp(stated: float | None, spec: TilingConfig, override: float | No
     """
     if spec.mpp is None:
         return None
-    mpp = override or stated or spec.default_mpp
+    mpp = (stated or spec.default_mpp) if override is None else override
     if mpp is None:
         raise SlideError(
             "missing-mpp",

@@ -54,6 +54,14 @@ def test_values_keep_equals_commas_spaces_and_colons() -> None:
     assert load_config("default", [f"cohort.uri={uri}"], CONF).cohort.uri == uri
 
 
+def test_a_number_sign_is_no_comment() -> None:
+    given = ["cohort.uri=/data/run #3/c.csv", "storage.root='/r #4'", "train.lr=0.001"]
+    config = load_config("default", given, CONF)
+    assert config.cohort.uri == "/data/run #3/c.csv"
+    assert config.storage.root == "/r #4"
+    assert config.train.lr == 1e-3
+
+
 def test_values_are_typed() -> None:
     config = load_config(
         "default",

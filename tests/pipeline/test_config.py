@@ -63,6 +63,14 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
             r"cluster.workers=\[1, 4\] takes every CPU .* set cluster.workers to one number, or train.source=store",
         ),
         ({"cluster": {"start_timeout_s": float("nan")}}, "greater than 0|finite"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"seed": 20_240_101_123_000}, "less than 2147483648"),
+        ({"cohort": {"uri": "c.csv", "demo": {"seed": -1}}}, "greater than or equal to 0"),
+        ({"tracking": {"model": "team/model"}}, "tracking.model"),
+        (
+            {"model": {"encoder": {"name": "features", "features": 9}}},
+            "(?s)needs the network that makes them; set embed.encoder.name.*set train.augment=false",
+        ),
         (
             {"tasks": [{"name": "t", "column": "a", "kind": "regression"}], "train": {"sampling": "balanced"}},
             "train.sampling: balanced needs classes, and the first task, t, is of kind regression",

@@ -23,7 +23,7 @@ READ = {
     "tracking": "uri experiment model",
     "cohort.demo": "slides seed",
     "cohort.megapixel_mnist": "folder train test width height strokes seed",
-    "tiling": "patch_px mpp overlap_px tissue max_bad_slides",
+    "tiling": "patch_px mpp tissue max_bad_slides",
     "tasks": "name column kind classes class_weights event_column bins mean std",
     "embed": "mean std dtype compute_dtype batch",
     "embed.encoder": "name channels features dim weights",
@@ -97,6 +97,7 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         ({"tiling.mpp": None}, "tiling.default_mpp", 0.5),
         ({"tiling.tissue": "none"}, "tiling.artefacts", "keep"),
         ({"tiling.coords": "folder"}, "tiling.min_tissue", 0.5),
+        ({"tiling.coords": "folder"}, "tiling.overlap_px", 16),
     ],
 )
 def test_what_would_be_ignored_is_named_with_a_remedy(where: dict[str, Any], field: str, value: object) -> None:

@@ -134,7 +134,8 @@ def test_regression_agrees_with_scikit_learn() -> None:
     r2, mae = measure(_task("regression"), p[:, None], np.append(y[:-1], np.nan))
     assert r2 == pytest.approx(r2_score(y[:-1], p[:-1]))
     assert mae == pytest.approx(np.abs(p - y)[:-1].mean())
-    assert np.isnan(r_squared(p, np.ones(23)))
+    for value in (1.0, 0.1, 2.7):  # the mean of 23 times 0.1 is not 0.1
+        assert np.isnan(r_squared(p, np.full(23, value)))
 
 
 outcomes = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 4)), min_size=2, max_size=20)

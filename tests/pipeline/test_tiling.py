@@ -154,6 +154,12 @@ def test_thumbnail(slide: Path) -> None:
     assert thumbnail.scale == pytest.approx(1013 / 512)
 
 
+def test_an_override_of_zero_is_absurd() -> None:
+    with pytest.raises(SlideError) as caught:
+        effective_mpp(0.5, spec(), 0.0)
+    assert caught.value.reason == "absurd-mpp"
+
+
 def test_effective_mpp_takes_override_then_file_then_default() -> None:
     tiling = spec(default_mpp=0.25)
     assert effective_mpp(0.5, tiling, 0.3) == 0.3
