@@ -15,6 +15,7 @@ from pipeline.guide import Guide
 from pipeline.masks import Mask
 from pipeline.slide import Overview
 from pipeline.tissue import artefact_mask, integral_image, tissue_fraction, tissue_mask
+from pipeline.units import Box
 
 EXAMPLES = 6  # rejected patches that are kept to be looked at
 _AT_ONCE = 16384  # cells whose shares are computed together: of 250,000, the boxes alone took 24 MB
@@ -63,7 +64,12 @@ class Candidates:
 
 
 def find_candidates(
-    overview: Overview, levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None, guide: Guide
+    overview: Overview,
+    levels: Sequence[LevelSize],
+    spec: TilingConfig,
+    mpp: float | None,
+    guide: Guide,
+    bounds: Box | None = None,
 ) -> Candidates:
     """The places to cut: those of an imported file, else those of the grid with enough tissue.
 
@@ -73,6 +79,7 @@ def find_candidates(
         spec: how to tile.
         mpp: microns per level-0 px.
         guide: what was given beside the slide.
+        bounds: where on the slide the scan lies (`SlideReader.bounds`); None: everywhere.
 
     Raises:
         SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
@@ -80,10 +87,10 @@ def find_candidates(
     """
     if guide.coords is not None:
         placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
-        coloured, artefact = _masks(overview, spec, guide, levels[0])
+        coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
         return Candidates(placed, placed.cells(), coloured & ~artefact, rejects, ())
     grid = plan_grid(levels, spec, mpp)
-    coloured, artefact = _masks(overview, spec, guide, levels[0])
+    coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
     mask = coloured & ~artefact
     cells = grid.cells()
     share = _shares(mask, overview, grid, cells)
@@ -100,12 +107,14 @@ def find_candidates(
     return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
 
 
-def _masks(overview: Overview, spec: TilingConfig, guide: Guide, level0: LevelSize) -> tuple[Mask, Mask]:
+def _masks(
+    overview: Overview, spec: TilingConfig, guide: Guide, level0: LevelSize, bounds: Box | None
+) -> tuple[Mask, Mask]:
     """What may be tissue, and which of it is none. What could not be read is tried, so that its loss is counted."""
     height, width = overview.unread.shape
     nothing = np.zeros((height, width), np.bool_)
     if guide.mask is not None:
-        return guide.mask.at(width, height, (level0.width, level0.height)) | overview.unread, nothing
+        return guide.mask.at(width, height, (level0.width, level0.height), bounds) | overview.unread, nothing
     if spec.tissue == "none":
         return ~nothing, nothing
     coloured = tissue_mask(overview.rgb)

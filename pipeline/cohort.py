@@ -46,7 +46,7 @@ class CohortSlide:
     extra: Mapping[str, str]
     """All other columns, as text."""
     mask: str | None = None
-    """URI of a tissue mask: PNG, TIFF, or GeoJSON in level-0 px."""
+    """URI of a tissue mask: PNG, TIFF, or GeoJSON in QuPath's coordinates."""
     coords: str | None = None
     """URI of an HDF5 file of TRIDENT or CLAM with the patches to cut."""
 

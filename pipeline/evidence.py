@@ -45,8 +45,8 @@ class Evidence:
     """The files beside a slide's patches. Equal slides and specs give equal bytes."""
 
     files: Mapping[str, bytes]
-    """mask.png, one bit a px over the whole slide; tissue.geojson, its outlines; rejected.jpg, squares of 128 px from
-    left to right, if any."""
+    """mask.png, one bit a px over the whole slide; tissue.geojson, its outlines, which count from the corner of the
+    slide's bounds as QuPath does; rejected.jpg, squares of 128 px from left to right, if any."""
     facts: Mapping[str, Any]
     """`mask`: level-0 px per px, and share of tissue; `rejected`: x, y (level 0), reason and tissue of each square."""
 
@@ -80,7 +80,7 @@ def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) 
             continue
         ((x, y),) = found.grid.level0_origins(_cell(example)).tolist()
         listed.append({"x": x, "y": y, "reason": example.reason, "tissue": round(example.tissue, 4)})
-    files = {MASK: mask_png(found.mask), OUTLINE: tissue_geojson(found.mask, reader.dimensions)}
+    files = {MASK: mask_png(found.mask), OUTLINE: tissue_geojson(found.mask, reader.dimensions, reader.bounds[:2])}
     if squares:
         files[REJECTED] = _jpeg(np.concatenate(squares, axis=1))
     mask = {"scale": overview.scale, "share": round(float(found.mask.mean()), 6)}

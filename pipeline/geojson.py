@@ -1,4 +1,8 @@
-"""A tissue mask as GeoJSON that QuPath opens: one annotation a piece, in level-0 px."""
+"""A tissue mask as GeoJSON that QuPath opens: one annotation a piece.
+
+It is in QuPath's coordinates, as `masks` reads them: level-0 px, counted from the corner of the slide's bounds
+(`SlideReader.bounds`), because that is all QuPath shows of an MRXS or Leica slide. Of others it is the slide's corner.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,15 @@ _COLOUR = [46, 139, 87]
 Mask = npt.NDArray[np.bool_]
 
 
-def tissue_geojson(mask: Mask, dimensions: tuple[int, int]) -> bytes:
+def tissue_geojson(mask: Mask, dimensions: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> bytes:
     """A FeatureCollection of Polygons (outer ring, then holes), closed, in integer level-0 px.
 
     Args:
         mask: (h, w), True where tissue is.
         dimensions: width and height of the slide, level-0 px.
+        corner: x and y that the outlines count from, level-0 px: left and top of the slide's bounds.
     """
-    features = [_feature(polygon) for polygon in _polygons(_small(mask), dimensions)]
+    features = [_feature(polygon) for polygon in _polygons(_small(mask), dimensions, corner)]
     document = {"type": "FeatureCollection", "features": features}
     return json.dumps(document, separators=(",", ":")).encode()
 
@@ -45,7 +50,7 @@ def _small(mask: Mask) -> Mask:
     return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) >= 128
 
 
-def _polygons(mask: Mask, dimensions: tuple[int, int]) -> list[list[list[list[int]]]]:
+def _polygons(mask: Mask, dimensions: tuple[int, int], corner: tuple[int, int]) -> list[list[list[list[int]]]]:
     """Rings of every piece. The mask gets a rim of glass, so that outlines close at its border."""
     height, width = mask.shape
     padded = np.pad(mask, 1).astype(np.float32)
@@ -57,7 +62,7 @@ def _polygons(mask: Mask, dimensions: tuple[int, int]) -> list[list[list[list[in
         corners = np.clip(np.rint((outline - 0.5) * scale), 0, dimensions).astype(int)
         large = [slice(a, b) for a, b in pairwise(bounds) if _area(outline[a:b]) > SPECK_PX]
         if large and large[0].start == bounds[0]:  # else the piece itself is a speck
-            rings = [_straightened(corners[part]) for part in large]
+            rings = [_straightened(corners[part] - corner) for part in large]
             if len(rings[0]) >= _RING:  # px as fine as the slide's: thin pieces have no area in whole px
                 polygons.append([ring.tolist() for ring in rings if len(ring) >= _RING])
     return polygons

@@ -1,10 +1,15 @@
-"""Tissue masks that somebody else made: an image of any resolution, or GeoJSON in level-0 px as QuPath writes it."""
+"""Tissue masks that somebody else made: an image of any resolution, or GeoJSON in level-0 px as QuPath writes it.
+
+QuPath shows of a slide what lies in its bounds (`SlideReader.bounds`) and counts from their corner, so GeoJSON does.
+An image shows the whole slide, or the bounds alone where only their shape is its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +20,7 @@ from PIL import Image, ImageDraw, ImageSequence, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.errors import SlideError
+from pipeline.units import Box
 
 Mask = npt.NDArray[np.bool_]
 Ring = npt.NDArray[np.float64]
@@ -39,20 +45,23 @@ class ExternalMask:
         """sha256 (hex) of the file."""
         return hashlib.sha256(self.data).hexdigest()
 
-    def at(self, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+    def at(self, width: int, height: int, dimensions: tuple[int, int], bounds: Box | None = None) -> Mask:
         """(height, width): px of which at least half is tissue.
 
         Args:
             width: of the mask that is wanted.
             height: of the mask that is wanted.
             dimensions: width and height of the slide, level-0 px.
+            bounds: where on the slide the scan lies; None: everywhere.
 
         Raises:
             SlideError: "mask", the file is not what it should be, or does not fit the slide.
         """
         if self.uri.lower().endswith((".geojson", ".json")):
-            return _from_geojson(self.uri, self.data, width, height, dimensions)
-        return _from_image(self.uri, self.data, width, height, dimensions)
+            corner = (0, 0) if bounds is None else bounds[:2]
+            return _from_geojson(self.uri, self.data, (width, height), dimensions, corner)
+        places = [Box(0, 0, *dimensions), *([] if bounds is None else [bounds])]
+        return _from_image(self.uri, self.data, (width, height), places)
 
 
 def read_mask(uri: str) -> ExternalMask:
@@ -68,20 +77,40 @@ def _bad(uri: str, message: str) -> SlideError:
     return SlideError("mask", f"{uri}: {message}")
 
 
-def _from_image(uri: str, data: bytes, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+def _from_image(uri: str, data: bytes, size: tuple[int, int], places: Sequence[Box]) -> Mask:
+    """`places` are what the image may show, the whole slide first."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            page = _best_page(image, max(width, height))
+            page = _best_page(image, max(size))
             image.seek(page)
-            _check_size(uri, image.size, dimensions)
+            place = _place(uri, image.size, places)
             found = np.asarray(image.convert("L") if image.mode in {"RGBA", "LA", "PA"} else image)
     except UnidentifiedImageError as error:
         raise _bad(uri, f"not a mask; give {' or '.join(FORMATS)} with tissue above 0, or GeoJSON") from error
     except (OSError, SyntaxError, EOFError) as error:  # Pillow: SyntaxError for a broken PNG
         raise _bad(uri, f"the mask cannot be decoded ({error}); write it again") from error
-    tissue = found.any(axis=2) if found.ndim == 3 else found > 0
-    share = Image.fromarray(tissue.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
+    tissue = np.asarray(found.any(axis=2) if found.ndim == 3 else found > 0)
+    return _laid(tissue, size) if place == places[0] else _laid_out(tissue, size, places[0], place)
+
+
+def _laid(tissue: Mask, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Mask:
+    """A mask, or a box in its px of it, brought to a width and height: px of which at least half is tissue."""
+    share = Image.fromarray(tissue.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX, box)
     return np.asarray(share) >= 128
+
+
+def _laid_out(tissue: Mask, size: tuple[int, int], whole: Box, place: Box) -> Mask:
+    """The mask of a place as one of a width and height for the whole slide; there is no tissue around it."""
+    scale = np.array(size) / whole[2:]
+    start, end = np.array(place[:2]) * scale, (np.array(place[:2]) + place[2:]) * scale
+    first, last = np.floor(start).astype(int), np.minimum(np.ceil(end).astype(int), size)  # px that it touches
+    step = tissue.shape[::-1] / (end - start)  # mask px along one of those
+    rim = math.ceil(step.max())  # the outer px reach over its edge, by less than one of them
+    (left, top), (right, bottom) = (first - start) * step + rim, (last - start) * step + rim
+    inner = _laid(np.pad(tissue, rim), tuple(last - first), (left, top, right, bottom))
+    found = np.zeros(size[::-1], np.bool_)
+    found[first[1] : last[1], first[0] : last[0]] = inner
+    return found
 
 
 def _best_page(image: Image.Image, edge: int) -> int:
@@ -91,32 +120,37 @@ def _best_page(image: Image.Image, edge: int) -> int:
     return min(large_enough or range(len(sizes)), key=lambda number: sizes[number] if large_enough else -sizes[number])
 
 
-def _check_size(uri: str, size: tuple[int, int], dimensions: tuple[int, int]) -> None:
+def _place(uri: str, size: tuple[int, int], places: Sequence[Box]) -> Box:
+    """The first place that has the mask's shape."""
     if size[0] * size[1] > MAX_MASK_PX:
         raise _bad(uri, f"{size[0]} x {size[1]} px are over {MAX_MASK_PX}; give the mask at a lower resolution")
-    wide, slide = size[0] / size[1], dimensions[0] / dimensions[1]
     slack = 1 / min(size) + ASPECT  # half a px at both ends
-    if abs(wide / slide - 1) > slack:
-        raise _bad(
-            uri,
-            f"the mask is {size[0]} x {size[1]} px and the slide {dimensions[0]} x {dimensions[1]}: not one shape; "
-            "the mask must show the whole slide, neither turned nor cropped",
-        )
+    for place in places:
+        if abs(size[0] / size[1] / (place.width / place.height) - 1) <= slack:
+            return place
+    whole = places[0]
+    raise _bad(
+        uri,
+        f"the mask is {size[0]} x {size[1]} px and the slide {whole.width} x {whole.height}: not one shape; "
+        "the mask must show the whole slide, or all of its bounds, neither turned nor cropped",
+    )
 
 
-def _from_geojson(uri: str, data: bytes, width: int, height: int, dimensions: tuple[int, int]) -> Mask:
+def _from_geojson(
+    uri: str, data: bytes, size: tuple[int, int], dimensions: tuple[int, int], corner: tuple[int, int]
+) -> Mask:
     try:
-        polygons = [[_ring(points) for points in rings] for rings in _polygons(json.loads(data))]
+        polygons = [[_ring(points) + corner for points in rings] for rings in _polygons(json.loads(data))]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _bad(uri, f"not GeoJSON ({type(error).__name__}: {error}); export the annotations again") from error
     if not polygons:
         raise _bad(uri, "no Polygon or MultiPolygon in it; draw the tissue as areas, or leave the mask out")
-    finer = max(1, min(FINER, DRAWN_PX // max(width, height)))
-    canvas = Image.new("L", (width * finer, height * finer))
+    finer = max(1, min(FINER, DRAWN_PX // max(size)))
+    canvas = Image.new("L", (size[0] * finer, size[1] * finer))
     scale = np.array(canvas.size) / dimensions
     for rings in polygons:
         _draw(canvas, [ring * scale for ring in rings])
-    return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) >= 128
+    return np.asarray(canvas.resize(size, Image.Resampling.BOX)) >= 128
 
 
 def _ring(points: Sequence[Sequence[float]]) -> Ring:

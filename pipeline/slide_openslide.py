@@ -18,7 +18,7 @@ import openslide
 from pipeline.byte_source import system_error
 from pipeline.errors import BadTileError, SlideError
 from pipeline.slide_reader import RGB, Level, SlideReader, on_background
-from pipeline.units import LevelPx, to_level0
+from pipeline.units import Box, LevelPx, to_level0
 
 LIBRARY_VERSION: str = openslide.__library_version__
 
@@ -35,9 +35,15 @@ class OpenSlideReader(SlideReader):
             for (w, h), downsample in zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
         )
         self.mpp = _mpp(properties)
+        self._bounds = _bounds(properties, self.dimensions)
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
+
+    @property
+    def bounds(self) -> Box:
+        """See `SlideReader.bounds`; of MRXS and Leica slides a part of a larger canvas."""
+        return self._bounds
 
     def _open(self) -> openslide.OpenSlide:
         try:
@@ -73,6 +79,18 @@ def _mpp(properties: Mapping[str, str]) -> float | None:
     except (KeyError, ValueError):
         return None
     return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+
+
+def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> Box:
+    """As the file states them; all of the slide where it states none, or some that lie beyond it."""
+    whole = Box(0, 0, *dimensions)
+    try:
+        found = Box(*(int(properties[f"openslide.bounds-{name}"]) for name in ("x", "y", "width", "height")))
+    except (KeyError, ValueError):
+        return whole
+    right, bottom = found.left + found.width, found.top + found.height
+    inside = min(found.left, found.top) >= 0 and right <= dimensions[0] and bottom <= dimensions[1]
+    return found if inside and min(found.width, found.height) > 0 else whole
 
 
 def _cause(path: Path, error: Exception) -> Exception:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import BadTileError, SlideError
+from pipeline.units import Box
 
 RGB = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -79,6 +80,11 @@ class SlideReader(ABC):
     def dimensions(self) -> tuple[int, int]:
         """Width and height in level-0 px."""
         return self.levels[0].width, self.levels[0].height
+
+    @property
+    def bounds(self) -> Box:
+        """Where on the slide the scan lies: QuPath shows nothing else, and counts from its upper left corner."""
+        return Box(0, 0, *self.dimensions)
 
     @abstractmethod
     def read(self, level: int, x: int, y: int, w: int, h: int) -> RGB:

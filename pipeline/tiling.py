@@ -50,7 +50,7 @@ class SlideTiling:
         edge = sized.edge_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
         overview = reader.overview(min(MASK_PX, max(THUMBNAIL_PX, round(longest * MASK_PX_PER_PATCH / edge))))
         try:
-            found = find_candidates(overview, reader.levels, sized, mpp, guide)
+            found = find_candidates(overview, reader.levels, sized, mpp, guide, reader.bounds)
         except SlideError as error:
             seen = error.coloured if isinstance(error, NothingFoundError) else None
             error.picture = thumbnail(overview, seen).jpeg

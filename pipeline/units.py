@@ -6,11 +6,20 @@
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import NamedTuple, NewType
 
 Level0Px = NewType("Level0Px", int)
 LevelPx = NewType("LevelPx", int)
 PatchPx = NewType("PatchPx", int)
+
+
+class Box(NamedTuple):
+    """A rectangle, in level-0 px."""
+
+    left: int
+    top: int
+    width: int
+    height: int
 
 
 def to_level0(px: LevelPx, downsample: float) -> Level0Px:

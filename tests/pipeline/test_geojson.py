@@ -50,6 +50,13 @@ def test_the_outline_read_back_is_the_mask() -> None:
     assert (ExternalMask("a.geojson", data).at(106, 37, DIMENSIONS) != mask()).mean() < 0.01  # cut corners
 
 
+def test_outlines_count_from_the_corner_that_is_named() -> None:
+    plain, moved = (json.loads(tissue_geojson(mask(), DIMENSIONS, *corner))["features"] for corner in ((), ((70, 0),)))
+    for one, other in zip(plain, moved, strict=True):
+        for ring, its in zip(one["geometry"]["coordinates"], other["geometry"]["coordinates"], strict=True):
+            assert (np.array(ring) - np.array(its) == [70, 0]).all()
+
+
 @given(seed=st.integers(0, 10_000), share=st.floats(0.05, 0.95))
 def test_any_mask_survives_up_to_single_px(seed: int, share: float) -> None:
     coarse = np.random.default_rng(seed).random((7, 11)) < share

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline.errors import SlideError
 from pipeline.masks import ExternalMask
+from pipeline.units import Box
 
 DIMENSIONS = (1013, 787)
 HOUSE = [[100, 200], [600, 150], [640, 500], [350, 700], [90, 520], [100, 200]]
@@ -82,6 +83,43 @@ def test_what_qupath_ignores_is_no_tissue() -> None:
     data = json.loads(geojson(polygon(HOUSE)))
     data["features"].append(json.loads(geojson(polygon(INSIDE), classification={"name": "Ignore*"}))["features"][0])
     assert (mask(json.dumps(data).encode()) == mask(geojson(polygon(HOUSE)))).all()
+
+
+@given(left=st.integers(0, 500), top=st.integers(0, 400), seed=st.integers(0, 99))
+def test_outlines_count_from_the_corner_of_the_bounds(left: int, top: int, seed: int) -> None:
+    """QuPath shows nothing else of a slide."""
+    ring = np.random.default_rng(seed).integers(0, 400, (5, 2))
+    on_slide, in_qupath = (geojson(polygon(points.tolist())) for points in (ring + np.array([left, top]), ring))
+    found = ExternalMask("a.geojson", in_qupath).at(203, 157, DIMENSIONS, Box(left, top, 500, 380))
+    assert (found == mask(on_slide)).all()
+
+
+@settings(deadline=None)
+@given(left=st.integers(0, 413), top=st.integers(0, 587), finer=st.sampled_from([0.07, 0.25, 1.0]))
+def test_an_image_of_the_bounds_lies_there(left: int, top: int, finer: float) -> None:
+    """600 x 200 px of a slide that is nearly square; the right half of them is tissue."""
+    size = (round(600 * finer), round(200 * finer))
+    part = np.zeros(size[::-1], np.uint8)
+    part[:, size[0] // 2 :] = 9
+    found = ExternalMask("a.png", png(Image.fromarray(part))).at(203, 157, DIMENSIONS, Box(left, top, 600, 200))
+    x, y = (np.arange(203) + 0.5) * 1013 / 203, (np.arange(157) + 0.5) * 787 / 157
+    across, down = (x > left + 300) & (x < left + 600), (y > top) & (y < top + 200)
+    assert (found == down[:, None] & across).mean() > 0.995  # px that an edge runs through
+    assert not found[:, x < left + 290].any()
+
+
+def test_an_image_of_the_whole_slide_stays_one_whatever_the_bounds() -> None:
+    assert (
+        ExternalMask("a.png", image("L")).at(203, 157, DIMENSIONS, Box(100, 60, 300, 100)) == mask(image("L"), "a.png")
+    ).all()
+    with pytest.raises(SlideError, match="the whole slide, or all of its bounds"):
+        ExternalMask("a.png", image("L", (100, 400))).at(203, 157, DIMENSIONS, Box(100, 60, 300, 100))
+
+
+def png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, format="PNG")
+    return sink.getvalue()
 
 
 def image(mode: str, size: tuple[int, int] = (405, 315), **options: Any) -> bytes:

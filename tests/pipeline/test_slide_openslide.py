@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,12 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from pipeline.cohort import CohortSlide
 from pipeline.errors import BadTileError, SlideError
+from pipeline.evidence import OUTLINE
 from pipeline.patches import PatchStore
 from pipeline.slide import open_slide
-from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
+from pipeline.slide_openslide import LIBRARY_VERSION, OpenSlideReader, _bounds, is_openslide
 from pipeline.tiler import store_slide
 from tests.pipeline.slides import PATCH, SPEC, row
 from tests.synth import leica_xml, tissue_rgb, write_pyramid, zero_tile
@@ -79,6 +84,7 @@ def test_a_leica_scan_on_its_canvas_is_read_and_tiled(tmp_path: Path) -> None:
     with open_slide(path) as reader:
         assert isinstance(reader, OpenSlideReader)
         assert (reader.vendor, reader.dimensions) == ("leica", canvas)
+        assert reader.bounds == (left, top, 1013, 787)
         assert reader.mpp == pytest.approx(0.5)
         assert np.abs(reader.read(0, left, top, 1013, 787).astype(int) - RGB).mean() < 3
         assert (reader.read(0, 0, 0, left, top) == 255).all()
@@ -92,6 +98,42 @@ def test_a_leica_scan_on_its_canvas_is_read_and_tiled(tmp_path: Path) -> None:
         if 0 <= x <= 1013 - PATCH and 0 <= y <= 787 - PATCH:
             patch = simplejpeg.decode_jpeg(data).astype(int)
             assert np.abs(patch - RGB[y : y + PATCH, x : x + PATCH]).mean() < 8
+
+
+def test_the_outline_of_a_leica_scan_lies_in_what_qupath_shows_of_it_and_names_the_same_patches(tmp_path: Path) -> None:
+    (left, top), sizes = (350, 210), [(1013, 787), (506, 393), (253, 196)]
+    path = write_pyramid(tmp_path / "a.scn", RGB, description=leica_xml(sizes, (1500, 1100), (left, top), 0.5))
+    store = PatchStore(str(tmp_path / "store"), SPEC.fingerprint())
+
+    def corners(slide: CohortSlide) -> np.ndarray:
+        stored = store.slide(str(store_slide(slide, SPEC, str(tmp_path / "store")).key))
+        index = stored.index()
+        shutil.copy(Path(stored.uri) / OUTLINE, tmp_path / "tissue.geojson")
+        return np.stack([index.x, index.y], axis=1)
+
+    plain = corners(row(path))
+    rings = [
+        ring
+        for feature in json.loads((tmp_path / "tissue.geojson").read_text())["features"]
+        for ring in feature["geometry"]["coordinates"]
+    ]
+    points = np.concatenate(rings)
+    assert (points >= 0).all()
+    assert (points <= [1013, 787]).all()
+    masked = corners(replace(row(path), mask=str(tmp_path / "tissue.geojson")))
+    assert len({*map(tuple, plain.tolist())} ^ {*map(tuple, masked.tolist())}) < 0.05 * len(plain)
+
+
+def test_bounds_that_make_no_sense_are_none() -> None:
+    stated = {"openslide.bounds-x": "10", "openslide.bounds-y": "20", "openslide.bounds-width": "30"}
+    assert _bounds({**stated, "openslide.bounds-height": "40"}, (40, 60)) == (10, 20, 30, 40)
+    for nonsense in (
+        {},
+        {"openslide.bounds-height": "x"},
+        {"openslide.bounds-height": "41"},
+        {"openslide.bounds-height": "0"},
+    ):
+        assert _bounds({**stated, **nonsense}, (40, 60)) == (0, 0, 40, 60)
 
 
 def test_which_files_are_slides(slide: Path, tmp_path: Path) -> None:
