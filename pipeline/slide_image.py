@@ -64,6 +64,14 @@ def _check_image(path: Path, image: Image.Image) -> None:
         raise SlideError(
             "pixel-type", f"{path.name}: pixels of type {image.mode}; convert the image to 8 bits a channel"
         )
+    if image.format == "PNG" and (bits := _png_bits(path)) > 8:  # Pillow keeps the upper 8 and does not say so
+        raise SlideError("pixel-type", f"{path.name}: {bits} bits a channel; convert the image to 8")
+
+
+def _png_bits(path: Path) -> int:
+    """Of a channel, as the header chunk says, which is a PNG's first: signature, length, IHDR, width, height, bits."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
 
 
 def _image_rgb(image: Image.Image) -> RGB:

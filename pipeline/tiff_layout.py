@@ -35,6 +35,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it warns of, an
 HEADER_BYTES = 64 * 2**10  # one read of a directory brings its small tags along
 _JPEG, _JPEG2000 = 7, (33005, 34712)
 _RGB, _YCBCR = 2, 6
+PIXEL_BITS = 8
 _REDUCED = 1  # bit of NewSubfileType
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -79,7 +80,7 @@ def read_layout(source: ByteSource) -> Layout | None:
     """The layout of a slide; None where its tiles are not for us, or where it is no sound TIFF at all.
 
     Raises:
-        SlideError: "truncated", the file was cut off; or it cannot be reached.
+        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel; or it cannot be reached.
     """
     (head,) = source.read([(0, 16)])
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -95,6 +96,7 @@ def read_layout(source: ByteSource) -> Layout | None:
         with tifffile.TiffFile(file, name=source.name) as tiff:
             first = tiff.pages.first
             _check_whole(source, tiff)
+            _check_depth(source, first)
             if not first.is_tiled or tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
                 return None
             if str(first.description).startswith("Aperio"):
@@ -111,6 +113,16 @@ def _check_whole(source: ByteSource, tiff: tifffile.TiffFile) -> None:
     len(tiff.pages)  # follows the chain of directories
     (link,) = source.read([(tiff.pages.next_page_offset, tiff.tiff.offsetsize)])
     _check_reach(source, link, tiff.byteorder)
+
+
+def _check_depth(source: ByteSource, page: tifffile.TiffPage) -> None:
+    """SlideError when px have more bits than ours: other readers just keep the upper 8, and 12 of 16 come out black."""
+    bits = int(np.max(page.bitspersample))
+    if bits > PIXEL_BITS:
+        raise SlideError(
+            "pixel-type",
+            f"{source.name}: {bits} bits a channel; convert it to {PIXEL_BITS}, scaled to the range of its values",
+        )
 
 
 def _check_reach(source: ByteSource, link: bytes, byteorder: str) -> None:

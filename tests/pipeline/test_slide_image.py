@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -61,6 +62,17 @@ def test_an_image_that_is_cut_short_stays_unreadable(tmp_path: Path, name: str) 
 def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(SlideError, match="8 bits") as caught:
+        open_slide(tmp_path / "deep.png")
+    assert caught.value.reason == "pixel-type"
+
+
+def test_sixteen_bit_colours_of_a_png_are_refused(tmp_path: Path) -> None:
+    """Pillow calls them RGB, and gives their upper bytes."""
+    deep = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
+    (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(deep))
+    with Image.open(tmp_path / "deep.png") as image:
+        assert image.mode == "RGB"
+    with pytest.raises(SlideError, match=r"deep\.png: 16 bits a channel; convert") as caught:
         open_slide(tmp_path / "deep.png")
     assert caught.value.reason == "pixel-type"
 

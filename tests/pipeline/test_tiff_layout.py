@@ -143,6 +143,27 @@ def test_a_chain_of_directories_that_is_cut_off(tmp_path: Path) -> None:
     assert caught.value.reason == "truncated"
 
 
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint16, 16), (np.float32, 32)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_more_than_8_bits_are_refused(
+    tmp_path: Path, tile: tuple[int, int] | None, dtype: type[np.generic], bits: int, channels: int
+) -> None:
+    """In strips or tiles: Pillow and OpenSlide would take the upper byte of some of them."""
+    pixels = (RGB.astype(np.uint16) * 16).astype(dtype)
+    pixels, photometric = (pixels, "rgb") if channels == 3 else (pixels[..., 0], "minisblack")
+    tifffile.imwrite(tmp_path / "deep.tif", pixels, photometric=photometric, tile=tile)
+    with pytest.raises(SlideError, match=rf"deep\.tif: {bits} bits a channel; convert it to 8") as caught:
+        layout(tmp_path / "deep.tif")
+    assert caught.value.reason == "pixel-type"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_])
+def test_up_to_8_bits_are_left_to_who_reads_them(tmp_path: Path, dtype: type[np.generic]) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", RGB[..., 0].astype(dtype), photometric="minisblack")
+    assert layout(tmp_path / "a.tif") is None
+
+
 def test_a_width_that_is_no_whole_number(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB[:64, :64], tile=64, levels=1)
     with tifffile.TiffFile(path) as tiff:
