@@ -84,13 +84,21 @@ def _from_image(uri: str, data: bytes, size: tuple[int, int], places: Sequence[B
             page = _best_page(image, max(size))
             image.seek(page)
             place = _place(uri, image.size, places)
-            found = np.asarray(image.convert("L") if image.mode in {"RGBA", "LA", "PA"} else image)
+            tissue = _above_0(image)
     except UnidentifiedImageError as error:
         raise _bad(uri, f"not a mask; give {' or '.join(FORMATS)} with tissue above 0, or GeoJSON") from error
     except (OSError, SyntaxError, EOFError) as error:  # Pillow: SyntaxError for a broken PNG
         raise _bad(uri, f"the mask cannot be decoded ({error}); write it again") from error
-    tissue = np.asarray(found.any(axis=2) if found.ndim == 3 else found > 0)
     return _laid(tissue, size) if place == places[0] else _laid_out(tissue, size, places[0], place)
+
+
+def _above_0(image: Image.Image) -> Mask:
+    """Where an image has any colour but black, and is not all transparent; of a palette its colours count."""
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        return np.asarray(rgba[..., :3].any(axis=2) & (rgba[..., 3] > 0))
+    found = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    return np.asarray(found.any(axis=2) if found.ndim == 3 else found > 0)
 
 
 def _laid(tissue: Mask, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Mask:

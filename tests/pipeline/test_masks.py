@@ -130,6 +130,10 @@ def image(mode: str, size: tuple[int, int] = (405, 315), **options: Any) -> byte
         "1": lambda: Image.fromarray(left.astype(bool)),
         "L": lambda: Image.fromarray(left),
         "P": lambda: Image.fromarray(left).convert("P"),
+        "P, tissue first": lambda: Image.fromarray(left[..., None] * np.full(3, 255, np.uint8)).quantize(2),
+        "RGBA": lambda: Image.fromarray(np.where(left[..., None], [0, 0, 255, 255], [0, 0, 0, 255]).astype(np.uint8)),
+        "alpha": lambda: Image.fromarray(np.where(left[..., None], 255, [255, 255, 255, 0]).astype(np.uint8)),
+        "LA": lambda: Image.fromarray(np.where(left[..., None], 255, [255, 0]).astype(np.uint8)),
         "RGB": lambda: Image.fromarray(left[..., None] * np.array([0, 0, 255], np.uint8)),
         "I;16": lambda: Image.fromarray(left.astype(np.uint16) * 1000),
     }[mode]()
@@ -138,7 +142,12 @@ def image(mode: str, size: tuple[int, int] = (405, 315), **options: Any) -> byte
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16"])
+def test_a_palette_may_begin_with_the_colour_of_the_tissue() -> None:
+    data = image("P, tissue first", (405, 315))
+    assert Image.open(io.BytesIO(data)).getpalette() == [255, 255, 255, 0, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "P, tissue first", "RGB", "RGBA", "alpha", "LA", "I;16"])
 def test_any_kind_of_image_with_tissue_above_0(mode: str) -> None:
     found = mask(image(mode), "a.png")
     assert found[:, :67].all()
