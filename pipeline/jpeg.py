@@ -78,10 +78,19 @@ def header(data: bytes) -> Header:
 
 
 def tables_segments(tables: bytes | None) -> bytes:
-    """The segments of a TIFF directory's JPEGTables, without their start and end marker."""
+    """The segments of a TIFF directory's JPEGTables, without their start and end marker.
+
+    Those that name a colour space (APP0, APP14) are left out: what the tiles hold is what the directory says of them.
+    """
     data = tables or b""
-    data = data[2:] if data.startswith(SOI) else data
-    return data.removesuffix(EOI)
+    data = (data[2:] if data.startswith(SOI) else data).removesuffix(EOI)
+    kept, at = [], 0
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+        if data[at + 1] not in (_APP0, _APP14):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) + data[at:]  # what is no segment, the decoder will name
 
 
 def standalone(tile: bytes, tables: bytes, rgb: bool, found: Header | None = None) -> bytes:  # noqa: FBT001

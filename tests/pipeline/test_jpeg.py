@@ -63,6 +63,25 @@ def test_tables_need_neither_start_nor_end() -> None:
     assert jpeg.tables_segments(None) == b""
 
 
+JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
+ADOBE = {colours: b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([colours]) for colours in (0, 1)}
+
+
+@pytest.mark.parametrize("named", [JFIF, ADOBE[0], ADOBE[1], JFIF + ADOBE[0]])
+@pytest.mark.parametrize("rgb", [False, True])
+def test_tables_do_not_name_the_colours(named: bytes, *, rgb: bool) -> None:
+    tile, tables, whole = (RGB_TILE, RGB_TABLES, RGB_WHOLE) if rgb else (TILE, TABLES, WHOLE)
+    segments = jpeg.tables_segments(tables[:2] + named + tables[2:])
+    assert segments == jpeg.tables_segments(tables)
+    made = simplejpeg.decode_jpeg(jpeg.standalone(tile, segments, rgb))
+    assert np.array_equal(made, imagecodecs.jpeg8_decode(whole))
+
+
+@pytest.mark.parametrize("broken", [bytes(20), TABLES[2:40], TABLES[2:-2] + b"\xff", b"\xff\xdb", b"\xff\xdb\0\0\xff"])
+def test_broken_tables_stay_what_they_are(broken: bytes) -> None:
+    assert jpeg.tables_segments(broken) == broken
+
+
 def doubtful(data: bytes) -> bool:
     return jpeg.is_doubtful(data, jpeg.header(WHOLE))
 
