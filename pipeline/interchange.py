@@ -94,13 +94,13 @@ def read_coordinates(data: bytes, source: str) -> Coordinates:
         with h5py.File(io.BytesIO(data), "r") as file:
             dataset = file["coords"]
             corners, attributes = dataset[:], dict(dataset.attrs)
-    except (OSError, KeyError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # a group, or damage
         raise _bad(source, f"no HDF5 file with a dataset `coords` ({error}); give TRIDENT's or CLAM's file") from error
     if corners.ndim != 2 or corners.shape[1] != 2 or not np.issubdtype(corners.dtype, np.integer):
         raise _bad(source, f"`coords` is {corners.dtype} {corners.shape}, not integers (n, 2); write it again")
     try:
         tool, extent, step = _extent(attributes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise _bad(
             source, f"the attributes of `coords` are neither TRIDENT's nor CLAM's ({error}); patch it again"
         ) from error

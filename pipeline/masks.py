@@ -30,6 +30,7 @@ MAX_MASK_PX = 2**28  # of the page that is read: 268 MB
 ASPECT = 0.02  # how far the mask's width to height may be from the slide's; rounding of small masks stays below
 FINER = 4  # outlines are drawn so much finer: Pillow paints every px that an edge touches
 DRAWN_PX = 4096  # longer edge of what is drawn, as far as it is larger than the mask: 17 MB
+FARTHEST = 2**28  # of a coordinate, level-0 px: Pillow draws with 32-bit integers, and no slide is so large
 IGNORED = "*"  # QuPath's classes whose name ends so ("Ignore*") stand for nothing
 
 
@@ -87,7 +88,7 @@ def _from_image(uri: str, data: bytes, size: tuple[int, int], places: Sequence[B
             tissue = _above_0(image)
     except UnidentifiedImageError as error:
         raise _bad(uri, f"not a mask; give {' or '.join(FORMATS)} with tissue above 0, or GeoJSON") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow: SyntaxError for a broken PNG
+    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow: the latter for broken PNGs and TIFFs
         raise _bad(uri, f"the mask cannot be decoded ({error}); write it again") from error
     return _laid(tissue, size) if place == places[0] else _laid_out(tissue, size, places[0], place)
 
@@ -149,7 +150,7 @@ def _from_geojson(
 ) -> Mask:
     try:
         polygons = [[_ring(points) + corner for points in rings] for rings in _polygons(json.loads(data))]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _bad(uri, f"not GeoJSON ({type(error).__name__}: {error}); export the annotations again") from error
     if not polygons:
         raise _bad(uri, "no Polygon or MultiPolygon in it; draw the tissue as areas, or leave the mask out")
@@ -163,8 +164,8 @@ def _from_geojson(
 
 def _ring(points: Sequence[Sequence[float]]) -> Ring:
     ring = np.asarray(points, np.float64)[:, :2]
-    if len(ring) < 3 or not np.isfinite(ring).all():
-        raise ValueError(f"an outline of {len(ring)} points, all of which must be finite; it needs 3")
+    if len(ring) < 3 or not (np.abs(ring) <= FARTHEST).all():
+        raise ValueError(f"an outline of {len(ring)} points, all of which must be px; it needs 3")
     return ring
 
 
@@ -184,7 +185,9 @@ def _draw(canvas: Image.Image, rings: Sequence[Ring]) -> None:
 
 
 def _polygons(node: Any) -> Iterator[list[Any]]:
-    """The rings of every area in a GeoJSON document: outer one, then holes."""
+    """The rings of every area in a GeoJSON document: outer one, then holes. What is null or empty has no area."""
+    if node is None:
+        return
     if isinstance(node, list):  # QuPath before 0.3 wrote a bare list of features
         for item in node:
             yield from _polygons(item)
@@ -196,10 +199,9 @@ def _polygons(node: Any) -> Iterator[list[Any]]:
         yield from _polygons(node["geometry"])
     elif kind == "GeometryCollection":
         yield from _polygons(node["geometries"])
-    elif kind == "Polygon":
-        yield node["coordinates"]
-    elif kind == "MultiPolygon":
-        yield from node["coordinates"]
+    elif kind in {"Polygon", "MultiPolygon"}:
+        areas = node["coordinates"] if kind == "MultiPolygon" else [node["coordinates"]]
+        yield from (rings for rings in areas if rings)
 
 
 def _is_ignored(properties: Mapping[str, Any]) -> bool:

@@ -36,9 +36,9 @@ class ImageReader(SlideReader):
                 "not-a-slide",
                 f"{path.name}: neither a slide format that OpenSlide reads nor {', '.join(IMAGE_FORMATS)}",
             ) from error
-        except (OSError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow: the latter for broken PNGs and TIFFs
             raise system_error(path.name, error) or SlideError(
-                "unreadable", f"{path.name}: the image cannot be decoded: {error}"
+                "unreadable", f"{path.name}: the image cannot be decoded: {error}; copy it again"
             ) from error
         height, width = self._pixels.shape[:2]
         self.levels = (Level(width, height, 1.0),)

@@ -200,11 +200,28 @@ def test_names_of_the_files() -> None:
     assert (file_name("trident", "a.b"), file_name("clam", "a.b")) == ("a.b_patches.h5", "a.b.h5")
 
 
+def other(coords: object) -> bytes:
+    """A file whose `coords` is no table: a group, or one value."""
+    sink = io.BytesIO()
+    with h5py.File(sink, "w") as file:
+        if coords == "group":
+            file.create_group("coords")
+        else:
+            file.create_dataset("coords", data=coords)
+    return sink.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (b"no HDF5", "no HDF5 file"),
         (trident()[:700], "no HDF5 file"),
+        (trident().replace(b"TREE", b"TREX"), "no HDF5 file .*; give TRIDENT's or CLAM's file"),
+        (other("group"), "no HDF5 file with a dataset `coords`"),
+        (other(3), "no HDF5 file with a dataset `coords`"),
+        (other("text"), "no HDF5 file with a dataset `coords`"),
+        (other(h5py.Empty("i8")), "no HDF5 file with a dataset `coords`"),
+        (trident(patch_size=0), "neither TRIDENT's nor CLAM's .*; patch it again"),
         (trident(patch_size_level0=0), "makes no sense"),
         (trident(overlap=512), "makes no sense"),
         (saved(CORNERS, {"patch_size": 256}, 1), "neither TRIDENT's nor CLAM's"),

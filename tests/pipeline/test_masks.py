@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
@@ -77,6 +78,16 @@ def test_rectangles_anywhere_cover_their_area(left: int, top: int, width: int, h
 )
 def test_every_way_to_write_an_area(document: object) -> None:
     assert (mask(json.dumps(document).encode()) == mask(geojson(polygon(HOUSE)))).all()
+
+
+def test_what_is_null_or_empty_has_no_area() -> None:
+    empty: list[dict[str, Any]] = [
+        {"type": "Polygon", "coordinates": []},
+        {"type": "MultiPolygon", "coordinates": [[], [HOUSE]]},
+    ]
+    data = json.loads(geojson(*empty))
+    data["features"].append({"type": "Feature", "geometry": None, "properties": {}})
+    assert (mask(json.dumps(data).encode()) == mask(geojson(polygon(HOUSE)))).all()
 
 
 def test_what_qupath_ignores_is_no_tissue() -> None:
@@ -163,6 +174,16 @@ def test_the_page_of_a_pyramid_that_suffices_is_read() -> None:
     assert mask(sink.getvalue(), "a.tif", 507, 394).all()
 
 
+def spoilt_tiff() -> bytes:
+    """Pillow's word on tiles that are 0 px wide is a ValueError."""
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, np.ones((157, 203), np.uint8), tile=(32, 32))
+    data = sink.getvalue()
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        at = tiff.pages.first.tags["TileWidth"].valueoffset
+    return data[:at] + bytes(2) + data[at + 2 :]
+
+
 @pytest.mark.parametrize(
     ("data", "name", "said"),
     [
@@ -171,6 +192,11 @@ def test_the_page_of_a_pyramid_that_suffices_is_read() -> None:
         (image("L", (315, 405)), "a.png", "neither turned nor cropped"),
         (b"{}", "a.geojson", "not GeoJSON"),
         (b"{", "a.geojson", "not GeoJSON"),
+        (b"[" * 100_000, "a.geojson", "not GeoJSON .*; export the annotations again"),
+        (geojson({"type": "Polygon", "coordinates": []}), "a.geojson", "no Polygon"),
+        (geojson({"type": "Polygon", "coordinates": [[]]}), "a.geojson", "not GeoJSON"),
+        (geojson(polygon([[10**30, 0], [1, 10**30], [5, 5]])), "a.geojson", "all of which must be px"),
+        (spoilt_tiff(), "a.tif", "cannot be decoded .*; write it again"),
         (geojson({"type": "Point", "coordinates": [1, 2]}), "a.geojson", "no Polygon"),
         (geojson(polygon([["x", "y"]])), "a.geojson", "not GeoJSON"),  # type: ignore[list-item]
     ],

@@ -8,12 +8,13 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from pipeline.errors import SlideError
 from pipeline.slide import open_slide
 from pipeline.slide_image import ImageReader
-from tests.synth import cut, tissue_rgb
+from tests.synth import cut, overwrite, tissue_rgb
 
 RGB = tissue_rgb(1013, 787)
 
@@ -57,6 +58,17 @@ def test_an_image_that_is_cut_short_stays_unreadable(tmp_path: Path, name: str) 
     with pytest.raises(SlideError) as caught:
         ImageReader(tmp_path / name)
     assert caught.value.reason in {"unreadable", "not-a-slide"}
+
+
+def test_damage_that_pillow_meets_with_a_value_error_is_unreadable(tmp_path: Path) -> None:
+    """As of the width of a TIFF's tiles, by which nothing can be divided."""
+    tifffile.imwrite(tmp_path / "a.tif", RGB, tile=(128, 128), photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        at = tiff.pages.first.tags["TileWidth"].valueoffset
+    overwrite(tmp_path / "a.tif", at, bytes(2))
+    with pytest.raises(SlideError, match=r"a\.tif: the image cannot be decoded: .*; copy it again") as caught:
+        ImageReader(tmp_path / "a.tif")
+    assert caught.value.reason == "unreadable"
 
 
 def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
