@@ -1,4 +1,4 @@
-"""Plain images (PNG, JPEG, TIFF) through Pillow."""
+"""Plain images (PNG, JPEG, TIFF) through Pillow; JPEGs as strictly as tiles, because Pillow fills damage with grey."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.byte_source import system_error
@@ -30,7 +31,8 @@ class ImageReader(SlideReader):
             with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
                 _check_image(path, image)
                 self.vendor = str(image.format).lower()
-                self._pixels = _image_rgb(image)
+                data = _jpeg_data(path, image)
+                self._pixels = _image_rgb(image) if data is None else simplejpeg.decode_jpeg(data)
         except UnidentifiedImageError as error:
             raise SlideError(
                 "not-a-slide",
@@ -72,6 +74,18 @@ def _png_bits(path: Path) -> int:
     """Of a channel, as the header chunk says, which is a PNG's first: signature, length, IHDR, width, height, bits."""
     with path.open("rb") as file:
         return file.read(25)[24]
+
+
+def _jpeg_data(path: Path, image: Image.Image) -> bytes | None:
+    """A JPEG in grey or three colours, whose pixels simplejpeg gives as Pillow does; None for others (CMYK)."""
+    if image.format not in {"JPEG", "MPO"} or image.mode not in {"L", "RGB"}:
+        return None
+    data = path.read_bytes()
+    try:
+        simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # a subsampling that it does not know: Pillow says whether it is sound
+        return None
+    return data
 
 
 def _image_rgb(image: Image.Image) -> RGB:

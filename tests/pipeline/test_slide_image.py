@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import resource
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -17,6 +19,8 @@ from pipeline.slide_image import ImageReader
 from tests.synth import cut, overwrite, tissue_rgb
 
 RGB = tissue_rgb(1013, 787)
+EXIF = Image.Exif()
+EXIF[0x112] = 6  # turned by a quarter, which is not applied
 
 
 def test_plain_images(tmp_path: Path) -> None:
@@ -69,6 +73,39 @@ def test_damage_that_pillow_meets_with_a_value_error_is_unreadable(tmp_path: Pat
     with pytest.raises(SlideError, match=r"a\.tif: the image cannot be decoded: .*; copy it again") as caught:
         ImageReader(tmp_path / "a.tif")
     assert caught.value.reason == "unreadable"
+
+
+def jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(RGB).convert(mode).save(sink, format="JPEG", quality=90, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["a block of zeros", "a block is missing", "half, with an end marker"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_with_damage_that_pillow_pads_is_unreadable(tmp_path: Path, damage: str, mode: str) -> None:
+    data = jpeg(mode)
+    middle = len(data) // 2
+    behind = {
+        "a block of zeros": bytes(512) + data[middle + 512 :],
+        "a block is missing": data[middle + 512 :],
+        "half, with an end marker": b"\xff\xd9",
+    }
+    (tmp_path / "a.jpg").write_bytes(data[:middle] + behind[damage])
+    with pytest.raises(SlideError, match=r"a\.jpg: the image cannot be decoded: .*; copy it again") as caught:
+        open_slide(tmp_path / "a.jpg")
+    assert caught.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": "4:1:1"}, {"progressive": True}, {"exif": EXIF}]
+)
+def test_sound_jpegs_are_pillows_bit_for_bit(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(mode, **options) + b"what some cameras append")
+    with Image.open(tmp_path / "a.jpg") as image, ImageReader(tmp_path / "a.jpg") as reader:
+        assert np.array_equal(reader.read(0, 0, 0, 1013, 787), np.asarray(image.convert("RGB")))
+        assert reader.vendor == "jpeg"
 
 
 def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
