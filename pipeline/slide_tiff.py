@@ -1,7 +1,8 @@
 """A tiled TIFF slide read tile by tile: simplejpeg or imagecodecs decode, numpy pastes.
 
 Five times as fast as OpenSlide, whose time goes into compositing, and the same pixels bit for bit: libjpeg's defaults
-(accurate DCT, smooth chroma upsampling) on both sides. A tile that cannot be decoded costs what touches it.
+(accurate DCT, smooth chroma upsampling) on both sides. A tile that cannot be decoded costs what touches it; of JPEG
+2000 only damage that is plain to see is found (`jpeg2000`).
 
 The overview of a slide without a small level takes each JPEG block's mean, which stands in its data, instead of the
 block's 64 px: half the CPU time (the other half is Huffman's code), and the same to within rounding.
@@ -16,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline import jpeg
+from pipeline import jpeg, jpeg2000
 from pipeline.byte_source import ByteSource, Range, ReadAhead
 from pipeline.errors import BadTileError
 from pipeline.slide_reader import EIGHTH, RGB, Boxes, NativeTiles, SlideReader
@@ -226,6 +227,7 @@ def _glass(height: int, width: int) -> RGB:
 def _checked(page: TiledPage, data: bytes) -> bytes:
     """A tile as a file of its own; ValueError when it is no image of the tile's size, or plainly damaged."""
     if page.tiles.codec == "jpeg2000":
+        jpeg2000.check(data)
         return data
     header = jpeg.header(data)
     _check_size(page, header.width, header.height)
@@ -243,6 +245,7 @@ def _decoded(page: TiledPage, data: bytes, out: RGB) -> RGB:
     else:
         import imagecodecs  # 0.1 s, which slides without JPEG 2000 need not pay
 
+        jpeg2000.check(data)
         pixels = imagecodecs.jpeg2k_decode(data)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"its pixels are {pixels.dtype} of shape {pixels.shape}")

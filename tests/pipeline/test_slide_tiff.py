@@ -323,6 +323,20 @@ def test_a_bad_tile_costs_that_tile(tmp_path: Path, kind: str, *, shared: bool) 
         assert reader.raw_tile(0, 1, 0)
 
 
+@pytest.mark.parametrize("kind", ["zeros from the middle on", "a block of zeros"])
+def test_a_damaged_tile_of_jpeg_2000_costs_that_tile(tmp_path: Path, kind: str) -> None:
+    """Its decoder fills what is lost with smooth colour, and says nothing."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PICTURE, tile=(128, 128), compression="APERIO_JP2000_RGB", photometric="rgb")
+    offset, length = tile_span(path, 0, 6)  # the second one of the second row
+    overwrite(path, offset + length // 2, bytes(length - length // 2 if kind.endswith("on") else 512))
+    with open_slide(path) as reader:
+        for read in (lambda: reader.read(0, 130, 130, 9, 9), lambda: reader.raw_tile(0, 1, 1)):
+            with pytest.raises(BadTileError, match=r"tile at x 128, y 128: .*(end marker|zeros)"):
+                read()
+        assert np.array_equal(reader.read(0, 0, 0, 128, 128), PICTURE[:128, :128])
+
+
 def rewrite_table(path: Path, code: int, number: int, value: int) -> None:
     with tifffile.TiffFile(path) as tiff:
         place = tiff.pages.first.tags[code].valueoffset + 4 * number
