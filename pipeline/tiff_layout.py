@@ -36,6 +36,7 @@ HEADER_BYTES = 64 * 2**10  # one read of a directory brings its small tags along
 _JPEG, _JPEG2000 = 7, (33005, 34712)
 _RGB, _YCBCR = 2, 6
 PIXEL_BITS = 8
+SHAPE = 0.02  # how far the width to height of a level may be from the slide's
 _REDUCED = 1  # bit of NewSubfileType
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -145,9 +146,17 @@ def _aperio(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
 
 
 def _generic(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
-    pages = [page for page in tiff.pages if page.is_tiled and (page.index == 0 or int(page.subfiletype) & _REDUCED)]
+    reduced = [page for page in tiff.pages if page.is_tiled and page.index and int(page.subfiletype) & _REDUCED]
+    pages = [tiff.pages.first, *(page for page in reduced if _has_shape_of(page, tiff.pages.first))]
     pages.sort(key=lambda page: -page.imagewidth)
     return _layout(pages, [_tiled_page(source, page) for page in pages], _resolution(tiff.pages.first), "generic-tiff")
+
+
+def _has_shape_of(page: tifffile.TiffPage, first: tifffile.TiffPage) -> bool:
+    """Whether a page may be the whole slide in small; a label or a picture of the glass may be tiled and small too."""
+    width, height = page.imagewidth, page.imagelength
+    ratio = width * first.imagelength / (height * first.imagewidth)
+    return bool(abs(ratio - 1) <= SHAPE + 1 / min(width, height))  # a px, as each halving rounds
 
 
 def _ome(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:

@@ -164,6 +164,27 @@ def test_up_to_8_bits_are_left_to_who_reads_them(tmp_path: Path, dtype: type[np.
     assert layout(tmp_path / "a.tif") is None
 
 
+@pytest.mark.parametrize("kind", [9, 1])  # 9: as Aperio marks it
+def test_a_tiled_picture_of_the_glass_is_no_level(tmp_path: Path, kind: int) -> None:
+    options: dict[str, Any] = {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(RGB, **options)
+        tiff.write(np.ascontiguousarray(RGB[::2, ::2]), subfiletype=1, **options)
+        tiff.write(np.ascontiguousarray(RGB[100:160, :200]), subfiletype=kind, **options)
+        tiff.write(np.ascontiguousarray(RGB[::16, ::16]), subfiletype=1, **options)
+    found = layout(tmp_path / "a.tif")
+    assert found is not None
+    assert [(level.width, level.height) for level in found.levels] == [(313, 271), (157, 136), (20, 17)]
+
+
+@pytest.mark.parametrize("width", [64, 65, 1013])
+def test_levels_of_few_px_are_levels(tmp_path: Path, width: int) -> None:
+    rgb = np.zeros((67, width, 3), np.uint8)
+    found = layout(write_pyramid(tmp_path / "a.tiff", rgb, tile=64, levels=7))
+    assert found is not None
+    assert len(found.levels) == 7
+
+
 def test_a_width_that_is_no_whole_number(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB[:64, :64], tile=64, levels=1)
     with tifffile.TiffFile(path) as tiff:
