@@ -42,7 +42,7 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
     stems = file_stems([slide.slide_id for slide in slides])
 
     def write(slide: CohortSlide) -> tuple[str, str]:
-        grid = stored_grid(store.slide(keys[slide.slide_id]), stems[slide.slide_id], config.tiling.overlap_px)
+        grid = stored_grid(store.slide(keys[slide.slide_id]), stems[slide.slide_id])
         uri = storage.join(folder, file_name(tool, grid.name))
         storage.write_bytes(uri, coordinates_h5(grid, tool, folder, config.tiling.mpp))
         return slide.slide_id, uri
@@ -51,8 +51,8 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
         return dict(pool.map(write, [slide for slide in slides if slide.slide_id in keys]))
 
 
-def stored_grid(stored: StoredSlide, name: str, overlap_px: int) -> StoredGrid:
-    """What a coordinate file says of a committed slide."""
+def stored_grid(stored: StoredSlide, name: str) -> StoredGrid:
+    """What a coordinate file says of a committed slide; patches that came from another such file overlap as there."""
     facts, index = storage.read_json(storage.join(stored.uri, "slide.json")), stored.index()
     width, height, downsample = facts["levels"][stored.level]
     return StoredGrid(
@@ -60,7 +60,7 @@ def stored_grid(stored: StoredSlide, name: str, overlap_px: int) -> StoredGrid:
         corners=np.stack([index.x, index.y], axis=1),
         patch_px=stored.patch_px,
         extent=stored.extent,
-        overlap_px=overlap_px,
+        overlap_px=round(stored.patch_px - stored.stride / stored.downsample),
         level=stored.level,
         read_px=facts["read_px"],
         level_size=(width, height),

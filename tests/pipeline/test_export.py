@@ -6,13 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline.config_data import TilingConfig
 from pipeline.errors import StageError
-from pipeline.export import export_coordinates
+from pipeline.export import export_coordinates, stored_grid
+from pipeline.grid import plan_grid
 from pipeline.guide import guide_files
-from pipeline.interchange import Tool
+from pipeline.interchange import Tool, coordinates_h5, read_coordinates
 from pipeline.patches import PatchStore
+from pipeline.slide import Level
 from pipeline.tiler import store_slide
+from tests.pipeline.slides import row
 from tests.pipeline.small import PATCH, small_config, write_cohort
 from tests.synth import tissue_rgb, write_pyramid
 
@@ -53,6 +59,28 @@ def test_a_store_tiled_from_its_own_export_is_the_same(
         again = PatchStore(str(tmp_path / "again"), given.fingerprint()).slide(status.key)
         assert again.payloads(range(again.n_patches)) == before.payloads(range(before.n_patches))
         assert (again.positions() == before.positions()).all()
+
+
+def test_patches_that_overlap_in_the_file_they_came_from_overlap_in_the_export(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1013, 787))
+    half = TilingConfig(patch_px=64, overlap_px=32)
+    stored = PatchStore(str(tmp_path / "half"), half.fingerprint()).slide(
+        str(store_slide(row(path), half, str(tmp_path / "half")).key)
+    )
+    (tmp_path / "a.h5").write_bytes(coordinates_h5(stored_grid(stored, "a"), "trident", "out", 0.5))
+    plain, store = TilingConfig(patch_px=64), str(tmp_path / "again")
+    status = store_slide(replace(row(path), coords=str(tmp_path / "a.h5")), plain, store)
+    again = stored_grid(PatchStore(store, plain.fingerprint()).slide(str(status.key)), "a")
+    assert again.overlap_px == 32
+    assert read_coordinates(coordinates_h5(again, "trident", "out", 0.5), "a.h5").step == 32
+
+
+@given(mpp=st.floats(0.2, 0.5), patch_px=st.integers(32, 512), share=st.floats(0, 0.9))
+def test_what_the_config_says_of_the_overlap_is_what_the_grid_has(mpp: float, patch_px: int, share: float) -> None:
+    spec = TilingConfig(patch_px=patch_px, overlap_px=int(share * patch_px), mpp=0.5)
+    grid = plan_grid((Level(4000, 3000, 1.0), Level(1000, 750, 4.0)), spec, mpp)
+    found = grid.patch_px - grid.stride_px * grid.downsample / grid.scale  # as `stored_grid` computes it
+    assert abs(found - spec.overlap_px) < 1
 
 
 def test_without_a_tiled_slide_there_is_nothing_to_export(tmp_path: Path) -> None:
