@@ -32,6 +32,7 @@ from pipeline.sources import LabelledSource, image_statuses, patch_root, patch_s
 from pipeline.splits import check_apart
 from pipeline.stage import Record, Stage, Workspace
 from pipeline.storage import SourceVersion, join, read_bytes, source_version, write_bytes
+from pipeline.streamed import is_plan_of
 from pipeline.tiler import TRANSIENT, version_of
 
 if TYPE_CHECKING:
@@ -127,9 +128,26 @@ def _tile_slides(space: Workspace) -> list[SlideStatus]:
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
     """Slides that are not whole in the store any more (no slide.json); those alone are then tiled again."""
-    if space.config.cohort.megapixel_mnist is not None:
+    config, keys = space.config, record.facts["keys"]
+    if config.cohort.megapixel_mnist is not None:
         return None
-    return gone_from("store", record.facts["keys"], patch_store(space.config).has)
+    gone = gone_from("store", keys, patch_store(config).has)
+    return _plans_outdated(space, keys) if gone is None and config.train.source == "stream" else gone
+
+
+def _plans_outdated(space: Workspace, keys: Mapping[str, str]) -> str | None:
+    """Slides last planned from another version of their files, as by another job: `open_streamed` refuses them."""
+    plans, spec = patch_store(space.config), space.config.tiling
+    slides = [slide for slide in space.cohort.slides if slide.slide_id in keys]
+
+    def is_current(slide: CohortSlide) -> bool:
+        version = _version(slide, spec)
+        return version is not None and is_plan_of(plans, keys[slide.slide_id], slide, version)
+
+    with ThreadPoolExecutor(16) as pool:
+        current = list(pool.map(is_current, slides))
+    others = sorted(slide.slide_id for slide, found in zip(slides, current, strict=True) if not found)
+    return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
 
 
 def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -> str | None:

@@ -116,9 +116,18 @@ def open_streamed(slide: CohortSlide, spec: TilingConfig, plans: PatchStore, key
 
     Raises:
         StorageError: its plan is gone.
-        SlideError: its file is.
+        SlideError: its file is; "changed", the file is not the one that was planned.
     """
-    return StreamedSlide(slide, spec, plans.slide(key), version_of(slide, spec))
+    plan, version = plans.slide(key), version_of(slide, spec)
+    if not is_plan_of(plans, key, slide, version):
+        raise SlideError("changed", f"{slide.uri}: the file was replaced after it was planned; run again")
+    return StreamedSlide(slide, spec, plan, version)
+
+
+def is_plan_of(plans: PatchStore, key: str, slide: CohortSlide, version: SourceVersion) -> bool:
+    """Whether a plan is of this version of the slide's file: another picture's patches stand elsewhere."""
+    status = plans.status(slide, version)
+    return status is not None and status.key == key
 
 
 def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[bytes]:

@@ -18,6 +18,9 @@ from pipeline.errors import PlanError, SlideError, StageError, StorageError
 from pipeline.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.plan import epoch_plan
 from pipeline.quality_pictures import picture
+from pipeline.sources import patch_root
+from pipeline.stage import Record, Workspace
+from pipeline.stages import STAGES
 from pipeline.streamed import StreamedSlide, open_streamed, plan_root
 from pipeline.tiler import begin_slide, store_slide
 from pipeline.workflow import run
@@ -105,6 +108,53 @@ def test_a_slide_that_was_replaced_is_refused(tmp_path: Path) -> None:
     os.utime(streamed.uri, (1, 1))
     with pytest.raises(SlideError, match="replaced while it was trained on"):
         streamed.payloads([0])
+
+
+def test_a_slide_that_was_replaced_between_its_plan_and_the_training_is_refused(tmp_path: Path) -> None:
+    cohort, spec = write_cohort(tmp_path, ["no"]), small_config().tiling
+    (before,) = stream_slides(cohort, tmp_path / "store", spec)
+    write_slide(Path(before.uri), seed=99)
+    os.utime(before.uri, (1, 1))
+    plans = PatchStore(plan_root(str(tmp_path / "store")), spec.fingerprint())
+    with pytest.raises(SlideError, match="s0.png: the file was replaced after it was planned; run again") as caught:
+        open_streamed(before.slide, spec, plans, before.key)
+    assert caught.value.reason == "changed"
+    (after,) = stream_slides(cohort, tmp_path / "store", spec)
+    assert after.key != before.key
+    with pytest.raises(SlideError, match="after it was planned"):  # what an older record of the stage says
+        open_streamed(before.slide, spec, plans, before.key)
+
+
+def test_a_slide_that_was_only_touched_is_planned_anew_and_opens(tmp_path: Path) -> None:
+    cohort, spec = write_cohort(tmp_path, ["no"]), small_config().tiling
+    (before,) = stream_slides(cohort, tmp_path / "store", spec)
+    os.utime(before.uri, (1, 1))
+    (after,) = stream_slides(cohort, tmp_path / "store", spec)
+    assert (after.key, after.version.mtime) == (before.key, 1)
+    assert after.payloads([0])
+
+
+def test_a_slide_planned_from_another_version_of_its_file_is_not_done(tmp_path: Path) -> None:
+    """By another job, while this one's record of the stage stays what it was."""
+    config = small_config(storage={"patches": str(tmp_path / "patches")}, train={"source": "stream", "augment": False})
+    cohort, root = write_cohort(tmp_path, ["no", "yes"]), patch_root(config)
+    keys = {}
+    for slide in cohort.slides:
+        status = begin_slide(slide, config.tiling, root, whole=True, pixels=False)
+        assert isinstance(status, SlideStatus)
+        keys[slide.slide_id] = str(status.key)
+    record = Record("tile", "f", {}, {}, {"keys": keys})
+    space = Workspace(config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {})
+    tile, changed = STAGES[0], cohort.slides[1]
+    assert tile.outdated(space, record) is None
+    before = Path(changed.uri).stat()
+    write_slide(Path(changed.uri), seed=99)
+    begin_slide(changed, config.tiling, root, whole=True, pixels=False)
+    write_slide(Path(changed.uri), seed=1)
+    os.utime(changed.uri, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tile.outdated(space, record) == "1 slides were planned from another version: s1"
+    begin_slide(changed, config.tiling, root, whole=True, pixels=False)
+    assert tile.outdated(space, record) is None
 
 
 def _torn(folder: Path, spec: TilingConfig, *, tiles: int) -> tuple[Cohort, str, SlideStatus]:
