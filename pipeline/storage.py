@@ -21,7 +21,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -161,7 +161,7 @@ def write_json(uri: str, obj: object) -> None:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of the files and folders directly in a folder, sorted; none when it does not exist."""
+    """Names of the files and folders directly in a folder, sorted; none when it does not exist, no broken links."""
     return sorted(name for name in _entries(uri) if not is_temporary(name))
 
 
@@ -179,12 +179,25 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
                 entries = s3.call(uri, "ls", s3.key(uri), detail=True)
                 named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
                 return {name: _s3_version(entry) for name, entry in named.items() if name}
-            with os.scandir(_path(uri)) as entries:
-                return {entry.name: None if entry.is_dir() else _local_version(entry.stat()) for entry in entries}
+            with os.scandir(_path(uri)) as scan:
+                there = list(scan)
         except FileNotFoundError as error:
             if s3.code(error) == "NoSuchBucket":
                 raise
             return {}
+        found: dict[str, SourceVersion | None] = {}
+        for entry in there:
+            with suppress(FileNotFoundError):  # that one is gone since, or a link to nothing; the others are there
+                found[entry.name] = None if entry.is_dir() else _local_version(entry.stat())
+        return found
+
+
+def broken_links(uri: str) -> list[str]:
+    """Names of the links directly in a folder that lead to nothing, sorted; S3 has none."""
+    if is_remote(uri) or not _path(uri).is_dir():
+        return []
+    with _failures(uri, "list"):
+        return sorted(path.name for path in _path(uri).iterdir() if path.is_symlink() and not path.exists())
 
 
 def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,36 @@ def test_a_folder_goes_with_all_below_it(root: str) -> None:
     assert not storage.exists(storage.join(folder, "sub", "b"))
     assert storage.list_names(folder) == []
     assert storage.read_bytes(folder + "-not") == DATA
+
+
+def test_what_vanishes_while_a_folder_is_listed_does_not_hide_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(DATA)
+    real = os.scandir
+
+    @contextmanager
+    def scanned(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with real(path) as entries:
+            found = list(entries)
+        (tmp_path / "b").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scanned)
+    assert storage.list_names(str(tmp_path)) == ["a", "c"]
+    (tmp_path / "b").write_bytes(DATA)
+    assert list(storage.list_versions(str(tmp_path))) == ["a", "c"]
+
+
+def test_a_broken_link_is_known_and_does_not_hide_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    (tmp_path / "good").symlink_to(tmp_path / "file")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    assert storage.list_names(str(tmp_path)) == ["file", "good"]
+    assert list(storage.list_versions(str(tmp_path))) == ["file", "good"]
+    assert storage.broken_links(str(tmp_path)) == ["broken"]
+    assert storage.broken_links(str(tmp_path / "absent")) == []
 
 
 def test_absent_and_folders(root: str) -> None:
