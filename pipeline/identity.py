@@ -26,6 +26,7 @@ import tifffile
 
 from pipeline import storage
 from pipeline.byte_source import Range, SourceFile
+from pipeline.dicom import PREAMBLE, series_uid
 from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.staging import Fetched
 from pipeline.storage import SourceVersion
@@ -38,10 +39,9 @@ WHOLE = 64 * 2**20  # bytes: below, the file is hashed whole
 EDGE = 2**20  # bytes hashed at both ends
 SAMPLES = 64  # tiles a page, or blocks of a file that is no TIFF
 BLOCK = 64 * 2**10
-HEAD = 16 * 2**10  # bytes of a DICOM file that are read for its series; a MiB where its header is longer
 HEAD_THREADS = 16  # they wait on the storage
 
-_SERIES_UID = re.compile(rb"\x20\x00\x0e\x00UI(..)", re.DOTALL)  # DICOM (0020,000E), explicit little endian
+_VMS_VALUE = re.compile(r"^\w+(?:\([\d,]+\))?[ \t]*=[ \t]*(.+?)\s*$", re.MULTILINE)  # a name may hold spaces
 
 Segments = npt.NDArray[np.uint64]
 """(2, n) offsets and byte counts."""
@@ -197,22 +197,27 @@ def _companion_folder(uri: str) -> str:
 
 
 def _companion_versions(uri: str) -> dict[str, SourceVersion]:
-    """The other files that belong to the slide whose main file is `uri`, by name; that one may be among them."""
+    """The other files that belong to the slide whose main file is `uri`, by name; that one may be among them.
+
+    A link to nothing among them is an error: without its file this would be another slide.
+    """
     suffix = _suffix(uri)
     if suffix not in COMPANIONS:
         return {}
-    versions = storage.list_versions(_companion_folder(uri))
-    if suffix == "mrxs":
-        return {name: version for name, version in versions.items() if not storage.is_temporary(name)}
+    folder = _companion_folder(uri)
+    versions, broken = storage.list_versions(folder), storage.broken_links(folder)
+    versions = {name: version for name, version in versions.items() if not storage.is_temporary(name)}
     if suffix == "vms":
         named = _vms_names(uri)
-        return {name: version for name, version in versions.items() if name in named}
-    return _series_versions(uri, {name: version for name, version in versions.items() if _suffix(name) == "dcm"})
+        versions = {name: version for name, version in versions.items() if name in named}
+        broken = [name for name in broken if name in named]
+    for name in broken:
+        versions[name] = storage.source_version(storage.join(folder, name))  # raises, and says so
+    return _series_versions(uri, versions) if suffix == "dcm" else versions
 
 
 def _vms_names(uri: str) -> set[str]:
-    text = storage.read_bytes(uri).decode("latin-1")
-    return set(re.findall(r"^\w+(?:\(\d+,\d+\))?=(\S+)\s*$", text, re.MULTILINE))
+    return set(_VMS_VALUE.findall(storage.read_bytes(uri).decode("utf-8", "surrogateescape")))
 
 
 def _series_versions(uri: str, versions: Mapping[str, SourceVersion]) -> dict[str, SourceVersion]:
@@ -235,14 +240,9 @@ def _folder_lock(folder: str) -> threading.Lock:
 
 @lru_cache(maxsize=16384)  # files: each head is read once a process and version, not once a slide; 1 KB each
 def _dicom_series(uri: str, version: SourceVersion) -> bytes | None:
-    """Series instance UID of a DICOM file: its files are one slide. None when it is no DICOM file."""
-    for most in (HEAD, EDGE):
-        (head,) = storage.read_ranges(uri, [(0, min(version.size, most))])
-        if head[128:132] != b"DICM":
-            return None
-        found = _SERIES_UID.search(head)
-        if found is not None:
-            uid = head[found.end() : found.end() + int.from_bytes(found[1], "little")]
-            if len(uid) == int.from_bytes(found[1], "little"):
-                return uid.rstrip(b"\0 ")
-    return None
+    """Series instance UID of a DICOM file, whatever its name: its files are one slide. None when it is none."""
+
+    def read(start: int, length: int) -> bytes:
+        return storage.read_ranges(uri, [(start, max(0, min(length, version.size - start)))])[0]
+
+    return series_uid(read) if version.size > PREAMBLE else None

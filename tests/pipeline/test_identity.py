@@ -14,10 +14,11 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import identity, storage
-from pipeline.errors import StorageError
-from pipeline.identity import slide_digest, slide_files, slide_version
+from pipeline import dicom, identity, storage
+from pipeline.errors import SlideError, StorageError
+from pipeline.identity import reading_source, slide_digest, slide_files, slide_version
 from pipeline.staging import Staging
+from tests.pipeline.test_dicom import dicom_file, referenced
 from tests.s3 import S3Server, serve_s3
 from tests.synth import overwrite, tile_span, tissue_rgb, write_pyramid
 
@@ -157,6 +158,49 @@ def test_vms_companions_count_and_strangers_do_not(tmp_path: Path) -> None:
     assert slide_digest(str(tmp_path / "a.vms")) != before
 
 
+def test_vms_companions_whose_names_hold_spaces_count(tmp_path: Path) -> None:
+    """As the scanner names them, after date and time; of an operator with an umlaut."""
+    name = "Jörg 1-40x - 2010-01-12 13.24.05"
+    lines = [
+        "[Virtual Microscope Specimen]", "NoLayers=1", f"ImageFile={name}.jpg", f"ImageFile(0,1)={name}(0,1).jpg",
+        f"ImageFile(0,1,2) = {name}(0,1,2).jpg ", f"MapFile={name}_map2.jpg", f"OptimisationFile={name}.opt",
+    ]  # fmt: skip
+    (tmp_path / f"{name}.vms").write_text("\r\n".join([*lines, ""]))
+    companions = sorted(name + end for end in ("(0,1).jpg", "(0,1,2).jpg", ".jpg", ".opt", "_map2.jpg"))
+    for companion in (*companions, f"{name} other.jpg"):
+        (tmp_path / companion).write_bytes(companion.encode())
+    uri = str(tmp_path / f"{name}.vms")
+    assert slide_files(uri) == [uri, *(str(tmp_path / companion) for companion in companions)]
+    before = slide_digest(uri), slide_version(uri)
+    (tmp_path / companions[0]).write_bytes(b"changed")
+    assert slide_digest(uri) != before[0]
+    assert slide_version(uri) != before[1]
+
+
+@pytest.mark.parametrize("kind", ["mrxs", "vms", "dicom"])
+def test_a_companion_that_is_a_link_to_nothing_is_an_error(kind: str, tmp_path: Path) -> None:
+    write, _, companion = SEVERAL[kind]
+    uri = str(write(tmp_path / "slide"))
+    path = tmp_path / "slide" / companion
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    files = slide_files(uri)
+    (tmp_path / "moved").unlink()
+    assert str(path) in files
+    for ask in (slide_files, slide_digest, slide_version):
+        with pytest.raises(StorageError, match=f"{path.name}: it does not exist"):
+            ask(uri)
+    with pytest.raises(SlideError, match="does not exist"), reading_source():
+        slide_version(uri)
+
+
+def test_a_link_to_nothing_beside_a_vms_slide_is_none_of_it(tmp_path: Path) -> None:
+    uri = str(write_vms(tmp_path / "slide"))
+    before = slide_version(uri), slide_digest(uri)
+    (tmp_path / "slide" / "stranger").symlink_to(tmp_path / "nowhere")
+    assert (slide_version(uri), slide_digest(uri)) == before
+
+
 def test_the_list_of_a_vms_slide_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     original = storage.read_bytes
@@ -173,15 +217,10 @@ def test_the_list_of_a_vms_slide_is_read_once(tmp_path: Path, monkeypatch: pytes
     assert read == [uri, uri]
 
 
-def dicom(uid: str, pixels: bytes) -> bytes:
-    value = uid.encode() + b"\0" * (len(uid) % 2)
-    return bytes(128) + b"DICM" + b"\x20\x00\x0e\x00UI" + len(value).to_bytes(2, "little") + value + pixels
-
-
 def test_dicom_files_of_one_series_are_one_slide(tmp_path: Path) -> None:
-    (tmp_path / "1.dcm").write_bytes(dicom(SERIES, b"level 0"))
-    (tmp_path / "2.dcm").write_bytes(dicom(SERIES, b"level 1"))
-    (tmp_path / "3.dcm").write_bytes(dicom(SERIES + "9", b"another slide"))
+    (tmp_path / "1.dcm").write_bytes(dicom_file(SERIES, b"level 0"))
+    (tmp_path / "2.dcm").write_bytes(dicom_file(SERIES, b"level 1"))
+    (tmp_path / "3.dcm").write_bytes(dicom_file(SERIES + "9", b"another slide"))
     one, two, other = (slide_digest(str(tmp_path / f"{i}.dcm")) for i in (1, 2, 3))
     assert one == two != other
     (tmp_path / "3.dcm").unlink()
@@ -196,7 +235,7 @@ def write_study(folder: Path, slides: int, files: int) -> list[str]:
     for slide in range(slides):
         for number in range(files):
             pixels = bytes([slide, number]) * 100_000
-            (folder / f"{slide}-{number}.dcm").write_bytes(dicom(f"{SERIES}.{slide}", pixels))
+            (folder / f"{slide}-{number}.dcm").write_bytes(dicom_file(f"{SERIES}.{slide}", pixels))
     return [str(folder / f"{slide}-0.dcm") for slide in range(slides)]
 
 
@@ -216,7 +255,7 @@ def test_a_folder_of_many_dicom_slides_costs_a_short_head_a_file(
     monkeypatch.setattr(storage, "read_ranges", counted)
     with ThreadPoolExecutor(6) as pool:
         assert len(set(pool.map(slide_version, uris))) == 6
-    assert {length for _, length in read} == {identity.HEAD}
+    assert {length for _, length in read} == {dicom.WINDOW}
     assert 30 <= len(read) <= 36  # the main files' may be read by their own threads first
     read.clear()
     assert [len(slide_files(uri)) for uri in uris] == [5] * 6
@@ -230,22 +269,34 @@ def test_a_folder_of_many_dicom_slides_costs_a_short_head_a_file(
 def test_a_change_to_another_dicom_slide_of_the_folder_is_none_of_this_one(tmp_path: Path) -> None:
     one, two, *_ = write_study(tmp_path / "study", 2, 2)
     before = slide_version(one), slide_version(two)
-    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom(SERIES + ".1", b"one more"))
+    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom_file(SERIES + ".1", b"one more"))
     (tmp_path / "study" / "notes.dcm").write_text("no DICOM file")
     assert slide_version(one) == before[0]
     assert slide_version(two) != before[1]
-    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom(SERIES + ".0", b"of the other series now"))
+    (tmp_path / "study" / "1-2.dcm").write_bytes(dicom_file(SERIES + ".0", b"of the other series now"))
     assert slide_version(one) != before[0]
     assert slide_version(two) == before[1]
 
 
-@pytest.mark.parametrize("before", [16 * 2**10 - 180, 500_000])
-def test_the_series_of_a_long_dicom_header_is_found(before: int, tmp_path: Path) -> None:
-    """Its UID lies across the end of the first read, or far behind it."""
-    preamble = bytes(128) + b"DICM" + bytes(before + 30)
-    for number, series in ((1, SERIES), (2, SERIES), (3, SERIES[:-1] + "2")):
-        (tmp_path / f"{number}.dcm").write_bytes(preamble + dicom(series, bytes(number))[132:])
-    assert len(slide_files(str(tmp_path / "1.dcm"))) == 2
+def test_a_file_whose_header_names_another_series_first_belongs_to_its_own(tmp_path: Path) -> None:
+    """A level that refers to the label's series, as its own element before its series."""
+    (tmp_path / "0.dcm").write_bytes(dicom_file(SERIES, b"level 0"))
+    (tmp_path / "1.dcm").write_bytes(dicom_file(SERIES, b"level 1", before=referenced("1.7")))
+    assert slide_files(str(tmp_path / "0.dcm")) == [str(tmp_path / "0.dcm"), str(tmp_path / "1.dcm")]
+
+
+def test_dicom_files_count_whatever_their_names(tmp_path: Path) -> None:
+    names = ["0.dcm", "1.2.840.77", "IM0002", "level.3.DCM"]
+    for name in names:
+        (tmp_path / name).write_bytes(dicom_file(SERIES, name.encode()))
+    (tmp_path / "notes.txt").write_text("no DICOM file" * 100)
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert slide_files(str(tmp_path / "0.dcm")) == [str(tmp_path / name) for name in names]
+    before = slide_digest(str(tmp_path / "0.dcm")), slide_version(str(tmp_path / "0.dcm"))
+    (tmp_path / "1.2.840.77").write_bytes(dicom_file(SERIES, b"another level"))
+    assert slide_digest(str(tmp_path / "0.dcm")) != before[0]
+    assert slide_version(str(tmp_path / "0.dcm")) != before[1]
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -271,9 +322,9 @@ def write_vms(folder: Path) -> Path:
 
 def write_dicom(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "1.dcm").write_bytes(dicom(SERIES, b"level 0"))
-    (folder / "2.dcm").write_bytes(dicom(SERIES, b"level 1"))
-    (folder / "3.dcm").write_bytes(dicom(SERIES + "9", b"another slide"))
+    (folder / "1.dcm").write_bytes(dicom_file(SERIES, b"level 0"))
+    (folder / "2.dcm").write_bytes(dicom_file(SERIES, b"level 1"))
+    (folder / "3.dcm").write_bytes(dicom_file(SERIES + "9", b"another slide"))
     return folder / "1.dcm"
 
 
