@@ -128,7 +128,8 @@ class Staging:
     def _make_room(self, size: int) -> bool:
         """Evict until `size` more bytes fit; False when too much is held."""
         entries = sorted(self._root().glob("*/held"), key=lambda held: held.stat().st_mtime_ns)
-        taken = {held.parent: int((held.parent / "bytes").read_text()) for held in entries}
+        sizes = {held.parent: _size(held.parent) for held in entries}
+        taken = {entry: found or 0 for entry, found in sizes.items() if found is not None or not _evict(entry)}
         for entry in list(taken):
             if sum(taken.values()) + size <= self.budget:
                 break
@@ -143,10 +144,20 @@ class Staging:
             yield
 
 
+def _size(entry: Path) -> int | None:
+    """What an entry takes, bytes; None where that is not known, so that it is no copy to keep."""
+    try:
+        return int((entry / "bytes").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _held(entry: Path, size: int) -> int:
     """A file descriptor that holds the entry until it is closed. Under the lock."""
     entry.mkdir(exist_ok=True)
-    (entry / "bytes").write_text(str(size))
+    if _size(entry) is None:  # that of a complete copy is left alone: a full disk, or a kill, would spoil it
+        (entry / "bytes.tmp").write_text(str(size))
+        (entry / "bytes.tmp").replace(entry / "bytes")
     held = os.open(entry / "held", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_SH)
     os.utime(entry / "held")

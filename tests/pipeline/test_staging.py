@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.staging import Fetched, Staging
 from tests.s3 import S3Server, serve_s3
 
@@ -173,6 +174,58 @@ def test_a_copy_that_was_deleted_in_part_is_no_copy(
     monkeypatch.setattr(shutil, "rmtree", real)
     with staging.hold(files[0], files) as path:
         assert (path.parent / "m" / "Data.dat").read_bytes() == b"m" * 10
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow: EFBIG, as ENOSPC of a full disk."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_no_copy_that_is_there(tmp_path: Path) -> None:
+    slides = [tmp_path / name for name in ("a.ndpi", "b.ndpi")]
+    for slide in slides:
+        slide.write_bytes(slide.name.encode() * SIZE)
+    one, other = map(str, slides)
+    staging = Staging(str(tmp_path / "cache"), 9 * SIZE)
+    with staging.hold(one, [one]):
+        pass
+    with full_disk():
+        with staging.hold(one, [one]) as path:
+            assert path.stat().st_size == 6 * SIZE
+        with pytest.raises(NodeError, match="cannot keep a copy"), staging.hold(other, [other]):
+            pass
+    for uri in (other, one, other):
+        with staging.hold(uri, [uri]) as path:
+            assert path.read_bytes() == Path(uri).read_bytes()
+            assert taken(tmp_path / "cache") <= 9 * SIZE
+
+
+@pytest.mark.parametrize("damage", ["", "12x", None])
+def test_a_copy_of_unknown_size_goes_first_or_is_measured_again(tmp_path: Path, damage: str | None) -> None:
+    """What a process left that was killed while it wrote the size."""
+    slides = [tmp_path / name for name in ("a.ndpi", "b.ndpi", "c.ndpi")]
+    for slide in slides:
+        slide.write_bytes(slide.name.encode() * SIZE)
+    staging, cache = Staging(str(tmp_path / "cache"), 60 * SIZE), tmp_path / "cache"
+    for slide in slides[:2]:
+        with staging.hold(str(slide), [str(slide)]):
+            pass
+    for size in cache.glob("*/bytes"):
+        if damage is None:
+            size.unlink()
+        else:
+            size.write_text(damage)
+    with staging.hold(str(slides[1]), [str(slides[1])]) as path:
+        assert (path.parents[1] / "bytes").read_text() == str(6 * SIZE)
+        with staging.hold(str(slides[2]), [str(slides[2])]):
+            assert sorted(path.name for path in cache.glob("*/files/*")) == ["b.ndpi", "c.ndpi"]
 
 
 def hold_often(folder: str, seed: int) -> None:
