@@ -22,6 +22,8 @@ from pipeline.errors import StageError
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 STATE = "state.pt"
+EMBED_WEIGHTS = "embed.weights"
+"""Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
 
 
 @dataclass(frozen=True)

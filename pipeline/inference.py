@@ -22,7 +22,7 @@ from ips.scorer import Scorer, evaluating
 from ips.select import select
 from ips.transfer import arrived
 from pipeline.build import build_model
-from pipeline.checkpoint import load_weights, read_config
+from pipeline.checkpoint import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.cohort import CohortSlide
 from pipeline.config import Config
 from pipeline.config_data import TaskConfig
@@ -69,13 +69,22 @@ class SlidePrediction:
 def load_model(folder: Path) -> tuple[IPSModel, Config]:
     """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
 
+    Where the folder holds the weights that make its features too (`registry.register_model`), the config names those.
+
     Raises:
         StageError: the folder does not hold a model of this version.
     """
-    config = read_config(folder)
+    config = _with_embed_weights(read_config(folder), folder / EMBED_WEIGHTS)
     model = build_model(config, pretrained=False)
     load_weights(model, folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+
+
+def _with_embed_weights(config: Config, packed: Path) -> Config:
+    if config.embed is None or not packed.is_file():
+        return config
+    encoder = config.embed.encoder.model_copy(update={"weights": str(packed)})
+    return config.model_copy(update={"embed": config.embed.model_copy(update={"encoder": encoder})})
 
 
 def bag_scorer(model: IPSModel, config: Config) -> Scorer | None:

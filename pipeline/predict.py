@@ -7,6 +7,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -80,7 +81,12 @@ def predict(
     rows = [*_named(slides, mpp, {slide.slide_id for slide in listed}), *listed]
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
-    source, network, config = _load(model, tracking_uri)
+    with _loaded(model, tracking_uri) as loaded:
+        return _predict(rows, out, *loaded)
+
+
+def _predict(rows: Sequence[CohortSlide], out: Path, source: str, network: IPSModel, config: Config) -> dict[str, Any]:
+    """What `predict` writes and returns."""
     check_environment(rows, config.tiling)
     try:
         (out / "heatmaps").mkdir(parents=True, exist_ok=True)
@@ -119,14 +125,16 @@ def _named(uris: Sequence[str], mpp: float | None, taken: set[str]) -> Iterator[
         yield CohortSlide(slide_id, absolute(uri), slide_id, None, mpp, {}, {})
 
 
-def _load(model: str, tracking_uri: str) -> tuple[str, IPSModel, Config]:
-    """The exact version (or folder), and the model."""
+@contextmanager
+def _loaded(model: str, tracking_uri: str) -> Iterator[tuple[str, IPSModel, Config]]:
+    """The exact version (or folder), and the model; its files stay for the block: what embeds is loaded when needed."""
     if (Path(model) / WEIGHTS).is_file():
-        return str(Path(model).absolute()), *load_model(Path(model))
+        yield str(Path(model).absolute()), *load_model(Path(model))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         version, folder = fetch(connect(tracking_uri), model, Path(scratch))
         log.info("predict: %s is version %s", model, version.version)
-        return version.uri, *load_model(folder)
+        yield version.uri, *load_model(folder)
 
 
 def _predict_all(

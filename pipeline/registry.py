@@ -1,7 +1,8 @@
 """The model registry: a trained folder becomes a version that anyone with MLflow can load and serve.
 
-A version is a pyfunc model from code: `serving.py`, the weights as safetensors, the config, and the packages `ips`
-and `pipeline` as they were, so that a serving host needs the listed requirements and nothing of this repository.
+A version is a pyfunc model from code: `serving.py`, the weights as safetensors (of a model on features, also those of
+the network that makes them), the config, and the packages `ips` and `pipeline` as they were, so that a serving host
+needs the listed requirements and nothing of this repository, nor of where the model was trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
-from pipeline.checkpoint import CONFIG, WEIGHTS, read_config
+from pipeline import storage
+from pipeline.checkpoint import CONFIG, EMBED_WEIGHTS, WEIGHTS, read_config
 from pipeline.config import Config
 from pipeline.errors import TrackingError
 from pipeline.tracking import Tracker, reported
@@ -36,8 +38,8 @@ PREVIOUS = "previous"
 
 _PACKAGES = Path(__file__).resolve().parents[1]
 _REQUIREMENTS = (  # what `serving.py` imports, directly or not
-    "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "pyarrow", "pydantic", "s3fs",
-    "safetensors", "simplejpeg", "tifffile", "torch",
+    "contourpy", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "pyarrow",
+    "pydantic", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
 )  # fmt: skip
 _EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -83,18 +85,20 @@ def register_model(
 
     Raises:
         TrackingError: the registry or the artifact store cannot be reached or refuses.
+        StorageError: the weights that make the model's features cannot be read.
     """
     client, config = tracker.client, read_config(folder)
-    with reported(tracker.uri):
-        logged = client.create_logged_model(
-            tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
-        )
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts = _artifacts(folder, config, Path(scratch))
+        with reported(tracker.uri):
+            logged = client.create_logged_model(
+                tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
+            )
             model = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
-            _save_pyfunc(Path(scratch) / "model", folder, config, example_uri, model)
+            _save_pyfunc(Path(scratch) / "model", artifacts, config, example_uri, model)
             client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
-        client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            client.finalize_logged_model(logged.model_id, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     tracker.log_metrics(run_id, metrics, model_id=logged.model_id)
     with reported(tracker.uri), _current_store(tracker.uri):
         if _find_model(tracker, name) is None:
@@ -169,7 +173,7 @@ def find_version(tracker: Tracker, model_uri: str) -> RegisteredVersion:
 
 
 def fetch(tracker: Tracker, model_uri: str, folder: Path) -> tuple[RegisteredVersion, Path]:
-    """Download a version's weights.safetensors and config.json into `folder`; returns where they lie.
+    """Download a version's files (weights.safetensors, config.json) into `folder`; returns where they lie.
 
     Raises:
         TrackingError: as `find_version`, or the artifacts cannot be read.
@@ -204,7 +208,28 @@ def _find_model(tracker: Tracker, name: str) -> RegisteredModel | None:
         return None
 
 
-def _save_pyfunc(target: Path, folder: Path, config: Config, example_uri: str, model: Model) -> None:
+def _artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, str]:
+    """The model's files; with the weights of the network that makes its features, copied to where they have one name.
+
+    They lie at a path of where the model was trained, which a serving host need not reach.
+    """
+    artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
+    if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
+        storage.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
+        artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
+    return artifacts
+
+
+def _requirements(config: Config) -> list[str]:
+    """What a host has to install for this model."""
+    encoder = config.model.encoder
+    if encoder.name == "features" and config.embed is not None:
+        encoder = config.embed.encoder
+    names = [*_REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
+    return [f"{name}=={_public(installed(name))}" for name in names]
+
+
+def _save_pyfunc(target: Path, artifacts: dict[str, str], config: Config, example_uri: str, model: Model) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
         from mlflow.pyfunc import save_model
@@ -212,11 +237,11 @@ def _save_pyfunc(target: Path, folder: Path, config: Config, example_uri: str, m
     save_model(
         target,
         python_model=Path(__file__).with_name("serving.py"),
-        artifacts={"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)},
+        artifacts=artifacts,
         code_paths=[str(_PACKAGES / "ips"), str(_PACKAGES / "pipeline")],
         signature=_signature(config),
         input_example=pd.DataFrame({"uri": [example_uri], "mpp": [_EXAMPLE_MPP]}),
-        pip_requirements=[f"{name}=={_public(installed(name))}" for name in _REQUIREMENTS],
+        pip_requirements=_requirements(config),
         mlflow_model=model,
     )
 

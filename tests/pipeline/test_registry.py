@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -10,17 +11,33 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
+from pyarrow.parquet import read_table
 
+from pipeline import registry
+from pipeline.build import build_encoder
 from pipeline.cohort import CohortSlide
-from pipeline.errors import StageError, TrackingError
+from pipeline.config import Config
+from pipeline.config_embed import EmbedConfig
+from pipeline.embed import shared_embedder
+from pipeline.errors import StageError, StorageError, TrackingError
 from pipeline.inference import load_model, predict_slide
-from pipeline.registry import RegisteredVersion, fetch, find_version, promote, register_model
+from pipeline.predict import predict
+from pipeline.registry import (
+    _REQUIREMENTS,
+    RegisteredVersion,
+    _requirements,
+    fetch,
+    find_version,
+    promote,
+    register_model,
+)
 from pipeline.tracking import Tracker, open_tracking
 from tests.pipeline.small import small_config, write_model, write_slide
 
@@ -28,6 +45,8 @@ from tests.pipeline.small import small_config, write_model, write_slide
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
 )
+
+ROOT = Path(registry.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +146,98 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     assert (local / "code" / "pipeline" / "serving.py").is_file()
     assert (local / "code" / "ips" / "model.py").is_file()
     assert not list(local.rglob("*.pyc"))
+
+
+def test_every_package_that_serving_imports_is_a_requirement() -> None:
+    """Lazy imports too: tiles in JPEG 2000 need one of these alone."""
+    optional = {"timm"}  # of models that need it
+    others = {"h5py", "ray", "aiohttp", "botocore"}  # of patch coordinates, of the embed stage, and s3fs's own
+    wanted, seen, rest = set(), set(), {"pipeline.serving"}
+    while rest:
+        seen.add(name := rest.pop())
+        path = ROOT.joinpath(*name.split("."))
+        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        for imported in _imports(source):
+            root = imported.partition(".")[0]
+            if root in ("pipeline", "ips"):
+                rest |= {imported} - seen
+            elif root not in sys.stdlib_module_names:
+                wanted.add(root)
+    packages = packages_distributions()
+    missing = {
+        root for root in wanted - optional - others if not {p.lower() for p in packages[root]} & set(_REQUIREMENTS)
+    }
+    assert missing == set()
+    assert "imagecodecs" in wanted
+
+
+def _imports(source: Path) -> set[str]:
+    """Modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = {name for name in names if ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()}
+            found |= inside or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("section", ["model", "embed"])
+def test_a_network_of_timm_needs_timm(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "installed", lambda name: "1.0.7" if name == "timm" else "2.0+cpu")
+    named = {"encoder": {"name": "timm:vit_tiny"}}
+    other = {"model": {"encoder": {"name": "features", "features": 8}}, "embed": named, "train": {"augment": False}}
+    config = small_config(**({"model": named} if section == "model" else other))
+    assert "timm==1.0.7" in _requirements(config)
+    assert not any(line.startswith("timm") for line in _requirements(small_config()))
+
+
+def test_a_model_on_features_brings_the_network_that_makes_them(tracker: Tracker, tmp_path: Path) -> None:
+    """Its weights lay where it was trained, and are not there any more."""
+    weights = tmp_path / "w.pth"
+    config = features_config(weights)
+    model_folder = tmp_path / "model"
+    model_folder.mkdir()
+    write_model(model_folder, config)
+    write_slide(tmp_path / "s.png", 5)
+    slide = str(tmp_path / "s.png")
+    options = {"cohort": None, "tracking_uri": tracker.uri}
+    before = predict(str(model_folder), [slide], out=tmp_path / "before", **options)  # type: ignore[arg-type]
+    version = _register(tracker, "on-features", model_folder)
+    weights.unlink()
+
+    shared_embedder.cache_clear()
+    after = predict(version.uri, [slide], out=tmp_path / "after", **options)  # type: ignore[arg-type]
+    assert (before["failed"], after["failed"]) == ({}, {})
+    tables = [read_table(tmp_path / name / "attention.parquet") for name in ("before", "after")]
+    assert tables[0].equals(tables[1])
+
+    _, folder = fetch(tracker, version.uri, tmp_path / "fetched")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "embed.weights", "weights.safetensors"]
+    _, loaded = load_model(folder)
+    assert loaded.embed is not None
+    assert loaded.embed.encoder.weights == str(folder / "embed.weights")
+    with pytest.raises(StorageError, match="w.pth: it does not exist"):
+        _register(tracker, "on-features", model_folder)
+
+
+def features_config(weights: Path) -> Config:
+    """A model on features of a truncated network whose random weights are written to a file."""
+    encoder = {"name": "resnet18", "stages": 2}
+    torch.manual_seed(0)
+    trunk, dim = build_encoder(EmbedConfig.model_validate({"encoder": encoder}).encoder)
+    torch.save(trunk.state_dict(), weights)
+    return small_config(
+        embed={"encoder": {**encoder, "weights": str(weights)}, "batch": 8},
+        model={
+            "encoder": {"name": "features", "features": dim, "dim": 16},
+            "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16},
+            "select": {"memory": 5, "chunk": 7},
+        },
+        train={"augment": False},
+    )
 
 
 @pytest.mark.slow
