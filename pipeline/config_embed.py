@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.config_base import Positive, Section, fingerprint
 from pipeline.config_model import EncoderConfig
 
-FEATURE_VERSION = 1  # of a feature store's layout; part of its key
+FEATURE_VERSION = 2  # of a feature store's layout; part of its key
 
 
 class EmbedConfig(Section):

@@ -1,10 +1,11 @@
 """The feature store: one vector for each patch of a committed slide, committed like the patches.
 
-`<root>/<spec fingerprint>-<encoder fingerprint>/<slide key>/` holds `part-00000.arrow` (uncompressed Arrow IPC files of
-one record batch: row, feature), `index.parquet` (schema INDEX, as the patch store's: row, cell, x, y, level, and part,
-absolute offset and length of each vector) and `slide.json`, which is written last. Vectors of a part lie side by side,
-so a chunk is one range read and any row is one of exactly its bytes. Bytes follow from the slide, the spec, the
-encoder and the kind of device; whichever of two writers comes last, the features are those of one device.
+`<root>/<spec fingerprint>-<encoder fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow
+IPC files of one record batch: row, feature; with the start of their sha256 in the name), `index.parquet` (schema INDEX,
+as the patch store's: row, cell, x, y, level, and part, absolute offset and length of each vector) and `slide.json`,
+which is written last. Vectors of a part lie side by side, so a chunk is one range read and any row is one of exactly
+its bytes. Bytes follow from the slide, the spec, the encoder and the kind of device. The index names the parts it leads
+to, and a second writer changes nothing of a committed slide, so its features are those of one device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config_embed import FEATURE_VERSION
 from pipeline.errors import StorageError
-from pipeline.parts import parquet_bytes, part_name
+from pipeline.parts import content_name, naming, parquet_bytes
 from pipeline.patches import Ints, PatchIndex, PatchStore, StoredSlide
 from pipeline.schema import INDEX
 
@@ -132,7 +133,7 @@ class FeatureStore:
         return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"])
 
     def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:
-        """Write and commit a slide's features.
+        """Write and commit a slide's features; those of another writer that was faster are kept.
 
         Args:
             stored: the slide.
@@ -146,13 +147,17 @@ class FeatureStore:
         parts, places, dim, dtype, first = [], [], 0, "", 0
         for number, part in enumerate(_parts(chunks)):
             data, offsets = _part_bytes(part, first)
-            storage.write_bytes(storage.join(uri, part_name(number)), data)
-            parts.append(_file_facts(part_name(number), data, len(part)))
+            name = content_name(number, hashlib.sha256(data).hexdigest())
+            storage.write_bytes(storage.join(uri, name), data)
+            parts.append(_file_facts(name, data, len(part)))
             places.append((number, offsets))
             first, dim, dtype = first + len(part), part.shape[1], part.dtype.name
         if first != stored.n_patches:
             raise StorageError(f"{stored.uri}: {first} of {stored.n_patches} patches gave features; tile it again")
-        index = parquet_bytes(_index(stored, places, dim * np.dtype(dtype).itemsize))
+        if self.has(stored.key):  # another writer was faster, perhaps on another kind of device
+            return self.slide(stored)
+        table = naming(_index(stored, places, dim * np.dtype(dtype).itemsize), [part["name"] for part in parts])
+        index = parquet_bytes(table)
         storage.write_bytes(storage.join(uri, "index.parquet"), index)
         record = {
             "feature_version": FEATURE_VERSION,
@@ -210,7 +215,6 @@ def _part_bytes(vectors: Features, first: int) -> tuple[bytes, Ints]:
 def _index(stored: StoredSlide, places: list[tuple[int, Ints]], length: int) -> pa.Table:
     """The patch store's index with the vectors' places in it."""
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(stored.uri, "index.parquet"))))
-    table = table.replace_schema_metadata(INDEX.metadata)  # without the names of the patches' files
     columns = {
         "part": np.concatenate([np.full(len(offsets), number) for number, offsets in places]),
         "offset": np.concatenate([offsets for _, offsets in places]),

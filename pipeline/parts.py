@@ -54,10 +54,11 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.arrow"
 
 
-def _content_name(number: int, sha256: str) -> str:
+def content_name(number: int, sha256: str) -> str:
     """File name of a part by its bytes: no writer of others can put them in their place.
 
-    Others come from another libjpeg, or from another copy of a slide whose digest is of samples.
+    Others come from another libjpeg, from another copy of a slide whose digest is of samples, or, of features, from
+    another kind of device.
     """
     return f"part-{number:05d}-{sha256[:12]}.arrow"
 
@@ -90,7 +91,7 @@ def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
     index = part_index(data, number)
     bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
     sha256 = hashlib.sha256(data).hexdigest()
-    return data, Part(_content_name(number, sha256), len(data), sha256, len(index), bad_tiles, index)
+    return data, Part(content_name(number, sha256), len(data), sha256, len(index), bad_tiles, index)
 
 
 def part_index(data: bytes, number: int) -> pa.Table:
@@ -123,11 +124,16 @@ def join_index(parts: Sequence[Part]) -> pa.Table:
     """The slide's index: its parts' one after another, rows counted through; it names their files."""
     table = pa.concat_tables([part.index for part in parts])
     table = table.set_column(0, INDEX.field("row"), pa.array(np.arange(len(table), dtype=np.int64)))
-    return table.replace_schema_metadata({**INDEX.metadata, NAMES: json.dumps([part.name for part in parts]).encode()})
+    return naming(table, [part.name for part in parts])
+
+
+def naming(index: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The index with the names of its parts' files, in order, and those alone."""
+    return index.replace_schema_metadata({**INDEX.metadata, NAMES: json.dumps(list(names)).encode()})
 
 
 def file_name(index: pa.Schema, number: int) -> str:
-    """The file of a part, by the slide's index; features, and stores from before names had digests, name none."""
+    """The file of a part, by the slide's index; stores from before names had digests name none."""
     names = index.metadata.get(NAMES)
     return part_name(number) if names is None else str(json.loads(names)[number])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pipeline.errors import StorageError
 from pipeline.features import FeatureStore, stored_slides
 from pipeline.patches import PatchStore, StoredSlide
 from pipeline.schema import INDEX
+from pipeline.verify import verify_store
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 DIM = 7
@@ -68,12 +71,39 @@ def test_parts_and_chunks_do_not_show(stored: StoredSlide, tmp_path: Path, monke
 def test_arrow_and_parquet_read_them(stored: StoredSlide, tmp_path: Path) -> None:
     whole = vectors(stored.n_patches)
     slide = FeatureStore(str(tmp_path), "spec", "encoder").write(stored, [whole], {})
-    table = pa.ipc.open_file(Path(slide.uri, "part-00000.arrow").read_bytes()).read_all()
+    (part,) = Path(slide.uri).glob("part-00000-*.arrow")
+    assert part.stem.endswith(hashlib.sha256(part.read_bytes()).hexdigest()[:12])
+    table = pa.ipc.open_file(part.read_bytes()).read_all()
     assert table.schema.field("feature").type == pa.list_(pa.float16(), DIM)
     assert (np.stack(table["feature"].to_numpy()) == whole).all()
     index = pq.read_table(Path(slide.uri, "index.parquet"))
     assert index.schema.equals(INDEX)
     assert set(index["length"].to_pylist()) == {2 * DIM}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_features_of_two_writers_are_those_of_the_first(
+    stored: StoredSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, killed: bool
+) -> None:
+    """Devices differ in the last bits. The second writer begins first, and is killed or ends after the commit."""
+    monkeypatch.setattr(features_module, "PART_BYTES", 4 * DIM * 2)  # four rows a part
+    store, whole = FeatureStore(str(tmp_path), "0" * 16, "1" * 16), vectors(stored.n_patches)
+
+    def second() -> Iterator[np.ndarray]:
+        for number, chunk in enumerate(chunks(whole + np.float16(1), 4)):
+            if number == 1:
+                store.write(stored, chunks(whole, 4), {"name": "first"})
+            if number == 3 and killed:
+                raise KeyboardInterrupt
+            yield chunk
+
+    with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+        store.write(stored, second(), {"name": "second"})
+    slide = store.slide(stored)
+    assert (slide.vectors(np.arange(len(whole))) == whole).all()
+    report = verify_store(str(tmp_path), 1, lambda _done, _all: None)
+    assert report.damage == []
+    assert {finding.what for finding in report.leftovers} == {"a file that the commit does not name"}
 
 
 def test_nothing_is_there_before_the_commit(stored: StoredSlide, tmp_path: Path) -> None:
