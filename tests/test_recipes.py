@@ -52,8 +52,10 @@ def _photographs(folder: Path, count: int) -> None:
 
 def _tissue(folder: Path) -> None:
     """A cohort whose slides nobody reads while it is only planned."""
-    (folder / "a.tif").write_bytes(b"")
-    rows = [f"{split}{label},a.tif,{split},{label}" for split in ("train", "val", "test") for label in (0, 1)]
+    rows = []
+    for number, split in enumerate(("train", "train", "val", "val", "test", "test")):
+        (folder / f"{number}.tif").write_bytes(b"")
+        rows.append(f"{number},{number}.tif,{split},{number % 2}")
     (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,split,label", *rows]) + "\n")
 
 
