@@ -86,7 +86,7 @@ def test_a_job_killed_three_times_ends_as_one_that_was_not(cohort: Path, tmp_pat
     statuses = [word.split(":") for word in out.splitlines()[-1].split()]
     assert [name for name, _, _ in statuses] == [f"{number:03}" for number in range(SLIDES)]
     reasons = {int(name): reason for name, status, reason in statuses if status == "quarantined"}
-    assert reasons == {17: "no-tissue", 58: "not-a-slide", 99: "empty-file", 140: "not-a-slide"}
+    assert reasons == {17: "no-tissue", 58: "not-a-slide", 99: "empty-file", 140: "truncated"}
     after = committed(store)
     assert len(after) == SLIDES - len(BAD) - 1
     assert {path: after[path] for path in before} == before  # what was committed stayed as it was
