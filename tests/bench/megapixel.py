@@ -16,9 +16,10 @@ command goes on with those that are missing, and several processes may share the
 where a goal is missed: the majorities of `exact`, and that a run of it, images and test included, ends in time on two
 idle cores. The second thread takes a third off a run of `exact`; two runs with `--threads 1` at once do more in all.
 
-2026-11-27, Intel Xeon with AMX, two threads: `exact` took 340, 359 and 438 s, one run after the other; the machine is
-virtual, and the same 60 steps took 8.8 to 13.5 s within two hours. Rounding alone moves a run: on one thread the same
-seeds got 96.2, 87.4 and 96.1% of the majorities instead of 95.7, 94.5 and 95.8.
+2026-11-27, Intel Xeon with AMX, two threads: `exact` took 340, 359 and 438 s, one run after the other; the last
+misses the limit. The machine is virtual: before them one of the first 40 steps took 146 ms, after them one of the first
+60 took 201 to 230 ms in four trials. Rounding alone moves a run: on one thread the same seeds got 96.2, 87.4 and 96.1%
+of the majorities instead of 95.7, 94.5 and 95.8.
 """
 
 from __future__ import annotations
