@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ips.strided import Strided
+from ips.strided import Strided, guard
 
 _BLOCKS: Mapping[str, tuple[int, int, int, int]] = {
     "resnet18": (2, 2, 2, 2),
@@ -181,13 +181,15 @@ class WrappedEncoder(nn.Module):
     """Any network of (n, C, h, w) -> (n, D) as an encoder, checked when it is used.
 
     Args:
-        network: in training it may use batch norm and dropout; the selection runs it in evaluation mode.
+        network: in training it may use batch norm and dropout; the selection runs it in evaluation mode. Its strided
+            convolutions become `ips.strided.Strided`, as in `IPSModel`: it may be used without one, to make features.
         dim: D.
         channels: C; chunks of other patches are refused.
     """
 
     def __init__(self, network: nn.Module, dim: int, channels: int) -> None:
         super().__init__()
+        guard(network)
         self.network, self.dim, self.channels = network, dim, channels
 
     def forward(self, x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Scorer:
         if batch < 8 or batch % 8:
             raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
         self.model, self.dtype, self.batch, self.dedupe, self.fold = model, dtype, batch, dedupe, fold
-        self._side_stream, self._device_normalise = side_stream, device_normalise
+        self.side_stream, self._device_normalise = side_stream, device_normalise
         self._pairs: list[tuple[str, str]] = []
         self._encoder = model.encoder
         self._layout = torch.contiguous_format
@@ -166,10 +166,10 @@ class Scorer:
     def receive(self, chunk: Chunk) -> Tensor:
         """Patches (n, ...) of a bag, prepared and on the device."""
         if self._device_normalise:
-            return arrived(chunk, self.device, side_stream=self._side_stream)
+            return arrived(chunk, self.device, side_stream=self.side_stream)
         patches = prepared(chunk.patches, chunk)
         patches = normalised(patches, self.model.mean.to(patches.device), self.model.std.to(patches.device))
-        return to_device(patches, self.device, side_stream=self._side_stream)
+        return to_device(patches, self.device, side_stream=self.side_stream)
 
     @torch.no_grad()
     def content_logits(self, patches: Tensor) -> Tensor:

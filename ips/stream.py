@@ -84,7 +84,7 @@ class Stream:
         table = torch.empty(len(rows), scorer.width, dtype=scorer.logit_dtype, device=scorer.device)
         places = scorer.model.places(chunk.index, chunk.positions)
         if places is not None:
-            places = _kept(to_device(places, scorer.device), places)
+            places = _kept(to_device(places, scorer.device, side_stream=scorer.side_stream), places)
         item = _Item(bag, chunk.index.clone(), places, table, inverse, 0)
         open_rows = torch.arange(len(rows), device=patches.device)
         if flat:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,23 @@ class _Lost(TensorBag):
         raise OSError("the disk is gone")
 
 
-def _certifier(rank: int, folder: str) -> None:
+@contextmanager
+def _one_of_two(rank: int, folder: str) -> Iterator[None]:
+    """In a process group of two; an error is left in a file named after the rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    bag = (_Lost if rank == 1 else TensorBag)(bag_of(40).patches)
     try:
-        select(tiny_model(), [bag], 5, 8, dtype=torch.bfloat16, certify=True, group=dist.group.WORLD)
-    except (OSError, RuntimeError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
         Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     finally:
         dist.destroy_process_group()
+
+
+def _certifier(rank: int, folder: str) -> None:
+    bag = (_Lost if rank == 1 else TensorBag)(bag_of(40).patches)
+    with _one_of_two(rank, folder):
+        select(tiny_model(), [bag], 5, 8, dtype=torch.bfloat16, certify=True, group=dist.group.WORLD)
 
 
 @pytest.mark.slow
@@ -78,22 +86,16 @@ def test_a_strip_of_too_much_is_refused(group_of_one: dist.ProcessGroup) -> None
 
 
 def _worker(rank: int, folder: str, broken: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     bags = _bags()
     if rank == broken:
         patches = bags[0].patches / 255
         patches[-1] = torch.nan
         patches[0] = torch.nan
         bags[0] = TensorBag(patches, bags[0].positions)
-    try:
+    with _one_of_two(rank, folder):
         for kind in _KINDS:
             found = select(resnet_model(grid=True).to(kind), bags, 9, 5, attention=True, group=dist.group.WORLD)
             torch.save((found.index, found.scores, found.attention), f"{folder}/{kind}-{rank}.pt")
-    except (ValueError, RuntimeError) as error:
-        Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow

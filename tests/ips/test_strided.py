@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ips.aggregator import Aggregator
+from ips.encoder import WrappedEncoder
 from ips.model import IPSModel
 from ips.strided import Strided, guard
 
@@ -82,4 +83,5 @@ def test_any_network_is_guarded_as_an_encoder() -> None:
     assert calls == [15]
     assert list(network.state_dict()) == list(before.state_dict())
     guard(network)  # again: nothing more to do
+    assert type(WrappedEncoder(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1)), 8, 3).network[0]) is Strided  # type: ignore[index]
     assert type(copy.deepcopy(network)[0]) is Strided
