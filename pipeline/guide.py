@@ -81,9 +81,9 @@ def guided_version(slide: CohortSlide, spec: TilingConfig, version: SourceVersio
         SlideError: "coords".
         StorageError: a file that the cohort names cannot be reached.
     """
-    files = [uri for uri in guide_files(slide, spec) if uri is not None]
-    if not files:
+    given = [uri for uri in guide_files(slide, spec) if uri is not None]
+    if not given:
         return version
-    versions = [[uri, asdict(storage.source_version(uri))] for uri in files]
+    versions = [[uri, asdict(storage.source_version(uri))] for uri in given]
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:16]
     return replace(version, etag=f"{version.etag or ''}+{digest}")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
+from importlib import resources
 from typing import Any
 
 import pyarrow as pa
@@ -164,7 +164,7 @@ def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, finge
     shown = chosen(committed)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"}
-    return page.from_string(files("pipeline").joinpath("quality.html").read_text("utf-8")).render(
+    return page.from_string(resources.files("pipeline").joinpath("quality.html").read_text("utf-8")).render(
         name=name,
         fingerprint=fingerprint,
         rows=sorted(rows, key=lambda row: (row.status == "committed", row.patches, row.slide_id))[:ROWS],

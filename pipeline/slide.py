@@ -49,13 +49,13 @@ def open_slide(path: Path) -> SlideReader:
 
 @contextmanager
 def open_uri(
-    uri: str, files: Callable[[], Sequence[str]], staging: Staging, fetched: Fetched | None = None
+    uri: str, members: Callable[[], Sequence[str]], staging: Staging, fetched: Fetched | None = None
 ) -> Iterator[SlideReader]:
     """Open a slide wherever it lies; on S3 in place if it can be read by ranges, else as a copy on this node.
 
     Args:
         uri: of its main file.
-        files: gives all its files; called only for a copy.
+        members: gives all its files; called only for a copy.
         staging: where copies are kept.
         fetched: its main file where it was read before: nothing of it travels again.
 
@@ -72,7 +72,7 @@ def open_uri(
             yield stack.enter_context(in_place)
             return
         try:
-            path = stack.enter_context(staging.hold(uri, files(), fetched))
+            path = stack.enter_context(staging.hold(uri, members(), fetched))
         except NodeError:
             raise
         except StorageError as error:

@@ -55,14 +55,14 @@ class Staging:
     """Bytes."""
 
     @contextmanager
-    def hold(self, uri: str, files: Sequence[str], fetched: Fetched | None = None) -> Iterator[Path]:
+    def hold(self, uri: str, members: Sequence[str], fetched: Fetched | None = None) -> Iterator[Path]:
         """A local copy of a remote slide, kept at least until the block ends.
 
         Waits while another process copies the same slide, or while all room is held by others.
 
         Args:
             uri: the slide's main file.
-            files: all its files, `uri` among them, which lie in its folder or below.
+            members: all its files, `uri` among them, which lie in its folder or below.
             fetched: the main file where it was read before; written instead of read again, unless it changed.
 
         Raises:
@@ -70,7 +70,7 @@ class Staging:
             StorageError: a file cannot be read.
             NodeError: the copy cannot be written.
         """
-        versions = {file: storage.source_version(file) for file in files}
+        versions = {file: storage.source_version(file) for file in members}
         size = sum(version.size for version in versions.values())
         if size > self.budget:
             raise SlideError(
@@ -87,7 +87,7 @@ class Staging:
             if not (entry / "files").exists():
                 data = {uri: fetched.data} if fetched is not None and fetched.version == versions[uri] else {}
                 with self._writing(uri):
-                    _fill(entry, above, files, data)
+                    _fill(entry, above, members, data)
             yield entry / "files" / storage.absolute(uri).removeprefix(above)
         finally:
             os.close(held)
@@ -183,10 +183,10 @@ def _evict(entry: Path) -> bool:
     return True
 
 
-def _fill(entry: Path, above: str, files: Sequence[str], data: Mapping[str, bytes]) -> None:
+def _fill(entry: Path, above: str, members: Sequence[str], data: Mapping[str, bytes]) -> None:
     """Copy the files of a held entry; what a failure leaves is evicted by the next that needs the room."""
     unfinished = entry / "unfinished"
-    for file in files:
+    for file in members:
         path = unfinished / storage.absolute(file).removeprefix(above)
         if file in data:
             storage.write_bytes(str(path), data[file])

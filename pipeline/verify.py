@@ -187,15 +187,15 @@ def _look_at(uri: str, fates: _Fates) -> tuple[_Commit | None, list[Finding]]:
     return _Commit(uri, facts, not broken), found + broken
 
 
-def _uncommitted(uri: str, files: int, fates: _Fates) -> Finding:
+def _uncommitted(uri: str, left: int, fates: _Fates) -> Finding:
     """What a folder without a commit is: a slide that lost it, one that was given up, or a killed run's."""
     key = uri.rpartition("/")[2]
     if key in fates.committed:
         what = f"is gone, and {fates.committed[key]} says that the slide was committed"
         return _damage(storage.join(uri, "slide.json"), what, "run the tile stage, which tiles the slide again")
     if key in fates.given_up:
-        return Finding(uri, f"{files} files of a slide that was given up: {fates.given_up[key]}", _GIVEN_UP)
-    return Finding(uri, f"{files} files of a slide that is not committed", _GO_ON)
+        return Finding(uri, f"{left} files of a slide that was given up: {fates.given_up[key]}", _GIVEN_UP)
+    return Finding(uri, f"{left} files of a slide that is not committed", _GO_ON)
 
 
 def _index(uri: str, facts: Mapping[str, Any]) -> list[Finding]:

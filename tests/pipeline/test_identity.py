@@ -184,9 +184,9 @@ def test_a_companion_that_is_a_link_to_nothing_is_an_error(kind: str, tmp_path: 
     path = tmp_path / "slide" / companion
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
-    files = slide_files(uri)
+    members = slide_files(uri)
     (tmp_path / "moved").unlink()
-    assert str(path) in files
+    assert str(path) in members
     for ask in (slide_files, slide_digest, slide_version):
         with pytest.raises(StorageError, match=f"{path.name}: it does not exist"):
             ask(uri)
@@ -229,11 +229,11 @@ def test_dicom_files_of_one_series_are_one_slide(tmp_path: Path) -> None:
     assert slide_digest(str(tmp_path / "1.dcm")) != one
 
 
-def write_study(folder: Path, slides: int, files: int) -> list[str]:
+def write_study(folder: Path, slides: int, parts: int) -> list[str]:
     """A folder with the files of several slides, 200 kB each; the first file of each."""
     folder.mkdir()
     for slide in range(slides):
-        for number in range(files):
+        for number in range(parts):
             pixels = bytes([slide, number]) * 100_000
             (folder / f"{slide}-{number}.dcm").write_bytes(dicom_file(f"{SERIES}.{slide}", pixels))
     return [str(folder / f"{slide}-0.dcm") for slide in range(slides)]
@@ -348,9 +348,9 @@ def test_a_slide_of_several_files(
     path = write(folder)
     base = f"s3://bucket/{kind} {place}" if place == "s3" else str(folder)
     uri = f"{base}/{path.name}"
-    files = slide_files(uri)
-    assert files == [f"{base}/{name}" for name in names]
-    with Staging(str(tmp_path / "copies")).hold(uri, files) as copy:
+    members = slide_files(uri)
+    assert members == [f"{base}/{name}" for name in names]
+    with Staging(str(tmp_path / "copies")).hold(uri, members) as copy:
         assert copy.name == path.name
         assert [(copy.parent / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
         assert slide_digest(str(copy)) == slide_digest(uri) == slide_digest(str(path))

