@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
-from ips.intake import check_bags
-from ips.select import assemble
+from ips.selection.intake import check_bags
+from ips.selection.select import assemble
 
 
 def random_selection(bags: Sequence[Bag], memory: int, generator: torch.Generator) -> Selection:

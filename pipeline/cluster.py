@@ -15,7 +15,7 @@ from typing import TypeVar, TypeVarTuple
 
 import ray
 
-from pipeline.config import ClusterConfig
+from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import PipelineError, ResourceError
 
 _POLL_S = 1.0

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ips.aggregator import Aggregator
-from ips.encoder import ResNet
-from ips.model import IPSModel
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.model import IPSModel
 
 
 def exact_selection(

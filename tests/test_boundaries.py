@@ -16,17 +16,21 @@ def _loaded_by(statement: str, candidates: tuple[str, ...]) -> set[str]:
 
 
 def test_ips_needs_torch_only() -> None:
-    modules = "import ips.select, ips.model, ips.scorer, ips.gradient, ips.losses, ips.baselines, ips.schedule"
+    modules = (
+        "import ips.selection.select, ips.network.model, ips.learning.gradient, ips.learning.losses, ips.baselines"
+    )
     assert _loaded_by(modules, ("ray", "mlflow", "pyarrow", "pandas", "pydantic", "pipeline")) == set()
 
 
-@pytest.mark.parametrize("module", ["pipeline.tiling", "pipeline.patches", "pipeline.cohort", "pipeline.compose"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.tiling.slide", "pipeline.store.patches", "pipeline.cohort.table", "pipeline.config.compose"]
+)
 def test_tile_workers_load_no_torch(module: str) -> None:
     assert _loaded_by(f"import {module}", ("torch", "mlflow", "ray")) == set()
 
 
 def test_the_ray_data_graph_loads_no_torch_of_ours() -> None:
-    assert _loaded_by("import pipeline.ingest", ("mlflow", "ips")) == set()
+    assert _loaded_by("import pipeline.ingest.graph", ("mlflow", "ips")) == set()
 
 
 def test_a_forbidden_import_would_be_seen() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline.compose import load_config
-from pipeline.config import Config
-from pipeline.workflow import load_cohort, plan, run
+from pipeline.config.compose import load_config
+from pipeline.config.recipe import Config
+from pipeline.workflow.run import load_cohort, plan, run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 LIMITS = ("empty", "50", "70", "80")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from pipeline.slide import open_slide
+from pipeline.slides.open import open_slide
 from tests.conftest import SHARED_DATA
 
 EDGE = 12_288  # px: 48 tiles of 256, so that four levels end at whole tiles

@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import ips.scorer
-from ips.scorer import Scorer
-from ips.transfer import _side_stream, to_device
-from pipeline import bags
+import ips.selection.scorer
+from ips.selection.scorer import Scorer
+from ips.selection.transfer import _side_stream, to_device
+from pipeline.bags import patch_bag
 
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -64,9 +64,9 @@ class Clocks:
 def clocked() -> Iterator[Clocks]:
     """Clocks that run while the block does."""
     clocks = Clocks()
-    decode, encode = bags._decode_all, Scorer.content_logits
+    decode, encode = patch_bag._decode_all, Scorer.content_logits
 
-    def decoded(jobs: Sequence[bags._Job]) -> None:
+    def decoded(jobs: Sequence[patch_bag._Job]) -> None:
         clocks.timed("decode", lambda: decode(jobs))
 
     def moved(patches: Tensor, device: torch.device, *, side_stream: bool = True) -> Any:
@@ -78,8 +78,8 @@ def clocked() -> Iterator[Clocks]:
         return clocks.timed("encode", lambda: encode(scorer, patches), stream)
 
     with (
-        mock.patch.object(bags, "_decode_all", decoded),
-        mock.patch.object(ips.scorer, "to_device", moved),
+        mock.patch.object(patch_bag, "_decode_all", decoded),
+        mock.patch.object(ips.selection.scorer, "to_device", moved),
         mock.patch.object(Scorer, "content_logits", encoded),
     ):
         yield clocks

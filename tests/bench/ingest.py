@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import ingest
-from pipeline.cohort import CohortSlide
-from pipeline.config_data import TilingConfig
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.ingest import graph
 from tests.bench.canvas import repeat, write_canvas
 from tests.conftest import SHARED_DATA
 
@@ -35,7 +35,7 @@ NOTES = "IPS_BENCH_NOTES"  # folder of the workers' notes
 
 def note_work() -> None:
     """Run in each Ray worker when it starts: its pieces of work are timed from then on."""
-    original: Callable[..., Any] = ingest._guarded
+    original: Callable[..., Any] = graph._guarded
 
     @functools.wraps(original)
     def timed(*arguments: Any) -> Any:
@@ -47,7 +47,7 @@ def note_work() -> None:
             with Path(os.environ[NOTES], str(os.getpid())).open("a") as file:
                 file.write(line + "\n")
 
-    ingest._guarded = timed  # type: ignore[assignment]
+    graph._guarded = timed  # type: ignore[assignment]
 
 
 def write_cohort(folder: Path, large: int, small: int) -> list[CohortSlide]:
@@ -76,7 +76,7 @@ def measure(slides: list[CohortSlide], folder: Path) -> dict[str, float]:
         runtime_env={"env_vars": {NOTES: str(notes)}, "worker_process_setup_hook": note_work},
     )
     called = time.time()
-    statuses = ingest.tile_cohort(slides, SPEC, str(folder / "store"), cpus=1, on_status=lambda status: None)
+    statuses = graph.tile_cohort(slides, SPEC, str(folder / "store"), cpus=1, on_status=lambda status: None)
     ended = time.time()
     ray.shutdown()
     assert all(status.status == "committed" for status in statuses), [status.reason for status in statuses]

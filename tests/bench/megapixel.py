@@ -1,6 +1,7 @@
 """What selection is worth on a small Megapixel MNIST: `python -m tests.bench.megapixel`, two hours on two cores.
 
-One network, one training loop (`pipeline.loop`), one set of images; only the way to choose and to pool patches differs:
+One network, one training loop (`pipeline.training.loop`), one set of images; only the way to choose and to pool patches
+differs:
 
     exact    M patches by the softmax over the whole image
     window   M patches by the official loop, patches in rows instead of shuffled
@@ -40,23 +41,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ips.aggregator import Aggregator
 from ips.bag import Bag, Selection
 from ips.baselines import GatedAttention, every_patch, random_selection
-from ips.heads import Kind, linear_head
-from ips.model import IPSModel
-from ips.positions import IndexPositions
-from ips.scorer import Scorer, evaluating
-from ips.select import gather, select
-from pipeline.build import build_optimizer
-from pipeline.config_data import MegapixelConfig, TaskConfig, TilingConfig
-from pipeline.config_model import SelectConfig, TrainConfig
-from pipeline.images import TASKS, cohort_csv, open_image
-from pipeline.labels import target
-from pipeline.loop import Slides, train_steps
-from pipeline.mnist import Subset
-from pipeline.ranks import Ranks
-from pipeline.storage import write_json
+from ips.network.aggregator import Aggregator
+from ips.network.heads import Kind, linear_head
+from ips.network.model import IPSModel
+from ips.network.positions import IndexPositions
+from ips.selection.scorer import Scorer, evaluating
+from ips.selection.select import gather, select
+from pipeline.bags.images import TASKS, cohort_csv, open_image
+from pipeline.bags.mnist import Subset
+from pipeline.cohort.labels import target
+from pipeline.config.data import MegapixelConfig, TaskConfig, TilingConfig
+from pipeline.config.model import SelectConfig, TrainConfig
+from pipeline.model.build import build_optimizer
+from pipeline.storage.files import write_json
+from pipeline.training.loop import Slides, train_steps
+from pipeline.training.ranks import Ranks
 from tests.bench.scenes import MNIST
 
 RESULTS, FILE = Path(__file__).parent / "results", "megapixel_mnist.json"

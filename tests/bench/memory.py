@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from ips.aggregator import Aggregator
-from ips.encoder import ResNet
-from ips.gradient import bounded_backward
-from ips.model import IPSModel
-from ips.scorer import Scorer
-from ips.select import select
+from ips.learning.gradient import bounded_backward
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer
+from ips.selection.select import select
 from tests.bench.scenes import EndlessBag
 
 _MIB = 2**20

@@ -30,15 +30,15 @@ from PIL import Image
 from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag
-from pipeline.augment import Augment
-from pipeline.bags import PatchBag
-from pipeline.build import build_model, build_optimizer
-from pipeline.cohort import CohortSlide
-from pipeline.config import Config
-from pipeline.loop import Slides, StepDone, train_steps
-from pipeline.patches import PatchStore, StoredSlide
-from pipeline.ranks import joined_ranks
-from pipeline.tiler import store_slide
+from pipeline.bags.augment import Augment
+from pipeline.bags.patch_bag import PatchBag
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.recipe import Config
+from pipeline.ingest.tiler import store_slide
+from pipeline.model.build import build_model, build_optimizer
+from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.training.loop import Slides, StepDone, train_steps
+from pipeline.training.ranks import joined_ranks
 
 SPEEDUP, RESIDUAL = 1.8, 0.05
 PATCH_PX, CELLS = 64, (20, 13)  # columns and rows of the slide that is listed again and again

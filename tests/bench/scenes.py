@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ips.aggregator import Aggregator
 from ips.bag import Chunk
-from ips.encoder import ResNet
-from ips.model import IPSModel
-from ips.official import load_official
-from ips.positions import IndexPositions
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.model import IPSModel
+from ips.network.official import load_official
+from ips.network.positions import IndexPositions
 from tests.oracle import OfficialNet
 
 TASKS = ("majority", "max", "top", "multi")
@@ -63,8 +63,8 @@ def check_mnist(parser: argparse.ArgumentParser, folder: Path) -> None:
 def megapixel_images(count: int, *, folder: Path = MNIST, size: int = 1500, patch: int = 50, seed: int = 0) -> Tensor:
     """Images as the paper makes them: 50 strokes, then 5 MNIST digits on black -> (count, N, 1, patch, patch), 0..1.
 
-    Pictures, places and order are the paper's (`pipeline.images`), its random numbers are not, and digits are of any
-    class. The same number of patches holds something, so as many are encoded: 107 of 900 an image.
+    Pictures, places and order are the paper's (`pipeline.bags.images`), its random numbers are not, and digits are of
+    any class. The same number of patches holds something, so as many are encoded: 107 of 900 an image.
     """
     raw = gzip.decompress((folder / _DIGITS).read_bytes())
     digits = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8).view(-1, 28, 28).float() / 255

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ips.bag import TensorBag
-from ips.model import IPSModel
-from ips.scorer import Scorer
-from ips.select import select
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer
+from ips.selection.select import select
 from tests.bench.scenes import (
     Clock,
     Goal,

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, the usual name
 
 from ips.bag import TensorBag
-from ips.heads import Kind
-from ips.losses import mean_loss, task_loss
-from ips.schedule import parameter_groups
-from ips.scorer import Scorer
-from ips.select import gather, select
+from ips.learning.losses import mean_loss, task_loss
+from ips.learning.schedule import parameter_groups
+from ips.network.heads import Kind
+from ips.selection.scorer import Scorer
+from ips.selection.select import gather, select
 from tests.bench.scenes import (
     TASKS,
     Clock,

@@ -24,12 +24,12 @@ import numpy as np
 import openslide
 import simplejpeg
 
-from pipeline.commit import plan_slide, write_slide
-from pipeline.config_data import TilingConfig
-from pipeline.cutting import Cutter, encode
-from pipeline.patches import PatchStore, StoredSlide
-from pipeline.slide import open_slide
-from pipeline.tiling import tile_slide
+from pipeline.config.data import TilingConfig
+from pipeline.slides.open import open_slide
+from pipeline.store.commit import plan_slide, write_slide
+from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.tiling.cutting import Cutter, encode
+from pipeline.tiling.slide import tile_slide
 from tests.bench.canvas import repeat, write_canvas
 
 ALIGNED = TilingConfig(codec="original")
@@ -147,7 +147,7 @@ def _passed(slide: Path, folder: Path, limit: int, spec: TilingConfig, name: str
 
 def reading(slide: StoredSlide) -> list[Line]:
     """A slide's pixels in chunks against simplejpeg on its JPEGs, into as much new memory, with as many threads."""
-    from pipeline.bags import PatchBag
+    from pipeline.bags.patch_bag import PatchBag
 
     n, chunk = slide.n_patches, 256
     payloads = slide.payloads(np.arange(n))

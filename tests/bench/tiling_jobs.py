@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.cluster import prepare_environment
-from pipeline.cohort import CohortSlide
-from pipeline.commit import plan_slide, write_slide
-from pipeline.config_data import TilingConfig
-from pipeline.cutting import Cutter
-from pipeline.parts import part_patches, read_part
-from pipeline.patches import PatchStore
-from pipeline.slide import open_slide
-from pipeline.tiler import store_slide
-from pipeline.tiling import tile_slide
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.ingest.tiler import store_slide
+from pipeline.slides.open import open_slide
+from pipeline.store.commit import plan_slide, write_slide
+from pipeline.store.parts import part_patches, read_part
+from pipeline.store.patches import PatchStore
+from pipeline.tiling.cutting import Cutter
+from pipeline.tiling.slide import tile_slide
 from tests.bench.canvas import repeat
 from tests.bench.processes import cpu_seconds
 
@@ -115,7 +115,7 @@ def ray(canvas: str, folder: str, seconds: str) -> dict[str, float]:
     start = time.perf_counter()
     import ray as cluster
 
-    from pipeline.ingest import tile_cohort
+    from pipeline.ingest.graph import tile_cohort
 
     cluster.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     started = time.perf_counter() - start
@@ -137,7 +137,7 @@ def stage(codec: Literal["checked", "original"], folder: str, *paths: str) -> di
     """The whole stage on Ray, from slides to committed patches, glass too; Ray is started before the clock."""
     import ray as cluster
 
-    from pipeline.ingest import tile_cohort
+    from pipeline.ingest.graph import tile_cohort
 
     spec = TilingConfig(codec=codec, tissue="none")
     slides = [CohortSlide(Path(path).stem, path, path, None, None, {}, {}) for path in paths]

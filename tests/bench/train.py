@@ -31,28 +31,28 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ips.aggregator import Aggregator
 from ips.bag import Bag
-from ips.encoder import ResNet
-from ips.heads import linear_head
-from ips.model import IPSModel
-from pipeline.build import build_model, build_optimizer
-from pipeline.checkpoint import Progress, take_snapshot
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.heads import linear_head
+from ips.network.model import IPSModel
+from pipeline.bags.sources import open_bag
 from pipeline.cluster import connected, prepare_environment
-from pipeline.cohort import CohortSlide
-from pipeline.compose import load_config
-from pipeline.config import Config
-from pipeline.config_data import TilingConfig
-from pipeline.config_model import SelectConfig, TrainConfig
-from pipeline.loop import Slides, train_steps
-from pipeline.patches import PatchStore, StoredSlide
-from pipeline.ranks import Ranks
-from pipeline.saver import Saver
-from pipeline.session import Job, peak_resident_bytes, training_slides
-from pipeline.sources import open_bag
-from pipeline.tiler import store_slide
-from pipeline.tracking import open_tracking
-from pipeline.train import train
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.compose import load_config
+from pipeline.config.data import TilingConfig
+from pipeline.config.model import SelectConfig, TrainConfig
+from pipeline.config.recipe import Config
+from pipeline.ingest.tiler import store_slide
+from pipeline.model.build import build_model, build_optimizer
+from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.tracking.tracker import open_tracking
+from pipeline.training.driver import train
+from pipeline.training.loop import Slides, train_steps
+from pipeline.training.ranks import Ranks
+from pipeline.training.saver import Saver
+from pipeline.training.session import Job, peak_resident_bytes, training_slides
 from tests.bench.canvas import EDGE, TILE, repeat
 from tests.bench.clocks import clocked
 from tests.bench.memory import PoolingStub

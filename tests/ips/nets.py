@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ips.aggregator import Aggregator
 from ips.bag import Chunk, TensorBag
-from ips.encoder import ResNet
-from ips.model import IPSModel
-from ips.positions import GridPositions
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.model import IPSModel
+from ips.network.positions import GridPositions
 
 
 class TinyEncoder(nn.Module):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ips.aggregator import Aggregator
 from ips.baselines import GatedAttention, MaxPool, MeanPool, every_patch, random_selection
-from ips.model import IPSModel
-from ips.scorer import Scorer
-from ips.select import gather
+from ips.network.aggregator import Aggregator
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer
+from ips.selection.select import gather
 from tests.ips.nets import TinyEncoder, bag_of
 
 

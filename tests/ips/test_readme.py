@@ -20,5 +20,5 @@ def test_the_example_runs_as_printed() -> None:
 
 
 def test_every_file_is_listed() -> None:
-    files = {path.name for path in _README.parent.glob("*.py") if path.name != "__init__.py"}
+    files = {path.name for path in _README.parent.rglob("*.py") if path.name != "__init__.py"}
     assert files <= set(re.findall(r"`(\w+\.py)`", _README.read_text()))

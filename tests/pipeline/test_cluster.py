@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipeline.cluster import Bundle, call, connected, prepare_environment, require
-from pipeline.config import ClusterConfig
+from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import ResourceError, SlideError
 
 

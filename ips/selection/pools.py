@@ -1,0 +1,72 @@
+"""What collects an image's logits during the selection, and names the winners at the end. On the host."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ips.selection.ranking import best, log_normalisers, log_scores
+
+
+class Pool(Protocol):
+    """Takes an image's logits in the order they come."""
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Logits (n, J) of rows (n,)."""
+        ...
+
+    def winners(self, memory: int) -> tuple[Tensor, Tensor]:
+        """Rows (<= M,) and their log scores, best first."""
+        ...
+
+
+class LogitCache:
+    """All logits of one image, (N, J) on the host."""
+
+    def __init__(self, N: int, J: int, dtype: torch.dtype = torch.float32) -> None:
+        self.logits = torch.empty(N, J, dtype=dtype)
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Keep logits (n, J) of rows (n,)."""
+        self.logits[index] = logits
+
+    def log_scores(self) -> Tensor:
+        """(N,) float64 over the whole image."""
+        return log_scores(self.logits, log_normalisers(self.logits))
+
+    def winners(self, memory: int) -> tuple[Tensor, Tensor]:
+        """Rows and log scores of the best."""
+        keys = self.log_scores()
+        rows = best(keys, torch.arange(len(keys)), memory)
+        return rows, keys[rows]
+
+
+class Window:
+    """The official loop: first M rows, then I at a time; the best M of each pool of M + I stay."""
+
+    def __init__(self, memory: int, chunk: int, J: int, dtype: torch.dtype = torch.float32) -> None:
+        self._memory, self._step = memory, chunk
+        self._index, self._logits = torch.empty(0, dtype=torch.int64), torch.empty(0, J, dtype=dtype)
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Rank every pool that is full and not the last."""
+        self._index = torch.cat((self._index, index))
+        self._logits = torch.cat((self._logits, logits))
+        full = self._memory + self._step
+        while len(self._index) > full:  # the last pool, full or not, is ranked by `winners`
+            keep, _ = self._rank(self._index[:full], self._logits[:full], self._memory)
+            self._index = torch.cat((self._index[keep], self._index[full:]))
+            self._logits = torch.cat((self._logits[keep], self._logits[full:]))
+
+    def winners(self, memory: int) -> tuple[Tensor, Tensor]:
+        """Rows and log scores of the best of the last pool."""
+        keep, keys = self._rank(self._index, self._logits, memory)
+        return self._index[keep], keys
+
+    @staticmethod
+    def _rank(index: Tensor, logits: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+        keys = log_scores(logits, log_normalisers(logits))
+        keep = best(keys, index, memory)
+        return keep, keys[keep]

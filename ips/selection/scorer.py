@@ -1,0 +1,230 @@
+"""The no-gradient pass: an inference copy of the encoder that turns patches into attention logits.
+
+What makes it fast, each of which can be turned off alone: the folded query (`ips.network.attention`), batch norm
+fused into the convolutions, channels-last memory, bfloat16, `torch.compile`, equal patches encoded once, pinned
+transfers on a side stream, and pixels that travel as they are (uint8: a quarter of the bytes) to be normalised on the
+device.
+
+Tried and left out, CPU, Megapixel-MNIST network: ReLU and shortcut inside the convolutions (oneDNN post-ops) and
+weights packed beforehand gave 3%; normalisation folded into the first weights would give 0.5% and be wrong at the
+border, whose padding is zero after normalisation, not before.
+
+The encoder always sees `batch` patches (the last ones padded), so a logit depends on the patch alone, bit for bit, not
+on its neighbours or the chunking. Matrix products need care for that: MKL sums the rows of one product in different
+orders where the batch is no multiple of 4 or the inner width is odd (measured: widths 9, 18 and 129 differ in the last
+bit; multiples of 16 never did in batches of 8 and more). So the batch is a multiple of 8 and the folded queries are
+padded to a multiple of 16; an encoder that ends in matrix products keeps the promise where its widths are such too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ips.bag import Chunk
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
+from ips.network.model import IPSModel, normalised
+from ips.selection.fusing import fusable, fuse, strip_norms
+from ips.selection.transfer import arrived, prepared, to_device
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STEM_BYTES = 13_000_000
+"""Of the first feature maps on a CPU: 8 patches of 224 px in bfloat16. In larger pieces they leave the cache and, above
+glibc's 32 MiB, are mapped anew each time; in a larger batch the later stages' weights are repacked less often."""
+_PLACES = 128
+"""Positions encoded at once: they cost calls, not arithmetic."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own mode again after, also when the body raises."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class Scorer:
+    """Scores patches with `model` as it is at the last `refresh`.
+
+    A `ResNet` is copied and fused, so its modes and statistics are never touched; other encoders run in place, in
+    evaluation mode and, for bfloat16, under autocast. The caller's autocast does not reach inside.
+
+    Args:
+        model: with an `Aggregator`.
+        dtype: of the encoder: bfloat16 or the model's own, which None means. Logits have the model's.
+        batch: patches the encoder sees at once, a multiple of 8; by default 32 on a CPU, where more only leaves the
+            cache, and 256 elsewhere.
+        fold: multiply embeddings by the folded queries; without, by the keys' projection, then by the queries.
+        fuse: fuse batch norm into the convolutions of a `ResNet`, where neither has hooks or parametrisations.
+        channels_last: memory layout of a `ResNet`.
+        compile: `torch.compile` with static shapes; pays where one scorer serves many selections.
+        dedupe: encode byte-equal patches of a chunk once, and constant ones once a pass.
+        side_stream: to CUDA, copy through pinned memory on a stream of its own, behind the encoder's work.
+        device_normalise: normalise pixels on the device, after the transfer.
+
+    Raises:
+        ValueError: a model without attention logits, another dtype, or `batch`; an encoder whose batch norms keep no
+            running statistics, so that a logit would depend on its neighbours.
+    """
+
+    @torch.inference_mode(mode=False)  # or a copy made in that mode could only be refreshed in it
+    def __init__(
+        self,
+        model: IPSModel,
+        *,
+        dtype: torch.dtype | None = None,
+        batch: int | None = None,
+        fold: bool = True,
+        fuse: bool = True,
+        channels_last: bool = True,
+        compile: bool = False,  # noqa: A002, the name of what it turns on
+        dedupe: bool = True,
+        side_stream: bool = True,
+        device_normalise: bool = True,
+    ) -> None:
+        if not isinstance(model.aggregator, Aggregator):
+            raise ValueError(f"model: its {type(model.aggregator).__name__} has no attention logits; use Aggregator")  # noqa: TRY004
+        check_statistics(model.encoder)
+        self.device, self.logit_dtype = model.mean.device, model.mean.dtype
+        dtype = dtype or self.logit_dtype
+        if dtype not in (self.logit_dtype, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} must be torch.bfloat16 or the model's own, {self.logit_dtype}")
+        if batch is None:
+            batch = 32 if self.device.type == "cpu" else 256
+        if batch < 8 or batch % 8:
+            raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
+        self.model, self.dtype, self.batch, self.dedupe, self.fold = model, dtype, batch, dedupe, fold
+        self.side_stream, self._device_normalise = side_stream, device_normalise
+        self._pairs: list[tuple[str, str]] = []
+        self._encoder = model.encoder
+        self._layout = torch.contiguous_format
+        if isinstance(model.encoder, ResNet):
+            self._encoder = copy.deepcopy(model.encoder).requires_grad_(False).eval()
+            if self.device.type == "cpu":
+                self._encoder.stem_bytes = _STEM_BYTES
+            if fuse:
+                self._pairs = fusable(model.encoder)
+                strip_norms(self._encoder, self._pairs)
+            if channels_last:
+                self._layout = torch.channels_last
+            for parameter in self._encoder.to(dtype).parameters():
+                parameter.grad = None  # deepcopy brings gradients along
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        self._products = [_pad_width(matrix) for matrix in self._matrices()]
+        self.width = len(self._products[-1])
+        """J, logits of a patch."""
+        self._embed: Callable[[Tensor], Tensor] = (
+            torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if compile else self._plain_embed
+        )
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's present weights, in place: nothing is compiled again."""
+        encoder = self.model.encoder
+        for product, matrix in zip(self._products, self._matrices(), strict=True):
+            product.copy_(_pad_width(matrix))
+        if self._encoder is encoder:
+            return
+        fused = {name for pair in self._pairs for name in pair}
+        for conv, norm in self._pairs:
+            fuse(encoder.get_submodule(conv), encoder.get_submodule(norm), self._encoder.get_submodule(conv))
+        for name, module in encoder.named_modules():
+            if name not in fused:
+                own = self._encoder.get_submodule(name)
+                for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                    getattr(own, key).copy_(value)
+
+    @torch.no_grad()
+    def _matrices(self) -> list[Tensor]:
+        """What embeddings are multiplied by, one after the other, to give logits."""
+        aggregator = self.model.aggregator
+        assert isinstance(aggregator, Aggregator)
+        with self._own_precision():
+            return [aggregator.folded()] if self.fold else list(aggregator.attention.unfolded())
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(batch, D) -> (batch, J)."""
+        with self._own_precision():
+            for matrix in self._products:
+                x = nn.functional.linear(_pad_width(x), matrix)
+        return x
+
+    def _own_precision(self) -> torch.autocast:
+        """Whatever autocast the caller is in."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def receive(self, chunk: Chunk) -> Tensor:
+        """Patches (n, ...) of a bag, prepared and on the device."""
+        if self._device_normalise:
+            return arrived(chunk, self.device, side_stream=self.side_stream)
+        patches = prepared(chunk.patches, chunk)
+        patches = normalised(patches, self.model.mean.to(patches.device), self.model.std.to(patches.device))
+        return to_device(patches, self.device, side_stream=self.side_stream)
+
+    @torch.no_grad()
+    def content_logits(self, patches: Tensor) -> Tensor:
+        """Logits of patches (batch, ...) as `receive` gives them, without the positions' part -> (batch, J).
+
+        Raises:
+            ValueError: the encoder does not give (batch, D).
+        """
+        in_place = self._encoder is self.model.encoder
+        with torch.autocast(self.device.type, self.dtype, enabled=in_place and self.dtype == torch.bfloat16):
+            embeddings = self._embed(patches)
+        # out of what is compiled; `_pad_width` would make a wrong width fit without a word
+        self.model.check_embeddings(embeddings, patches)
+        return self._product(embeddings.to(self.logit_dtype))
+
+    def _plain_embed(self, patches: Tensor) -> Tensor:
+        x = self.model.normalise(patches) if self._device_normalise else patches
+        if self._encoder is not self.model.encoder:
+            x = x.to(dtype=self.dtype, memory_format=self._layout if x.ndim == 4 else torch.contiguous_format)
+        embeddings: Tensor = self._encoder(x)
+        return embeddings
+
+    @torch.no_grad()
+    def place_logits(self, places: Tensor) -> Tensor:
+        """The positions' part of the logits: places (n, ...) -> (n, J), in static batches too."""
+        position = self.model.position
+        assert position is not None
+        parts = [
+            self._product(position(pad_rows(part, _PLACES)))[: len(part)]
+            for part in torch.split(places.to(self.device), _PLACES)
+        ]
+        return torch.cat(parts)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """What the passes run in: nothing for a copy, evaluation mode for an encoder used in place."""
+        in_place = self._encoder is self.model.encoder
+        return evaluating(self._encoder) if in_place else nullcontext()
+
+
+def check_statistics(encoder: nn.Module) -> None:
+    """Refuse batch norms that use the statistics of the batch even in evaluation mode, by ValueError."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            raise ValueError(
+                f"encoder: {name or 'it'} is a {type(module).__name__} without running statistics, which makes an "
+                "embedding depend on its batch; build it with track_running_stats=True"
+            )
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Repeat the first row of x (n, ...) until there are `rows`."""
+    return x if len(x) == rows else torch.cat((x, x[:1].expand(rows - len(x), *x.shape[1:])))
+
+
+def _pad_width(x: Tensor) -> Tensor:
+    """Add zeros to x (n, D) up to a width that is a multiple of 16."""
+    return nn.functional.pad(x, (0, -x.shape[1] % 16))

@@ -1,0 +1,187 @@
+"""The selection (paper Algorithm 1): which M of an image's N patches the network looks at.
+
+- `exact` caches the logits of all patches on the host (N * J floats) and ranks by the softmax over the whole image:
+  the answer does not depend on chunk size, order or sharding.
+- `window` is the official loop: the softmax runs over the M + I patches at hand, so order and chunk size matter where
+  J = H*T > 1. A patch's logits do not depend on others, so the buffer holds logits instead of embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ips.bag import Bag, Batch, Certificate, Chunk, Selection
+from ips.network.model import IPSModel
+from ips.selection.certify import certified
+from ips.selection.intake import check_bags, check_count, check_logits, checked, take
+from ips.selection.pools import LogitCache, Pool, Window
+from ips.selection.scorer import Scorer
+from ips.selection.shards import Strips, strips
+from ips.selection.stream import Stream
+from ips.selection.transfer import arrived
+
+Mode = Literal["exact", "window"]
+
+
+@torch.no_grad()
+def select(
+    model: IPSModel,
+    bags: Sequence[Bag],
+    memory: int,
+    chunk: int,
+    mode: Mode = "exact",
+    *,
+    attention: bool = False,
+    dtype: torch.dtype | None = None,
+    scorer: Scorer | None = None,
+    certify: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """Choose the M best patches of each of B images, without gradient and in evaluation mode.
+
+    Args:
+        model: its modes are as before when this returns or raises.
+        bags: B bags, of any lengths.
+        memory: M. Shorter bags are masked.
+        chunk: I, patches read at a time.
+        mode: `exact` or `window`, see the module.
+        attention: also return each image's full attention, (N,) on the host.
+        dtype: precision of the encoder in this pass: bfloat16, or the model's own, which None means.
+        scorer: of this model, reused between calls, then `dtype` is its own; call its `refresh` after each optimiser
+            step.
+        certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
+        group: split the rows of every bag over these processes, which all call with the same bags and all get the
+            whole answer; exact only.
+
+    Raises:
+        ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
+            finite; what a bag itself raises passes through.
+        RuntimeError: the selection failed on another process of `group`.
+    """
+    _check_arguments(bags, memory, chunk, mode, exact_only=certify or group is not None)
+    scorer = scorer or Scorer(model, dtype=dtype)
+    _check_scorer(scorer, model, dtype, certify=certify)
+    kind = scorer.width, scorer.logit_dtype
+    caches = [LogitCache(len(bag), *kind) for bag in bags] if attention or mode == "exact" else []
+    pools: Sequence[Pool] = caches if mode == "exact" else [Window(memory, chunk, *kind) for _ in bags]
+    sinks: list[tuple[Pool, ...]] = [(pool,) for pool in pools]
+    if attention and mode == "window":
+        sinks = list(zip(pools, caches, strict=True))
+    shares = None if group is None else strips(group)
+    _score(scorer, bags, chunk, sinks, shares)
+    if shares is not None:
+        for cache in caches:
+            shares.merge(cache.logits)
+    certificates: tuple[Certificate, ...] | None = None
+    if certify:
+        reference = Scorer(model, batch=scorer.batch)
+        with nullcontext() if shares is None else shares.together():
+            pairs = [certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches)]
+        winners, certificates = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
+    else:
+        winners = [pool.winners(memory) for pool in pools]
+    maps = tuple(cache.log_scores().exp().float() for cache in caches) if attention else None
+    return assemble(winners, memory, maps, certificates)
+
+
+def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *, certify: bool) -> None:
+    if scorer.model is not model:
+        raise ValueError("scorer scores another model than `model`; build a Scorer for each")
+    if dtype not in (None, scorer.dtype):
+        raise ValueError(f"dtype={dtype}, but the scorer given encodes in {scorer.dtype}; leave dtype out")
+    if certify and scorer.dtype != torch.bfloat16:
+        raise ValueError("certify=True needs a bfloat16 selection; a float32 one has no doubtful patches")
+    if certify and scorer.logit_dtype.itemsize < 4:
+        raise ValueError(f"certify=True scores again with the model, which is in {scorer.logit_dtype}; needs float32")
+
+
+def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
+    check_bags(bags, memory)
+    check_count("chunk", chunk)
+    if mode not in ("exact", "window"):
+        raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
+    if exact_only and mode != "exact":
+        raise ValueError(f"mode={mode!r}: certify and group need mode='exact', whose answer no order can change")
+
+
+def _score(
+    scorer: Scorer, bags: Sequence[Bag], chunk: int, sinks: Sequence[tuple[Pool, ...]], shares: Strips | None
+) -> None:
+    """Send the logits of all patches, or of this process's share, to the sinks of their bag."""
+    if shares is None:
+        _fill(scorer, bags, ((n, part) for n, bag in enumerate(bags) for part in bag.chunks(chunk)), sinks, shares)
+        return
+    with shares.together():
+        _fill(scorer, bags, shares.chunks(bags, chunk), sinks, shares)
+
+
+def _fill(
+    scorer: Scorer,
+    bags: Sequence[Bag],
+    chunks: Iterator[tuple[int, Chunk]],
+    sinks: Sequence[tuple[Pool, ...]],
+    shares: Strips | None,
+) -> None:
+    seen = [torch.zeros(len(bag), dtype=torch.bool) for bag in bags]
+    came = [0] * len(bags)
+    with scorer.evaluating():
+        for number, index, logits in Stream(scorer).run(checked(scorer.model, chunks, [len(bag) for bag in bags])):
+            check_logits(number, index, logits)
+            seen[number][index] = True
+            came[number] += len(index)
+            for sink in sinks[number]:
+                sink.add(index, logits)
+    for number, rows in enumerate(seen):
+        if shares is None and (came[number] != len(rows) or not rows.all()):
+            different = int(rows.sum())
+            raise ValueError(
+                f"bags[{number}].chunks gave {came[number]} rows, {different} different rows of {len(rows)}; "
+                "each must come once"
+            )
+
+
+def assemble(
+    winners: Sequence[tuple[Tensor, Tensor]],
+    memory: int,
+    maps: tuple[Tensor, ...] | None = None,
+    certificates: tuple[Certificate, ...] | None = None,
+) -> Selection:
+    """Rows and log scores of each image -> a padded `Selection`."""
+    index = torch.full((len(winners), memory), -1, dtype=torch.int64)
+    scores = torch.zeros(len(winners), memory)
+    for number, (rows, keys) in enumerate(winners):
+        index[number, : len(rows)] = rows
+        scores[number, : len(rows)] = keys.exp()
+    return Selection(index, index >= 0, scores, maps, certificates)
+
+
+def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str) -> Batch:
+    """The winners' patches on `device`, padded with zeros where masked.
+
+    Raises:
+        ValueError: as many bags as selected images are needed, all with patches of one shape and dtype, and finite;
+            what a bag itself raises passes through.
+    """
+    B, M = selection.index.shape
+    if len(bags) != B:
+        raise ValueError(f"bags has {len(bags)} images, the selection {B}")
+    rows = [index[mask] for index, mask in zip(selection.index, selection.mask, strict=True)]
+    taken = take(bags, list(enumerate(rows)))
+    target = torch.device(device)
+    places = [_padded(chunk.positions, M) for chunk in taken if chunk.positions is not None]
+    return Batch(
+        patches=torch.stack([_padded(arrived(chunk, target), M) for chunk in taken]),
+        positions=torch.stack(places).to(target) if len(places) == B else None,
+        index=selection.index.to(target),
+        mask=selection.mask.to(target),
+    )
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))

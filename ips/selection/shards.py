@@ -1,0 +1,101 @@
+"""One huge image over several processes: each scores a strip of its rows, then all hold all logits.
+
+Logits are gathered, normalisers are never reduced, so the answer is that of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ips.bag import Bag, Chunk
+from ips.selection.intake import check_taken
+
+
+@runtime_checkable
+class StripBag(Protocol):
+    """A bag that can read a strip of its rows ahead of use."""
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop` once, in order, at most `size` rows at a time."""
+        ...
+
+
+def strip(bag: Bag, size: int, start: int, stop: int) -> Iterator[Chunk]:
+    """Rows `start` to `stop` of any bag, in order: read ahead where the bag can do that, else through `take`."""
+    if isinstance(bag, StripBag):
+        yield from bag.strip(size, start, stop)
+        return
+    for low in range(start, stop, size):
+        yield bag.take(torch.arange(low, min(low + size, stop)))
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Which rows of a bag this process scores: the `rank`-th of `world` equal strips."""
+
+    group: dist.ProcessGroup
+    rank: int
+    world: int
+
+    def bounds(self, N: int) -> list[int]:
+        """The strips' borders, (world + 1,)."""
+        return [N * rank // self.world for rank in range(self.world + 1)]
+
+    def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
+        """This process's strip of every bag, at most `size` rows at a time; ValueError where a bag gives other rows."""
+        for number, bag in enumerate(bags):
+            low, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
+            method = "strip" if isinstance(bag, StripBag) else "take"
+            for chunk in strip(bag, size, low, stop):
+                given = len(chunk.patches) if method == "strip" else size
+                count = min(given, size, stop - low)
+                check_taken(chunk, number, torch.arange(low, low + count), method)
+                yield number, chunk
+                low += count
+            if low < stop:
+                raise ValueError(f"bags[{number}]: its strip ended before row {low} of {stop}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise after the block where it failed on another process, so that none waits for one that is gone."""
+        try:
+            yield
+        except Exception:
+            self._agree(failed=True)
+            raise
+        self._agree(failed=False)
+
+    def _agree(self, *, failed: bool) -> None:
+        flag = torch.tensor([failed], dtype=torch.int32, device=self._device())
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        if flag.item() and not failed:
+            raise RuntimeError("the selection failed on another process of the group; see its error")
+
+    def merge(self, logits: Tensor) -> None:
+        """Fill logits (N, J), of which this process holds its strip, with the other processes' strips."""
+        bounds = self.bounds(len(logits))
+        longest = max(stop - start for start, stop in pairwise(bounds))
+        own = torch.zeros(longest, logits.shape[1], dtype=logits.dtype, device=self._device())
+        mine = slice(*bounds[self.rank : self.rank + 2])
+        own[: mine.stop - mine.start] = logits[mine]
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own, self.group)
+        for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
+            logits[start:stop] = part[: stop - start]
+
+    def _device(self) -> torch.device:
+        nccl = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def strips(group: dist.ProcessGroup) -> Strips:
+    """The strips of the calling process."""
+    return Strips(group, dist.get_rank(group), dist.get_world_size(group))

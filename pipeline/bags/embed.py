@@ -1,0 +1,177 @@
+"""Patches to features: a frozen network over committed slides, on Ray Data's actors.
+
+Each actor holds one copy of the network, on a GPU where it was given one, and takes one slide after another; vectors
+go straight to the store. A killed run goes on with the slides that are not committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import uuid
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.bags.patch_bag import PatchBag
+from pipeline.config.embed import EmbedConfig
+from pipeline.errors import NodeError, StageError, StorageError
+from pipeline.model.build import build_encoder
+from pipeline.storage import files
+from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
+from pipeline.storage.files import SourceVersion
+from pipeline.store.features import Features, FeatureSlide, FeatureStore
+from pipeline.store.patches import StoredSlide
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Embedder:
+    """One copy of the network, on the GPU where the process has one."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        self.config = config
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder, self.dim = build_encoder(config.encoder)
+        self._encoder = encoder.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._mean, self._std = (
+            torch.tensor(values, device=self._device).view(-1, 1, 1) for values in (config.mean, config.std)
+        )
+
+    def __call__(self, pixels: Tensor) -> Features:
+        """(n, 3, h, w) uint8 -> (n, D), the same whatever n is: the network always sees `batch` patches.
+
+        Raises:
+            StageError: a feature is not finite.
+        """
+        vectors = [self._batch(part) for part in torch.split(pixels, self.config.batch)]
+        features: Features = np.concatenate(vectors)
+        if not np.isfinite(features).all():
+            raise StageError(
+                f"embed: a feature is not finite as embed.dtype={self.config.dtype}; set embed.dtype=float32, or mend "
+                "embed.encoder.weights"
+            )
+        return features
+
+    def _batch(self, pixels: Tensor) -> Features:
+        short = self.config.batch - len(pixels)
+        padded = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
+        compute = _DTYPES[self.config.compute_dtype]
+        with torch.inference_mode(), torch.autocast(self._device.type, compute, enabled=compute != torch.float32):
+            scaled = (padded.to(self._device).float() / 255 - self._mean) / self._std
+            vectors = self._encoder(scaled.contiguous(memory_format=torch.channels_last))
+        found: Features = vectors[: len(pixels)].to(_DTYPES[self.config.dtype]).cpu().numpy()
+        return found
+
+
+def encoder_fingerprint(config: EmbedConfig) -> str:
+    """Digest of the encoder: its settings and the content of its weights.
+
+    Raises:
+        StorageError: the weights cannot be read.
+    """
+    uri = config.encoder.weights
+    return config.fingerprint(None if uri is None else _content(uri, files.source_version(uri)))
+
+
+@lru_cache(maxsize=8)
+def _content(uri: str, version: SourceVersion) -> str:
+    return hashlib.sha256(files.read_bytes(uri)).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def shared_embedder(config: EmbedConfig) -> Embedder:
+    """The process's copy: loading the weights takes seconds."""
+    return Embedder(config)
+
+
+def embed_slide(embedder: Embedder, stored: StoredSlide, store: FeatureStore, threads: int) -> FeatureSlide:
+    """The features of one slide, made here and now unless they are committed.
+
+    Raises:
+        StorageError: a store cannot be read or written.
+        StageError: a feature is not finite.
+    """
+    if store.has(stored.key):
+        return store.slide(stored)
+    bag = PatchBag([stored], threads=threads, augment=None)
+    chunks = (embedder(chunk.patches) for chunk in bag.chunks(embedder.config.batch))
+    return store.write(stored, chunks, embedder.config.model_dump(mode="json"))
+
+
+def embed_slides(
+    slides: Sequence[StoredSlide],
+    config: EmbedConfig,
+    store: FeatureStore,
+    *,
+    actors: tuple[int, int],
+    cpus: float,
+    gpus: float,
+    on_done: Callable[[str], None],
+) -> None:
+    """Embed the slides that are not committed yet, on an initialised Ray.
+
+    Args:
+        slides: each once; those in front begin first.
+        config: what with.
+        store: where to.
+        actors: least and most copies of the network.
+        cpus: that Ray reserves for each.
+        gpus: likewise.
+        on_done: called with the key of every slide made.
+
+    Raises:
+        StorageError, StageError: as `embed_slide`; what is committed stays.
+    """
+    pending = [slide for slide in slides if not store.has(slide.key)]
+    if not pending:
+        return
+    import ray.data  # loads for seconds
+
+    most = max(1, min(actors[1], len(pending)))
+    run = uuid.uuid4().hex
+    rows = [{"slide": pickle.dumps(slide), "name": f"{run}-{slide.key}"} for slide in pending]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Actor,
+        fn_constructor_kwargs={"config": config, "store": store, "threads": max(1, int(cpus))},
+        compute=ray.data.ActorPoolStrategy(min_size=min(actors[0], most), max_size=most),
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+    for row in dataset.iter_rows():
+        if row["failure"]:
+            raise pickle.loads(row["failure"])
+        on_done(row["key"])
+
+
+class _Actor:
+    """One Ray Data row to another; what fails is data here, so that Ray neither retries nor wraps it."""
+
+    def __init__(self, config: EmbedConfig, store: FeatureStore, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._store, self._threads = store, threads
+        self._embedder = Embedder(config)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        stored: StoredSlide = pickle.loads(row["slide"])
+        failure: Exception | None
+        try:
+            with attempt(row["name"]) as attempts:
+                failure = self._failure(stored, attempts)
+        except NodeError as full:
+            failure = full
+        return {"key": stored.key, "failure": b"" if failure is None else pickle.dumps(failure)}
+
+    def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:
+        if attempts > MAX_ATTEMPTS:
+            killed = f"its process was killed {MAX_ATTEMPTS} times; is memory short? Lower embed.batch"
+            return StageError(f"embed: {stored.uri}: {killed}")
+        try:
+            embed_slide(self._embedder, stored, self._store, self._threads)
+        except (StorageError, StageError) as error:
+            return error
+        return None

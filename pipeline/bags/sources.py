@@ -1,0 +1,212 @@
+"""Where a slide's patches come from: the one place that knows every kind of source.
+
+A *source* is a handle of one slide's patches. The driver makes it (`open_sources`) and reads its facts; it travels by
+pickle to whoever trains or evaluates; there `open_bag` gives the `ips` bag. Everything else sees `PatchSource` and
+`Bag` only.
+
+A new kind needs a frozen dataclass that meets `PatchSource`, its name in `Source`, and a case in `open_bag` (mypy asks
+for it) and in `open_sources`. Its bag must give the same patches for the same row whenever it is asked, because the
+gradient pass takes again what the selection has scored.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, assert_never
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ips.bag import Bag
+from pipeline.bags.augment import Augment
+from pipeline.bags.embed import embed_slide, encoder_fingerprint, shared_embedder
+from pipeline.bags.feature_bag import FeatureBag
+from pipeline.bags.images import PastedImage, open_image
+from pipeline.bags.patch_bag import PatchBag
+from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.embed import EmbedConfig
+from pipeline.config.recipe import Config
+from pipeline.errors import ConfigError, SlideError
+from pipeline.ingest.tiler import store_slide
+from pipeline.store.features import FeatureSlide, FeatureStore
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+
+Ints = npt.NDArray[np.int64]
+
+
+class Corners(Protocol):
+    """Where patches stand: (n,) level-0 px of their left and upper edges, by row."""
+
+    @property
+    def x(self) -> Ints: ...  # noqa: D102
+    @property
+    def y(self) -> Ints: ...  # noqa: D102
+
+
+class PatchSource(Protocol):
+    """One slide's patches: small, picklable, nothing read before it is asked for."""
+
+    @property
+    def key(self) -> str:
+        """Names the content: equal keys, equal patches. Enters fingerprints and the training plan."""
+        ...
+
+    @property
+    def n_patches(self) -> int:
+        """N, the length of the bag."""
+        ...
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Patches that could not be read, and are not among the N."""
+        ...
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, level-0 px."""
+        ...
+
+    @property
+    def thumbnail_scale(self) -> float:
+        """Level-0 px per px of the thumbnail."""
+        ...
+
+    def index(self) -> Corners:
+        """Where the patches stand."""
+        ...
+
+    def payloads(self, rows: Ints) -> list[bytes]:
+        """The patches of `rows` as JPEGs, for people."""
+        ...
+
+    def thumbnail(self) -> bytes:
+        """The slide as a JPEG of at most 512 px."""
+        ...
+
+
+Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide
+LabelledSource = tuple[CohortSlide, Source]
+
+
+def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
+    """The bag of one slide.
+
+    Args:
+        source: which one.
+        threads: that may decode at a time.
+        augment: None for evaluation.
+    """
+    match source:
+        case StoredSlide() | StreamedSlide():
+            return PatchBag([source], threads=threads, augment=augment)
+        case PastedImage():
+            return source.bag()  # the config refuses to flip digits
+        case FeatureSlide():
+            return FeatureBag(source)  # the config refuses to flip features
+        case _:
+            assert_never(source)
+
+
+def patch_store(config: Config) -> PatchStore:
+    """The store of the config's tiling spec; that of plans where patches are streamed."""
+    return PatchStore(patch_root(config), config.tiling.fingerprint())
+
+
+def patch_root(config: Config) -> str:
+    """Root of that store."""
+    assert config.storage.patches is not None  # compose.py fills it
+    return plan_root(config.storage.patches) if config.train.source == "stream" else config.storage.patches
+
+
+def open_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[LabelledSource]:
+    """The sources of slides that the tile stage has committed under `keys` (slide id -> key).
+
+    Raises:
+        StorageError: one is gone.
+    """
+    if config.cohort.megapixel_mnist is not None:
+        return [(slide, open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)) for slide in slides]
+    store = patch_store(config)
+    with ThreadPoolExecutor(16) as pool:
+        if config.train.source == "stream":
+            return list(
+                zip(
+                    slides,
+                    pool.map(lambda s: open_streamed(s, config.tiling, store, keys[s.slide_id]), slides),
+                    strict=True,
+                )
+            )
+        stored = list(pool.map(lambda slide: store.slide(keys[slide.slide_id]), slides))
+        if config.model.encoder.name != "features":
+            return list(zip(slides, stored, strict=True))
+        store_of_features, _ = feature_store(config)
+        features = list(pool.map(store_of_features.slide, stored))
+    _check_width(config, features)
+    return list(zip(slides, features, strict=True))
+
+
+def feature_store(config: Config, root: str | None = None) -> tuple[FeatureStore, EmbedConfig]:
+    """The store of the config's tiling spec and encoder, below `root` or where the config says; and its settings.
+
+    Raises:
+        ConfigError: the config names no encoder.
+        StorageError: the encoder's weights cannot be read.
+    """
+    if config.embed is None:
+        raise ConfigError("config", ["embed: is required to make features; give embed.encoder.name=resnet50"])
+    root = root or config.storage.features
+    assert root is not None  # compose.py fills it
+    return FeatureStore(root, config.tiling.fingerprint(), encoder_fingerprint(config.embed)), config.embed
+
+
+def _check_width(config: Config, slides: Sequence[FeatureSlide]) -> None:
+    for slide in slides:
+        if slide.dim != config.model.encoder.features:
+            asked = f"model.encoder.features: {config.model.encoder.features}"
+            problem = f"{asked}, but those of {slide.uri} have {slide.dim}; set model.encoder.features={slide.dim}"
+            raise ConfigError("config", [problem])
+
+
+def image_statuses(config: Config, slides: Sequence[CohortSlide]) -> list[SlideStatus]:
+    """What the tile stage says of generated images: they are there, or their row names none."""
+    assert config.cohort.megapixel_mnist is not None
+    statuses = []
+    for slide in slides:
+        try:
+            image = open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)
+        except SlideError as error:
+            reason = f"{error.reason}: {error}"
+            statuses.append(SlideStatus(slide.slide_id, slide.uri, None, "quarantined", reason))
+        else:
+            statuses.append(SlideStatus(slide.slide_id, slide.uri, image.key, "committed", None, image.n_patches))
+    return statuses
+
+
+@contextmanager
+def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
+    """The source of a slide that no stage has seen: a generated image, or a slide tiled for as long as this lasts.
+
+    Raises:
+        SlideError: the slide cannot be read or used.
+    """
+    if config.cohort.megapixel_mnist is not None:
+        yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        status = store_slide(slide, config.tiling, scratch)
+        if status.key is None:
+            reason, _, message = str(status.reason).partition(": ")
+            raise SlideError(reason, message)
+        stored = PatchStore(scratch, config.tiling.fingerprint()).slide(status.key)
+        if config.model.encoder.name != "features":
+            yield stored
+            return
+        store, settings = feature_store(config, scratch)
+        features = embed_slide(shared_embedder(settings), stored, store, torch.get_num_threads())
+        _check_width(config, [features])
+        yield features

@@ -1,0 +1,187 @@
+"""Slides whose patches are not stored: cut out of the slide whenever they are asked for.
+
+The tile stage commits a plan of each slide, which says where its patches are: a folder as in the patch store, without
+parts. The bytes of a patch come from the same code that would have stored them, so they are the same bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.errors import BadTileError, PlanError, SlideError
+from pipeline.ingest.tiler import opened, version_of
+from pipeline.slides.identity import reading_source
+from pipeline.slides.open import SlideReader
+from pipeline.storage import files
+from pipeline.storage.files import SourceVersion
+from pipeline.store.patches import PLANS, PatchIndex, PatchStore, StoredSlide
+from pipeline.tiling.cutting import Cutter
+from pipeline.tiling.grid import Grid
+from pipeline.units import LevelPx, PatchPx
+
+MAX_OPEN = 2  # slides that a process keeps open; OpenSlide's caches take 32 MB each
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StreamedSlide:
+    """A planned slide, as a `sources.PatchSource`. Small and picklable."""
+
+    slide: CohortSlide
+    spec: TilingConfig
+    plan: StoredSlide
+    """As the tile stage committed it; without parts."""
+    version: SourceVersion
+    """Of the file that was planned."""
+
+    @property
+    def key(self) -> str:
+        """As in the patch store: its patches are the same."""
+        return self.plan.key
+
+    @property
+    def uri(self) -> str:
+        """The slide's file."""
+        return self.slide.uri
+
+    @property
+    def n_patches(self) -> int:
+        """N, all of which must be readable."""
+        return self.plan.n_patches
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Patches that are known to be undecodable, and are not among the N."""
+        return self.plan.n_bad_tiles
+
+    @property
+    def patch_px(self) -> int:
+        """Edge of a patch."""
+        return self.plan.patch_px
+
+    @property
+    def stride(self) -> float:
+        """Level-0 px from one grid column or row to the next."""
+        return self.plan.stride
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, level-0 px."""
+        return self.plan.extent
+
+    @property
+    def thumbnail_scale(self) -> float:
+        """Level-0 px per px of the thumbnail."""
+        return self.plan.thumbnail_scale
+
+    def index(self) -> PatchIndex:
+        """Where the patches stand."""
+        return self.plan.index()
+
+    def thumbnail(self) -> bytes:
+        """The slide as a JPEG of at most 512 px."""
+        return self.plan.thumbnail()
+
+    def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
+        """The JPEGs of `rows`, in their order, cut from the slide here and now.
+
+        Raises:
+            SlideError: the slide is gone or was replaced.
+            PlanError: it cannot be decoded there.
+        """
+        with _lock:
+            return list(cut(self, _reader(self), np.asarray(rows, np.int64)))
+
+
+def plan_root(root: str) -> str:
+    """Where plans are committed, below the root of the patch store."""
+    return files.join(root, PLANS)
+
+
+def open_streamed(slide: CohortSlide, spec: TilingConfig, plans: PatchStore, key: str) -> StreamedSlide:
+    """A slide that the tile stage has planned.
+
+    Raises:
+        StorageError: its plan is gone.
+        SlideError: its file is; "changed", the file is not the one that was planned.
+    """
+    plan, version = plans.slide(key), version_of(slide, spec)
+    if not is_plan_of(plans, key, slide, version):
+        raise SlideError("changed", f"{slide.uri}: the file was replaced after it was planned; run again")
+    return StreamedSlide(slide, spec, plan, version)
+
+
+def is_plan_of(plans: PatchStore, key: str, slide: CohortSlide, version: SourceVersion) -> bool:
+    """Whether a plan is of this version of the slide's file: another picture's patches stand elsewhere."""
+    status = plans.status(slide, version)
+    return status is not None and status.key == key
+
+
+def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[bytes]:
+    """The JPEGs of `rows` of an open slide.
+
+    Raises:
+        PlanError: one of them cannot be decoded.
+    """
+    plan, origins = streamed.plan, _origins(streamed.plan.uri, streamed.n_patches)[rows]
+    downsample = reader.levels[plan.level].downsample
+    edge = LevelPx(round(plan.extent / downsample))
+    grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches)
+    with reading_source():
+        cutter = Cutter(reader, grid, streamed.spec)
+        cutter.expect(origins)
+        for row, (x, y) in zip(rows.tolist(), origins.tolist(), strict=True):
+            try:
+                yield cutter.cut(x, y)
+            except BadTileError as error:
+                raise PlanError(
+                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({error})"
+                ) from error
+
+
+def open_unchanged(streamed: StreamedSlide, stack: ExitStack) -> SlideReader:
+    """The slide, open until the stack ends.
+
+    Raises:
+        SlideError: "changed", the file is not the one that was planned.
+    """
+    if version_of(streamed.slide, streamed.spec) != streamed.version:
+        raise SlideError("changed", f"{streamed.uri}: the file was replaced while it was trained on; run again")
+    return stack.enter_context(opened(streamed.slide, streamed.spec))
+
+
+_lock = threading.Lock()  # readers are not thread-safe, and chunks are read in a thread of their own
+_open: OrderedDict[tuple[str, SourceVersion], tuple[SlideReader, ExitStack]] = OrderedDict()
+
+
+def _reader(streamed: StreamedSlide) -> SlideReader:
+    """The slide, kept open for the next call: the winners are taken from the slide that was just scored."""
+    name = streamed.uri, streamed.version
+    if name not in _open:
+        with ExitStack() as stack:
+            _open[name] = open_unchanged(streamed, stack), stack.pop_all()
+        while len(_open) > MAX_OPEN:
+            _open.popitem(last=False)[1][1].close()
+    _open.move_to_end(name)
+    return _open[name][0]
+
+
+@lru_cache(maxsize=8)  # slides: 16 bytes a patch each
+def _origins(uri: str, _n: int) -> Ints:  # a plan that is made anew has fewer
+    """(n, 2) corners of a plan's patches, px of the level that is read."""
+    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(uri, "index.parquet"))), columns=["left", "top"])
+    origins: Ints = np.stack([table.column(name).to_numpy() for name in ("left", "top")], axis=1)
+    return origins

@@ -1,0 +1,127 @@
+"""What all commands share: their common options, JSON on stdout, logs on stderr, errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Concatenate
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config.compose import load_config
+from pipeline.config.recipe import Config
+from pipeline.errors import Interrupted, PipelineError
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="Which file of conf/ to start from, without .yaml: demo, default, ...")
+]
+DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs to use instead of conf/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+_CHANGES = "Changes to the config: train.epochs=5 sets a field, model=resnet18 takes conf/model/resnet18.yaml."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_CHANGES)]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the options of a command that takes a config say."""
+
+    name: str
+    overrides: Sequence[str]
+    folder: Path | None
+    as_json: bool
+
+    def load(self) -> Config:
+        """The validated config; raises ConfigError with all problems at once."""
+        return load_config(self.name, self.overrides, self.folder)
+
+
+def _chosen(
+    config: ConfigOption = "default",
+    overrides: Overrides = None,
+    config_dir: DirOption = None,
+    as_json: JsonOption = False,
+) -> Chosen:
+    return Chosen(config, overrides or (), config_dir, as_json)
+
+
+def with_config(command: Callable[Concatenate[Chosen, ...], None]) -> Callable[..., None]:
+    """A command whose first parameter becomes the options that choose a config, after its own; inside `errors`."""
+    _, *own = signature(command, eval_str=True).parameters.values()
+    common = signature(_chosen, eval_str=True).parameters
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        chosen = _chosen(**{name: given.pop(name) for name in common})
+        with errors(as_json=chosen.as_json):
+            command(chosen, **given)
+
+    parameters = [*own, *common.values()]
+    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """A table on stdout. Text is shown as it is, brackets too, and folded: a path that is cut cannot be copied."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)
+
+
+@contextmanager
+def errors(*, as_json: bool) -> Iterator[None]:
+    """Logging to stderr, signals as Interrupted, and every PipelineError as a message and its exit code."""
+    _log_to_stderr()
+    received: list[int] = []
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        # Ray's waits let KeyboardInterrupt through, as a new one without arguments, and swallow every other error.
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except (PipelineError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, PipelineError) else Interrupted(received[-1])
+        print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            kind = type(error).__name__
+            print_json({"outcome": "failed", "error": kind, "message": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from error
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _log_to_stderr() -> None:
+    """Coloured for a person, one plain line an event for a file."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported

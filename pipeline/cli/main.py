@@ -1,0 +1,249 @@
+"""The commands. Results go to stdout (one JSON object with --json), everything else to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from pipeline.cli import data
+from pipeline.cli.console import Chosen, JsonOption, errors, print_json, print_table, with_config
+from pipeline.config.data import DemoConfig
+from pipeline.config.recipe import Config
+from pipeline.errors import ConfigError, DataBudgetError
+
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Learn from images too large for any GPU: from slides in a bucket to a registered model that predicts.",
+    epilog="\n\n".join(
+        (
+            "Try it on made slides: python -m pipeline run --config demo",
+            "Your own: python -m pipeline run cohort.uri=cohort.csv name=mystudy, with columns slide_id, uri and label",
+            "What can be set: conf/README.md, and pipeline/config*.py for every field",
+            "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides or a damaged "
+            "store, 5 resources that can never be met, 130 or 143 interrupted",
+        )
+    ),
+)
+_STAGES, _TILED, _MODEL, _START = "The pipeline, stage by stage", "What is tiled", "A trained model", "To begin with"
+
+
+def main() -> None:
+    """Entry point of `ips` and `python -m pipeline`."""
+    app()
+
+
+@app.command(rich_help_panel=_START)
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Local folder for cohort.csv and the slides.")],
+    slides: Annotated[int, typer.Option(help="How many slides to write.", min=12)] = DemoConfig().slides,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: same seed, same bytes.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write slides to try things on: synthetic tissue, half of it with small lesions, and their cohort file."""
+    with errors(as_json=as_json):
+        from pipeline.demo.cohort import write_demo
+
+        _must_be_local(folder)
+
+        cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), _progress("demo"))
+        print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
+
+
+@app.command(rich_help_panel=_START)
+@with_config
+def doctor(chosen: Chosen) -> None:
+    """Check Python, torch, Ray, OpenSlide, MLflow, storage and devices, and say how to mend what is wrong."""
+    from pipeline.cli.doctor import examine
+
+    checks = examine(chosen.name, chosen.overrides, chosen.folder)
+    if chosen.as_json:
+        print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
+    else:
+        rows = [(c.name, Text("ok") if c.ok else Text("bad", "red"), c.found, c.remedy) for c in checks]
+        print_table(("check", "", "found", "remedy"), rows)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def run(chosen: Chosen) -> None:
+    """Run every stage that is not done: tile, embed where model=features, train, evaluate, register."""
+    _stages(chosen, last="register")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def plan(chosen: Chosen) -> None:
+    """Say which stages `run` would run, and why; change nothing."""
+    from pipeline.workflow.run import plan as make_plan
+
+    planned = make_plan(chosen.load())
+    if chosen.as_json:
+        print_json({"stages": [asdict(item) for item in planned]})
+        return
+    rows = [(item.stage, item.action, item.why, item.fingerprint or "") for item in planned]
+    print_table(("stage", "action", "why", "fingerprint"), rows)
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def tile(chosen: Chosen) -> None:
+    """Cut the cohort's slides into patches; write a page of what became of every slide."""
+    _stages(chosen, last="tile")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def embed(chosen: Chosen) -> None:
+    """Make features of every patch by a frozen network (`embed.encoder`), for model=features; tile first."""
+    _stages(chosen, last="embed")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def train(chosen: Chosen) -> None:
+    """Train, after tiling what is not tiled; an interrupted training goes on from its last checkpoint."""
+    _stages(chosen, last="train")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def evaluate(chosen: Chosen) -> None:
+    """Evaluate the trained model on the test split and write the report, after the stages before."""
+    _stages(chosen, last="evaluate")
+
+
+@app.command(rich_help_panel=_STAGES)
+@with_config
+def register(chosen: Chosen) -> None:
+    """Register the evaluated model in MLflow as the champion, after the stages before."""
+    _stages(chosen, last="register")
+
+
+@app.command(rich_help_panel=_MODEL)
+def predict(
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a checkpoint.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Local folder for the tables and heatmaps, made where there is none.")
+    ] = Path("predictions"),
+    slides: Annotated[list[str] | None, typer.Argument(help="Paths or s3:// URIs of slides.")] = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Cohort file, whose slides are predicted too; it needs slide_id and uri only.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="Where the model is registered. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
+    ] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each."""
+    with errors(as_json=as_json):
+        from pipeline.results.predict import predict as make_predictions
+
+        _must_be_local(out)
+
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp)
+        if as_json:
+            print_json(result)
+        else:
+            print(out.resolve() / "predictions.csv")
+
+
+@app.command(rich_help_panel=_TILED)
+def verify(
+    store: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3:// prefix of the patch store: storage.patches, by default <storage.root>/patches."
+        ),
+    ],
+    threads: Annotated[int, typer.Option(help="Files read at a time, of some 60 MB each.", min=1)] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every committed slide of a patch store and compare it with its digests; exit 3 where one is damaged."""
+    with errors(as_json=as_json):
+        from pipeline.store.verify import verify_store
+
+        report = verify_store(store, threads, _progress("verify"))
+        if as_json:
+            print_json({"whole": not report.damage, **asdict(report)})
+        else:
+            kinds = ((Text("damage", "red"), report.damage), (Text("leftover"), report.leftovers))
+            rows = [(kind, one.uri, one.what, one.remedy) for kind, findings in kinds for one in findings]
+            if rows:
+                print_table(("", "where", "found", "remedy"), rows)
+            damage = f"{len(report.damage)} damaged" if report.damage else "all whole"
+            print(f"{report.slides} slides, {report.patches} patches, {report.files} files, {report.bytes} B: {damage}")
+        if report.damage:
+            raise typer.Exit(DataBudgetError.exit_code)
+
+
+def _stages(chosen: Chosen, *, last: str) -> None:
+    from pipeline.workflow.run import run as run_workflow
+
+    config = chosen.load()
+    result = run_workflow(config, last)
+    summary = {
+        "outcome": result.outcome,
+        "stages": {
+            stage: {"outcome": done.outcome, **_shown(asdict(done.record))} for stage, done in result.stages.items()
+        },
+        "run_id": result.parent_run_id,
+        "root": config.storage.root,
+        "tracking_uri": config.tracking.uri,
+    }
+    print_json(summary) if chosen.as_json else _print_summary(summary, config)
+
+
+def _shown(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what only the program needs."""
+    facts = {key: value for key, value in record["facts"].items() if key not in ("identity", "keys", "finished")}
+    return {**{key: value for key, value in record.items() if key != "stage"}, "facts": facts}
+
+
+def _print_summary(summary: dict[str, Any], config: Config) -> None:
+    rows = []
+    for stage, done in summary["stages"].items():
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in done["metrics"].items())
+        paths = "\n".join(done["outputs"].values())
+        rows.append((stage, done["outcome"], f"{done['seconds']:.0f}", f"{numbers}\n{paths}".strip()))
+    print_table(("stage", "outcome", "seconds", "result"), rows)
+    if summary["outcome"] == "nothing to do":
+        print("Nothing to do: every stage is done and unchanged.")
+    print(f"mlflow ui --backend-store-uri {config.tracking.uri}")
+
+
+def _must_be_local(folder: Path) -> None:
+    if folder.parts[:1] == ("s3:",):
+        raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A callback that logs every tenth of the work."""
+
+    def on_progress(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            log.info("%s: %d/%d", what, done, total)
+
+    return on_progress
+
+
+for _command in (data.qc, data.export):
+    app.command(rich_help_panel=_TILED)(_command)

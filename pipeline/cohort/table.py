@@ -1,0 +1,271 @@
+"""The cohort: which slides there are, whose they are, their split and their labels.
+
+A CSV (UTF-8) or Parquet file at any URI. Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
+the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
+slide's own) and the columns of each task's label (`labels`); all others are kept as text. Everything wrong with
+the file is reported at once, with row numbers; the header is row 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cohort.labels import MISSING, NONE, Label, finite, is_missing, read_label
+from pipeline.config.data import TaskConfig
+from pipeline.errors import CohortError, StorageError
+from pipeline.storage import files
+
+SPLITS = ("train", "val", "test")
+_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords")
+_SHOWN_ROWS = 20  # of each problem; the rest are counted
+
+
+@dataclass(frozen=True)
+class CohortSlide:
+    """One row."""
+
+    slide_id: str
+    uri: str
+    """Absolute path or s3:// URI."""
+    patient_id: str
+    split: str | None
+    """train, val, test, or None when the cohort has no splits yet."""
+    mpp: float | None
+    """Microns per level-0 px, in place of what the slide says."""
+    labels: Mapping[str, Label | None]
+    """Task name -> its label (`labels`), with classes spelled as the task spells them; None: not known."""
+    extra: Mapping[str, str]
+    """All other columns, as text."""
+    mask: str | None = None
+    """URI of a tissue mask: PNG, TIFF, or GeoJSON in QuPath's coordinates."""
+    coords: str | None = None
+    """URI of an HDF5 file of TRIDENT or CLAM with the patches to cut."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """All rows, in the order of the file."""
+
+    uri: str
+    slides: tuple[CohortSlide, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over what decides a result: ids, URIs, patients, splits, mpp and labels, in order."""
+        hasher = hashlib.sha256()
+        for slide in self.slides:
+            row = [slide.slide_id, slide.uri, slide.patient_id, slide.split, slide.mpp, dict(slide.labels)]
+            row += [slide.mask, slide.coords]
+            hasher.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        return hasher.hexdigest()
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether every slide stands in a split."""
+        return all(slide.split is not None for slide in self.slides)
+
+    def subset(self, split: str) -> tuple[CohortSlide, ...]:
+        """The slides of one split."""
+        return tuple(slide for slide in self.slides if slide.split == split)
+
+
+def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
+    """Read and check a cohort; labels are read for `tasks` only.
+
+    Relative slide URIs are taken from the cohort's folder. A label may be missing where another task has one.
+
+    Raises:
+        CohortError: the file or its rows are wrong.
+        StorageError: the file cannot be read.
+    """
+    uri = files.absolute(uri)
+    data = files.read_bytes(uri)
+    columns, rows, problems = _parse(uri, data)
+    needed = dict.fromkeys(["slide_id", "uri", *(column for task in tasks for column in task.columns)])
+    if missing := [column for column in needed if column not in columns]:
+        problems.append(f"missing column{'s' * (len(missing) > 1)} {_names(missing)}; found {_names(columns)}")
+    if {"slide_id", "uri"} & set(missing):
+        raise CohortError(uri, problems)
+    tasks = [task for task in tasks if not set(task.columns) & set(missing)]
+    found = _Problems()
+    folder = files.parent(uri)
+    slides = tuple(_slide(number, row, folder, tasks, found) for number, row in rows)
+    _check_rows([number for number, _ in rows], slides, found)
+    problems += found.lines()
+    if not rows and not problems:
+        problems.append("no rows below the header; list at least one slide")
+    if problems:
+        raise CohortError(uri, problems)
+    return Cohort(uri, slides)
+
+
+class _Problems:
+    """What is wrong, each with the rows it is wrong in."""
+
+    def __init__(self) -> None:
+        self._rows: defaultdict[str, list[int]] = defaultdict(list)
+
+    def add(self, row: int, text: str) -> None:
+        self._rows[text].append(row)
+
+    def lines(self) -> list[str]:
+        return [f"{_rows(rows)}: {text}" for text, rows in sorted(self._rows.items(), key=lambda item: item[1])]
+
+
+def _rows(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    return f"row{'s' * (len(rows) > 1)} {shown}{more}"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+_Rows = list[tuple[int, dict[str, str]]]
+
+
+def _parse(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
+    """Columns, numbered rows as text, and what is wrong with the table as such."""
+    if not data:
+        raise CohortError(uri, ["the file is empty (0 bytes); write a header and at least one slide"])
+    return _parse_parquet(uri, data) if data[:4] == b"PAR1" else _parse_csv(uri, data)
+
+
+def _parse_csv(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CohortError(
+            uri, [f"row {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as CSV UTF-8 or Parquet"]
+        ) from error
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise CohortError(uri, [f"not a CSV file: {error}; close every quote, or use Parquet"]) from error
+    columns = [name.strip() for name in lines[0]] if lines else []
+    problems = [
+        f"column {name!r} stands twice in the header" for name in dict.fromkeys(columns) if columns.count(name) > 1
+    ]
+    rows: _Rows = []
+    for number, values in enumerate(lines[1:], start=2):
+        if len(values) == len(columns):
+            rows.append((number, {name: value.strip() for name, value in zip(columns, values, strict=True)}))
+        elif values:  # a blank line has no values
+            problems.append(
+                f"row {number}: {len(values)} fields, the header has {len(columns)}; quote values with commas"
+            )
+    return columns, rows, problems
+
+
+def _parse_parquet(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise CohortError(uri, [f"not a readable Parquet file ({error}); write it again"]) from error
+    columns = [str(name) for name in table.column_names]
+    rows = [
+        (number, {name: _text(value) for name, value in row.items()})
+        for number, row in enumerate(table.to_pylist(), start=2)
+    ]
+    return columns, rows, []
+
+
+def _text(value: object) -> str:
+    """A Parquet value as CSV would hold it."""
+    if value is None:
+        return ""
+    if isinstance(value, list):  # the labels of a multilabel task
+        return ";".join(map(_text, value)) or NONE
+    return str(int(value) if isinstance(value, bool) else value).strip()
+
+
+def _slide(
+    number: int, row: Mapping[str, str], folder: str, tasks: Sequence[TaskConfig], problems: _Problems
+) -> CohortSlide:
+    for column in ("slide_id", "uri"):
+        if not row[column]:
+            problems.add(number, f"{column} is empty")
+    split = row.get("split", "")
+    if split and split not in SPLITS:
+        problems.add(number, f"split {split!r} is not one of {_names(SPLITS)}")
+    labels = {task.name: _label(number, row, task, problems) for task in tasks}
+    if tasks and all(is_missing(task, row) for task in tasks):
+        problems.add(number, f"no label in column {_names(dict.fromkeys(task.column for task in tasks))}")
+    patient = row.get("patient_id", "")
+    used = {*_RESERVED, *(column for task in tasks for column in task.columns)}
+    return CohortSlide(
+        slide_id=row["slide_id"],
+        uri=_resolve(row["uri"], folder, number, problems),
+        patient_id=row["slide_id"] if patient.casefold() in MISSING else patient,
+        split=split or None,
+        mpp=_mpp(number, row.get("mpp", ""), problems),
+        labels=labels,
+        extra={name: value for name, value in row.items() if name not in used},
+        mask=_beside("mask", row, folder, number, problems),
+        coords=_beside("coords", row, folder, number, problems),
+    )
+
+
+def _beside(column: str, row: Mapping[str, str], folder: str, number: int, problems: _Problems) -> str | None:
+    """The URI of a file that belongs to the slide; None where the column is absent or empty."""
+    text = row.get(column, "")
+    return None if text.casefold() in MISSING else _resolve(text, folder, number, problems, column)
+
+
+def _resolve(uri: str, folder: str, row: int, problems: _Problems, column: str = "uri") -> str:
+    """The absolute URI; what is relative starts in the cohort's folder."""
+    try:
+        relative = not files.is_remote(uri) and not uri.startswith(("/", "~", "file://"))
+        return files.absolute(files.join(folder, uri) if relative else uri)
+    except StorageError as error:
+        problems.add(row, f"column {column!r}: {error}")
+        return uri
+
+
+def _mpp(row: int, text: str, problems: _Problems) -> float | None:
+    if text.casefold() in MISSING:
+        return None
+    value = finite(text)
+    if value is None or value <= 0:
+        problems.add(row, f"mpp {text!r} is not a positive number; write microns per level-0 px, as in 0.25")
+        return None
+    return value
+
+
+def _label(number: int, row: Mapping[str, str], task: TaskConfig, problems: _Problems) -> Label | None:
+    try:
+        return read_label(task, row)
+    except ValueError as error:
+        problems.add(number, str(error))
+        return None
+
+
+def _check_rows(numbers: Sequence[int], slides: Sequence[CohortSlide], problems: _Problems) -> None:
+    """What only shows across rows: double ids, patients in two splits, splits that are given in part."""
+    ids: defaultdict[str, list[int]] = defaultdict(list)
+    splits: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for number, slide in zip(numbers, slides, strict=True):
+        ids[slide.slide_id].append(number)
+        if slide.split in SPLITS:
+            splits[slide.patient_id].setdefault(slide.split, number)
+    for slide_id, rows in ids.items():
+        for row in rows if slide_id and len(rows) > 1 else ():
+            problems.add(row, f"slide_id {slide_id!r} is not unique")
+    for patient, first in splits.items():
+        for row in first.values() if patient and len(first) > 1 else ():
+            problems.add(row, f"patient {patient!r} stands in {len(first)} splits ({', '.join(first)}); keep one")
+    if splits:
+        for number, slide in zip(numbers, slides, strict=True):
+            if slide.split is None:
+                problems.add(number, "split is empty; give every slide a split, or none of them")

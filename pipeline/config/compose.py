@@ -1,0 +1,218 @@
+"""From a config's name and `key=value` overrides to a validated `Config`.
+
+Hydra's compose API picks the groups (`model=resnet18`); values (`train.lr=1e-3`) are set on the composed tree as
+YAML, so that pydantic sees every problem at once and URIs may hold `=`, commas and spaces.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.recipe import Config
+from pipeline.config.unused import unused
+from pipeline.errors import ConfigError
+from pipeline.storage.files import absolute, is_remote, join
+
+
+def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
+    """The validated config `name` of `config_dir`; raises ConfigError with all problems at once.
+
+    `config_dir` defaults to `conf/` in the working directory, else the one beside the package.
+    Relative paths become absolute ones: Ray's workers run in directories of their own.
+    """
+    folder = find_config_dir(config_dir)
+    if not (folder / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"--config {name}", [f"{folder} has no {name}.yaml; it has: {known}"])
+    groups, values, problems = _sort_overrides(overrides, folder)
+    tree = _composed(name, groups, folder)
+    for key, value in values.items():
+        problems += _set(tree, key, value)
+    config, more = _validated(tree)
+    problems += more
+    if config is not None:
+        problems += _ray_job_problems(config)
+    if problems or config is None:
+        raise ConfigError(f"config {name}", problems)
+    return _with_absolute_paths(config)
+
+
+def find_config_dir(explicit: Path | None = None) -> Path:
+    """The folder of YAML files: the explicit one, `./conf`, or the one beside the package."""
+    if explicit is not None:
+        if not explicit.is_dir():
+            raise ConfigError(f"--config-dir {explicit}", ["no such folder"])
+        return explicit.resolve()
+    places = [Path.cwd() / "conf", Path(__file__).resolve().parents[2] / "conf"]
+    for place in places:
+        if (place / "default.yaml").is_file():
+            return place
+    raise ConfigError("conf/", [f"no configuration at {places[0]} or {places[1]}; name it with --config-dir"])
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the entrypoint of a `ray job submit`; its directory is thrown away afterwards."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _sort_overrides(overrides: Sequence[str], folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """Group choices, values by dotted key, and what is wrong with the rest."""
+    choices = {sub.name: sorted(path.stem for path in sub.glob("*.yaml")) for sub in folder.iterdir() if sub.is_dir()}
+    groups: list[str] = []
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            problems.append(f"{override!r}: an override is written key=value")
+        elif key not in choices:
+            values[key] = value
+        elif value in choices[key]:
+            groups.append(override)
+        else:
+            problems.append(f"{key}: no group file {value!r}; choose one of {', '.join(choices[key])}")
+    return groups, values, problems
+
+
+def _composed(name: str, groups: list[str], folder: Path) -> Any:
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            tree = compose(name, overrides=groups)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"config {name}", [f"{folder}: {error}"]) from error
+    OmegaConf.set_struct(tree, value=False)
+    return tree
+
+
+def _set(tree: Any, key: str, text: str) -> list[str]:
+    """Set one dotted key to a YAML value; plain text where it is no YAML or an unbraced mapping (`a: b`)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, Mapping) and not text.lstrip().startswith("{"):
+        value = text
+    if isinstance(value, str) and " #" in text and text.lstrip()[:1] not in ("'", '"'):
+        value = text  # no comment
+    try:
+        OmegaConf.update(tree, key, value, force_add=True)
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
+        return [f"{key}: cannot be set ({str(error).splitlines()[0]})"]
+    return []
+
+
+def _validated(tree: Any) -> tuple[Config | None, list[str]]:
+    try:
+        plain = _without_missing(OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:
+        return None, [str(error).splitlines()[0]]
+    idle = unused(plain)
+    try:
+        return Config.model_validate(plain), idle
+    except ValidationError as error:
+        return None, [*(_sentence(problem) for problem in error.errors()), *idle]
+
+
+def _without_missing(value: Any) -> Any:
+    """Drop `???`, the mark of a value that the user must give, so that it is reported as missing."""
+    if isinstance(value, dict):
+        return {key: _without_missing(item) for key, item in value.items() if item != "???"}
+    return [_without_missing(item) for item in value] if isinstance(value, list) else value
+
+
+def _sentence(problem: Any) -> str:
+    """One pydantic error as `dotted.path: what is wrong; what to do`."""
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{path}: is required; give {path}=VALUE"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _fields_at(problem["loc"][:-1]), n=1)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; remove it")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    is_value = isinstance(problem["input"], str | int | float | bool)
+    return f"{path or 'config'}: {message}" + (f" (got {problem['input']!r})" if is_value else "")
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the section at a location, for the did-you-mean."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            kinds = [
+                section.model_fields[part].annotation,
+                *_arguments(section.model_fields[part].annotation),
+            ]
+            section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), section)
+    return list(section.model_fields)
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    return tuple(getattr(annotation, "__args__", ()))
+
+
+def _ray_job_problems(config: Config) -> list[str]:
+    if not in_ray_job():
+        return []
+    problems = []
+    remedy = "the job's directory is thrown away when it ends; give an absolute path or an s3:// URI"
+    for field, value in ((f"storage.{name}", place) for name, place in config.storage):
+        if value is not None and not is_remote(value) and not Path(value).is_absolute():
+            problems.append(f"{field}: {value!r} is relative inside a Ray job; {remedy}")
+    scheme, _, file = (config.tracking.uri or "").partition(":///")
+    if scheme.startswith("sqlite") and not Path(file).is_absolute():
+        problems.append(
+            f"tracking.uri: {config.tracking.uri!r} is relative inside a Ray job, whose directory is thrown away; give "
+            "a tracking server or sqlite:////ABSOLUTE/mlflow.db"
+        )
+    if is_remote(config.storage.root) and config.tracking.uri is None:
+        problems.append(
+            "tracking.uri: is required in a Ray job whose storage.root is remote, because mlflow.db would be lost; "
+            "give a tracking server or sqlite:////ABSOLUTE/mlflow.db"
+        )
+    return problems
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    storage = config.storage.model_copy(
+        update={
+            "root": absolute(config.storage.root),
+            "patches": absolute(config.storage.patches or join(config.storage.root, "patches")),
+            "features": absolute(config.storage.features or join(config.storage.root, "features")),
+        }
+    )
+    cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri)})
+    if cohort.megapixel_mnist is not None:
+        folder = absolute(cohort.megapixel_mnist.folder)
+        images = cohort.megapixel_mnist.model_copy(update={"folder": folder})
+        cohort = cohort.model_copy(update={"megapixel_mnist": images})
+    root, encoder = storage.root, config.model.encoder
+    if encoder.weights is not None:
+        encoder = encoder.model_copy(update={"weights": absolute(encoder.weights)})
+    model = config.model.model_copy(update={"encoder": encoder})
+    tiling, embed = config.tiling, config.embed
+    if tiling.coords is not None:
+        tiling = tiling.model_copy(update={"coords": absolute(tiling.coords)})
+    if embed is not None and embed.encoder.weights is not None:
+        trunk = embed.encoder.model_copy(update={"weights": absolute(embed.encoder.weights)})
+        embed = embed.model_copy(update={"encoder": trunk})
+    database = join(str(Path.cwd()) if is_remote(root) else root, "mlflow.db")
+    tracking = config.tracking.model_copy(
+        update={
+            "uri": config.tracking.uri or f"sqlite:///{database}",
+            "experiment": config.tracking.experiment or config.name,
+            "model": config.tracking.model or config.name,
+        }
+    )
+    sections = {"storage": storage, "cohort": cohort, "tiling": tiling, "embed": embed, "model": model}
+    return config.model_copy(update={**sections, "tracking": tracking})

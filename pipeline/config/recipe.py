@@ -1,0 +1,206 @@
+"""The configuration: what every field means, its unit and its default. YAML in `conf/` fills it.
+
+Fields are frozen and unknown keys are refused. Fields marked *execution* say where and how fast, never what:
+they do not enter any fingerprint, so changing them never makes a stage run again. The sections about slides and
+tasks stand in `config_data`, those about the network and its training in `config_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Name, Positive, Section, Seed
+from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
+from pipeline.config.embed import EmbedConfig
+from pipeline.config.model import ModelConfig, TrainConfig
+
+
+class StorageConfig(Section):
+    """Where everything is kept (execution)."""
+
+    root: str = "runs"
+    """Folder or s3://bucket/prefix of all that this config makes."""
+    patches: str | None = None
+    """Patch store; several configs may share one. Default: `<root>/patches`."""
+    features: str | None = None
+    """Feature store; several configs may share one. Default: `<root>/features`."""
+
+
+class EvaluateConfig(Section):
+    """The test."""
+
+    split: Literal["train", "val", "test"] = "test"
+    bootstrap: Positive = 1000
+    """Resamples (of patients) behind the confidence interval."""
+
+
+class TrackingConfig(Section):
+    """MLflow (execution, but for the model's name and registry, where a model is registered anew)."""
+
+    uri: str | None = None
+    """Tracking server. null: an SQLite file `mlflow.db` beside the run."""
+    experiment: str | None = None
+    """Default: the config's name."""
+    model: Name | None = None
+    """Name in the model registry. Default: the config's name."""
+
+
+class ClusterConfig(Section):
+    """Ray (execution, but for `workers`, which fixes the order of the sums: a range enters as the range)."""
+
+    address: str | None = None
+    """`auto` or ray://host:port. null: the Ray job's cluster inside a job, else a local one."""
+    workers: int | tuple[int, int] = 1
+    """Processes that train. A number, or [least, most]: as many as there is room for, at the start, after a failure
+    and, looked at once a minute, when nodes come. A step takes the same slides however many workers there are; sums in
+    another order round otherwise, so weights are bit-identical at a fixed number only."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    readers_per_worker: Positive = 1
+    """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
+    start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """How long to wait until there are nodes that could ever hold what is asked for, before giving up with exit code 5;
+    `wait_minutes` is for what others use at the moment."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of the training workers after crashes with no checkpoint written in between; one that is starts the
+    count anew. Nodes that are taken away after a notice do not count."""
+    wait_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long the training workers may find no room, on a busy cluster or until a lost node is replaced, before the
+    training ends with exit code 5; looked at once a minute."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """Longest time between two checkpoints; the end of an epoch writes one too. A kill loses no more than this."""
+    checkpoint_steps: Positive | None = None
+    """Also after every so many optimiser steps. null: by time alone."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """With which training starts."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers(cls, value: object) -> object:
+        """One problem instead of one for each member of the union."""
+        ends: Sequence[Any] = value if isinstance(value, list | tuple) else [value, value]
+        if len(ends) != 2 or not all(type(end) is int and end > 0 for end in ends) or ends[0] > ends[1]:
+            raise ValueError("must be a number from 1, or [least, most] as in [1, 4]")
+        return value
+
+
+def _columns_twice(tasks: Sequence[TaskConfig]) -> list[str]:
+    """Columns that tables of predictions would have twice, so that one would be lost."""
+    holders: dict[str, list[str]] = {column: ["the slide itself"] for column in SLIDE_COLUMNS}
+    for task in tasks:
+        for what, column in task.result_columns.items():
+            holders.setdefault(column, []).append(f"the {what} of task {task.name}")
+        for output, column in zip(task.outputs, task.output_columns, strict=True):
+            holders.setdefault(column, []).append(f"output {output} of task {task.name}")
+    return [
+        f"the predictions would have the column {column} twice: of {', and '.join(held)}; rename one"
+        for column, held in holders.items()
+        if len(held) > 1
+    ]
+
+
+def _metrics_twice(names: Sequence[str]) -> list[str]:
+    """Of several tasks each has its own metrics, test_auc_<task>; the interval of their mean is low and high."""
+    taken = [name for name in names if name in ("low", "high")]
+    return [
+        f"metrics would have test_auc_{name} twice: the end of an interval, and of a task; rename the task {name}"
+        for name in (taken if len(names) > 1 else ())
+    ]
+
+
+class Config(Section):
+    """The whole configuration of one recipe."""
+
+    name: Name
+    """Names the runs, the experiment and the registered model."""
+    seed: Seed = 0
+    storage: StorageConfig = StorageConfig()
+    cohort: CohortConfig
+    tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
+    tiling: TilingConfig = TilingConfig()
+    embed: EmbedConfig | None = None
+    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`."""
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _tasks(self) -> Config:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"tasks: names must differ, found {names}")
+        if problems := [*_columns_twice(self.tasks), *_metrics_twice(names)]:
+            raise ValueError(f"tasks: {'; '.join(problems)}")
+        first = self.tasks[0]
+        if self.train.sampling == "balanced" and first.kind not in ("binary", "multiclass"):
+            raise ValueError(
+                f"train.sampling: balanced needs classes, and the first task, {first.name}, is of kind {first.kind}; "
+                "put a binary or multiclass task first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images(self) -> Config:
+        if self.cohort.megapixel_mnist is None:
+            return self
+        if self.tiling.mpp is not None or self.tiling.tissue != "none":
+            raise ValueError("cohort.megapixel_mnist: digits have no microns and no tissue; set tiling=image")
+        if self.train.augment:
+            raise ValueError("cohort.megapixel_mnist: a digit that is turned is another; set train.augment=false")
+        if self.tiling.edge_px > min(self.cohort.megapixel_mnist.width, self.cohort.megapixel_mnist.height):
+            raise ValueError(f"tiling.patch_px={self.tiling.patch_px} is larger than an image; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _channels(self) -> Config:
+        found, needed = self.model.encoder.channels, 3 if self.cohort.megapixel_mnist is None else 1
+        if self.model.encoder.name != "features" and found != needed:
+            what = "patches of slides are RGB" if needed == 3 else "digits are grey"
+            raise ValueError(
+                f"model.encoder.channels={found}, but {what}; set model.encoder.channels={needed}, and model.mean and "
+                "model.std to one value a channel"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features(self) -> Config:
+        if self.model.encoder.name != "features":
+            return self
+        problems = []
+        if self.embed is None:
+            problems.append("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
+        if self.train.augment:
+            problems.append("train.augment: stored features cannot be flipped or turned; set train.augment=false")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if self.cohort.megapixel_mnist is not None:
+            raise ValueError("cohort.megapixel_mnist: its patches are drawn, not stored; choose an encoder of pixels")
+        return self
+
+    @model_validator(mode="after")
+    def _stream(self) -> Config:
+        made = self.cohort.megapixel_mnist is not None or self.model.encoder.name == "features"
+        if self.train.source == "stream" and made:
+            raise ValueError("train.source: stream cuts patches out of slides; features and made images need store")
+        workers = self.cluster.workers
+        if self.train.source == "stream" and not isinstance(workers, int) and workers[0] < workers[1]:
+            raise ValueError(
+                f"cluster.workers={list(workers)} takes every CPU that it finds, and train.source=stream needs some "
+                "beside the workers, for the tasks that tile; set cluster.workers to one number, or train.source=store"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the trained model, as plain data."""
+        dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
+        if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
+            dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
+        return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

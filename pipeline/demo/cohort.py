@@ -1,0 +1,100 @@
+"""The synthetic cohort: slides with a question that only a few patches can answer (see demo_picture.py)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.data import DemoConfig
+from pipeline.demo.picture import SITES, draw_slide
+from pipeline.demo.tiff import write_pyramid
+from pipeline.errors import StorageError
+from pipeline.storage.files import join, write_bytes
+
+MPP = 0.5
+
+
+@dataclass(frozen=True)
+class DemoSlide:
+    """One row of the cohort; `number` seeds its picture."""
+
+    number: int
+    patient_id: str
+    site: str
+    label: int
+
+    @property
+    def slide_id(self) -> str:
+        """Name of the slide."""
+        return f"demo-{self.number:04d}"
+
+    @property
+    def uri(self) -> str:
+        """Its file, relative to the cohort's."""
+        return f"slides/{self.slide_id}.tif"
+
+
+def write_demo(folder: str, config: DemoConfig, on_progress: Callable[[int, int], None] | None = None) -> str:
+    """Write `<folder>/slides/*.tif` and, last, `<folder>/cohort.csv`; returns the URI of the latter.
+
+    The folder is local; equal configs give equal bytes. `on_progress(done, total)` is called after each slide.
+    Raises StorageError when the folder cannot be written.
+    """
+    cohort = plan_cohort(config)
+    try:
+        Path(folder, "slides").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made ({error}); name a folder that can be written") from error
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_write_slide, folder, slide, config.seed) for slide in cohort]
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                if on_progress is not None:
+                    on_progress(done, len(jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("slide_id", "uri", "patient_id", "site", "label"))
+    table.writerows((s.slide_id, s.uri, s.patient_id, s.site, s.label) for s in cohort)
+    uri = join(folder, "cohort.csv")
+    write_bytes(uri, text.getvalue().encode())
+    return uri
+
+
+def plan_cohort(config: DemoConfig) -> list[DemoSlide]:
+    """Who is in the cohort: patients with one slide or two in turn, one label a patient, labels half and half.
+
+    Sites go round within each label, so that they say nothing about it; the order of slides and of patients
+    is shuffled by the seed.
+    """
+    owners: list[int] = []  # of each slide
+    labels: list[int] = []  # of each patient
+    for label in (0, 1):
+        left = (config.slides + 1 - label) // 2
+        while left:
+            count = min(1 + len(labels) % 2, left)
+            owners += [len(labels)] * count
+            labels.append(label)
+            left -= count
+    rng = np.random.default_rng((config.seed, 0))
+    names, order = rng.permutation(len(labels)), rng.permutation(len(owners))
+    nth = [labels[:patient].count(label) for patient, label in enumerate(labels)]  # within the label
+    return [
+        DemoSlide(number, f"P{names[owner]:04d}", SITES[nth[owner] % len(SITES)], labels[owner])
+        for number, owner in enumerate(owners[row] for row in order)
+    ]
+
+
+def _write_slide(folder: str, slide: DemoSlide, seed: int) -> None:
+    picture = draw_slide((seed, 1, slide.number), slide.label, SITES.index(slide.site))
+    write_pyramid(Path(folder, slide.uri), picture.rgbx, MPP)

@@ -1,0 +1,178 @@
+"""Metrics from predictions, with intervals that respect patients. n slides, K outputs of a task; plain numpy.
+
+A slide's true class is an index into the task's classes. `measure` leaves slides without a label out; the functions
+below it take labelled ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.data import TaskConfig
+from pipeline.errors import StageError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_TRIES = 100  # for each resample: one patient who alone holds a class is drawn by 63% of them, ten such by 1%
+
+MEASURES: Mapping[str, tuple[str, ...]] = {
+    "binary": ("auc", "accuracy"),
+    "multiclass": ("auc", "accuracy"),
+    "multilabel": ("auc", "exact_match"),
+    "regression": ("r2", "mae"),
+    "survival": ("c_index",),
+}
+"""Kind of a task -> what is measured; the first one is what models are compared by. Higher is better, but for `mae`,
+which is in the unit of the task's column."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the bounds of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def measure(task: TaskConfig, values: Floats, truth: Floats) -> tuple[float, ...]:
+    """The `MEASURES` of a task over the slides that have a label; NaN where their labels cannot give one.
+
+    Args:
+        task: what was predicted.
+        values: (n, K), one number for each of `task.outputs`.
+        truth: (n,), or (n, K) for multilabel and (n, 2) for survival (`labels.truth`); NaN where missing.
+    """
+    known = ~np.isnan(truth.reshape(len(truth), -1)).any(axis=1)
+    p, y = values[known], truth[known]
+    if not len(y):
+        return (float("nan"),) * len(MEASURES[task.kind])
+    if task.kind == "multilabel":
+        return label_auc(p, y == 1), float(((p >= 0.5) == (y == 1)).all(axis=1).mean())
+    if task.kind == "regression":
+        return r_squared(p[:, 0], y), float(np.abs(p[:, 0] - y).mean())
+    if task.kind == "survival":
+        return (concordance(expected_time(p, task.bins), y[:, 0], y[:, 1] == 1),)
+    labels = y.astype(np.int64)
+    return task_auc(p, labels), accuracy(p, labels)
+
+
+def auc(scores: Floats, positive: Bools) -> float:
+    """Area under the ROC curve (n,), (n,): the share of (positive, negative) pairs in order, ties count half.
+
+    Mann-Whitney's U over the number of pairs; NaN where one of the two is absent.
+    """
+    count = int(positive.sum())
+    pairs = count * (len(positive) - count)
+    if pairs == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mid-ranks from 1
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / pairs)
+
+
+def task_auc(probabilities: Floats, labels: Ints) -> float:
+    """AUC of a task (n, K), (n,): of the second class when K = 2, else the mean of one class against the rest.
+
+    Classes that no slide has, or all slides have, are left out of that mean; NaN when none is left.
+    """
+    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    areas = np.array([auc(probabilities[:, k], labels == k) for k in classes])
+    defined = areas[~np.isnan(areas)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def label_auc(probabilities: Floats, held: Bools) -> float:
+    """Mean AUC of the labels (n, K), (n, K); those that all slides have, or none has, are left out; NaN for none."""
+    areas = np.array([auc(probabilities[:, k], held[:, k]) for k in range(held.shape[1])])
+    defined = areas[~np.isnan(areas)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def r_squared(predicted: Floats, true: Floats) -> float:
+    """1 - residual / total sum of squares, (n,), (n,); NaN where all true values are one."""
+    if true.min() == true.max():  # the mean of equal values may differ from them in the last bit
+        return float("nan")
+    return 1 - float(np.square(true - predicted).sum()) / float(np.square(true - true.mean()).sum())
+
+
+def expected_time(survival: Floats, bins: Sequence[float]) -> Floats:
+    """Time survived until the last bin's end (n,), of survival probabilities (n, K) at the bins' ends (K,).
+
+    The area under the survival curve, straight between the ends (restricted mean survival time).
+    """
+    before = np.concatenate([np.ones((len(survival), 1)), survival[:, :-1]], axis=1)
+    area: Floats = (before + survival) / 2 @ np.diff([0.0, *bins])
+    return area
+
+
+def concordance(predicted: Floats, time: Floats, event: Bools) -> float:
+    """Harrell's concordance index (1982) of predicted times (n,): the share of comparable pairs in the right order.
+
+    A pair is comparable where the shorter time ended in the event; equal predictions count half; NaN without pairs.
+    """
+    comparable = (time[:, None] < time[None, :]) & event[:, None]
+    if not comparable.any():
+        return float("nan")
+    order = np.sign(predicted[None, :] - predicted[:, None])
+    return float((0.5 + order[comparable] / 2).mean())
+
+
+def roc_points(scores: Floats, positive: Bools) -> tuple[Floats, Floats]:
+    """False and true positive rate at every threshold, from (0, 0) to (1, 1); slides of one score move together."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    hits = np.cumsum(positive[order])[last]
+    alarms = last + 1 - hits
+    return np.append(0.0, alarms / max(1, alarms[-1])), np.append(0.0, hits / max(1, hits[-1]))
+
+
+def accuracy(probabilities: Floats, labels: Ints) -> float:
+    """Share of slides whose most probable class is the true one; ties go to the first class."""
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def confusion(probabilities: Floats, labels: Ints) -> Ints:
+    """Counts (K, K): row = true class, column = most probable class."""
+    classes = probabilities.shape[1]
+    cells = labels * classes + probabilities.argmax(axis=1)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)
+
+
+def bootstrap(statistic: Callable[[Ints], Floats], patients: Sequence[str], resamples: int, seed: int) -> Floats:
+    """Values (resamples, S) of a statistic over slides drawn by patient, with replacement.
+
+    A patient's slides stand or fall together, as they are not independent. `statistic` maps slide indices to S
+    numbers; a resample where one of them is NaN (a class is absent) is drawn again, so the values are
+    conditional on every class being there.
+
+    Raises:
+        StageError: hardly any resample has them all.
+    """
+    names, owner = np.unique(np.asarray(patients, dtype=np.str_), return_inverse=True)
+    slides = [np.flatnonzero(owner == patient) for patient in range(len(names))]
+    generator = np.random.default_rng(seed)
+    values: list[Floats] = []
+    for _ in range(_TRIES * resamples):
+        drawn = generator.integers(len(names), size=len(names))
+        value = statistic(np.concatenate([slides[patient] for patient in drawn]))
+        if not np.isnan(value).any():
+            values.append(value)
+        if len(values) == resamples:
+            return np.stack(values)
+    raise StageError(
+        f"evaluate: of {_TRIES * resamples} resamples of {len(names)} patients only {len(values)} hold what every task "
+        "needs, so intervals cannot be given; label more patients of the rare classes, or take such tasks out of tasks"
+    )
+
+
+def interval(value: float, resampled: Floats) -> Interval:
+    """The 2.5 and 97.5 percentiles of resampled values (R,) around the value of the whole sample."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,186 @@
+"""From a bag, or a slide file, to predictions and attention: shared by validation, evaluate, predict and serving."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ips.bag import Bag
+from ips.baselines import GatedAttention, every_patch, random_selection
+from ips.network.heads import probabilities
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer, evaluating
+from ips.selection.select import select
+from ips.selection.transfer import arrived
+from pipeline.bags.sources import PatchSource, open_bag, prepared
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TaskConfig
+from pipeline.config.recipe import Config
+from pipeline.model.build import build_model
+from pipeline.model.checkpoint import EMBED_WEIGHTS, load_weights, read_config
+from pipeline.schema import ATTENTION
+
+RGB = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BagPrediction:
+    """What the model says of one bag of N patches."""
+
+    values: Mapping[str, npt.NDArray[np.float64]]
+    """Task -> (K,), one number for each of the task's `outputs`: probabilities of classes or labels, the value of a
+    regression in its column's unit, or the probability of no event until the end of each time bin."""
+    logits: Mapping[str, npt.NDArray[np.float64]]
+    """Task -> (K,), as its head gives them."""
+    attention: npt.NDArray[np.float32]
+    """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1. Where the mode is random or
+    every: what the pool gives the selected patches, and 0 for the others."""
+    selected: npt.NDArray[np.int64]
+    """(<= M,) rows of the patches that the aggregator saw, most attended first."""
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What the model says of one slide, with what a heatmap needs."""
+
+    values: Mapping[str, npt.NDArray[np.float64]]
+    """As `BagPrediction.values`."""
+    attention: pa.Table
+    """Schema ATTENTION."""
+    thumbnail: RGB
+    """(h, w, 3)."""
+    scale: float
+    """Level-0 px per thumbnail px."""
+    extent: float
+    """Edge of a patch, in level-0 px."""
+    n_bad_tiles: int
+    """Patches that could not be decoded and were left out."""
+
+
+def load_model(folder: Path) -> tuple[IPSModel, Config]:
+    """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
+
+    Where the folder holds the weights that make its features too (`registry.register_model`), the config names those.
+
+    Raises:
+        StageError: the folder does not hold a model of this version.
+    """
+    config = _with_embed_weights(read_config(folder), folder / EMBED_WEIGHTS)
+    model = build_model(config, pretrained=False)
+    load_weights(model, folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+
+
+def _with_embed_weights(config: Config, packed: Path) -> Config:
+    if config.embed is None or not packed.is_file():
+        return config
+    encoder = config.embed.encoder.model_copy(update={"weights": str(packed)})
+    return config.model_copy(update={"embed": config.embed.model_copy(update={"encoder": encoder})})
+
+
+def bag_scorer(model: IPSModel, config: Config) -> Scorer | None:
+    """The scorer for `predict_bag` on many bags, of the model as it is now; None where nothing is scored."""
+    return Scorer(model, batch=config.train.score_batch) if config.model.select.mode in ("exact", "window") else None
+
+
+def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None) -> BagPrediction:
+    """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
+
+    `scorer` (`bag_scorer`) saves preparing the encoder for each of many bags.
+    """
+    selecting = config.model.select
+    if selecting.mode == "random":
+        selection = random_selection([bag], selecting.memory, torch.Generator().manual_seed(len(bag)))
+    elif selecting.mode == "every":
+        selection = every_patch([bag])
+    else:
+        scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
+        selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer)
+    rows = selection.index[0][selection.mask[0]]
+    with evaluating(model), torch.inference_mode():
+        outputs, weights = _pool(model, bag, rows, selecting.chunk)
+    if selection.attention is None:
+        attention = torch.zeros(len(bag)).index_copy(0, rows, weights)
+    else:
+        attention = selection.attention[0]
+    return BagPrediction(
+        values={task.name: _values(task, outputs[task.name]) for task in config.tasks},
+        logits={task: logits.double().cpu().numpy()[0] for task, logits in outputs.items()},
+        attention=attention.numpy(),
+        selected=rows[attention[rows].argsort(descending=True, stable=True)].numpy(),
+    )
+
+
+def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits of the winners (n,), taken and encoded `chunk` at a time, and the weight (n,) that each had in them.
+
+    Pools without attention give every patch the same weight.
+    """
+    device, embeddings, positions = model.mean.device, [], []
+    for part in torch.split(rows, chunk):
+        taken = bag.take(part)
+        embeddings.append(model.embed(arrived(taken, device)))
+        positions += [] if taken.positions is None else [taken.positions]
+    whole, mask = torch.cat(embeddings), torch.ones(1, len(rows), dtype=torch.bool, device=device)
+    places = model.places(rows.to(device)[None], torch.cat(positions).to(device)[None] if positions else None)
+    if isinstance(model.aggregator, GatedAttention):
+        placed = whole if model.position is None or places is None else whole + model.position(places)[0]
+        weights = model.aggregator.weights(placed[None], mask)[0].mean(dim=-1)
+    else:
+        weights = torch.full((len(rows),), 1 / len(rows))
+    return model.pool(whole, mask, places), weights.float().cpu()
+
+
+def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:
+    """Tile a slide for the time of it, exactly as the tile stage does, or open a generated image; and predict it.
+
+    Raises:
+        SlideError: the slide cannot be read or used.
+    """
+    with prepared(config, slide) as source:
+        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+        found = predict_bag(model, bag, config)
+        return SlidePrediction(
+            values=found.values,
+            attention=attention_table(slide.slide_id, source, found),
+            thumbnail=read_thumbnail(source),
+            scale=source.thumbnail_scale,
+            extent=source.extent,
+            n_bad_tiles=source.n_bad_tiles,
+        )
+
+
+def read_thumbnail(source: PatchSource) -> RGB:
+    """The thumbnail (h, w, 3), `source.thumbnail_scale` level-0 px per px."""
+    return np.asarray(Image.open(io.BytesIO(source.thumbnail())).convert("RGB"))
+
+
+def attention_table(slide_id: str, source: PatchSource, found: BagPrediction) -> pa.Table:
+    """One row a patch, schema ATTENTION."""
+    index = source.index()
+    selected = np.zeros(len(index.x), np.bool_)
+    selected[found.selected] = True
+    columns = [
+        pa.array([slide_id]).take(pa.array(np.zeros(len(index.x), np.int64))),
+        np.arange(len(index.x)),
+        index.x,
+        index.y,
+        found.attention,
+        selected,
+    ]
+    return pa.table(dict(zip(ATTENTION.names, columns, strict=True)), schema=ATTENTION)
+
+
+def _values(task: TaskConfig, logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Logits (1, K) -> (K,), in the task's unit."""
+    values = probabilities(task.kind, logits.double()).squeeze(0).cpu().numpy()
+    return values * task.std + task.mean if task.kind == "regression" else values

@@ -1,0 +1,155 @@
+"""A model folder (weights.safetensors, config.json) and a training checkpoint (the same plus state.pt).
+
+Weights are safetensors: reading them executes nothing. `state.pt` is read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config.recipe import Config
+from pipeline.errors import StageError
+
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+STATE = "state.pt"
+EMBED_WEIGHTS = "embed.weights"
+"""Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and which plan it follows."""
+
+    epoch: int
+    """Epochs completed."""
+    step: int
+    """Optimiser steps taken."""
+    plan_digest: str
+    """Digest of the slides, their sizes and the recipe; a checkpoint of another plan is refused."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last complete epoch, so that a finished run that is started again still has them."""
+    step_in_epoch: int = 0
+    """Steps of the epoch under way that are taken; 0 between epochs."""
+    tally: dict[str, float] = field(default_factory=dict)
+    """Sums over those steps, so that the epoch's metrics count them after a restart."""
+    best: str | None = None
+    """Name of the best checkpoint so far, where the recipe keeps one."""
+    is_last: bool = False
+    """Whether the run ends with it."""
+    run_id: str | None = None
+    """The MLflow run that wrote it."""
+    unsent: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
+    """Metrics that MLflow had not confirmed: (step, ms since 1970, metrics)."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the checkpoint, below the run's folder; names sort by step."""
+        return f"step-{self.step:08d}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training state copied to the host: the training may go on while it is written."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    config: Config
+    progress: Progress
+
+
+def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> None:
+    """Write `weights.safetensors` and `config.json` into an existing folder."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Config:
+    """The config saved beside the weights; StageError where it is absent or of another version."""
+    try:
+        return Config.model_validate_json((folder / CONFIG).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise StageError(
+            f"{folder / CONFIG}: cannot be read as a config of this version ({error}); "
+            "use the version that wrote it, or train again"
+        ) from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load `weights.safetensors` into a model; StageError names missing and unexpected keys."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or train again") from error
+    own = set(model.state_dict())
+    missing, unexpected = sorted(own - set(weights)), sorted(set(weights) - own)
+    if missing or unexpected:
+        raise StageError(
+            f"{folder / WEIGHTS}: missing keys {missing}, unexpected keys {unexpected}: it belongs to another model "
+            "or version; use the config and version that wrote it, or train again"
+        )
+    model.load_state_dict(weights)
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> Snapshot:
+    """Copy all that a run needs to go on as if it had never stopped.
+
+    Random numbers and the learning rate are pure functions of (seed, step, rank), so neither is stored.
+    """
+    return Snapshot(_copied(model.state_dict()), _copied(optimizer.state_dict()), config, progress)
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write the three files of a checkpoint into an existing folder."""
+    save_model(folder, snapshot.weights, snapshot.config)
+    torch.save({"optimizer": snapshot.optimizer, "progress": asdict(snapshot.progress)}, folder / STATE)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress
+) -> None:
+    """Write a checkpoint into an existing folder, at once."""
+    write_snapshot(folder, take_snapshot(model, optimizer, config, progress))
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, plan_digest: str) -> Progress:
+    """Restore model and optimiser; StageError when the checkpoint follows another plan or is of another version."""
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)
+        progress = Progress(**state["progress"])
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
+        raise StageError(
+            f"{folder / STATE}: cannot be read as a training state of this version ({error}); go on with the version "
+            "that wrote it, or remove the run's folder to train anew"
+        ) from error
+    check_plan(str(folder), progress, plan_digest)
+    load_weights(model, folder)
+    optimizer.load_state_dict(state["optimizer"])
+    return progress
+
+
+def check_plan(uri: str, progress: Progress, plan_digest: str) -> None:
+    """StageError when a checkpoint belongs to other slides or another recipe."""
+    if progress.plan_digest != plan_digest:
+        raise StageError(
+            f"{uri}: this checkpoint follows another plan (digest {progress.plan_digest}, now {plan_digest}): it was "
+            "copied from another recipe; remove or move the folder of the run that it lies in to train anew"
+        )
+
+
+def _copied(value: Any) -> Any:
+    """Nested mappings and sequences with every tensor copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

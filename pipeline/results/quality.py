@@ -1,0 +1,267 @@
+"""Quality control of a tiled cohort: what became of every slide, as one HTML page, a CSV table and GeoJSON outlines.
+
+The page needs nothing else and stays below some 10 MB whatever the cohort's size: it shows pictures of at most
+`PICTURES` slides and as many quarantined ones, and rows of at most `ROWS`; the CSV table has them all.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import Environment, StrictUndefined
+from pyarrow import csv
+
+from pipeline.bags.sources import patch_store
+from pipeline.cohort.table import CohortSlide, read_cohort
+from pipeline.config.data import TilingConfig
+from pipeline.config.recipe import Config
+from pipeline.errors import SlideError
+from pipeline.ingest.tiler import quarantined, version_of
+from pipeline.results.quality_pictures import SlidePicture, picture
+from pipeline.storage import files
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.tiling.evidence import OUTLINE
+from pipeline.tiling.interchange import file_stems
+
+PICTURES = 36  # slides: about 150 KB each
+ROWS = 1000
+BINS = 24
+THREADS = 16  # they wait on the storage
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # OWASP's list of what begins one
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One slide of the cohort; a row of the CSV table."""
+
+    slide_id: str
+    uri: str
+    status: str
+    """committed, quarantined, or absent (not tiled yet)."""
+    reason: str | None
+    scanner: str | None = None
+    """Vendor of the file format."""
+    mpp: float | None = None
+    """Microns per level-0 px that it was tiled with."""
+    mpp_source: str | None = None
+    """file, cohort or config (the cohort's override or the config's default), or none (level 0 as it is)."""
+    width: int | None = None
+    """Level-0 px."""
+    height: int | None = None
+    level: int | None = None
+    """Pyramid level that was read."""
+    patches: int = 0
+    tissue: float | None = None
+    """Share of the slide."""
+    rejected_tissue: int = 0
+    """Places with too little tissue."""
+    rejected_artefact: int = 0
+    rejected_outside: int = 0
+    """Imported places that do not lie wholly on the slide."""
+    rejected_twice: int = 0
+    """Imported places that were listed before."""
+    bad_tiles: int = 0
+    key: str | None = None
+    picture: str | None = field(default=None, repr=False)
+    """A quarantined slide in small, a JPEG in base64; on the page alone."""
+
+    @property
+    def category(self) -> str:
+        """The reason's short name."""
+        return (self.reason or "").partition(":")[0]
+
+
+def quality_rows(store: PatchStore, statuses: Sequence[SlideStatus]) -> list[QualityRow]:
+    """What the store knows of each slide.
+
+    Raises:
+        StorageError: a committed slide is gone.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda status: _row(store, status), statuses))
+
+
+def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig) -> list[QualityRow]:
+    """As `quality_rows`, for slides of which some may not be tiled, or cannot be reached.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+
+    def find(slide: CohortSlide) -> QualityRow:
+        try:
+            status = store.status(slide, version_of(slide, spec))
+        except SlideError as error:
+            status = quarantined(slide, error.reason, error)
+        if status is None:
+            return QualityRow(slide.slide_id, slide.uri, "absent", None)
+        return _row(store, status)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(find, slides))
+
+
+def review(config: Config) -> dict[str, str]:
+    """Write the quality page of whatever of the cohort is tiled; URIs by kind."""
+    store, folder = patch_store(config), files.join(config.storage.root, "reports", f"{config.name}-quality")
+    rows = look_up(store, read_cohort(config.cohort.uri).slides, config.tiling)
+    return write_quality(store, rows, folder, config.name, config.tiling.fingerprint())
+
+
+def write_quality(
+    store: PatchStore, rows: Sequence[QualityRow], folder: str, name: str, fingerprint: str
+) -> dict[str, str]:
+    """Write `quality.html`, `quality.csv` and `tissue/<slide id>.geojson` into a folder; their URIs by kind.
+
+    Args:
+        store: where the slides are.
+        rows: every slide of the cohort.
+        folder: URI.
+        name: of the study, for the page's head.
+        fingerprint: of the tiling.
+    """
+    outputs = {"quality": files.join(folder, "quality.html"), "quality_table": files.join(folder, "quality.csv")}
+    names = file_stems([row.slide_id for row in rows])
+
+    def copy(row: QualityRow) -> None:
+        if row.key is not None:
+            data = files.read_bytes(files.join(store.uri, row.key, OUTLINE))
+            files.write_bytes(files.join(folder, "tissue", f"{names[row.slide_id]}.geojson"), data)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(copy, rows))
+    files.write_bytes(outputs["quality_table"], quality_csv(rows))
+    files.write_bytes(outputs["quality"], quality_page(store, rows, name, fingerprint).encode())
+    return outputs
+
+
+def quality_csv(rows: Sequence[QualityRow]) -> bytes:
+    """One row a slide, in the cohort's order. Text that a spreadsheet would take for a formula has a `'` before it."""
+    plain = [{name: _unarmed(value) for name, value in asdict(row).items()} for row in rows]
+    columns = {column.name: [row[column.name] for row in plain] for column in fields(QualityRow)}
+    del columns["picture"]
+    sink = io.BytesIO()
+    csv.write_csv(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def _unarmed(value: object) -> object:
+    """A cell that no spreadsheet computes: ids and reasons come from files of others. Numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str) -> str:
+    """The HTML page."""
+    committed = [row for row in rows if row.key is not None]
+    quarantined = [row for row in rows if row.status == "quarantined"]
+    shown = chosen(committed)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"}
+    return page.from_string(resources.files("pipeline.results").joinpath("quality.html").read_text("utf-8")).render(
+        name=name,
+        fingerprint=fingerprint,
+        rows=sorted(rows, key=lambda row: (row.status == "committed", row.patches, row.slide_id))[:ROWS],
+        total=len(rows),
+        committed=committed,
+        quarantined=quarantined[:ROWS],
+        seen=[row.slide_id for row in quarantined if row.picture is not None][:PICTURES],
+        n_quarantined=len(quarantined),
+        reasons=Counter(row.category for row in quarantined).most_common(),
+        imported=any(row.rejected_outside or row.rejected_twice for row in rows),
+        absent=sum(row.status == "absent" for row in rows),
+        scanners=_scanners(committed),
+        histogram=_histogram([row.patches for row in committed]),
+        pictures=_pictures(store, shown),
+        limit=PICTURES,
+    )
+
+
+def chosen(rows: Sequence[QualityRow]) -> list[QualityRow]:
+    """At most 36 slides to show, those to look at first: a third with the fewest patches, then up to as many with
+    the most artefacts or bad tiles, then from the rest evenly by patch count.
+    """
+    third = PICTURES // 3
+    left = sorted(rows, key=lambda row: (row.patches, row.slide_id))
+    picked, left = left[:third], left[third:]
+    spoilt = sorted(left, key=lambda row: (-(row.rejected_artefact + row.bad_tiles), row.slide_id))[:third]
+    spoilt = [row for row in spoilt if row.rejected_artefact + row.bad_tiles]
+    left = [row for row in left if row not in spoilt]
+    room = PICTURES - len(picked) - len(spoilt)
+    if len(left) > room:
+        left = [left[round(place * (len(left) - 1) / max(1, room - 1))] for place in range(room)]
+    return [*picked, *spoilt, *left]
+
+
+def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
+    known: Mapping[str, Any] = {}
+    if status.key is not None:
+        known = _facts(files.read_json(files.join(store.uri, status.key, "slide.json")))
+    return QualityRow(
+        slide_id=status.slide_id,
+        uri=status.uri,
+        status=status.status,
+        reason=status.reason,
+        patches=status.n_patches,
+        bad_tiles=status.n_bad_tiles,
+        key=status.key,
+        picture=status.picture,
+        **known,
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    mpp, stated = facts["mpp"], facts["stated_mpp"]
+    width, height = facts["dimensions"]
+    return {
+        "scanner": facts["vendor"],
+        "mpp": mpp,
+        "mpp_source": "none" if mpp is None else "file" if mpp == stated else "cohort or config",
+        "width": width,
+        "height": height,
+        "level": facts["level"],
+        "tissue": facts["evidence"]["mask"]["share"],
+        # a reason without a column is an error: with the patches and the bad tiles they are all places there were
+        **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
+    }
+
+
+def _scanners(rows: Sequence[QualityRow]) -> list[dict[str, Any]]:
+    """Slides and patches of each scanner, mpp (to a hundredth) and source of it, most slides first."""
+    groups: dict[tuple[str, str, str], list[QualityRow]] = {}
+    for row in rows:
+        mpp = "as it is" if row.mpp is None else f"{row.mpp:.2f}"
+        groups.setdefault((str(row.scanner), mpp, str(row.mpp_source)), []).append(row)
+    return [
+        {"scanner": name, "mpp": mpp, "source": source, "slides": len(those), "patches": sum(r.patches for r in those)}
+        for (name, mpp, source), those in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def _histogram(counts: Sequence[int]) -> dict[str, Any] | None:
+    """Slides in each of some ranges of equal width of patches; None without slides."""
+    if not counts:
+        return None
+    low, high = min(counts), max(counts)
+    bins = min(BINS, high - low + 1)
+    tallies = [0] * bins
+    for count in counts:
+        tallies[min(bins - 1, (count - low) * bins // (high - low + 1))] += 1
+    ordered = sorted(counts)
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return {"low": low, "high": high, "median": middle, "highest": max(tallies), "tallies": tallies}
+
+
+def _pictures(store: PatchStore, rows: Sequence[QualityRow]) -> list[tuple[QualityRow, SlidePicture]]:
+    def make(row: QualityRow) -> tuple[QualityRow, SlidePicture]:
+        stored: StoredSlide = store.slide(str(row.key))
+        return row, picture(stored)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(make, rows))

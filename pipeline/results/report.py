@@ -1,0 +1,213 @@
+"""The evaluation as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from pipeline.cohort.labels import Label, counts
+from pipeline.cohort.table import Cohort, CohortSlide
+from pipeline.config.data import TaskConfig
+from pipeline.config.recipe import Config
+from pipeline.inference.figures import overlay_png, roc_png, scatter_png
+from pipeline.inference.metrics import Interval
+from pipeline.inference.prediction import read_thumbnail
+from pipeline.results.evaluate import Evaluation, TaskResult
+
+RIGHT, WRONG, PATCHES = 4, 4, 6  # pictures of a task, and patches beside each
+MAP_PX = 560  # longer edge of a slide in them
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One slide of one task, as the page shows it."""
+
+    place: int
+    """Among the evaluated slides."""
+    slide_id: str
+    patient_id: str
+    n_patches: int
+    label: str
+    predicted: str
+    right: bool | None
+    """Whether the prediction is the label; None for a number, which is never quite right."""
+    rank: float
+    """Confidence in the prediction: the probability of the predicted class, or the least of all labels'; of a number,
+    the number itself."""
+    values: tuple[float, ...]
+    """One number for each of the task's outputs."""
+
+
+def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineage: Mapping[str, str]) -> str:
+    """The page, a few MB at most: pictures are of at most 8 slides a task.
+
+    Args:
+        evaluation: what to show.
+        config: of the model; shown whole.
+        cohort: the whole cohort, for the numbers of every split.
+        lineage: name -> value of what the model came from: digests, run ids, git sha, versions.
+
+    Raises:
+        StorageError: thumbnails or patches cannot be read from the patch store.
+    """
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"percent": lambda value: f"{100 * value:.1f}%", "digits": lambda value: f"{value:.3f}"}
+    template = page.from_string(files("pipeline.results").joinpath("report.html").read_text("utf-8"))
+    return template.render(
+        name=config.name,
+        evaluation=evaluation,
+        headline=_headline(evaluation),
+        resamples=config.evaluate.bootstrap,
+        splits=_splits(cohort, evaluation, config.tasks),
+        cohort=cohort,
+        tasks=[_task(evaluation, result) for result in evaluation.tasks],
+        memory=config.model.select.memory,
+        lineage=lineage,
+        config=json.dumps(config.model_dump(mode="json"), indent=2),
+    )
+
+
+TITLES = {
+    "auc": "AUC",
+    "accuracy": "Accuracy",
+    "exact_match": "All labels right",
+    "r2": "R\N{SUPERSCRIPT TWO}",
+    "mae": "Mean absolute error",
+    "c_index": "Concordance",
+}
+
+
+def _headline(evaluation: Evaluation) -> list[tuple[str, Interval]]:
+    several = "Mean " if len(evaluation.tasks) > 1 else ""
+    return [(_sentence(several + TITLES[name]), found) for name, found in evaluation.measures.items()]
+
+
+def _sentence(title: str) -> str:
+    """Lower case after the first word, but for abbreviations."""
+    first, *rest = title.split(" ")
+    return " ".join([first, *(word if word[:2].isupper() or word[:1] == "R" else word.lower() for word in rest)])
+
+
+def _splits(cohort: Cohort, evaluation: Evaluation, tasks: Sequence[TaskConfig]) -> list[dict[str, object]]:
+    """Numbers of every split as the cohort lists it; `evaluated` are the committed slides that were predicted."""
+    rows: list[dict[str, object]] = []
+    for split in ("train", "val", "test"):
+        slides = cohort.subset(split)
+        evaluated = len(evaluation.slides) if split == evaluation.split else None
+        rows.append(
+            {
+                "split": split,
+                "slides": len(slides),
+                "patients": len({slide.patient_id for slide in slides}),
+                "labels": {task.name: _label_counts(task, slides) for task in tasks},
+                "evaluated": evaluated,
+            }
+        )
+    return rows
+
+
+def _label_counts(task: TaskConfig, slides: Sequence[CohortSlide]) -> str:
+    return counts(task, [slide.labels.get(task.name) for slide in slides])
+
+
+def _task(evaluation: Evaluation, result: TaskResult) -> dict[str, object]:
+    rows = [_row(evaluation, result, i) for i in range(len(result.slides))]
+    ranked = sorted(rows, key=lambda row: (-row.rank, row.slide_id))
+    wrong = [row for row in ranked if row.right is False]
+    right = [row for row in ranked if row.right is not False]
+    best = _spread(right, result.task.classes) if result.confusion is not None else _ends(right)
+    return {
+        "result": result,
+        "measures": [(TITLES[name], found) for name, found in result.measures.items()],
+        "classes": result.task.classes,
+        "shown": result.task.outputs[1:] if result.task.kind == "binary" else result.task.outputs,
+        "judged": not ranked or ranked[0].right is not None,
+        "roc": _data_uri(roc_png(result.roc), "png") if result.roc else None,
+        "scatter": _scatter(result),
+        "rows": [*wrong, *right],
+        "wrong": [_picture(evaluation, row) for row in wrong[:WRONG]],
+        "n_wrong": len(wrong),
+        "right": [_picture(evaluation, row) for row in best],
+    }
+
+
+def _spread(rows: Sequence[SlideRow], classes: Sequence[str]) -> list[SlideRow]:
+    """The most confident rows, the classes taking turns, the last class (binary: the positive one) first."""
+    queues = [[row for row in rows if row.label == label] for label in reversed(classes)]
+    turns = [queue[turn] for turn in range(RIGHT) for queue in queues if turn < len(queue)]
+    return turns[:RIGHT]
+
+
+def _ends(rows: Sequence[SlideRow]) -> list[SlideRow]:
+    """The first rows and the last ones."""
+    return [*rows[: RIGHT // 2], *rows[RIGHT // 2 :][-(RIGHT // 2) :]]
+
+
+def _scatter(result: TaskResult) -> str | None:
+    """Predicted against true values, of a regression."""
+    if result.task.kind != "regression":
+        return None
+    return _data_uri(scatter_png(result.truth, result.values[:, 0], result.task.column), "png")
+
+
+def _row(evaluation: Evaluation, result: TaskResult, i: int) -> SlideRow:
+    place = int(result.slides[i])
+    slide, stored = evaluation.slides[place]
+    return SlideRow(
+        place,
+        slide.slide_id,
+        slide.patient_id,
+        stored.n_patches,
+        _text(result.labels[i]),
+        _text(result.predicted[i]),
+        None if result.task.kind in ("regression", "survival") else result.labels[i] == result.predicted[i],
+        _rank(result, i),
+        tuple(result.values[i].tolist()),
+    )
+
+
+def _text(label: Label) -> str:
+    return label if isinstance(label, str) else f"{label:.4g}"
+
+
+def _rank(result: TaskResult, i: int) -> float:
+    if result.task.kind in ("regression", "survival"):
+        return float(result.predicted[i])
+    values = result.values[i]
+    return float(np.maximum(values, 1 - values).min() if result.task.kind == "multilabel" else values.max())
+
+
+def _picture(evaluation: Evaluation, row: SlideRow) -> dict[str, object]:
+    _, stored = evaluation.slides[row.place]
+    attention, index = evaluation.found[row.place].attention, stored.index()
+    top = np.argsort(-attention, kind="stable")[:PATCHES]
+    picture = overlay_png(
+        read_thumbnail(stored),
+        stored.thumbnail_scale,
+        index.x,
+        index.y,
+        stored.extent,
+        attention,
+        marks=top.tolist(),
+        map_px=MAP_PX,
+    )
+    patches = [
+        {
+            "image": _data_uri(data, "jpeg"),
+            "attention": float(attention[place]),
+            "x": int(index.x[place]),
+            "y": int(index.y[place]),
+        }
+        for place, data in zip(top.tolist(), stored.payloads(top), strict=True)
+    ]
+    return {"row": row, "overlay": _data_uri(picture, "png"), "patches": patches}
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,58 @@
+"""The registered model as MLflow serves it: slide URIs in, predictions out.
+
+MLflow runs this file when the model is loaded ("models from code"). S3 credentials and endpoint come from the
+serving host's AWS_* environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.errors import SlideError, StorageError
+from pipeline.inference.prediction import load_model, predict_slide
+from pipeline.storage.files import absolute
+
+
+class SlideModel(PythonModel):
+    """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
+
+    `mpp` is microns per level-0 px, over what a slide's file states. A slide that cannot be used has outputs
+    NaN and its reason in `error`; the others are predicted.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights; called once."""
+        self.model, self.config = load_model(Path(context.artifacts["weights"]).parent)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """One row a slide."""
+        mpps = model_input["mpp"] if "mpp" in model_input else [None] * len(model_input)
+        rows = [self._row(uri, mpp) for uri, mpp in zip(model_input["uri"], mpps, strict=True)]
+        names = [column for task in self.config.tasks for column in task.output_columns]
+        return pd.DataFrame(rows, columns=["uri", *names, "error"])
+
+    def _row(self, uri: str | None, mpp: float | None) -> dict[str, Any]:
+        if pd.isna(uri):
+            return {"uri": uri, "error": "uri is missing; give a path or an s3:// URI"}
+        try:
+            slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {})
+            found = predict_slide(self.model, self.config, slide)
+        except (SlideError, StorageError) as error:
+            return {"uri": uri, "error": str(error)}
+        values = {
+            column: value
+            for task in self.config.tasks
+            for column, value in zip(task.output_columns, found.values[task.name].tolist(), strict=True)
+        }
+        return {"uri": uri, **values, "error": None}
+
+
+set_model(SlideModel())

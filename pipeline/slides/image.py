@@ -1,0 +1,95 @@
+"""Plain images (PNG, JPEG, TIFF) through Pillow; JPEGs as strictly as tiles, because Pillow fills damage with grey."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import SlideError
+from pipeline.slides.reader import RGB, Level, SlideReader, on_background
+from pipeline.storage.ranges import system_error
+
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
+MAX_IMAGE_PX = 2**28  # a plain image is decoded whole: 268 MPx are 805 MB of RGB
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is MAX_IMAGE_PX, checked before anything is decoded
+
+
+class ImageReader(SlideReader):
+    """A plain image, decoded whole: one level, no mpp.
+
+    The resolution that such files state is not taken: programs write 72 px per inch into whatever they save.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.mpp = None
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
+                _check_image(path, image)
+                self.vendor = str(image.format).lower()
+                data = _jpeg_data(path, image)
+                self._pixels = _image_rgb(image) if data is None else simplejpeg.decode_jpeg(data)
+        except UnidentifiedImageError as error:
+            raise SlideError(
+                "not-a-slide",
+                f"{path.name}: neither a slide format that OpenSlide reads nor {', '.join(IMAGE_FORMATS)}",
+            ) from error
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow: the latter for broken PNGs and TIFFs
+            raise system_error(path.name, error) or SlideError(
+                "unreadable", f"{path.name}: the image cannot be decoded: {error}; copy it again"
+            ) from error
+        height, width = self._pixels.shape[:2]
+        self.levels = (Level(width, height, 1.0),)
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """See `SlideReader.read`; the box is always decodable."""
+        return np.ascontiguousarray(self._pixels[y : y + h, x : x + w])
+
+    def close(self) -> None:
+        """Free the pixels."""
+        del self._pixels
+
+
+def _check_image(path: Path, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PX:
+        raise SlideError(
+            "too-large",
+            f"{path.name}: a plain image of {width} x {height} px is over {MAX_IMAGE_PX} px; convert it to a "
+            "tiled pyramid, e.g. `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`",
+        )
+    if image.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}:
+        raise SlideError(
+            "pixel-type", f"{path.name}: pixels of type {image.mode}; convert the image to 8 bits a channel"
+        )
+    if image.format == "PNG" and (bits := _png_bits(path)) > 8:  # Pillow keeps the upper 8 and does not say so
+        raise SlideError("pixel-type", f"{path.name}: {bits} bits a channel; convert the image to 8")
+
+
+def _png_bits(path: Path) -> int:
+    """Of a channel, as the header chunk says, which is a PNG's first: signature, length, IHDR, width, height, bits."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def _jpeg_data(path: Path, image: Image.Image) -> bytes | None:
+    """A JPEG in grey or three colours, whose pixels simplejpeg gives as Pillow does; None for others (CMYK)."""
+    if image.format not in {"JPEG", "MPO"} or image.mode not in {"L", "RGB"}:
+        return None
+    data = path.read_bytes()
+    try:
+        simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # a subsampling that it does not know: Pillow says whether it is sound
+        return None
+    return data
+
+
+def _image_rgb(image: Image.Image) -> RGB:
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        return on_background(rgba, np.full(3, 255, np.uint8))
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,334 @@
+"""Files by URI: plain paths, `file://` and `s3://`. The only module that knows where bytes are kept.
+
+S3 goes through s3fs. The endpoint, region and credentials come from the standard AWS variables alone
+(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`,
+`AWS_DEFAULT_REGION`). Checksums beyond S3's own are used only `when_required`: servers other than AWS often
+refuse the uploads of newer SDKs, or answer a range read with the whole object's checksum. Set
+`AWS_REQUEST_CHECKSUM_CALCULATION` or `AWS_RESPONSE_CHECKSUM_VALIDATION` to `when_supported` to have them.
+
+A write is whole or absent: a temporary name, fsync and rename locally; one PUT or multipart upload on S3.
+Every failure is a `StorageError` that names the URI, the reason and the remedy. Waits are finite: 5 s to connect and
+15 s without a byte, twice; a body that breaks off is asked for once more. A dead endpoint costs 10 s, one that
+connects and is silent a minute. `AWS_MAX_ATTEMPTS` sets another patience than 2 (training: 24, about 4 minutes).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import DamagedError, StorageError
+from pipeline.storage import s3
+
+PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one object may have 156 GiB
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True)
+class SourceVersion:
+    """What tells one state of a file from another without reading it: size and etag (S3) or mtime (local)."""
+
+    size: int
+    """Bytes."""
+    etag: str | None
+    """S3's entity tag without quotes."""
+    mtime: float | None
+    """Seconds since the epoch."""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI lies on S3."""
+    found = _SCHEME.match(uri)
+    if found is None or found[1].lower() == "file":
+        return False
+    if found[1].lower() != "s3":
+        raise StorageError(f"{uri}: {found[0]} is not supported; use a path, file:// or s3://")
+    return True
+
+
+def join(root: str, *parts: str) -> str:
+    """The URI of `parts` below `root`."""
+    return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def parent(uri: str) -> str:
+    """The URI of the folder that holds it."""
+    return absolute(uri).rpartition("/")[0] or "/"
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
+    if not is_remote(uri):
+        return str(_path(uri))
+    return "s3://" + (s3.ANONYMOUS if s3.is_anonymous(uri) else "") + s3.key(uri)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there. A bucket that does not exist is a StorageError."""
+    with _failures(uri, "look up"):
+        if not is_remote(uri):
+            return _path(uri).exists()
+        try:
+            s3.call(uri, "info", s3.key(uri))
+        except FileNotFoundError as error:
+            if s3.code(error) == "NoSuchBucket":
+                raise
+            return False
+        return True
+
+
+def source_version(uri: str) -> SourceVersion:
+    """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
+    with _failures(uri, "read"):
+        if is_remote(uri):
+            version = _s3_version(s3.call(uri, "info", s3.key(uri)))
+        else:
+            path = _path(uri)
+            version = None if path.is_dir() else _local_version(path.stat())
+        if version is None:
+            raise IsADirectoryError
+        return version
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    with _failures(uri, "read"):
+        data: bytes = s3.call(uri, "cat_file", s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
+        return data
+
+
+def read_if_there(uri: str) -> bytes | None:
+    """The whole file; None when it does not exist."""
+    try:
+        return read_bytes(uri)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (start, length), in that order; concurrent requests on S3."""
+    with _failures(uri, "read"):
+        if is_remote(uri):
+            wanted = [(start, start + length) for start, length in ranges if length]
+            starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
+            fetched = iter(s3.call(uri, "cat_ranges", [s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
+            found = [next(fetched) if length else b"" for _, length in ranges]
+        else:
+            with _path(uri).open("rb") as file:
+                found = [os.pread(file.fileno(), length, start) for start, length in ranges]
+    for (start, length), data in zip(ranges, found, strict=True):
+        if len(data) != length:
+            raise DamagedError(
+                f"cannot read {uri}: it ends at byte {start + len(data)}, {start + length} are needed; "
+                "it is truncated or was changed: make it again"
+            )
+    return found
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the file whole, over an old one."""
+    with _failures(uri, "write"):
+        if is_remote(uri):
+            s3.call(uri, "pipe_file", s3.key(uri), data, chunksize=PART_BYTES)
+        else:
+            _replace(_path(uri), lambda file: file.write(data))
+
+
+def read_json(uri: str) -> Any:
+    """The parsed JSON file."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DamagedError(f"cannot read {uri}: not JSON ({error}); delete it and run again") from error
+
+
+def write_json(uri: str, obj: object) -> None:
+    """Write sorted, indented JSON: equal objects give equal bytes."""
+    text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(uri, (text + "\n").encode())
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of the files and folders directly in a folder, sorted; none when it does not exist, no broken links."""
+    return sorted(name for name in _entries(uri) if not is_temporary(name))
+
+
+def list_versions(uri: str) -> dict[str, SourceVersion]:
+    """The state of each file directly in a folder, by name and unfinished ones included; of S3 in one request."""
+    found = _entries(uri)
+    return {name: version for name, version in sorted(found.items()) if version is not None}
+
+
+def _entries(uri: str) -> dict[str, SourceVersion | None]:
+    """What is directly in a folder, by name; folders have no version."""
+    with _failures(uri, "list"):
+        try:
+            if is_remote(uri):
+                entries = s3.call(uri, "ls", s3.key(uri), detail=True)
+                named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
+                return {name: _s3_version(entry) for name, entry in named.items() if name}
+            with os.scandir(_path(uri)) as scan:
+                there = list(scan)
+        except FileNotFoundError as error:
+            if s3.code(error) == "NoSuchBucket":
+                raise
+            return {}
+        found: dict[str, SourceVersion | None] = {}
+        for entry in there:
+            with suppress(FileNotFoundError):  # that one is gone since, or a link to nothing; the others are there
+                found[entry.name] = None if entry.is_dir() else _local_version(entry.stat())
+        return found
+
+
+def broken_links(uri: str) -> list[str]:
+    """Names of the links directly in a folder that lead to nothing, sorted; S3 has none."""
+    if is_remote(uri) or not _path(uri).is_dir():
+        return []
+    with _failures(uri, "list"):
+        return sorted(path.name for path in _path(uri).iterdir() if path.is_symlink() and not path.exists())
+
+
+def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:
+    if info["type"] == "directory":
+        return None
+    return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)
+
+
+def _local_version(found: os.stat_result) -> SourceVersion:
+    return SourceVersion(found.st_size, None, found.st_mtime)
+
+
+def delete(uri: str) -> None:
+    """Remove a file; one that does not exist is no error."""
+    with _failures(uri, "delete"):
+        try:
+            if is_remote(uri):
+                s3.call(uri, "rm_file", s3.key(uri))
+            else:
+                _path(uri).unlink()
+        except FileNotFoundError:
+            return
+
+
+def delete_folder(uri: str) -> None:
+    """Remove a folder with all below it; one that does not exist is no error."""
+    with _failures(uri, "delete"):
+        if is_remote(uri):
+            for name in s3.call(uri, "find", s3.key(uri)):
+                s3.call(uri, "rm_file", name)
+        elif _path(uri).is_dir():
+            shutil.rmtree(_path(uri))
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy a file to a local path, whole or not at all."""
+    with _failures(uri, "read"):
+        if not is_remote(uri):
+            with _path(uri).open("rb") as source:
+                _replace(path, lambda file: shutil.copyfileobj(source, file, PART_BYTES))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            s3.call(uri, "get_file", s3.key(uri), str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy a local file to a URI, whole or not at all, in constant memory."""
+    with _failures(uri, "write"):
+        if is_remote(uri):
+            s3.call(uri, "put_file", str(path), s3.key(uri), chunksize=PART_BYTES)
+        else:
+            with path.open("rb") as source:
+                _replace(_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
+
+
+def upload_tree(path: Path, uri: str) -> None:
+    """Copy all files below a local folder, one after another in the order of their names."""
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        upload(file, join(uri, file.relative_to(path).as_posix()))
+
+
+def _path(uri: str) -> Path:
+    """The absolute path of a local URI."""
+    if _SCHEME.match(uri):
+        split = urlsplit(uri.replace("?", "%3F").replace("#", "%23"))
+        if split.netloc not in ("", "localhost"):
+            raise StorageError(f"{uri}: file:// names the host {split.netloc}; write file:///absolute/path")
+        return Path(unquote(split.path))
+    # resolve() would follow links, which may lead elsewhere on another machine
+    return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is being written, or was when its writer was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}.tmp")
+
+
+def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name, flush it to the disk, then rename it; also flush the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _failures(uri: str, action: str) -> Iterator[None]:
+    """Turn what the file system or the S3 client raises into a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = s3.reason(error, uri) if is_remote(uri) else None
+        if reason is None and isinstance(error, OSError):
+            reason = _os_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot {action} {uri}: {reason}") from error
+
+
+def _os_reason(error: OSError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "it does not exist; check the spelling"
+        case IsADirectoryError():
+            return "it is a folder; name a file"
+        case NotADirectoryError() | FileExistsError():
+            return f"a folder of this path is a file ({error.filename}); name another path"
+        case PermissionError():
+            return "permission denied; check its owner and mode, and those of its folders"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk, or its quota, is full; free space, or name a place with more"
+    return f"{error.strerror or error}; mend that and run again"

@@ -1,0 +1,274 @@
+"""Writing a slide to the patch store: planned, its parts written by one task or by several, then committed.
+
+Everything in a slide's folder follows from the slide's content and the spec, however the work was split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config.base import fingerprint
+from pipeline.errors import SlideError, StorageError
+from pipeline.schema import INDEX, SCHEMA_VERSION
+from pipeline.slides.identity import reading_source
+from pipeline.slides.open import SlideReader, tool_versions
+from pipeline.storage import files
+from pipeline.storage.files import SourceVersion
+from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
+from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
+from pipeline.tiling.cutting import codec_fingerprint
+from pipeline.tiling.evidence import THUMBNAIL
+from pipeline.tiling.slide import SlideTiling
+
+RECORD_THREADS = 16  # requests of some KB each, which wait on the storage
+
+
+@dataclass(frozen=True)
+class PlannedSlide:
+    """A slide whose patches are known and not yet read. Picklable, without the open slide."""
+
+    key: str
+    digest: str
+    mpp: float | None
+    facts: Mapping[str, Any]
+    tiling: SlideTiling
+    pictures: Mapping[str, bytes]
+    """File name -> thumbnail and what is kept to be looked at; written with the commit."""
+    codec: str
+    """`cutting.codec_fingerprint` where it was planned."""
+    version: SourceVersion | None
+    """Of the file that was planned, where the digest is of samples; None: it is of every byte."""
+
+    def attached(self, reader: SlideReader) -> PlannedSlide:
+        """With the slide opened anew, so that its parts can be read."""
+        return replace(self, tiling=self.tiling.attached(reader))
+
+    def share(self, parts: range) -> PlannedSlide:
+        """With what writing these parts needs of it."""
+        size = part_patches(self.tiling.grid.patch_px)
+        return replace(self, tiling=self.tiling.share(parts.start * size, parts.stop * size))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what decides the parts' bytes beyond the spec: parts of another plan are not its parts."""
+        cells = hashlib.sha256(np.ascontiguousarray(self.tiling.cells).tobytes()).hexdigest()
+        version = None if self.version is None else asdict(self.version)
+        return fingerprint({"cells": cells, "codec": self.codec, "version": version, **self.facts})
+
+    def is_done(self, store: PatchStore) -> bool:
+        """Whether the slide is committed, with nothing lost that this plan's file may have."""
+        return store.has(self.key) and (self.version is None or store.slide(self.key).n_bad_tiles == 0)
+
+
+def plan_slide(
+    digest: str,
+    mpp: float | None,
+    reader: SlideReader,
+    tiling: SlideTiling,
+    guide: str | None = None,
+    version: SourceVersion | None = None,
+) -> PlannedSlide:
+    """An open slide's patches, planned and not yet read.
+
+    Args:
+        digest: of the slide's content (`identity.slide_digest`).
+        mpp: microns per level-0 px the tiling was planned with.
+        reader: the open slide, for its facts.
+        tiling: its planned patches.
+        guide: digest of the mask and coordinates that were given beside it.
+        version: of the slide's file, where the digest is of samples: parts of another version are not its parts.
+    """
+    facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
+    pictures = {THUMBNAIL: tiling.thumbnail.jpeg, **tiling.evidence.files}
+    key = slide_key(digest, mpp, guide)
+    return PlannedSlide(key, digest, mpp, facts, tiling, pictures, codec_fingerprint(), version)
+
+
+def write_pictures(store: PatchStore, planned: PlannedSlide) -> PlannedSlide:
+    """Write a plan's pictures ahead of its parts; what is left of it travels to many tasks as some 10 KB."""
+    for name, data in planned.pictures.items():
+        files.write_bytes(files.join(store.uri, planned.key, name), data)
+    return replace(planned, pictures={})
+
+
+def write_slide(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
+    """Tile a planned slide into the store, whole, and commit it.
+
+    Args:
+        store: where to.
+        planned: its tiling is attached to the open slide.
+        unchanged: raises when the slide's file is no longer what it was; called before the commit.
+
+    Raises:
+        SlideError: the slide turned out unusable; nothing is committed.
+        StorageError: the store cannot be written.
+    """
+    parts = [_write_part(store, planned, number) for number in range(part_count(planned.tiling))]
+    unchanged()
+    return _commit(store, planned, parts)
+
+
+def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[], None]) -> StoredSlide:
+    """Commit where a slide's patches are, without reading any: to a store of plans, whose slides have no parts.
+
+    Only a slide of which a patch is known to be undecodable is read, to leave out the same patches as `write_slide`.
+    The index names no part; `left` and `top` are the patch's corner in px of the level that is read. Arguments and
+    errors as `write_slide`.
+    """
+    grid, tiling = planned.tiling.grid, planned.tiling
+    if store.is_distrusted(planned.key):
+        with reading_source():
+            deque(tiling.rows(), maxlen=0)
+    lost = set(tiling.bad_tiles)
+    kept = [
+        number for number, corner in enumerate(grid.level0_origins(tiling.cells).tolist()) if tuple(corner) not in lost
+    ]
+    numbers = np.array(kept, np.int64)
+    corners, origins = grid.level0_origins(tiling.cells[numbers]), grid.level_origins(tiling.cells[numbers])
+    rows, nothing = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
+    columns = [rows, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
+    arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
+    index = pa.table(arrays, schema=INDEX)
+    for name, column in zip(("left", "top"), origins.T, strict=True):
+        index = index.append_column(name, pa.array(column))
+    unchanged()
+    return _commit(store, planned, [], index, tiling.bad_tiles)
+
+
+def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
+    """Write some parts of a slide that several tasks share; those that a killed run left finished are kept.
+
+    A part is recorded in `unfinished/` once it is whole, until the commit. Arguments and errors as `write_slide`;
+    SlideError "codec" where this process would write other bytes than the one that planned the slide.
+    """
+    if planned.codec != codec_fingerprint():
+        raise SlideError(
+            "codec",
+            f"this node's image libraries are not those of the node that planned the slide ({planned.facts['tools']}), "
+            f"but {tool_versions()} or other builds; give all nodes one environment, and run again",
+        )
+    for number in parts:
+        if _finished(store, planned, number) is None:
+            part = _write_part(store, planned, number)
+            unchanged()
+            files.write_bytes(_record(store, planned, number), pack(part))
+
+
+def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
+    """Commit a slide all of whose parts were written by `write_share`.
+
+    Raises:
+        SlideError: "bad-tiles", over all parts; "changed", what another job committed lost patches that this has.
+        StorageError: a part's record is absent, or the store cannot be written.
+    """
+    numbers = range(part_count(planned.tiling))
+    with ThreadPoolExecutor(RECORD_THREADS) as pool:
+        if not planned.is_done(store):
+            parts = list(pool.map(lambda number: _finished(store, planned, number), numbers))
+            if None not in parts:
+                _commit(store, planned, [part for part in parts if part is not None])
+            elif not store.has(planned.key):  # else another job committed it meanwhile, and deleted the records
+                raise StorageError(f"{store.uri}/unfinished/{planned.key}: a part's record is gone; run again")
+        list(pool.map(lambda number: files.delete(_record(store, planned, number)), numbers))
+    return store.slide(planned.key)
+
+
+def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
+    data, part = read_part(planned.tiling, number)
+    files.write_bytes(files.join(store.uri, planned.key, part.name), data)
+    return part
+
+
+def _finished(store: PatchStore, planned: PlannedSlide, number: int) -> Part | None:
+    """What a task left of a part that is whole; None when it is to be written."""
+    data = files.read_if_there(_record(store, planned, number))
+    return None if data is None else unpack(data)
+
+
+def _record(store: PatchStore, planned: PlannedSlide, number: int) -> str:
+    return files.join(store.uri, UNFINISHED, planned.key, f"part-{number:05d}-{planned.fingerprint}.parquet")
+
+
+def _commit(
+    store: PatchStore,
+    planned: PlannedSlide,
+    parts: Sequence[Part],
+    table: pa.Table | None = None,
+    lost: Sequence[tuple[int, int]] = (),
+) -> StoredSlide:
+    """Write all but the parts, the commit last; `table` and `lost` are the index and the loss of one without parts."""
+    uri = files.join(store.uri, planned.key)
+    bad_tiles = [*lost, *(corner for part in parts for corner in part.bad_tiles)]
+    planned.tiling.check_lost(len(bad_tiles))
+    if store.has(planned.key):
+        return _committed(store, planned, bad_tiles)
+    table = join_index(parts) if table is None else table
+    index = parquet_bytes(table)
+    files.write_bytes(files.join(uri, "index.parquet"), index)
+    write_pictures(store, planned)
+    facts = {
+        **planned.facts,
+        "schema_version": SCHEMA_VERSION,
+        "key": planned.key,
+        "content": planned.digest,
+        "mpp": planned.mpp,
+        "rejects": {**planned.facts["rejects"], "bad-tile": len(bad_tiles)},
+        "n_patches": len(table),
+        "n_bad_tiles": len(bad_tiles),
+        "bad_tiles": bad_tiles,
+        "parts": [part.facts() for part in parts],
+        "index": _file_facts("index.parquet", index),
+    }
+    files.write_json(files.join(uri, "slide.json"), facts)
+    return store.slide(planned.key)
+
+
+def _committed(store: PatchStore, planned: PlannedSlide, bad_tiles: Sequence[tuple[int, int]]) -> StoredSlide:
+    """What another task committed meanwhile; "changed" where its file, of the same samples, was a worse one."""
+    lost = {(x, y) for x, y in store.facts(planned.key)["bad_tiles"]} - set(bad_tiles)
+    if planned.version is not None and lost:
+        raise SlideError(
+            "changed",
+            f"{store.uri}/{planned.key}: stored meanwhile from a copy that lost {len(lost)} patches which this one "
+            "has; run again",
+        )
+    return store.slide(planned.key)
+
+
+def _slide_facts(reader: SlideReader) -> dict[str, Any]:
+    return {
+        "vendor": reader.vendor,
+        "stated_mpp": reader.mpp,
+        "dimensions": list(reader.dimensions),
+        "levels": [[level.width, level.height, level.downsample] for level in reader.levels],
+    }
+
+
+def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
+    grid, thumbnail = tiling.grid, tiling.thumbnail
+    size = {name: getattr(thumbnail, name) for name in ("width", "height", "scale")}
+    return {
+        "spec": tiling.spec.identity(),
+        "level": grid.level,
+        "read_px": grid.read_px,
+        "patch_px": grid.patch_px,
+        "downsample": grid.scale,
+        "stride": grid.stride_px * grid.downsample,
+        "grid": [grid.columns, grid.rows],
+        "rejects": dict(tiling.rejects),
+        "evidence": dict(tiling.evidence.facts),
+        "thumbnail": {**_file_facts(THUMBNAIL, thumbnail.jpeg), **size},
+        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
+    }
+
+
+def _file_facts(name: str, data: bytes) -> dict[str, Any]:
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

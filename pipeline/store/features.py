@@ -1,0 +1,230 @@
+"""The feature store: one vector for each patch of a committed slide, committed like the patches.
+
+`<root>/<spec fingerprint>-<encoder fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow
+IPC files of one record batch: row, feature; with the start of their sha256 in the name), `index.parquet` (schema INDEX,
+as the patch store's: row, cell, x, y, level, and part, absolute offset and length of each vector) and `slide.json`,
+which is written last. Vectors of a part lie side by side, so a chunk is one range read and any row is one of exactly
+its bytes. Bytes follow from the slide, the spec, the encoder and the kind of device. The index names the parts it leads
+to, and a second writer changes nothing of a committed slide, so its features are those of one device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.embed import FEATURE_VERSION
+from pipeline.errors import StorageError
+from pipeline.schema import INDEX
+from pipeline.storage import files
+from pipeline.store.parts import content_name, naming, parquet_bytes
+from pipeline.store.patches import Ints, PatchIndex, PatchStore, StoredSlide
+
+PART_BYTES = 64 * 2**20
+
+Features = npt.NDArray[np.floating[Any]]
+"""float16 or float32."""
+Dtype = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class FeatureSlide:
+    """The features of a committed slide. Small, picklable; vectors and index are read when asked for."""
+
+    patches: StoredSlide
+    """The slide they were made of; only its pictures are read from the patch store."""
+    uri: str
+    """Folder of the slide in the feature store."""
+    encoder: str
+    """Fingerprint."""
+    dim: int
+    dtype: Dtype
+
+    @property
+    def key(self) -> str:
+        """Names the content."""
+        return f"{self.patches.key}-{self.encoder}"
+
+    @property
+    def n_patches(self) -> int:
+        """N."""
+        return self.patches.n_patches
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Patches that could not be decoded, and have no features."""
+        return self.patches.n_bad_tiles
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, level-0 px."""
+        return self.patches.extent
+
+    @property
+    def thumbnail_scale(self) -> float:
+        """Level-0 px per px of the thumbnail."""
+        return self.patches.thumbnail_scale
+
+    def index(self) -> PatchIndex:
+        """Position of every patch, and place of its vector."""
+        return self._vectors.index()
+
+    def positions(self) -> Ints:
+        """(n, 2) grid column and row of every patch."""
+        return self._vectors.positions()
+
+    def vectors(self, rows: Ints) -> Features:
+        """(n, D) of `rows`, in their order.
+
+        Raises:
+            StorageError: the store cannot be read.
+        """
+        data = b"".join(self._vectors.payloads(rows))
+        return np.frombuffer(data, self.dtype).reshape(len(rows), self.dim)
+
+    def payloads(self, rows: Ints) -> list[bytes]:
+        """The patches of `rows` as JPEGs."""
+        return self.patches.payloads(rows)
+
+    def thumbnail(self) -> bytes:
+        """The slide as a JPEG of at most 512 px."""
+        return self.patches.thumbnail()
+
+    @property
+    def _vectors(self) -> StoredSlide:
+        """The same kind of index and range reads as the patch store's, over vectors."""
+        return replace(self.patches, uri=self.uri)
+
+
+class FeatureStore:
+    """The features of slides tiled with one spec, made by one encoder."""
+
+    def __init__(self, root: str, spec_fingerprint: str, encoder_fingerprint: str) -> None:
+        self.uri = files.join(root, f"{spec_fingerprint}-{encoder_fingerprint}")
+        self.encoder = encoder_fingerprint
+
+    def has(self, key: str) -> bool:
+        """Whether the slide's features are committed."""
+        return files.exists(files.join(self.uri, key, "slide.json"))
+
+    def slide(self, stored: StoredSlide) -> FeatureSlide:
+        """The committed features of a committed slide.
+
+        Raises:
+            StorageError: they are not committed here, or belong to patches that are no longer there.
+        """
+        uri = files.join(self.uri, stored.key)
+        if not self.has(stored.key):
+            raise StorageError(f"{uri}: no committed features (slide.json is absent); run the embed stage")
+        facts = files.read_json(files.join(uri, "slide.json"))
+        if facts["n_patches"] != stored.n_patches:
+            raise StorageError(
+                f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
+                "anew since; remove the folder and the embed stage's records (stages/embed-*.json), and run again"
+            )
+        return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"])
+
+    def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:
+        """Write and commit a slide's features; those of another writer that was faster are kept.
+
+        Args:
+            stored: the slide.
+            chunks: (n, D) each, all rows in order.
+            facts: of the encoder, for the record.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        uri = files.join(self.uri, stored.key)
+        parts, places, dim, dtype, first = [], [], 0, "", 0
+        for number, part in enumerate(_parts(chunks)):
+            data, offsets = _part_bytes(part, first)
+            name = content_name(number, hashlib.sha256(data).hexdigest())
+            files.write_bytes(files.join(uri, name), data)
+            parts.append(_file_facts(name, data, len(part)))
+            places.append((number, offsets))
+            first, dim, dtype = first + len(part), part.shape[1], part.dtype.name
+        if first != stored.n_patches:
+            raise StorageError(f"{stored.uri}: {first} of {stored.n_patches} patches gave features; tile it again")
+        if self.has(stored.key):  # another writer was faster, perhaps on another kind of device
+            return self.slide(stored)
+        table = naming(_index(stored, places, dim * np.dtype(dtype).itemsize), [part["name"] for part in parts])
+        index = parquet_bytes(table)
+        files.write_bytes(files.join(uri, "index.parquet"), index)
+        record = {
+            "feature_version": FEATURE_VERSION,
+            "key": stored.key,
+            "patches": stored.uri,
+            "n_patches": first,
+            "dim": dim,
+            "dtype": dtype,
+            "encoder": dict(facts),
+            "parts": parts,
+            "index": _file_facts("index.parquet", index, first),
+        }
+        files.write_json(files.join(uri, "slide.json"), record)
+        return self.slide(stored)
+
+
+def stored_slides(store: PatchStore, keys: Iterable[str]) -> list[StoredSlide]:
+    """The committed slides of `keys`, each once, largest first: so no actor is left with a large one at the end."""
+    slides = [store.slide(key) for key in dict.fromkeys(keys)]
+    return sorted(slides, key=lambda slide: (-slide.n_patches, slide.key))
+
+
+def _parts(chunks: Iterable[Features]) -> Iterator[Features]:
+    """Chunks joined to parts of up to 64 MiB, whatever the chunks' size."""
+    held: list[Features] = []
+    rows = 0
+    for chunk in chunks:
+        full = max(1, PART_BYTES // (chunk.shape[1] * chunk.itemsize))
+        held, rows = [*held, chunk], rows + len(chunk)
+        while rows >= full:
+            joined = np.concatenate(held)
+            yield joined[:full]
+            held, rows = [joined[full:]], rows - full
+    if rows:
+        yield np.concatenate(held)
+
+
+def _part_bytes(vectors: Features, first: int) -> tuple[bytes, Ints]:
+    """An Arrow IPC file of the vectors of rows from `first`, and the absolute offset of each."""
+    n, dim = vectors.shape
+    values = pa.array(np.ascontiguousarray(vectors).ravel())
+    batch = pa.record_batch(
+        [pa.array(np.arange(first, first + n)), pa.FixedSizeListArray.from_arrays(values, dim)],
+        names=["row", "feature"],
+    )
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue()
+    buffer = pa.py_buffer(data)
+    stored = pa.ipc.open_file(buffer).get_batch(0).column("feature").values.buffers()[1]
+    return data, stored.address - buffer.address + np.arange(n) * dim * vectors.itemsize
+
+
+def _index(stored: StoredSlide, places: list[tuple[int, Ints]], length: int) -> pa.Table:
+    """The patch store's index with the vectors' places in it."""
+    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(stored.uri, "index.parquet"))))
+    columns = {
+        "part": np.concatenate([np.full(len(offsets), number) for number, offsets in places]),
+        "offset": np.concatenate([offsets for _, offsets in places]),
+        "length": np.full(len(table), length),
+    }
+    for name, values in columns.items():
+        field = INDEX.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def _file_facts(name: str, data: bytes, rows: int) -> dict[str, Any]:
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "patches": rows}

@@ -1,0 +1,174 @@
+"""Which places of a slide become patches, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.data import TilingConfig
+from pipeline.errors import SlideError
+from pipeline.slides.open import Overview
+from pipeline.tiling.grid import Cells, Grid, LevelSize, placed_grid, plan_grid
+from pipeline.tiling.guide import Guide
+from pipeline.tiling.masks import Mask
+from pipeline.tiling.tissue import artefact_mask, integral_image, tissue_fraction, tissue_mask
+from pipeline.units import Box
+
+EXAMPLES = 6  # rejected patches that are kept to be looked at
+_AT_ONCE = 16384  # cells whose shares are computed together: of 250,000, the boxes alone took 24 MB
+_DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all tissue would miss `min_tissue: 1`
+Shares = npt.NDArray[np.float64]
+
+
+class NothingFoundError(SlideError):
+    """A slide has no patch."""
+
+    coloured: Mask | None = None
+    """(h, w) what of the overview was looked at: tissue, and artefacts too."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A place that was looked at and left out."""
+
+    column: int
+    row: int
+    """Of the grid."""
+    reason: str
+    """tissue (too little of it) or artefact."""
+    tissue: float
+    """Share of it that counts as tissue."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The places of one slide."""
+
+    grid: Grid
+    cells: Cells
+    """(n, 2) grid column and row of those that become patches."""
+    mask: Mask
+    """(h, w) where the tissue is, at the resolution of the overview; what could not be read counts as tissue."""
+    rejects: Mapping[str, int]
+    """Reason -> places: tissue (too little of it), artefact, and of imported ones outside and twice."""
+    examples: tuple[Rejected, ...]
+    """At most 6: artefacts, then those that missed the least."""
+
+    @property
+    def considered(self) -> int:
+        """Places before any was left out."""
+        return len(self.cells) + sum(self.rejects.values())
+
+
+def find_candidates(
+    overview: Overview,
+    levels: Sequence[LevelSize],
+    spec: TilingConfig,
+    mpp: float | None,
+    guide: Guide,
+    bounds: Box | None = None,
+) -> Candidates:
+    """The places to cut: those of an imported file, else those of the grid with enough tissue.
+
+    Args:
+        overview: the slide at low resolution.
+        levels: its pyramid.
+        spec: how to tile.
+        mpp: microns per level-0 px.
+        guide: what was given beside the slide.
+        bounds: where on the slide the scan lies (`SlideReader.bounds`); None: everywhere.
+
+    Raises:
+        SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
+            fit ("mask", "coords"), or the grid does not ("too-coarse", "too-small").
+    """
+    if guide.coords is not None:
+        placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
+        coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
+        return Candidates(placed, placed.cells(), coloured & ~artefact, rejects, ())
+    grid = plan_grid(levels, spec, mpp)
+    coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
+    mask = coloured & ~artefact
+    cells = grid.cells()
+    share = _shares(mask, overview, grid, cells)
+    kept = _enough(share, spec)
+    with_artefacts = _shares(coloured, overview, grid, cells) if artefact.any() else share
+    spoilt = _enough(with_artefacts, spec) & ~kept
+    rejects = {"tissue": int((~kept & ~spoilt).sum())}
+    if spoilt.any():
+        rejects["artefact"] = int(spoilt.sum())
+    if not kept.any():
+        nothing = _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
+        nothing.coloured = coloured
+        raise nothing
+    return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
+
+
+def _masks(
+    overview: Overview, spec: TilingConfig, guide: Guide, level0: LevelSize, bounds: Box | None
+) -> tuple[Mask, Mask]:
+    """What may be tissue, and which of it is none. What could not be read is tried, so that its loss is counted."""
+    height, width = overview.unread.shape
+    nothing = np.zeros((height, width), np.bool_)
+    if guide.mask is not None:
+        return guide.mask.at(width, height, (level0.width, level0.height), bounds) | overview.unread, nothing
+    if spec.tissue == "none":
+        return ~nothing, nothing
+    coloured = tissue_mask(overview.rgb)
+    artefact = artefact_mask(overview.rgb, coloured) if spec.artefacts == "remove" else nothing
+    return coloured | overview.unread, artefact & ~overview.unread
+
+
+def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
+    edges, table = np.array([*mask.shape[::-1], *mask.shape[::-1]]), integral_image(mask)
+    shares = [
+        tissue_fraction(table, np.minimum(grid.level0_boxes(some) / overview.scale, edges))
+        for some in np.split(cells, range(_AT_ONCE, len(cells), _AT_ONCE))
+    ]
+    return np.asarray(np.round(np.concatenate(shares), _DECIMALS), np.float64)
+
+
+def _enough(share: Shares, spec: TilingConfig) -> Mask:
+    return np.asarray((share >= spec.min_tissue) & (share > 0))
+
+
+def _examples(cells: Cells, share: Shares, kept: Mask, spoilt: Mask) -> tuple[Rejected, ...]:
+    artefacts = np.flatnonzero(spoilt)
+    artefacts = artefacts[:: max(1, -(-len(artefacts) // (EXAMPLES // 2)))]
+    glass = np.flatnonzero(~kept & ~spoilt)
+    glass = glass[np.argsort(-share[glass], kind="stable")][: EXAMPLES - len(artefacts)]
+    return tuple(
+        Rejected(int(cells[place, 0]), int(cells[place, 1]), reason, float(share[place]))
+        for reason, places in (("artefact", artefacts), ("tissue", glass))
+        for place in places.tolist()
+    )
+
+
+def _nothing(
+    share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask
+) -> NothingFoundError:
+    """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some."""
+    none = f"none of {len(share)} patches is at least {spec.min_tissue:.0%} tissue"
+    if guide.mask is not None and not mask.any():
+        return NothingFoundError(
+            "mask", f"{guide.mask.uri}: names no tissue on this slide; draw it in the mask, or leave the mask out"
+        )
+    if spoilt.any() or (artefact.any() and not mask.any()):
+        rest = f"; of what else is coloured the best has {share.max():.1%}" if mask.any() else ""
+        return NothingFoundError(
+            "artefact",
+            f"{none}: what is coloured has no texture, as pen marks and tinted glass have none{rest}; look at the "
+            "slide, or set tiling.artefacts=keep",
+        )
+    if mask.any():
+        return NothingFoundError(
+            "too-little-tissue",
+            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
+            "tiling.patch_px",
+        )
+    return NothingFoundError(
+        "no-tissue", f"{none}: nothing on it is coloured; look at the slide, give a mask, or set tiling.tissue=none"
+    )

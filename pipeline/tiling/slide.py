@@ -1,0 +1,210 @@
+"""One slide to patches: the mpp it is read at, the grid, the tissue filter, the encoding."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.data import TilingConfig
+from pipeline.errors import BadTileError, SlideError
+from pipeline.slides.open import SlideReader
+from pipeline.tiling.candidates import NothingFoundError, find_candidates
+from pipeline.tiling.cutting import Cutter
+from pipeline.tiling.evidence import THUMBNAIL_PX, gather_evidence, thumbnail
+from pipeline.tiling.grid import Cells, Grid, choose_level
+from pipeline.tiling.guide import Guide
+
+MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
+MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
+ANNOUNCED = 4096  # patches that the reader is told of at a time: it fetches their bytes together
+MASK_PX = 2048
+"""Longer edge of the largest mask: beyond 256 patches a side shares are known less finely, but a slide of 100,000 px of
+0.25 um still has 12 um a mask px, and planning 250,000 patches takes 260 MB instead of the 610 of 4096 px."""
+
+
+@dataclass(frozen=True)
+class PatchRow:
+    """One encoded patch; x, y are the level-0 px of its upper left corner."""
+
+    cell: int
+    """Its place in the slide's plan."""
+    x: int
+    y: int
+    level: int
+    image: bytes
+
+
+class SlideTiling:
+    """The patches of one slide: iterate over `rows()` once, whole or in slices, then read `bad_tiles`."""
+
+    def __init__(self, reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide) -> None:
+        self._reader = reader
+        self.spec = spec
+        longest = max(reader.dimensions)
+        sized = with_native_edge(reader, spec, mpp)
+        edge = sized.edge_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
+        overview = reader.overview(min(MASK_PX, max(THUMBNAIL_PX, round(longest * MASK_PX_PER_PATCH / edge))))
+        try:
+            found = find_candidates(overview, reader.levels, sized, mpp, guide, reader.bounds)
+        except SlideError as error:
+            seen = error.coloured if isinstance(error, NothingFoundError) else None
+            error.picture = thumbnail(overview, seen).jpeg
+            raise
+        self.grid: Grid = found.grid
+        self.cells: Cells = found.cells
+        """(n, 2) grid column and row of the patches."""
+        self.rejects = found.rejects
+        """Reason -> places that are no patches."""
+        self.thumbnail = thumbnail(overview)
+        self.evidence = gather_evidence(reader, overview, found)
+        self.bad_tiles: list[tuple[int, int]] = []
+        """Level-0 x, y of the patches that could not be decoded, so far."""
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[PatchRow]:
+        """The patches of `cells[start:stop]`, row by row of the grid; slices one after another give all of them.
+
+        Raises:
+            SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the slide's patches are lost.
+        """
+        cutter, wanted = Cutter(self._reader, self.grid, self.spec), self.cells[start:stop]
+        for first in range(0, len(wanted), ANNOUNCED):
+            cells = wanted[first : first + ANNOUNCED]
+            origins = self.grid.level_origins(cells)
+            cutter.expect(origins)
+            corners = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True)
+            for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
+                try:
+                    image = cutter.cut(x, y)
+                except BadTileError as error:
+                    self._lose(x0, y0, error)
+                else:
+                    yield PatchRow(cell, x0, y0, self.grid.level, image)
+
+    def check_lost(self, lost: int, last: BadTileError | None = None) -> None:
+        """SlideError "bad-tiles" when so many of the slide's patches cannot be decoded that it is given up."""
+        total = len(self.cells)
+        if lost > self.spec.max_bad_tiles * total or lost == total:
+            raise SlideError(
+                "bad-tiles",
+                f"{lost} of {total} patches cannot be decoded, over tiling.max_bad_tiles="
+                f"{self.spec.max_bad_tiles:g}; copy the slide again" + (f". The last one: {last}" if last else ""),
+            ) from last
+
+    def _lose(self, x: int, y: int, error: BadTileError) -> None:
+        self.bad_tiles.append((x, y))
+        self.check_lost(len(self.bad_tiles), error)
+
+    def reads_any(self, corners: Collection[tuple[int, int]]) -> bool:
+        """Whether a place that was lost is so no longer: it can be read now, or is no patch of this plan.
+
+        Args:
+            corners: level-0 x, y of the patches that could not be decoded, of a plan of a like slide.
+
+        Raises:
+            SlideError: the slide is gone or broken as a whole.
+        """
+        at = [tuple(corner) in corners for corner in self.grid.level0_origins(self.cells).tolist()]
+        origins = self.grid.level_origins(self.cells[at])
+        cutter = Cutter(self._reader, self.grid, self.spec)
+        cutter.expect(origins)
+        return len(origins) < len(corners) or any(_is_whole(cutter, x, y) for x, y in origins.tolist())
+
+    def attached(self, reader: SlideReader) -> SlideTiling:
+        """The same plan for the same slide opened anew, where a tiling that was pickled has none."""
+        twin = copy.copy(self)
+        twin._reader, twin.bad_tiles = reader, []
+        return twin
+
+    def share(self, start: int, stop: int) -> SlideTiling:
+        """The same plan with only what cutting `cells[start:stop]` needs; smaller where patches stand on no lattice."""
+        twin = copy.copy(self)
+        twin.grid = self.grid.only(self.cells[start:stop])
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open slide and the pictures; the cells as bits of the grid: 10 KB for 250,000 patches."""
+        left_out = {"_reader", "thumbnail", "evidence"}
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        kept = np.zeros((self.grid.rows, self.grid.columns), np.bool_)
+        kept[self.cells[:, 1], self.cells[:, 0]] = True
+        return {**state, "cells": zlib.compress(np.packbits(kept).tobytes())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        bits = np.frombuffer(zlib.decompress(state["cells"]), np.uint8)
+        cells = self.grid.cells()
+        self.cells = cells[np.unpackbits(bits, count=len(cells)).astype(np.bool_)]
+
+
+def _is_whole(cutter: Cutter, x: int, y: int) -> bool:
+    """Whether a patch can be decoded."""
+    try:
+        cutter.cut(x, y)
+    except BadTileError:
+        return False
+    return True
+
+
+def tile_slide(reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide | None = None) -> SlideTiling:
+    """Plan the patches of an open slide; they are read and encoded while `rows()` is iterated.
+
+    Args:
+        reader: the open slide.
+        spec: how to tile.
+        mpp: microns per level-0 px, from `effective_mpp`.
+        guide: what was given beside the slide.
+
+    Raises:
+        SlideError: "unreadable", and what `find_candidates` raises.
+    """
+    return SlideTiling(reader, spec, mpp, guide or Guide())
+
+
+def with_native_edge(reader: SlideReader, spec: TilingConfig, mpp: float | None) -> TilingConfig:
+    """The spec with `patch_px: native` replaced by the edge of the tiles at the level that will be read.
+
+    Raises:
+        SlideError: "no-tiles", the slide has none that are square and known; or what `choose_level` raises.
+    """
+    if spec.patch_px != "native":
+        return spec
+    tiles = reader.native_tiles(choose_level(reader.levels, spec, mpp)[0])
+    if tiles is None or tiles.width != tiles.height or tiles.width <= spec.overlap_px:
+        size = "none that can be read" if tiles is None else f"{tiles.width} x {tiles.height} px"
+        raise SlideError(
+            "no-tiles",
+            f"tiling.patch_px=native needs square tiles, larger than overlap_px={spec.overlap_px}; this slide has "
+            f"{size}; give a number",
+        )
+    return spec.model_copy(update={"patch_px": tiles.width})
+
+
+def effective_mpp(stated: float | None, spec: TilingConfig, override: float | None) -> float | None:
+    """Microns per level-0 px to tile with: the cohort's override, else the file's, else the default.
+
+    None when `spec.mpp` is null: level 0 is then read as it is, and no mpp is needed.
+
+    Raises:
+        SlideError: "missing-mpp", or "absurd-mpp" outside 0.05..20.
+    """
+    if spec.mpp is None:
+        return None
+    mpp = (stated or spec.default_mpp) if override is None else override
+    if mpp is None:
+        raise SlideError(
+            "missing-mpp",
+            "the file states no microns per px (of a plain image its resolution is not taken); give it in the cohort's "
+            "mpp column, set tiling.default_mpp, or set tiling.mpp=null to read level 0 as it is",
+        )
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise SlideError(
+            "absurd-mpp",
+            f"{mpp:g} microns per px is outside {MPP_RANGE[0]:g}..{MPP_RANGE[1]:g}; "
+            "give the right value in the cohort's mpp column",
+        )
+    return mpp

@@ -1,0 +1,265 @@
+"""The model registry: a trained folder becomes a version that anyone with MLflow can load and serve.
+
+A version is a pyfunc model from code: `serving.py`, the weights as safetensors (of a model on features, also those of
+the network that makes them), the config, and the packages `ips` and `pipeline` as they were, so that a serving host
+needs the listed requirements and nothing of this repository, nor of where the model was trained.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import RegisteredModel
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import ColSpec, DataType, Schema
+
+from pipeline.config.recipe import Config
+from pipeline.errors import TrackingError
+from pipeline.model.checkpoint import CONFIG, EMBED_WEIGHTS, WEIGHTS, read_config
+from pipeline.storage import files
+from pipeline.tracking.tracker import Tracker, reported
+
+CHAMPION = "champion"
+"""Alias of the version that `predict` uses."""
+PREVIOUS = "previous"
+"""Alias of the champion before it, to go back to."""
+
+_PACKAGES = Path(__file__).resolve().parents[2]
+_REQUIREMENTS = (  # what `serving.py` imports, directly or not
+    "contourpy", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "pyarrow",
+    "pydantic", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
+)  # fmt: skip
+_EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+    run_id: str
+    """The run it was registered from."""
+    tags: Mapping[str, str]
+    """Lineage."""
+
+    @property
+    def uri(self) -> str:
+        """`models:/NAME/VERSION`."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def register_model(
+    tracker: Tracker,
+    name: str,
+    folder: Path,
+    run_id: str,
+    *,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+    example_uri: str,
+) -> RegisteredVersion:
+    """Make a new version of model `name`; no alias moves (see `promote`).
+
+    Args:
+        tracker: of the run's experiment.
+        name: of the registered model; it is made when absent.
+        folder: holds weights.safetensors and config.json (`checkpoint.save_model`).
+        run_id: the run the model belongs to.
+        metrics: logged in that run, linked to the model.
+        tags: lineage: cohort digest, slide keys digest, tiling fingerprint, git sha, image.
+        example_uri: a slide, for the input example.
+
+    Raises:
+        TrackingError: the registry or the artifact store cannot be reached or refuses.
+        StorageError: the weights that make the model's features cannot be read.
+    """
+    client, config = tracker.client, read_config(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts = _artifacts(folder, config, Path(scratch))
+        with reported(tracker.uri):
+            logged = client.create_logged_model(
+                tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
+            )
+            model = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
+            _save_pyfunc(Path(scratch) / "model", artifacts, config, example_uri, model)
+            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+            client.finalize_logged_model(logged.model_id, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    tracker.log_metrics(run_id, metrics, model_id=logged.model_id)
+    with reported(tracker.uri), _current_store(tracker.uri):
+        if _find_model(tracker, name) is None:
+            client.create_registered_model(name)
+        made = client.create_model_version(
+            name, f"models:/{logged.model_id}", run_id=run_id, tags=dict(tags), model_id=logged.model_id
+        )
+    return RegisteredVersion(name, str(made.version), run_id, dict(tags))
+
+
+def promote(tracker: Tracker, name: str, version: str) -> str | None:
+    """Make a version the champion and the former champion `previous`; returns the former one's version.
+
+    MLflow has no compare-and-set of aliases: the alias is read right before it is written, and callers
+    promote from one job at a time.
+    """
+    with reported(tracker.uri):
+        former = _aliases(tracker.client.get_registered_model(name)).get(CHAMPION)
+        if former is not None and former != version:
+            tracker.client.set_registered_model_alias(name, PREVIOUS, former)
+        tracker.client.set_registered_model_alias(name, CHAMPION, version)
+    return former
+
+
+def find_registered(tracker: Tracker, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:
+    """The newest version of a model that carries these tags; None where there is none, or no such model."""
+    with reported(tracker.uri):
+        found = [
+            entry
+            for entry in tracker.client.search_model_versions(f"name='{name}'")
+            if tags.items() <= dict(entry.tags).items()
+        ]
+    if not found:
+        return None
+    entry = max(found, key=lambda entry: int(entry.version))
+    return RegisteredVersion(name, str(entry.version), entry.run_id, dict(entry.tags))
+
+
+def champion(tracker: Tracker, name: str) -> str | None:
+    """The version that is champion; None where none is, or there is no such model."""
+    with reported(tracker.uri):
+        model = _find_model(tracker, name)
+    return None if model is None else _aliases(model).get(CHAMPION)
+
+
+def find_version(tracker: Tracker, model_uri: str) -> RegisteredVersion:
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now.
+
+    Raises:
+        TrackingError: no such model, alias or version; the message lists what there is.
+    """
+    match = _MODEL_URI.fullmatch(model_uri)
+    if match is None:
+        raise TrackingError(f"{model_uri!r} is no model URI; write models:/NAME@ALIAS or models:/NAME/VERSION")
+    name = match["name"]
+    with reported(tracker.uri):
+        model = _find_model(tracker, name)
+        if model is None:
+            names = [other.name for other in tracker.client.search_registered_models(max_results=50)]
+            raise TrackingError(
+                f"{model_uri}: the registry at {tracker.uri} has no model {name!r}, only {names}; register it "
+                "first (`pipeline run`), or correct the name or tracking.uri"
+            )
+        entries = {str(entry.version): entry for entry in tracker.client.search_model_versions(f"name='{name}'")}
+        entry = entries.get(match["version"] or _aliases(model).get(match["alias"], ""))
+    if entry is None:
+        raise TrackingError(
+            f"{model_uri}: model {name!r} at {tracker.uri} has versions {sorted(map(int, entries))} and aliases "
+            f"{_aliases(model)}; use one of these"
+        )
+    return RegisteredVersion(name, str(entry.version), entry.run_id, dict(entry.tags))
+
+
+def fetch(tracker: Tracker, model_uri: str, folder: Path) -> tuple[RegisteredVersion, Path]:
+    """Download a version's files (weights.safetensors, config.json) into `folder`; returns where they lie.
+
+    Raises:
+        TrackingError: as `find_version`, or the artifacts cannot be read.
+    """
+    version = find_version(tracker, model_uri)
+    with reported(tracker.uri), _current_store(tracker.uri):
+        local = download_artifacts(f"{version.uri}/artifacts", dst_path=str(folder))
+    return version, Path(local)
+
+
+@contextmanager
+def _current_store(uri: str) -> Iterator[None]:
+    """MLflow resolves `models:/...` through the process-wide URI, whatever URI the client has."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _aliases(model: RegisteredModel) -> dict[str, str]:
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def _find_model(tracker: Tracker, name: str) -> RegisteredModel | None:
+    try:
+        return tracker.client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, str]:
+    """The model's files; with the weights of the network that makes its features, copied to where they have one name.
+
+    They lie at a path of where the model was trained, which a serving host need not reach.
+    """
+    artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
+    if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
+        files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
+        artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
+    return artifacts
+
+
+def _requirements(config: Config) -> list[str]:
+    """What a host has to install for this model."""
+    encoder = config.model.encoder
+    if encoder.name == "features" and config.embed is not None:
+        encoder = config.embed.encoder
+    names = [*_REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
+    return [f"{name}=={_public(installed(name))}" for name in names]
+
+
+def _save_pyfunc(target: Path, artifacts: dict[str, str], config: Config, example_uri: str, model: Model) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
+        from mlflow.pyfunc import save_model
+
+    save_model(
+        target,
+        python_model=_PACKAGES / "pipeline" / "results" / "serving.py",
+        artifacts=artifacts,
+        code_paths=[str(_PACKAGES / "ips"), str(_PACKAGES / "pipeline")],
+        signature=_signature(config),
+        input_example=pd.DataFrame({"uri": [example_uri], "mpp": [_EXAMPLE_MPP]}),
+        pip_requirements=_requirements(config),
+        mlflow_model=model,
+    )
+
+
+def _signature(config: Config) -> ModelSignature:
+    outputs = [column for task in config.tasks for column in task.output_columns]
+    return ModelSignature(
+        Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
+        Schema(
+            [
+                ColSpec(DataType.string, "uri"),
+                *(ColSpec(DataType.double, name) for name in outputs),
+                ColSpec(DataType.string, "error", required=False),
+            ]
+        ),
+    )
+
+
+def _public(version: str) -> str:
+    """A version without its local part (2.13.0+cpu): an index has only the public ones."""
+    return version.partition("+")[0]

@@ -1,0 +1,206 @@
+"""The driver of training: resources, Ray Train's run, its failure policy, and the checkpoint that comes out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
+
+from pipeline.bags.sources import LabelledSource
+from pipeline.cluster import Bundle, require
+from pipeline.config.recipe import ClusterConfig, Config
+from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
+from pipeline.model.checkpoint import Progress, check_plan
+from pipeline.storage.files import join
+from pipeline.storage.lease import Lease
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.journal import Journal, send_unsent
+from pipeline.training.plan import plan_digest
+from pipeline.training.restarts import Failures, Room
+from pipeline.training.saver import newest, progress_of
+from pipeline.training.session import Job
+from pipeline.training.worker import train_worker
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+_WAIT_S = 24 * 3600  # of a rank for another, as at the end of a look at large validation slides; Ray sees deaths
+_PATIENCE = "24"  # attempts of a request, with pauses of up to 15 s: 4 minutes
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    checkpoint: str
+    """URI of the folder with weights.safetensors, config.json and state.pt."""
+    metrics: dict[str, float]
+    """Of the epoch that ended with it."""
+
+
+def train(
+    config: Config,
+    slides: Sequence[LabelledSource],
+    validation: Sequence[LabelledSource],
+    fingerprint: str,
+    tracker: Tracker,
+    run_id: str,
+    lease: Lease | None = None,
+) -> Trained:
+    """Train on an initialised Ray; the run's name holds the fingerprint, so the same recipe resumes itself.
+
+    Checkpoints are written while the lease stands.
+
+    Raises ResourceError when the cluster can never give the workers, StageError when training fails.
+    """
+    cluster = config.cluster
+    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
+    streams = config.train.source == "stream"
+    reader = [Bundle(config.tiling.cpus)] * (cluster.readers_per_worker if streams else 0)
+    require([worker, *reader] * cluster.fewest_workers, cluster.start_timeout_s, "train")
+    folder = join(config.storage.root, "train", f"{config.name}-{fingerprint}")
+    keys, sizes = [s.key for _, s in slides], [s.n_patches for _, s in slides]
+    digest = plan_digest(keys, sizes, fingerprint)
+    if config.train.keeps_best and not validation:
+        raise StageError(
+            "train: train.patience and train.keep_best need validation slides, and no slide of the val split is "
+            "committed; see the tile stage's ledger, give the split slides, or turn both off"
+        )
+    done = _earlier(folder, digest, tracker, run_id)
+    if done is None or not done.is_last:
+        job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
+        done = _fit(job, done.step if done else 0)
+    elif done.run_id is not None:  # its driver died after the last checkpoint, perhaps before its metrics were sent
+        send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
+    kept = done.best or done.name
+    return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
+
+
+def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
+    """How far an earlier run of this recipe came, noted in MLflow."""
+    found = newest(folder, read=True)
+    if found is not None:
+        check_plan(join(folder, found.name), found, digest)
+        log.info("train: goes on after step %d, epoch %d (%s)", found.step, found.epoch, join(folder, found.name))
+        tracker.set_tags(run_id, {"resumed_from_run": str(found.run_id), "resumed_after_step": str(found.step)})
+    return found
+
+
+def _fit(job: Job, step: int) -> Progress:
+    """Run the workers, from `step` on, with Ray's restarts."""
+    with (
+        _progress(job.tracker, job.run_id, job.config.train.epochs),
+        tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
+    ):
+        try:
+            result: Progress = _trainer(job, step, scratch).fit().return_value
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    return result
+
+
+class _Trainer(TorchTrainer):
+    """Leaves SIGINT to the program, like SIGTERM.
+
+    Ray's own handler asks its controller to end the run and waits for it: for as long as the workers find no room.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
+
+
+def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
+    """Ray Train's part: the workers and their restarts. It keeps no checkpoint, so its folder is a scratch one."""
+    cluster = job.config.cluster
+    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return _Trainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=_process_group(cluster),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,  # a range is elastic: as many as there is room for
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),  # see `restarts`
+            worker_runtime_env={"env_vars": _worker_environment(cluster)},
+            callbacks=[
+                Failures(job.folder, step, cluster.max_failures),
+                Room(cluster.wait_minutes, f"{cluster.fewest_workers} x ({worker})"),
+            ],
+        ),
+    )
+
+
+def _process_group(cluster: ClusterConfig) -> TorchConfig:
+    """What the ranks sum through. A rank waits for as long as another one works; Ray's 30 minutes would end a run."""
+    return TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=_WAIT_S)
+
+
+def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Threads as many as CPUs; and patience with a storage that is away, for a worker loses work when it gives up."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `cluster.prepare_environment`
+        "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),
+    }
+
+
+def _cause(error: TrainingFailedError) -> PipelineError:
+    """The error of ours that ended the run (`restarts`), else a StageError with Ray's reason."""
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    match failure:
+        case PipelineError():
+            return failure
+        case InsufficientClusterResourcesError():  # of clusters that say how far they grow
+            return ResourceError(f"train: {failure}")
+    return StageError(f"train: {error}")
+
+
+@contextmanager
+def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[None]:
+    """Log each epoch as rank 0 records it in MLflow; workers may be on other machines."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        shown, away = 0.0, False
+        while not stop.wait(_POLL_S):
+            try:
+                latest = tracker.latest_metrics(run_id)
+            except TrackingError as error:
+                if not away:
+                    log.warning("train: goes on without MLflow for now (%s)", str(error).splitlines()[0])
+                away = True
+                continue
+            away = False
+            if latest.get("epoch", 0.0) > shown:
+                shown = latest["epoch"]
+                log.info("train: epoch %d/%d, loss %.4f", shown, epochs, latest["train_loss"])
+
+    thread = threading.Thread(target=watch, name="train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,72 @@
+"""What a training needs of memory: running out says which setting to lower, and is tried before step one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.config.model import SelectConfig, TrainConfig
+from pipeline.errors import StageError
+
+Part = Literal["selection", "gradient pass", "validation"]
+_HOST = "DefaultCPUAllocator"  # torch's own word where the host has no memory left; it has no class of its own
+
+
+@contextmanager
+def memory_advice(train: TrainConfig, selecting: SelectConfig, part: Part) -> Iterator[None]:
+    """Turn running out of memory inside into a StageError that names the settings to lower, with their values.
+
+    Args:
+        train: what the step does.
+        selecting: what the selection does.
+        part: what runs inside.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, torch.OutOfMemoryError)
+            and _HOST not in str(error)
+        ):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise StageError(
+            f"train: out of memory in the {part} ({reason}); lower {_settings(train, selecting, part)}"
+        ) from error
+
+
+def _settings(train: TrainConfig, selecting: SelectConfig, part: Part) -> str:
+    if part != "gradient pass":
+        chunk = f"model.select.chunk={selecting.chunk}"
+        if selecting.mode in ("random", "every"):
+            return chunk
+        batch = "null, which is 256 on a GPU and 32 on a CPU" if train.score_batch is None else str(train.score_batch)
+        return f"train.score_batch ({batch}); above that number, {chunk} too"
+    slides = f"train.batch_size={train.batch_size}"
+    memory = f"model.select.memory={selecting.memory}"
+    if train.bounded:
+        return f"train.grad_chunk={train.grad_chunk}; if that does not do, {memory}"
+    if train.micro_batch is None:
+        slides += ", set train.micro_batch"
+    else:
+        slides = f"train.micro_batch={train.micro_batch}"
+    return f"{memory} or {slides}, or set train.bounded=true with train.norm=group (or frozen, for pretrained weights)"
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Inside, a step may be tried: random numbers, running statistics and gradients are as before afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            model.zero_grad(set_to_none=True)

@@ -1,0 +1,330 @@
+"""The training loop: a generator of steps. It knows neither Ray nor MLflow; draining it trains the model.
+
+One step: select without gradients (paper Algorithm 1), encode the M winners of each slide with gradients,
+aggregate, one loss on logits, one optimiser step. Over several ranks gradients are summed and the loss is
+normalised by the global count, so the same global batch gives the same step on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ips.bag import Bag, Selection
+from ips.baselines import every_patch, random_selection
+from ips.learning.gradient import bounded_backward
+from ips.learning.losses import LossSum, mean_loss, task_loss
+from ips.learning.schedule import warmup_cosine
+from ips.network.heads import Kind
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer
+from ips.selection.select import gather, select
+from pipeline.config.model import SelectConfig, TrainConfig
+from pipeline.errors import StageError
+from pipeline.training.hands import Waits, each_image, select_hand
+from pipeline.training.headroom import memory_advice, untouched
+from pipeline.training.plan import ShardAbove, Step, epoch_plan, steps_per_epoch
+from pipeline.training.ranks import Ranks, average_statistics, sum_gradients
+from pipeline.training.sampling import balanced_slides
+
+DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
+LR_FLOOR = 1e-3  # the cosine ends at lr / 1000 (official code)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Slides:
+    """The training slides, by index: how many patches each has, its targets, and how to open its bag."""
+
+    sizes: Sequence[int]
+    targets: Sequence[Mapping[str, float | tuple[float, ...]]]
+    """Task -> what `ips.learning.losses.task_loss` reads of one slide; NaN where the label is missing."""
+    kinds: Mapping[str, Kind]
+    """Task -> kind of its loss."""
+    bag: Callable[[int, int], Bag]
+    """(slide index, epoch) -> bag, augmented for that epoch."""
+    class_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> (K,), for tasks whose classes weigh differently."""
+    announce: Callable[[Sequence[int]], None] = lambda _order: None
+    """Told at the start of an epoch which slides this rank will score, in order."""
+    names: Sequence[str] = ()
+    """Of the slides, for messages; without, their indices."""
+
+    def named(self, indices: Sequence[int]) -> list[str]:
+        """Some slides, for a message."""
+        return [self.names[index] if self.names else str(index) for index in indices]
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step, as all ranks see it."""
+
+    epoch: int
+    step: int
+    """Steps taken so far, this one included."""
+    last_of_epoch: bool
+    loss: float
+    lr: float
+    slides: int
+    patches: int
+    seconds: float
+    waited: float
+    """Seconds of them in which this rank waited for patches to be read and decoded."""
+    chosen: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of this rank's last slides, by index: the rows that were selected, best first."""
+
+
+def train_steps(
+    model: IPSModel,
+    optimizer: torch.optim.Optimizer,
+    slides: Slides,
+    settings: TrainConfig,
+    selecting: SelectConfig,
+    *,
+    seed: int,
+    start_epoch: int,
+    start_step: int = 0,
+    ranks: Ranks,
+) -> Iterator[StepDone]:
+    """Train from step `start_step` of `start_epoch` to the last epoch; StageError on a loss or gradient not finite.
+
+    Before the first step the largest bags go through one, which changes nothing: StageError where memory runs out.
+    """
+    per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
+    warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
+    turn = _Turn(model, slides, settings, selecting, ranks)
+
+    def planned(epoch: int) -> tuple[Step, ...]:
+        shared = turn.sharing(epoch)
+        return _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
+
+    if start_epoch < settings.epochs:
+        turn.try_largest(start_epoch, _longest_hand(map(planned, range(start_epoch, settings.epochs))))
+    for epoch in range(start_epoch, settings.epochs):
+        plan = planned(epoch)
+        slides.announce(turn.order(plan[start_step if epoch == start_epoch else 0 :], epoch))
+        for number, hands in enumerate(plan):
+            if epoch == start_epoch and number < start_step:
+                continue
+            began, waited = time.perf_counter(), turn.waits.seconds
+            step = epoch * per_epoch + number
+            lr = settings.lr * warmup_cosine(step, warmup, total, LR_FLOOR)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            torch.manual_seed((seed * 1_000_003 + step) * 1009 + ranks.rank)
+            taken = hands.slides
+            where = f"{moment(epoch, step + 1, lr)[:-1]}, slides {', '.join(slides.named(taken))})"
+            loss = turn.gradients(hands, epoch, where)
+            optimizer.step()
+            turn.refresh()
+            patches = sum(slides.sizes[index] for index in taken)
+            seconds = time.perf_counter() - began
+            last, waited = number + 1 == len(plan), turn.waits.seconds - waited
+            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited, turn.chosen)
+
+
+def moment(epoch: int, step: int, lr: float) -> str:
+    """A step for messages; `epoch` counts from 0, steps from 1."""
+    return f"step {step} (epoch {epoch + 1}, lr {lr:g})"
+
+
+def _plan(
+    slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world_size: int, shard_above: ShardAbove
+) -> tuple[Step, ...]:
+    """The epoch's steps; with balanced sampling over the slides that it draws."""
+    drawn = list(range(len(slides.sizes)))
+    if settings.sampling == "balanced":
+        first = next(iter(slides.kinds))
+        classes = [target[first] for target in slides.targets]
+        drawn = balanced_slides([c if isinstance(c, float | int) else math.nan for c in classes], seed, epoch)
+    sizes = [slides.sizes[index] for index in drawn]
+    plan = epoch_plan(
+        sizes,
+        batch_size=settings.batch_size,
+        world_size=world_size,
+        seed=seed,
+        epoch=epoch,
+        window=settings.balance_window,
+        shard_above=shard_above,
+    )
+    return tuple(step.of(drawn) for step in plan)
+
+
+def _longest_hand(plans: Iterable[Sequence[Step]]) -> int:
+    """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones."""
+    return max(len(hand) for plan in plans for step in plan for hand in step.hands)
+
+
+class _Turn:
+    """What one rank does of a step: its gradients, summed over all ranks."""
+
+    def __init__(
+        self, model: IPSModel, slides: Slides, settings: TrainConfig, selecting: SelectConfig, ranks: Ranks
+    ) -> None:
+        self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
+        self.waits = Waits()
+        self.chosen: Mapping[int, Tensor] = {}
+        self.scorer: Scorer | None = None
+        if selecting.mode in ("exact", "window"):
+            dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
+            self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
+
+    def refresh(self) -> None:
+        """Score with the new weights from now on."""
+        if self.scorer is not None:
+            self.scorer.refresh()
+
+    def sharing(self, epoch: int) -> ShardAbove:
+        """Which slides all ranks select together: only an exact selection is the same however it is shared."""
+        exact = self.selecting.mode == "exact" and epoch >= self.settings.explore_epochs
+        whole = self.settings.source == "stream"  # a streamed slide stays on one rank
+        return self.settings.shard_above if exact and not whole and self.ranks.group is not None else None
+
+    def order(self, plan: Sequence[Step], epoch: int) -> list[int]:
+        """The slides that this rank will score alone, one after another."""
+        if self.scorer is None or epoch < self.settings.explore_epochs:
+            return []
+        return [index for step in plan for index in step.hands[self.ranks.rank] if index not in step.shared]
+
+    def gradients(self, hands: Step, epoch: int, where: str) -> float:
+        """Put the gradients of a step, clipped, into the model; the loss over all hands.
+
+        Raises:
+            StageError: the loss or a gradient is not finite, on any rank; the weights are as they were.
+        """
+        mine, model = hands.hands[self.ranks.rank], self.model
+        self._set_modes(epoch)
+        model.zero_grad(set_to_none=True)
+        try:
+            loss = self._accumulate(hands, epoch)
+        except ValueError as error:  # `ips` refuses patches and logits that are not finite
+            raise StageError(f"{error}, at {where}; {DIVERGED}") from error
+        loss = loss.double()  # also where a rank without slides has no model's precision
+        self.ranks.sum_(loss)
+        sum_gradients(model, self.ranks)
+        if self.settings.norm != "frozen" and model.encoder.training:  # a mean of three would round
+            average_statistics(model, self.ranks, weight=float(bool(mine)))
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not loss.isfinite() or not norm.isfinite():
+            what = "loss" if not loss.isfinite() else "gradient's norm"
+            value = float(loss if not loss.isfinite() else norm)
+            raise StageError(f"the {what} became {value} at {where}; {DIVERGED}")
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
+        return float(loss)
+
+    def try_largest(self, epoch: int, longest: int) -> None:
+        """Take a step on as many of the largest bags as a rank ever gets in one, and leave no trace of it.
+
+        The largest one is selected from; of the others, whose selection needs no more memory, rows are drawn. An
+        encoder that is frozen at first has gradients already: it will need the memory when it thaws.
+
+        Args:
+            epoch: whose augmentation the bags have.
+            longest: slides of a rank in one step, at most.
+        """
+        settings, slides = self.settings, self.slides
+        largest = sorted(range(len(slides.sizes)), key=lambda index: -slides.sizes[index])
+        hand = largest[: min(longest, settings.micro_batch or longest)]
+        with untouched(self.model):
+            self._set_modes(max(epoch, settings.freeze_encoder_epochs))
+            bags = [slides.bag(index, epoch) for index in hand]
+            try:
+                self._winners(bags[:1], settings.explore_epochs)
+                self._backward(bags, self._drawn(bags), hand, hand)
+            except ValueError as error:
+                names = ", ".join(slides.named(hand))
+                raise StageError(f"{error}, when the largest slides ({names}) were tried before step 1") from error
+
+    def _set_modes(self, epoch: int) -> None:
+        """Training mode; a frozen encoder has no gradients, and its statistics stay."""
+        frozen = self.settings.freeze_encoder or epoch < self.settings.freeze_encoder_epochs
+        self.model.train()
+        self.model.encoder.requires_grad_(not frozen)
+        if frozen:
+            self.model.encoder.eval()
+
+    def _accumulate(self, hands: Step, epoch: int) -> Tensor:
+        """Add up the gradients of this rank's slides, a micro-batch at a time; its part of the loss."""
+        mine = hands.hands[self.ranks.rank]
+        known: dict[int, Selection] = {}
+        if hands.shared:  # first of all: every rank comes from the same sum of gradients, and none waits for another
+            bags = [self._bag(index, epoch) for index in hands.shared]
+            known = dict(zip(hands.shared, each_image(self._winners(bags, epoch, self.ranks.group)), strict=True))
+        size = self.settings.micro_batch or max(1, len(mine))
+        loss = torch.zeros((), device=self.model.mean.device)
+        for start in range(0, len(mine), size):
+            hand = mine[start : start + size]
+            bags = [self._bag(index, epoch) for index in hand]
+            winners = select_hand(hand, bags, known, lambda others: self._winners(others, epoch))
+            loss = loss + self._backward(bags, winners, hand, hands.slides)
+            self.chosen = {slide: winners.index[n][winners.mask[n]] for n, slide in enumerate(hand)}
+        return loss
+
+    def _bag(self, index: int, epoch: int) -> Bag:
+        return self.waits.watched(self.slides.bag(index, epoch))
+
+    def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
+        selecting = self.selecting
+        mode = selecting.mode
+        if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
+            return self._drawn(bags)
+        with memory_advice(self.settings, selecting, "selection"):
+            return select(
+                self.model,
+                bags,
+                selecting.memory,
+                selecting.chunk,
+                mode,
+                scorer=self.scorer,
+                group=group,
+            )
+
+    def _drawn(self, bags: Sequence[Bag]) -> Selection:
+        """Winners that need no scores."""
+        if self.selecting.mode == "every":
+            return every_patch(bags)
+        return random_selection(bags, self.selecting.memory, torch.default_generator)
+
+    def _backward(
+        self, bags: Sequence[Bag], winners: Selection, mine: Sequence[int], everyone: Sequence[int]
+    ) -> Tensor:
+        """Add the gradients of some slides; their part of the loss, detached."""
+        model, settings = self.model, self.settings
+        dtype = _DTYPES[settings.compute_dtype]
+
+        def loss(outputs: dict[str, Tensor]) -> Tensor:
+            return _loss(outputs, self.slides, mine, everyone)
+
+        with memory_advice(settings, self.selecting, "gradient pass"):
+            if settings.norm != "batch":
+                return bounded_backward(model, bags, winners, loss, settings.grad_chunk, settings.norm, dtype)[0]
+            device = model.mean.device
+            batch = gather(bags, winners, device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = model(batch)
+            value = loss(outputs)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value.detach()
+
+
+def _loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:
+    """Mean over tasks of the loss of some slides over the weight of the labelled slides of all ranks.
+
+    Summed over ranks it is the loss of the whole batch; a task without any label in the batch adds 0.
+    """
+    sums = _sums(outputs, slides, mine)
+    blank = {task: torch.zeros(len(everyone), logits.shape[1]) for task, logits in outputs.items()}
+    weights = {task: whole.weight for task, whole in _sums(blank, slides, everyone).items()}
+    return mean_loss({task: LossSum(sums[task].total, weights[task].to(sums[task].total)) for task in sums})
+
+
+def _sums(outputs: Mapping[str, Tensor], slides: Slides, which: Sequence[int]) -> dict[str, LossSum]:
+    targets = {task: torch.tensor([slides.targets[i][task] for i in which]) for task in slides.kinds}
+    return task_loss(outputs, targets, slides.kinds, slides.class_weights)

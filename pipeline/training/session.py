@@ -1,0 +1,329 @@
+"""One rank's training from the newest checkpoint to the last epoch. It knows neither Ray nor where its peers run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ips.bag import Bag
+from ips.network.model import IPSModel
+from ips.selection.scorer import Scorer
+from pipeline.bags.augment import Augment
+from pipeline.bags.sources import LabelledSource, open_bag
+from pipeline.bags.streamed import StreamedSlide
+from pipeline.cohort.labels import class_weights, target
+from pipeline.config.recipe import ClusterConfig, Config
+from pipeline.errors import StageError
+from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
+from pipeline.model.build import build_model, build_optimizer
+from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.storage.lease import Lease
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.headroom import memory_advice
+from pipeline.training.journal import Journal, send_unsent
+from pipeline.training.loop import DIVERGED, Slides, StepDone, moment, train_steps
+from pipeline.training.ranks import Ranks, agreed, gathered
+from pipeline.training.saver import Saver, restore
+from pipeline.training.stopping import Watch
+from pipeline.training.validation import check_finite, look, predict_together
+
+if TYPE_CHECKING:
+    from pipeline.bags.streaming import Feed
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 4  # slides on the contact sheet of an epoch
+_GROWTH = 1.1  # of memory beyond what was tried, from which on the log says so
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know; travels by pickle."""
+
+    config: Config
+    train: tuple[LabelledSource, ...]
+    val: tuple[LabelledSource, ...]
+    plan_digest: str
+    folder: str
+    """Of the run's checkpoints, a URI."""
+    tracker: Tracker
+    run_id: str
+    lease: Lease | None = None
+    """Under which checkpoints are written; None where nobody else can write there."""
+
+
+def run_session(
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    start: str | None,
+    is_leaving: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Train to the last epoch; all ranks call this with the same arguments but their rank and device.
+
+    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing that differs between
+    ranks.
+
+    Args:
+        job: what to train.
+        ranks: where this rank stands.
+        device: of this rank.
+        start: name of the checkpoint to go on from; None begins.
+        is_leaving: asked after every step on every rank: whether the machine is about to be taken away. A checkpoint
+            is then written at once.
+    """
+    settings = job.config.train
+    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
+    model = build_model(job.config, pretrained=start is None).to(device)
+    optimizer = build_optimizer(model, settings)
+    begun = Progress(0, 0, job.plan_digest)
+    progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
+    if progress.is_last:  # the worker was lost after its last step, or early stopping had ended the run
+        if ranks.rank == 0:
+            send_unsent(job.tracker, job.run_id, progress.unsent)
+        return progress
+    bound = 0.0  # peak memory after the trial of the largest bags and one step: what later steps should not pass
+    with ExitStack() as stack:
+        keeper = _Keeper.at_work(job, model, optimizer, progress, stack) if ranks.rank == 0 else None
+        for done in train_steps(
+            model,
+            optimizer,
+            training_slides(job),
+            settings,
+            job.config.model.select,
+            seed=job.config.seed,
+            start_epoch=progress.epoch,
+            start_step=progress.step_in_epoch,
+            ranks=ranks,
+        ):
+            progress = _advanced(progress, done, settings.epochs)
+            leaving = is_leaving()
+            bound = bound or _peak_bytes(ranks, device)
+            if keeper is not None:
+                keeper.note(done)
+            looked = _look(model, job, ranks, device, done)
+            if done.last_of_epoch:
+                peaks = {"peak_memory_mb": _peak_bytes(ranks, device) / 1e6, "memory_bound_mb": bound / 1e6}
+                progress = replace(progress, metrics={**progress.metrics, **peaks})
+            if keeper is not None:
+                progress = keeper.after(done, progress, looked, leaving=leaving)
+            if done.last_of_epoch and settings.patience is not None:
+                progress = replace(progress, is_last=agreed(ranks, device, answer=progress.is_last))
+            if progress.is_last:
+                break
+    return progress
+
+
+def _advanced(before: Progress, done: StepDone, epochs: int) -> Progress:
+    """The progress after one more step; at the end of an epoch with its metrics."""
+    sums = {"steps": 1.0, "loss": done.loss, "patches": float(done.patches), "seconds": done.seconds}
+    sums["waited"] = done.waited
+    tally = {key: before.tally.get(key, 0.0) + value for key, value in sums.items()}
+    if not done.last_of_epoch:
+        return replace(before, step=done.step, step_in_epoch=before.step_in_epoch + 1, tally=tally)
+    epoch = done.epoch + 1
+    metrics = _epoch_metrics(epoch, tally)
+    return replace(
+        before, epoch=epoch, step=done.step, step_in_epoch=0, tally={}, metrics=metrics, is_last=epoch == epochs
+    )
+
+
+@dataclass
+class _Keeper:
+    """What rank 0 does beside training: checkpoints, metrics."""
+
+    job: Job
+    model: IPSModel
+    optimizer: torch.optim.Optimizer
+    journal: Journal
+    saver: Saver
+    watch: Watch
+    saved_at: float = field(default_factory=time.monotonic)
+    has_left: bool = False
+    has_warned: bool = False
+
+    @classmethod
+    def at_work(
+        cls, job: Job, model: IPSModel, optimizer: torch.optim.Optimizer, progress: Progress, stack: ExitStack
+    ) -> _Keeper:
+        """From `progress` on, until the stack ends.
+
+        The journal ends last: a finished training is kept even where its last metrics cannot be sent.
+        """
+        journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
+        saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
+        return cls(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
+
+    def note(self, done: StepDone) -> None:
+        """Log the step."""
+        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
+
+    def after(
+        self, done: StepDone, progress: Progress, looked: Mapping[str, float] | None, *, leaving: bool
+    ) -> Progress:
+        """At the end of an epoch log it, and what was looked at; write a checkpoint where one is due."""
+        if done.last_of_epoch:
+            progress = self._end_epoch(progress, looked)
+            shown = list(done.chosen.items())[:_SHOWN]
+            self.journal.show(progress.epoch, [(self.job.train[index][1], rows) for index, rows in shown])
+        must = progress.is_last or progress.best == progress.name
+        due = done.last_of_epoch or self._is_due(done.step, self.job.config.cluster)
+        if leaving and not self.has_left:
+            self.has_left = True
+            self._save(progress)
+            self.saver.wait()
+        elif must or (due and not self.saver.is_busy):
+            self._save(progress)
+        return progress
+
+    def _end_epoch(self, progress: Progress, looked: Mapping[str, float] | None) -> Progress:
+        """With what a look at the validation split says, where one was due."""
+        settings, epoch = self.job.config.train, progress.epoch
+        metrics, watch = dict(progress.metrics), self.watch
+        self._warn_of_memory(metrics)
+        if looked is not None:
+            metrics |= looked
+            if settings.keeps_best:
+                watch = self.watch = watch.after(metrics, epoch, settings)
+        metrics |= watch.metrics
+        self.journal.add(progress.step, metrics)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "epoch")
+        log.info("epoch %d/%d: %s", epoch, settings.epochs, shown)
+        return replace(
+            progress,
+            metrics=metrics,
+            best=progress.name if watch.best_epoch == epoch else progress.best,
+            is_last=progress.is_last or watch.is_over(settings),
+        )
+
+    def _warn_of_memory(self, metrics: Mapping[str, float]) -> None:
+        peak, bound = metrics["peak_memory_mb"], metrics["memory_bound_mb"]
+        if peak > _GROWTH * bound and not self.has_warned:
+            self.has_warned = True
+            log.warning(
+                "train: a worker has used %.0f MB, and %.0f MB when the largest slides had been tried and one step "
+                "taken: later steps or looks need more than was tried, and may run out of it",
+                peak,
+                bound,
+            )
+
+    def _is_due(self, step: int, cluster: ClusterConfig) -> bool:
+        if cluster.checkpoint_steps is not None and step % cluster.checkpoint_steps == 0:
+            return True
+        return time.monotonic() - self.saved_at >= 60 * cluster.checkpoint_minutes
+
+    def _save(self, progress: Progress) -> None:
+        complete = replace(progress, run_id=self.job.run_id, unsent=self.journal.unsent)
+        self.saver.save(take_snapshot(self.model, self.optimizer, self.job.config, complete))
+        self.saved_at = time.monotonic()
+
+
+def training_slides(job: Job) -> Slides:
+    """The loop's view of the training slides."""
+    tasks = job.config.tasks
+    weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
+    threads, feed = _threads(job), _feed(job)
+
+    def bag(index: int, epoch: int) -> Bag:
+        source = job.train[index][1]
+        settings = job.config.train
+        augment = Augment(job.config.seed, epoch, source.key, settings.stain_jitter) if settings.augment else None
+        if feed is not None:
+            return feed.bag(index, threads=threads, augment=augment)
+        return open_bag(source, threads=threads, augment=augment)
+
+    slides = Slides(
+        sizes=[source.n_patches for _, source in job.train],
+        targets=[{task.name: target(task, slide.labels[task.name]) for task in tasks} for slide, _ in job.train],
+        kinds={task.name: task.kind for task in tasks},
+        names=[slide.slide_id for slide, _ in job.train],
+        class_weights={name: torch.tensor(weight) for name, weight in weights.items() if weight is not None},
+        bag=bag,
+    )
+    return slides if feed is None else replace(slides, announce=feed.announce)
+
+
+def _threads(job: Job) -> int:
+    """That decode on this rank."""
+    return max(1, math.floor(job.config.cluster.cpus_per_worker))
+
+
+def _feed(job: Job) -> Feed | None:
+    """What streams the slides; None where they come from a store."""
+    slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
+    if not slides:
+        return None
+    from pipeline.bags.streaming import Feed  # Ray Data loads for seconds
+
+    return Feed(slides, cpus=job.config.tiling.cpus, readers=job.config.cluster.readers_per_worker)
+
+
+def _looks(epoch: int, epochs: int, every: int) -> bool:
+    """Whether the end of so many epochs is one at which the validation split is looked at."""
+    return epoch == epochs or epoch % every == 0
+
+
+def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: StepDone) -> dict[str, float] | None:
+    """What the validation slides say of the model after a step, where a look is due; all ranks call this together.
+
+    Raises:
+        StageError: the step broke the weights, which then are not saved; or memory runs out.
+    """
+    settings = job.config.train
+    if not job.val or not done.last_of_epoch or not _looks(done.epoch + 1, settings.epochs, settings.validate_every):
+        return None
+    when = f"after {moment(done.epoch, done.step, done.lr)}; {DIVERGED}"
+    names = [slide.slide_id for slide, _ in job.val]
+
+    @cache
+    def scorer() -> Scorer | None:
+        return bag_scorer(model, job.config)  # where a slide needs it: what fails then is told to the other ranks
+
+    def predict(index: int) -> BagPrediction:
+        bag = open_bag(job.val[index][1], threads=_threads(job), augment=None)
+        try:
+            with memory_advice(settings, job.config.model.select, "validation"):
+                return predict_bag(model, bag, job.config, scorer())
+        except ValueError as error:  # `ips` refuses logits that are not finite
+            raise StageError(f"{error}, of the validation slide {names[index]} {when}") from error
+
+    found = predict_together(predict, [source.n_patches for _, source in job.val], ranks, device)
+    looked = look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
+    check_finite(found, looked, names, when)
+    return looked
+
+
+def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
+    """Of an epoch, from the sums over its steps."""
+    return {
+        "epoch": float(epoch),
+        "train_loss": tally["loss"] / tally["steps"],
+        "patches_per_s": tally["patches"] / tally["seconds"],
+        "device_wait": tally["waited"] / tally["seconds"],
+        "epoch_s": tally["seconds"],
+    }
+
+
+def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
+    """The largest rank's, of device memory since the process began, or of the resident set where it computes on a CPU.
+
+    All ranks call this together.
+    """
+    on_gpu = device.type == "cuda"
+    mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
+    return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))
+
+
+def peak_resident_bytes() -> float:
+    """Of this process, by Linux; `getrusage` would count what the process was before it ran this program."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024.0 * float(line.split()[1])

@@ -1,0 +1,289 @@
+"""Runs the stages that are not done, says why, and records each as a child of one MLflow run per invocation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.bags.images import cohort_csv
+from pipeline.cluster import connected
+from pipeline.cohort.splits import check_apart, check_trainable, with_splits
+from pipeline.cohort.table import Cohort, read_cohort
+from pipeline.config.base import fingerprint
+from pipeline.config.recipe import Config
+from pipeline.demo.cohort import write_demo
+from pipeline.storage.files import (
+    exists,
+    is_remote,
+    join,
+    list_names,
+    read_bytes,
+    read_json,
+    upload,
+    upload_tree,
+    write_bytes,
+    write_json,
+)
+from pipeline.storage.lease import held, joined
+from pipeline.tiling.guide import check_environment
+from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.workflow.embed import stages_for
+from pipeline.workflow.stage import Record, Stage, Workspace, slide_tags
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would happen to one stage, and why."""
+
+    stage: str
+    action: str
+    """run, skip, or unknown (an earlier stage decides)."""
+    why: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What happened to one stage."""
+
+    record: Record
+    outcome: str
+    """done or skipped."""
+
+
+@dataclass(frozen=True)
+class WorkflowResult:
+    """What one invocation did."""
+
+    stages: Mapping[str, StageResult]
+    parent_run_id: str | None
+    """The MLflow run of this invocation; None when no stage had to run."""
+
+    @property
+    def outcome(self) -> str:
+        """done, or nothing to do."""
+        return "done" if self.parent_run_id else "nothing to do"
+
+
+def run(config: Config, last: str = "register") -> WorkflowResult:
+    """Bring every stage up to and including `last` up to date; stages that are done cost nothing."""
+    ensure_cohort(config)
+    with ExitStack() as stack:
+        tracking = _Tracking(config, stack)
+        cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
+        tracking.lineage = {**lineage(config), "cohort_digest": cohort.digest}
+        space = Workspace(
+            config,
+            cohort,
+            tracking.tracker,
+            lambda: stack.enter_context(connected(config.cluster)),
+            tracking.lineage,
+        )
+        results: dict[str, StageResult] = {}
+        for stage in stages_for(config, last):
+            results[stage.name] = _bring_up(stage, space, tracking)
+            space.records[stage.name] = results[stage.name].record
+        return WorkflowResult(results, tracking.parent)
+
+
+def plan(config: Config, last: str = "register") -> list[Planned]:
+    """What `run` would do, and why; changes nothing."""
+    missing = _missing_cohort(config)
+    if missing is not None:
+        first = Planned("demo" if config.cohort.demo is not None else "megapixel_mnist", "run", missing, None)
+        return [first, *(Planned(s.name, "unknown", "needs the cohort", None) for s in stages_for(config, last))]
+    cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
+    space = Workspace(config, cohort, _no_tracker, _no_ray, {})
+    planned: list[Planned] = []
+    for stage in stages_for(config, last):
+        if any(item.action != "skip" for item in planned):
+            planned.append(Planned(stage.name, "unknown", f"needs {planned[-1].stage}", None))
+            continue
+        identity = stage.identity(space)
+        record, why = _find(space, stage, identity)
+        if record is not None:
+            space.records[stage.name] = record
+        planned.append(Planned(stage.name, "run" if record is None else "skip", why, fingerprint(identity)))
+    return planned
+
+
+def ensure_cohort(config: Config) -> None:
+    """Write the cohort where the config asks for a generated one and it is not there."""
+    if _missing_cohort(config) is None:
+        return
+    if config.cohort.megapixel_mnist is not None:
+        write_bytes(config.cohort.uri, cohort_csv(config.cohort.megapixel_mnist))
+        return
+    assert config.cohort.demo is not None
+    folder, _, _ = config.cohort.uri.rpartition("/")
+    log.info("demo: writing %d slides to %s", config.cohort.demo.slides, folder)
+    if not is_remote(folder):
+        write_demo(folder, config.cohort.demo)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        cohort = write_demo(scratch, config.cohort.demo)
+        upload_tree(Path(scratch) / "slides", join(folder, "slides"))
+        upload(Path(cohort), config.cohort.uri)  # last: a cohort that is there is whole
+
+
+def _missing_cohort(config: Config) -> str | None:
+    """Why the generated cohort must be written; None where it is there, or the config has its own."""
+    images = config.cohort.megapixel_mnist
+    if images is None and config.cohort.demo is None:
+        return None
+    if not exists(config.cohort.uri):
+        return f"{config.cohort.uri} is absent"
+    if images is not None and read_bytes(config.cohort.uri) != cohort_csv(images):
+        return f"{config.cohort.uri} is not that of cohort.megapixel_mnist"
+    return None
+
+
+def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
+    """The cohort with its splits; labels are checked where a stage needs them."""
+    cohort = read_cohort(config.cohort.uri, config.tasks if needs_labels else ())
+    check_environment(cohort.slides, config.tiling)
+    if not needs_labels:
+        return cohort
+    cohort = with_splits(cohort, config.cohort.split, config.seed, config.tasks)
+    splits = ["train", config.evaluate.split]
+    if config.train.keeps_best and "val" not in splits:
+        splits.append("val")  # by which early stopping and the best checkpoint go
+    check_trainable(cohort, config.tasks, splits)
+    check_apart(cohort)
+    return cohort
+
+
+def _no_tracker() -> Tracker:
+    raise AssertionError("planning opens no tracker")
+
+
+def _no_ray() -> None:
+    raise AssertionError("planning starts no Ray")
+
+
+def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResult:
+    identity = stage.identity(space)
+    stage_fingerprint = fingerprint(identity)
+    found, why = _find(space, stage, identity)
+    if found is not None:
+        log.info("%s: %s (%s)", stage.name, why, stage_fingerprint)
+        return StageResult(found, "skipped")
+    log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
+    began = time.monotonic()
+    lease = join(space.config.storage.root, "stages", f"{stage.name}-{stage_fingerprint}.lease")
+    claimed = (joined if stage.shared else held)(lease, f"{stage.name} of {space.config.name}")
+    with (
+        claimed as space.lease,
+        tracking.child(stage.name, stage_fingerprint, slide_tags(space), alone=space.lease is not None) as run_id,
+    ):
+        record = stage.work(space, stage_fingerprint, run_id)
+        record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
+        if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
+            return StageResult(record, "done")
+        facts = {**record.facts, "identity": _digests(identity), "finished": time.time()}
+        write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
+    log.info("%s: done in %.0f s", stage.name, record.seconds)
+    return StageResult(record, "done")
+
+
+def _record_uri(config: Config, stage: str, stage_fingerprint: str) -> str:
+    return join(config.storage.root, "stages", f"{stage}-{stage_fingerprint}.json")
+
+
+def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[Record | None, str]:
+    """The record of a finished stage that still holds, and why it is skipped; or None, and why it has to run."""
+    uri = _record_uri(space.config, stage.name, fingerprint(identity))
+    if not exists(uri):
+        return None, _changes(space.config, stage, identity)
+    record = Record(**read_json(uri))
+    missing = [output for output in record.outputs.values() if not exists(output)]
+    if missing:
+        return None, f"its record stands, but {', '.join(missing)} is gone"
+    outdated = stage.outdated(space, record)
+    return (record, "done and unchanged") if outdated is None else (None, outdated)
+
+
+def _digests(identity: Mapping[str, Any]) -> dict[str, str]:
+    return {key: fingerprint(value) for key, value in identity.items()}
+
+
+def _changes(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
+    """What changed since the newest record of the stage."""
+    folder = join(config.storage.root, "stages")
+    names = [n for n in list_names(folder) if n.startswith(f"{stage.name}-") and n.endswith(".json")]
+    records = [Record(**read_json(join(folder, name))) for name in names]
+    if not records:
+        return "never done before"
+    newest = max(records, key=lambda record: float(record.facts["finished"]))
+    before: Mapping[str, str] = newest.facts["identity"]
+    changed = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
+    return f"changed since the last time: {', '.join(changed)}"
+
+
+class _Tracking:
+    """Opens MLflow and the parent run when the first stage has to run; a run that does nothing leaves no trace."""
+
+    def __init__(self, config: Config, stack: ExitStack) -> None:
+        self.config = config
+        self.stack = stack
+        self.parent: str | None = None
+        self.lineage: Mapping[str, str] = {}
+        self._tracker: Tracker | None = None
+
+    def tracker(self) -> Tracker:
+        if self._tracker is None:
+            tracking, root = self.config.tracking, self.config.storage.root
+            assert tracking.uri is not None  # compose.py fills both
+            assert tracking.experiment is not None
+            if not is_remote(root):
+                Path(root).mkdir(parents=True, exist_ok=True)
+            self._tracker = open_tracking(tracking.uri, tracking.experiment, join(root, "artifacts"))
+        return self._tracker
+
+    @contextmanager
+    def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str], *, alone: bool) -> Iterator[str]:
+        """The MLflow run of one stage, below this invocation's parent run, with `more` tags.
+
+        `alone`: no other process works on it, so runs that seem to have none.
+        """
+        tracker = self.tracker()
+        own = {"stage": stage, "fingerprint": stage_fingerprint, "root": self.config.storage.root}  # as the lease
+        if alone:
+            tracker.end_abandoned(own)
+        if self.parent is None:
+            self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
+            tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
+        tags = {**self.lineage, **more, **own}
+        with tracker.run(stage, self.parent, tags) as run_id, tracker.system_metrics(run_id):
+            tracker.log_params(run_id, self.config.model_dump(mode="json"))
+            yield run_id
+
+
+def lineage(config: Config) -> dict[str, str]:
+    """Tags that say what code, image and specification made a run."""
+    tags = {"config": config.name, "tiling_fingerprint": config.tiling.fingerprint()}
+    sources: dict[str, Callable[[], str | None]] = {
+        "git_sha": _git_sha,
+        "image": lambda: os.environ.get("IPS_IMAGE"),
+        "ray_submission_id": lambda: os.environ.get("RAY_SUBMISSION_ID"),
+    }
+    return tags | {key: value for key, source in sources.items() if (value := source())}
+
+
+def _git_sha() -> str | None:
+    """Commit of the code, when it runs from a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

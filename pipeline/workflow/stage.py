@@ -1,0 +1,74 @@
+"""What a stage is: what identifies it, what it does, and the record that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.bags.sources import LabelledSource, open_sources
+from pipeline.cohort.table import Cohort
+from pipeline.config.base import fingerprint
+from pipeline.config.recipe import Config
+from pipeline.storage.lease import Lease
+from pipeline.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished stage leaves behind; the JSON of `<stage>-<fingerprint>.json`."""
+
+    stage: str
+    fingerprint: str
+    outputs: Mapping[str, str]
+    """Name -> URI; every one must still exist for the record to count."""
+    metrics: Mapping[str, float]
+    facts: Mapping[str, Any]
+    """What later stages and people need to know: counts, versions, names."""
+    run_id: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Workspace:
+    """What the stages share during one invocation."""
+
+    config: Config
+    cohort: Cohort
+    tracker: Callable[[], Tracker]
+    ray: Callable[[], None]
+    """Joins or starts Ray, once, when a stage first needs it."""
+    lineage: Mapping[str, str]
+    """Name -> value of what this invocation's results come from."""
+    records: dict[str, Record] = field(default_factory=dict)
+    lease: Lease | None = None
+    """Of the stage that runs: while it stands, no other invocation does the same. None where others do, too."""
+
+    def stored(self, split: str | None = None) -> list[LabelledSource]:
+        """The committed slides of a split, in the cohort's order."""
+        keys: Mapping[str, str] = self.records["tile"].facts["keys"]
+        chosen = [
+            slide for slide in self.cohort.slides if slide.slide_id in keys and (split is None or slide.split == split)
+        ]
+        return open_sources(self.config, chosen, keys)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `identity` needs the records of the stages before it."""
+
+    name: str
+    identity: Callable[[Workspace], Mapping[str, Any]]
+    work: Callable[[Workspace, str, str], Record]
+    """(workspace, fingerprint, MLflow run id) -> record."""
+    outdated: Callable[[Workspace, Record], str | None] = lambda _space, _record: None
+    """Why a record whose outputs all exist does not hold any more; None where it does."""
+    shared: bool = False
+    """Several processes may do it at once, on the same inputs, and end with the same outputs."""
+
+
+def slide_tags(space: Workspace) -> dict[str, str]:
+    """Lineage that is known once the slides are tiled."""
+    if "tile" not in space.records:
+        return {}
+    return {"slide_keys_digest": fingerprint(sorted(space.records["tile"].facts["keys"].values()))}

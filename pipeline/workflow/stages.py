@@ -1,0 +1,321 @@
+"""The four stages of a run: what identifies each one, and what it does.
+
+A stage's fingerprint is the digest of its identity: the config fields that determine its result and the digests
+of its inputs. Its record, `<root>/stages/<stage>-<fingerprint>.json`, is written last; a record whose outputs
+still exist means the stage is done.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pyarrow import csv
+
+from pipeline import cluster
+from pipeline.bags.images import source_versions
+from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
+from pipeline.bags.streamed import is_plan_of
+from pipeline.cohort.splits import check_apart
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.config.recipe import Config
+from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
+from pipeline.ingest.tiler import TRANSIENT, version_of
+from pipeline.model.checkpoint import WEIGHTS
+from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
+from pipeline.store.ledger import write_ledger
+from pipeline.store.patches import SlideStatus
+from pipeline.training.saver import model_folder
+from pipeline.workflow import register
+from pipeline.workflow.stage import Record, Stage, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.results.evaluate import Evaluation
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_BAD_SHARE = 0.05  # of the cohort's slides, at least one, when tiling.max_bad_slides is null
+
+
+def _tile_identity(space: Workspace) -> Mapping[str, Any]:
+    slides, images = space.cohort.slides, space.config.cohort.megapixel_mnist
+    if images is not None:
+        names = [[slide.slide_id, slide.uri] for slide in slides]
+        return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
+    with ThreadPoolExecutor(16) as pool:
+        versions = list(pool.map(lambda slide: _version(slide, space.config.tiling), slides))
+    rows = [[s.slide_id, s.uri, s.mpp, asdict(v) if v else None] for s, v in zip(slides, versions, strict=True)]
+    return {"store": patch_store(space.config).uri, "slides": rows}
+
+
+def _version(slide: CohortSlide, spec: TilingConfig) -> SourceVersion | None:
+    """The source's version; None where it cannot be read, which the tile stage then reports by slide."""
+    try:
+        return version_of(slide, spec)
+    except SlideError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
+    config, slides = space.config, space.cohort.slides
+    outputs = {"ledger": join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")}
+    if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
+        statuses = image_statuses(config, slides)
+    else:
+        statuses = _tile_slides(space)
+        outputs["store"] = patch_store(config).uri
+        outputs |= _review(config, statuses, stage_fingerprint)
+        folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
+        outputs |= write_ledger(patch_store(config), slides, statuses, folder)
+    write_bytes(outputs["ledger"], ledger_csv(statuses))
+    tracker = space.tracker()
+    tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
+    if "quality" in outputs:
+        tracker.log_text(run_id, read_bytes(outputs["quality"]).decode(), "quality.html")
+    metrics = {
+        "slides": float(len(statuses)),
+        "slides_quarantined": float(sum(s.status == "quarantined" for s in statuses)),
+        "patches": float(sum(s.n_patches for s in statuses)),
+        "bad_tiles": float(sum(s.n_bad_tiles for s in statuses)),
+    }
+    tracker.log_metrics(run_id, metrics, 0)
+    _check_budget(config, statuses)
+    keys = {s.slide_id: s.key for s in statuses if s.status == "committed"}
+    # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
+    passing = TRANSIENT - {"missing", "directory"}
+    again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
+    return Record("tile", stage_fingerprint, outputs, metrics, {"keys": keys, "try_again": again})
+
+
+def _review(config: Config, statuses: Sequence[SlideStatus], stage_fingerprint: str) -> dict[str, str]:
+    """The quality page; it stands even where too many slides are bad and the stage fails."""
+    from pipeline.results.quality import quality_rows, write_quality
+
+    store, folder = patch_store(config), join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
+    outputs = write_quality(store, quality_rows(store, statuses), folder, config.name, config.tiling.fingerprint())
+    log.info("tile: look at %s", outputs["quality"])
+    return outputs
+
+
+def _tile_slides(space: Workspace) -> list[SlideStatus]:
+    """Tile the cohort on Ray, and say how far it is."""
+    from pipeline.ingest.graph import tile_cohort  # Ray Data loads in seconds; only when there is work
+
+    config, slides = space.config, space.cohort.slides
+    space.ray()
+    cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
+    done = 0
+
+    def on_status(status: SlideStatus) -> None:
+        nonlocal done
+        done += 1
+        if status.status == "quarantined":
+            log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason)
+        if done % max(1, len(slides) // 10) == 0:
+            log.info("tile: %d/%d slides", done, len(slides))
+
+    pixels = config.train.source == "store"
+    root, cpus = patch_root(config), config.tiling.cpus
+    return tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
+
+
+def _tiles_outdated(space: Workspace, record: Record) -> str | None:
+    """Slides that are not whole in the store any more (no slide.json); those alone are then tiled again."""
+    config, keys = space.config, record.facts["keys"]
+    if config.cohort.megapixel_mnist is not None:
+        return None
+    gone = gone_from("store", keys, patch_store(config).has)
+    return _plans_outdated(space, keys) if gone is None and config.train.source == "stream" else gone
+
+
+def _plans_outdated(space: Workspace, keys: Mapping[str, str]) -> str | None:
+    """Slides last planned from another version of their files, as by another job: `open_streamed` refuses them."""
+    plans, spec = patch_store(space.config), space.config.tiling
+    slides = [slide for slide in space.cohort.slides if slide.slide_id in keys]
+
+    def is_current(slide: CohortSlide) -> bool:
+        version = _version(slide, spec)
+        return version is not None and is_plan_of(plans, keys[slide.slide_id], slide, version)
+
+    with ThreadPoolExecutor(16) as pool:
+        current = list(pool.map(is_current, slides))
+    others = sorted(slide.slide_id for slide, found in zip(slides, current, strict=True) if not found)
+    return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
+
+
+def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -> str | None:
+    """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
+    with ThreadPoolExecutor(16) as pool:
+        there = list(pool.map(has, keys.values()))
+    gone = sorted(slide for slide, found in zip(keys, there, strict=True) if not found)
+    return f"{len(gone)} slides are gone from the {store}: {', '.join(gone[:5])}" if gone else None
+
+
+def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:
+    """One row a slide: status, reason, counts."""
+    columns = ("slide_id", "uri", "status", "reason", "n_patches", "n_bad_tiles", "key")
+    table = pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns})
+    sink = io.BytesIO()
+    csv.write_csv(table, sink)
+    return sink.getvalue()
+
+
+def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
+    bad = [s for s in statuses if s.status == "quarantined"]
+    allowed = config.tiling.max_bad_slides
+    if allowed is None:
+        allowed = max(1, int(_DEFAULT_BAD_SHARE * len(statuses)))
+    if len(bad) > allowed:
+        lines = "\n".join(f"  - {s.slide_id} ({s.uri}): {s.reason}" for s in bad)
+        raise DataBudgetError(
+            f"{len(bad)} of {len(statuses)} slides are quarantined and {allowed} are allowed:\n{lines}\n"
+            f"The other {len(statuses) - len(bad)} are committed and kept. Mend or remove the bad ones, "
+            f"or set tiling.max_bad_slides={len(bad)}"
+        )
+
+
+def _labelled(slides: Sequence[LabelledSource]) -> list[Any]:
+    """Slides as what they give; one that was tiled or planned anew may have lost patches under the same key."""
+    return [
+        [slide.slide_id, slide.patient_id, stored.key, stored.n_patches, dict(slide.labels)] for slide, stored in slides
+    ]
+
+
+def _train_identity(space: Workspace) -> Mapping[str, Any]:
+    return {
+        "recipe": space.config.recipe(),
+        "tiling": space.config.tiling.fingerprint(),
+        "weights": _weights_version(space.config),
+        "train": _labelled(space.stored("train")),
+        "val": _labelled(space.stored("val")),
+    }
+
+
+def _weights_version(config: Config) -> Mapping[str, Any] | None:
+    """Which version of the pretrained weights: another file under the same name is another recipe."""
+    uri = config.model.encoder.weights
+    return None if uri is None else asdict(source_version(uri))
+
+
+def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
+    from pipeline.training.driver import train
+
+    check_apart(space.cohort, space.records["tile"].facts["keys"])
+    slides, validation = space.stored("train"), space.stored("val")
+    if not validation:
+        log.warning(
+            "train: no slide of the val split is committed, so nothing is validated on the way; write val into the "
+            "cohort's split column, or raise cohort.split.val"
+        )
+    _warn_small_bags(space.config, [stored.n_patches for _, stored in slides])
+    _warn_random_encoder(space.config)
+    tracker, cohort = space.tracker(), space.cohort
+    tracker.log_dataset(run_id, "cohort", cohort.digest, cohort.uri, "training")
+    space.ray()
+    with plans_mended(space.config):
+        trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
+    facts = {"train_slides": len(slides), "val_slides": len(validation)}
+    outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
+    return Record("train", stage_fingerprint, outputs, trained.metrics, facts)
+
+
+@contextmanager
+def plans_mended(config: Config) -> Iterator[None]:
+    """Inside, a plan that names a patch which cannot be decoded is removed, so that the next run makes another.
+
+    Here and now the training cannot do without the patch: the slide's rows, and the steps drawn from them, would not
+    be those of a store, where it never was.
+    """
+    try:
+        yield
+    except PlanError as error:
+        patch_store(config).distrust(error.key)
+        raise StageError(
+            f"{error}. Run again: the tile stage then reads this slide whole and leaves such patches out, or the slide "
+            "where they are over tiling.max_bad_tiles, as train.source=store does"
+        ) from error
+
+
+def _warn_small_bags(config: Config, sizes: Sequence[int]) -> None:
+    if not sizes:
+        raise StageError("train: no slide of the train split is committed; see the tile stage's ledger")
+    if config.model.select.memory >= max(sizes):
+        log.warning(
+            "model.select.memory=%d is not below the largest bag (%d patches): all patches are used, nothing is "
+            "selected; lower it to select",
+            config.model.select.memory,
+            max(sizes),
+        )
+
+
+def _warn_random_encoder(config: Config) -> None:
+    if config.train.freeze_encoder and config.model.encoder.weights is None:
+        log.warning(
+            "train.freeze_encoder keeps the encoder as it is drawn at random, since model.encoder.weights is null; "
+            "give it weights, or unfreeze it"
+        )
+
+
+def _evaluate_identity(space: Workspace) -> Mapping[str, Any]:
+    config = space.config
+    return {
+        "train": space.records["train"].fingerprint,
+        "evaluate": config.evaluate.model_dump(),
+        "slides": _labelled(space.stored(config.evaluate.split)),
+    }
+
+
+def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
+    from pipeline.results.report import render_report
+
+    config, tracker = space.config, space.tracker()
+    check_apart(space.cohort, space.records["tile"].facts["keys"])
+    slides = space.stored(config.evaluate.split)
+    tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
+    space.ray()
+    with plans_mended(config):
+        evaluation = cluster.call(
+            evaluate_checkpoint,
+            (config, space.records["train"].outputs["checkpoint"], slides),
+            cpus=config.cluster.cpus_per_worker,
+            gpus=config.cluster.gpus_per_worker,
+            timeout_s=config.cluster.start_timeout_s,
+        )
+    folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
+    page = render_report(evaluation, config, space.cohort, space.lineage)
+    table = io.BytesIO()
+    csv.write_csv(evaluation.predictions, table)
+    write_bytes(join(folder, "predictions.csv"), table.getvalue())
+    write_bytes(join(folder, "report.html"), page.encode())
+    tracker.log_metrics(run_id, evaluation.metrics, 0)
+    tracker.log_text(run_id, page, "report.html")
+    tracker.log_text(run_id, table.getvalue().decode(), "predictions.csv")
+    outputs = {"report": join(folder, "report.html"), "predictions": join(folder, "predictions.csv")}
+    return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
+
+
+def evaluate_checkpoint(config: Config, checkpoint: str, slides: Sequence[LabelledSource]) -> Evaluation:
+    """Evaluate a checkpoint folder, given by URI; runs as a Ray task, on a GPU where the config asks for one."""
+    from pipeline.inference.prediction import load_model
+    from pipeline.results.evaluate import evaluate
+
+    with model_folder(checkpoint) as folder:
+        model, _ = load_model(folder)
+    return evaluate(model, config, slides)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("tile", _tile_identity, _tile, _tiles_outdated, shared=True),  # each slide's commit is whole or absent
+    Stage("train", _train_identity, _train),
+    Stage("evaluate", _evaluate_identity, _evaluate),
+    Stage("register", register.identity, register.register, register.outdated),
+)
+"""In the order of the data's way."""

@@ -1,0 +1,107 @@
+"""Patches to features: an oracle, weights, resumption, and Ray Data's actors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.bags.embed import Embedder, embed_slide, embed_slides, encoder_fingerprint
+from pipeline.config.embed import EmbedConfig
+from pipeline.errors import StageError
+from pipeline.model.build import build_encoder
+from pipeline.store.features import FeatureStore
+from pipeline.store.patches import StoredSlide
+from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.pipeline.tiled import part_file
+
+
+def settings(folder: Path, seed: int = 0, **changes: object) -> EmbedConfig:
+    """A truncated ResNet-18 with seeded weights."""
+    torch.manual_seed(seed)
+    encoder, _ = build_encoder(EmbedConfig.model_validate({"encoder": {"name": "resnet18", "stages": 2}}).encoder)
+    path = folder / f"weights-{seed}.pth"
+    torch.save(encoder.state_dict(), path)
+    plain = {"encoder": {"name": "resnet18", "stages": 2, "weights": str(path)}, "batch": 5}
+    return EmbedConfig.model_validate({**plain, **changes})
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[StoredSlide]:
+    folder = tmp_path_factory.mktemp("embed")
+    return [slide for _, slide in store_slides(write_cohort(folder, ["no", "yes"]), folder / "store", small_config())]
+
+
+def test_features_are_the_networks_patch_by_patch(slides: list[StoredSlide], tmp_path: Path) -> None:
+    config = settings(tmp_path, dtype="float32")
+    store = FeatureStore(str(tmp_path / "features"), "spec", encoder_fingerprint(config))
+    found = embed_slide(Embedder(config), slides[0], store, threads=1)
+    encoder, dim = build_encoder(config.encoder)
+    encoder.eval()
+    for row in (0, 3, slides[0].n_patches - 1):
+        pixels = np.asarray(Image.open(io.BytesIO(slides[0].payloads([row])[0])))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+        scaled = (torch.tensor(pixels).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            wanted = encoder(scaled[None])[0].numpy()
+        assert wanted.shape == (dim,)
+        assert found.vectors(np.array([row]))[0] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_a_feature_is_the_same_in_any_company(tmp_path: Path) -> None:
+    embedder = Embedder(settings(tmp_path, dtype="float32", batch=16))
+    pixels = torch.randint(0, 256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = embedder(pixels)
+    assert whole.dtype == np.float32
+    assert (embedder(pixels[:3]) == whole[:3]).all()
+    assert (embedder(pixels[7:8]) == whole[7:8]).all()
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    embedder = Embedder(config)
+    with torch.no_grad():
+        embedder._encoder.bn1.weight.mul_(1e9)
+    with pytest.raises(StageError, match="embed.dtype=float32"):
+        embedder(torch.full((1, 3, 32, 32), 200, dtype=torch.uint8))
+
+
+def test_other_weights_are_another_store_and_another_place_is_not(tmp_path: Path) -> None:
+    first, second = settings(tmp_path), settings(tmp_path, seed=1)
+    assert encoder_fingerprint(first) != encoder_fingerprint(second)
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(Path(str(first.encoder.weights)).read_bytes())
+    trunk = first.encoder.model_copy(update={"weights": str(moved)})
+    assert encoder_fingerprint(first.model_copy(update={"encoder": trunk})) == encoder_fingerprint(first)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_actors_make_what_is_missing(ray_session: None, slides: list[StoredSlide], tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    store = FeatureStore(str(tmp_path / "features"), "spec", encoder_fingerprint(config))
+    here = FeatureStore(str(tmp_path / "here"), "spec", encoder_fingerprint(config))
+    done: list[str] = []
+    embed_slide(Embedder(config), slides[0], store, threads=1)
+    embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
+    assert done == [slides[1].key]
+    for slide in slides:
+        rows = np.arange(slide.n_patches)
+        alone = embed_slide(Embedder(config), slide, here, threads=1).vectors(rows).astype(float)
+        assert store.slide(slide).vectors(rows) == pytest.approx(alone, rel=1e-2, abs=1e-3)
+    done.clear()
+    embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
+    assert done == []
+    part = part_file(slides[0].uri)
+    part.rename(tmp_path / "away")
+    try:
+        again = FeatureStore(str(tmp_path / "again"), "spec", encoder_fingerprint(config))
+        with pytest.raises(Exception, match=part.name) as caught:
+            embed_slides(slides, config, again, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
+        assert type(caught.value).__name__ == "StorageError"
+    finally:
+        (tmp_path / "away").rename(part)

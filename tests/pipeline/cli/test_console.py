@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import typer
+
+from pipeline.cli.console import errors, print_table
+from pipeline.errors import DataBudgetError
+
+
+def test_an_error_is_a_message_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, errors(as_json=True):
+        raise DataBudgetError("too many")
+    assert caught.value.exit_code == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"outcome": "failed", "error": "DataBudgetError", "message": "too many", "exit_code": 3}
+    assert "error: too many" in err
+
+
+def test_a_table_shows_text_whole_and_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path, remedy = f"/data/[old]/{'0123456789abcdef' * 6}/[/x]", "ray[data]==2.60"
+    print_table(("where", "remedy"), [(path, remedy)])
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in capsys.readouterr().out.splitlines()]
+    shown = ["".join(cell[column] for cell in cells if cell) for column in range(2)]
+    assert shown == [path, remedy]
+
+
+def test_a_signal_is_an_interruption_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as caught, errors(as_json=False):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,113 @@
+"""Who trains and who tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from pipeline.cohort.splits import check_apart, check_trainable, with_splits
+from pipeline.cohort.table import SPLITS, Cohort, CohortSlide
+from pipeline.config.data import SplitConfig, TaskConfig
+from pipeline.errors import CohortError
+
+TUMOR = TaskConfig(name="tumor", column="label")
+
+
+def make(labels: Sequence[str | None], patients: Sequence[str], split: str | None = None) -> Cohort:
+    slides = [
+        CohortSlide(f"s{i}", f"/s{i}", patient, split, None, {"tumor": label}, {})
+        for i, (label, patient) in enumerate(zip(labels, patients, strict=True))
+    ]
+    return Cohort("cohort.csv", tuple(slides))
+
+
+def test_what_can_be_trained_on() -> None:
+    good = with_splits(make(["0", "1"] * 10, [str(i) for i in range(20)]), SplitConfig(), 0, [TUMOR])
+    check_trainable(good, [TUMOR])
+    with pytest.raises(CohortError) as caught:
+        check_trainable(make(["1", None, "1"], ["a", "b", "c"], "train"), [TUMOR])
+    assert caught.value.problems == (
+        "task tumor: split train has only class '1' in column 'label', from which nothing can be learned or "
+        "measured; add slides of the other classes of '0', '1'",
+        "split test has no slide (train 3, val 0, test 0); add slides or change cohort.split",
+    )
+    check_trainable(make(["1", "0"], ["a", "b"], "train"), [TUMOR], splits=["train"])
+    with pytest.raises(CohortError, match="split train has no slide"):
+        check_trainable(make(["1", "0"], ["a", "b"], "test"), [TUMOR])
+
+
+def test_given_splits_stay() -> None:
+    cohort = make(["0", "1"], ["a", "b"], "val")
+    assert with_splits(cohort, SplitConfig(), 0, [TUMOR]) is cohort
+
+
+patients_of = st.lists(st.tuples(st.sampled_from(["0", "1", None]), st.integers(0, 30)), min_size=1, max_size=60)
+shares = st.sampled_from([(0.6, 0.15, 0.25), (0.8, 0.0, 0.2), (0.34, 0.33, 0.33), (1.0, 0.0, 0.0), (0.05, 0.9, 0.05)])
+
+
+@hypothesis.given(rows=patients_of, fractions=shares, seed=st.integers(0, 3), data=st.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_splits(
+    rows: list[tuple[str | None, int]], fractions: tuple[float, float, float], seed: int, data: st.DataObject
+) -> None:
+    config = SplitConfig(train=fractions[0], val=fractions[1], test=fractions[2])
+    cohort = make([label for label, _ in rows], [f"p{number}" for _, number in rows])
+    split = with_splits(cohort, config, seed, [TUMOR])
+    assert [replace(slide, split=None) for slide in split.slides] == list(cohort.slides)
+    of = {slide.slide_id: slide.split for slide in split.slides}
+
+    shuffled = replace(cohort, slides=tuple(data.draw(st.permutations(cohort.slides))))
+    again = with_splits(shuffled, config, seed, [TUMOR])
+    assert {slide.slide_id: slide.split for slide in again.slides} == of
+
+    home = {slide.patient_id: slide.split for slide in split.slides}
+    assert all(home[slide.patient_id] == slide.split for slide in split.slides)
+    used = [name for name, share in zip(SPLITS, fractions, strict=True) if share > 0]
+    label: dict[str, str] = {}
+    for slide in cohort.slides:
+        label[slide.patient_id] = max(label.get(slide.patient_id, ""), str(slide.labels["tumor"] or ""))
+    for value in set(label.values()):
+        counts = Counter(home[patient] for patient in label if label[patient] == value)
+        n = counts.total()
+        assert set(counts) <= set(used)
+        assert len(counts) == min(n, len(used))
+        for name, share in zip(SPLITS, fractions, strict=True):
+            slack = len(used)  # one of rounding, the rest so that no split stays empty
+            assert n * share - slack <= counts[name] <= n * share + slack
+
+
+def test_large_splits_have_their_shares_and_follow_the_seed() -> None:
+    cohort = make(["1" if i % 4 == 0 else "0" for i in range(400)], [f"p{i}" for i in range(400)])
+    splits = [with_splits(cohort, SplitConfig(), seed, [TUMOR]) for seed in (0, 1)]
+    for split in splits:
+        assert {name: len(split.subset(name)) for name in SPLITS} == {"train": 240, "val": 60, "test": 100}
+        positive = {name: sum(s.labels["tumor"] == "1" for s in split.subset(name)) for name in SPLITS}
+        assert positive == {"train": 60, "val": 15, "test": 25}
+    assert splits[0] != splits[1]
+    same = sum(a.split == b.split for a, b in zip(splits[0].slides, splits[1].slides, strict=True))
+    assert 150 < same < 220  # of independent splits: 400 * (0.6^2 + 0.15^2 + 0.25^2) = 178
+
+
+def test_one_file_under_two_ids_stands_in_one_split() -> None:
+    cohort = make(["0", "1", "1", "0"], ["a", "b", "c", "d"])
+    slides = [
+        replace(slide, split=split)
+        for slide, split in zip(cohort.slides, ("train", "test", "train", "val"), strict=True)
+    ]
+    apart = replace(cohort, slides=tuple(slides))
+    check_apart(apart)
+    check_apart(apart, {"s0": "k", "s2": "k", "s1": "other"})  # both of train, and one that was not committed
+    twice = replace(apart, slides=(*slides[:3], replace(slides[3], uri="/s0")))
+    with pytest.raises(CohortError) as caught:
+        check_apart(twice)
+    assert caught.value.problems == (
+        "slides 's0' (train) and 's3' (val) are the same file; remove all but one, or give them one patient_id",
+    )
+    with pytest.raises(CohortError, match=r"slides 's1' \(test\) and 's2' \(train\) are copies of one image; remove"):
+        check_apart(apart, {"s0": "k", "s1": "k2", "s2": "k2", "s3": "k3"})
+    check_apart(make(["0", "1"], ["a", "b"]), {"s0": "k", "s1": "k"})  # no splits yet

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ips.bag import TensorBag
+from pipeline.cohort.table import CohortSlide
+from pipeline.errors import SlideError
+from pipeline.inference.prediction import load_model, predict_bag, predict_slide
+from pipeline.schema import ATTENTION
+from tests.pipeline.small import PATCH, small_config, write_model, write_slide
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), small_config())
+
+
+def _bag(n: int) -> TensorBag:
+    torch.manual_seed(n)
+    return TensorBag(torch.randint(0, 256, (n, 3, PATCH, PATCH), dtype=torch.uint8))
+
+
+def test_a_bag_gives_probabilities_and_the_whole_bag_attention(folder: Path) -> None:
+    model, config = load_model(folder)
+    found = predict_bag(model, _bag(23), config)
+    assert found.values["tumour"].shape == (2,)
+    assert found.values["tumour"].sum() == pytest.approx(1.0)
+    assert found.attention.shape == (23,)
+    assert found.attention.sum() == pytest.approx(1.0, abs=1e-6)
+    np.testing.assert_array_equal(found.selected, np.argsort(-found.attention, kind="stable")[:5])
+
+
+def test_a_bag_shorter_than_the_memory_is_used_whole(folder: Path) -> None:
+    model, config = load_model(folder)
+    found = predict_bag(model, _bag(3), config)
+    assert sorted(found.selected.tolist()) == [0, 1, 2]
+
+
+def test_a_bag_prediction_is_the_model_in_evaluation_mode_and_modes_come_back(folder: Path) -> None:
+    model, config = load_model(folder)
+    model.train()
+    model.encoder.eval()
+    bag = _bag(4)
+    found = predict_bag(model, bag, config)
+    assert model.training
+    assert not model.encoder.training
+
+    model.eval()
+    with torch.inference_mode():
+        tokens = model.aggregator(model.embed(bag.patches[found.selected])[None], torch.ones(1, 4, dtype=torch.bool))
+        positive = torch.sigmoid(model.heads[0](tokens[:, 0])).item()
+    assert found.values["tumour"][1] == pytest.approx(positive, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pool", "mode"), [("attention", "random"), ("attention", "every"), ("gated", "every"), ("max", "random")]
+)
+def test_baselines_say_what_they_looked_at(tmp_path: Path, pool: str, mode: str) -> None:
+    plain = {
+        "encoder": {"stages": 2},
+        "aggregator": {"pool": pool, "heads": 2, "key_dim": 4, "hidden_dim": 16},
+        "select": {"mode": mode, "memory": 5, "chunk": 4},
+        "positions": "index",
+    }
+    model, config = load_model(write_model(tmp_path, small_config(model=plain)))
+    bag = _bag(11)
+    found, again = predict_bag(model, bag, config), predict_bag(model, bag, config)
+    assert found.selected.tolist() == again.selected.tolist()
+    assert len(set(found.selected.tolist())) == (5 if mode == "random" else 11)
+    assert found.attention.sum() == pytest.approx(1.0, abs=1e-6)
+    assert sorted(np.flatnonzero(found.attention)) == sorted(found.selected)
+    assert np.all(np.diff(found.attention[found.selected]) <= 0)
+    assert (len(set(found.attention[found.selected].tolist())) > 1) == (pool == "gated")
+    model.eval()
+    rows = torch.from_numpy(np.sort(found.selected))
+    with torch.inference_mode():
+        logits = model.pool(model.embed(bag.patches[rows]), torch.ones(1, len(rows), dtype=torch.bool), rows[None])
+    assert found.logits["tumour"] == pytest.approx(logits["tumour"].numpy()[0], abs=1e-5)
+
+
+def test_a_multiclass_head_gives_a_softmax(tmp_path: Path) -> None:
+    task = {"name": "grade", "column": "g", "kind": "multiclass", "classes": ["a", "b", "c"]}
+    model, config = load_model(write_model(tmp_path, small_config(tasks=[task])))
+    found = predict_bag(model, _bag(6), config)
+    assert found.values["grade"].shape == (3,)
+    assert found.values["grade"].sum() == pytest.approx(1.0)
+
+
+def test_a_slide_is_tiled_and_predicted(folder: Path, tmp_path: Path) -> None:
+    model, config = load_model(folder)
+    write_slide(tmp_path / "s.png", 1)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
+    found = predict_slide(model, config, slide)
+    assert found.attention.schema.equals(ATTENTION)
+    assert found.attention.num_rows == 20  # 5 of 6 columns hold tissue, on 4 rows
+    assert found.attention.column("x").to_pylist()[:6] == [0, 32, 64, 96, 128, 0]
+    assert sum(found.attention.column("selected").to_pylist()) == 5
+    assert found.extent == PATCH
+    assert found.scale == 1.0
+    assert found.thumbnail.shape == (157, 211, 3)
+    assert found.values["tumour"].sum() == pytest.approx(1.0)
+
+
+def test_a_slide_that_cannot_be_used_raises(folder: Path, tmp_path: Path) -> None:
+    model, config = load_model(folder)
+    (tmp_path / "bad.svs").write_bytes(b"not a slide")
+    with pytest.raises(SlideError, match=r"bad\.svs"):
+        predict_slide(model, config, CohortSlide("b", str(tmp_path / "bad.svs"), "p", None, None, {}, {}))
+    with pytest.raises(SlideError, match=r"none\.svs"):
+        predict_slide(model, config, CohortSlide("n", str(tmp_path / "none.svs"), "p", None, None, {}, {}))

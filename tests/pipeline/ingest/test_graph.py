@@ -1,0 +1,277 @@
+"""The tile stage: every slide gets a status, nothing is done twice, a bad slide costs that slide."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.errors import StorageError
+from pipeline.ingest.graph import tile_cohort
+from pipeline.ingest.tiler import LargeSlide, begin_slide, store_slide
+from pipeline.storage import files
+from pipeline.store.patches import SlideStatus
+from tests.bench.canvas import repeat, write_canvas
+from tests.pipeline.tiled import RGB, SPEC, contents, row, spoilt
+from tests.s3 import serve_s3
+from tests.synth import tissue_rgb, write_pyramid
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+
+def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> list[SlideStatus]:
+    seen: list[SlideStatus] = []
+    statuses = tile_cohort(slides, spec, str(store), cpus=1, on_status=seen.append)
+    assert sorted(s.slide_id for s in seen) == sorted(slide.slide_id for slide in slides)
+    assert [s.slide_id for s in statuses] == [slide.slide_id for slide in slides]
+    return statuses
+
+
+def kill_a_tiler(store: Path, ended: threading.Event) -> bool:
+    """Kills the first Ray worker seen at work after two slides are committed; False if the stage ended before."""
+    while not ended.wait(0.002):
+        if len(list(store.glob("*/*/slide.json"))) < 2:
+            continue
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "_tile_group" in " ".join(process.cmdline()):
+                    process.kill()
+                    return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pyramid(tmp_path_factory.mktemp("slides") / "good.tiff", RGB, levels=2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.mark.ray
+def test_a_mended_slide_is_tiled_again(good: Path, tmp_path: Path, store: Path, ray_session: None) -> None:
+    path = spoilt("text", good, tmp_path)
+    assert tile([row(path)], store)[0].status == "quarantined"
+    shutil.copy(good, path)
+    assert tile([row(path)], store)[0].status == "committed"
+
+
+def test_slides_and_store_on_s3(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        bucket, uri = server.bucket("slides"), "s3://slides/a b/good.tiff"
+        files.write_bytes(uri, good.read_bytes())
+        slides = [CohortSlide(name, f"{bucket}/a b/{name}.tiff", name, None, None, {}, {}) for name in ("good", "none")]
+        remote, missing = (store_slide(slide, SPEC, f"{bucket}/store") for slide in slides)
+        assert (remote.status, (missing.reason or "")[:9]) == ("committed", "missing: ")
+        local = store_slide(row(good), SPEC, str(tmp_path / "store"))
+        assert remote.key == local.key is not None
+        mirror = tmp_path / "s3" / "slides" / "store"
+        for path in (tmp_path / "store").glob("*/*/*"):
+            if path.parent.name != "sources":
+                assert path.read_bytes() == (mirror / path.relative_to(tmp_path / "store")).read_bytes()
+        assert tile_cohort(slides[:1], SPEC, f"{bucket}/store", cpus=1, on_status=print) == [remote]
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(StorageError, match="no slide can be reached"):
+            tile_cohort(slides[:1], SPEC, str(tmp_path / "other"), cpus=1, on_status=print)
+
+
+@pytest.mark.ray
+def test_a_cohort_on_ray(good: Path, tmp_path: Path, store: Path, ray_session: None) -> None:
+    other = write_pyramid(tmp_path / "other.tiff", tissue_rgb(613, 487, seed=3), levels=2)
+    twin = Path(shutil.copy(good, tmp_path / "twin.tiff"))
+    slides = [row(spoilt("blank", good, tmp_path)), row(good), row(tmp_path / "gone.tiff"), row(other), row(twin)]
+    statuses = tile(slides, store)
+    assert [s.status for s in statuses] == ["quarantined", "committed", "quarantined", "committed", "committed"]
+    assert statuses[1].key == statuses[4].key != statuses[3].key
+    assert len(list(store.rglob("slide.json"))) == 2
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    shutil.copy(good, tmp_path / "gone.tiff")  # what was missing is there now: only that one is done
+    again = tile(slides, store)
+    assert again[2].status == "committed"
+    assert [s for i, s in enumerate(again) if i != 2] == [s for i, s in enumerate(statuses) if i != 2]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.ray
+def test_a_failing_store_fails_the_stage(good: Path, tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="store"):
+        tile([row(good)], tmp_path / "file" / "store")
+
+
+@pytest.mark.ray
+def test_real_slides(shared_slides: Path, store: Path, ray_session: None) -> None:
+    names = ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs", "unreadable.svs", "unopenable.tiff"]
+    slides = [row(shared_slides / name, 0.5 if name.startswith("TCGA") else None) for name in names]
+    statuses = tile(slides, store, TilingConfig())
+    assert [s.status for s in statuses] == ["committed", "committed", "quarantined", "quarantined"]
+    assert [(s.reason or "").partition(":")[0] for s in statuses] == ["", "", "unreadable", "unopenable"]
+    assert statuses[0].n_patches > 30
+    assert statuses[1].n_patches > 120
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pipeline.ingest import graph
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+graph.begin_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))]
+rows = graph._tile_group({"item": pickle.dumps(work)}, graph._Job("run", TilingConfig(), "store", 1, True))
+status = pickle.loads(next(rows)["outcome"])
+print(status.status, status.reason)
+"""
+
+
+def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    command, environment = [sys.executable, "-c", KILLED], {**os.environ, "TMPDIR": str(tmp_path)}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=False) for _ in range(4)]
+    assert [run.returncode for run in runs] == [-9, -9, -9, 0], runs[-1].stderr
+    assert runs[-1].stdout.startswith("quarantined crash: /data/s.svs: its process was killed 3 times")
+    assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import pickle, sys, tempfile
+from pathlib import Path
+from pipeline.ingest import graph
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.errors import NodeError
+folder, slide, store = sys.argv[1:]
+tempfile.tempdir = folder
+with Path(folder, "fill").open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(error.strerror)
+work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}))]
+job = graph._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True)
+(row,) = graph._tile_group({"item": pickle.dumps(work)}, job)
+assert row["failure"] is not None, row
+error = pickle.loads(row["failure"])
+assert isinstance(error, NodeError)
+assert not any(file.stat().st_size for file in Path(tempfile.gettempdir()).glob("ips-task-run-*"))  # it was not killed
+print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["temporary files", "copies of slides"])
+def test_a_full_disk_of_a_node_is_the_nodes_fault_and_names_the_folder(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own: 64 KiB of memory as a disk, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k tmpfs {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces")
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    Image.fromarray(RGB).save(tmp_path / "s3" / "bucket" / "slide.png")
+    with serve_s3(tmp_path / "s3") as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        script, slide, store = FULL, str(tmp_path / "s3" / "bucket" / "slide.png"), str(tmp_path / "store")
+        if what == "copies of slides":
+            script = FULL.replace("tempfile.tempdir = folder\n", "").replace("mpp=None", "mpp=None, cache=folder")
+            slide = "s3://bucket/slide.png"
+        command = [sys.executable, "-c", script, str(disk), slide, store]
+        run = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    full, said = done.stdout.splitlines()
+    assert full == "No space left on device"
+    assert str(disk) in said
+    assert "No space left on device" in said
+    assert {"temporary files": "TMPDIR", "copies of slides": "tiling.cache"}[what] in said
+    assert not list(tmp_path.glob("store/*/*"))  # no slide is said to be bad
+
+
+NO_RAY = """
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.ingest.graph import tile_cohort
+from pipeline.ingest.tiler import store_slide
+path, store = sys.argv[1:]
+spec = TilingConfig(patch_px=64, min_tissue=0.4)
+slide = CohortSlide("good", path, "good", None, None, {}, {})
+store_slide(slide, spec, store)
+statuses = tile_cohort([slide], spec, store, cpus=1, on_status=lambda status: None)
+assert statuses[0].status == "committed"
+print(sorted(name for name in ("ray", "torch", "mlflow") if name in sys.modules))
+"""
+
+
+def test_tiling_loads_no_torch_and_a_complete_store_no_ray(good: Path, store: Path) -> None:
+    command = [sys.executable, "-c", NO_RAY, str(good), str(store)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.stdout.strip() == "[]", result.stderr
+    meta = [sys.executable, "-c", "import sys; sys.modules['torch'] = sys\n" + NO_RAY, str(good), str(store)]
+    assert "torch" in subprocess.run(meta, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_tasks_share_a_slide_of_13824_patches(shared_slides: Path, tmp_path: Path, ray_session: None) -> None:
+    """Twice in the cohort, beside a small one; the store is the one that a single task writes."""
+    canvas = write_canvas(tmp_path / "canvas.tiff")
+    large = repeat(canvas, tmp_path / "large.tiff", 3, 2)
+    twin = Path(shutil.copy(large, tmp_path / "twin.tiff"))
+    spec = TilingConfig(tissue="none")
+    slides = [row(large), row(twin), row(shared_slides / "CMU-1-Small-Region.svs")]
+    statuses = tile(slides, tmp_path / "store", spec)
+    assert [status.status for status in statuses] == ["committed"] * 3, statuses
+    assert statuses[0].key == statuses[1].key
+    assert statuses[0].n_patches == 13_824
+    assert isinstance(begin_slide(slides[0], spec, str(tmp_path / "other"), whole=False), LargeSlide)
+    for slide in slides:
+        store_slide(slide, spec, str(tmp_path / "whole"))
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_worker_killed_mid_slide_costs_nothing(tmp_path: Path, ray_session: None) -> None:
+    slides = []
+    for number in range(12):
+        path = write_pyramid(tmp_path / f"{number}.tiff", tissue_rgb(1511, 1213, seed=number), levels=1)
+        slides.append(row(path))
+    spec = SPEC.model_copy(update={"patch_px": 32})
+    for attempt in range(10):  # a busy machine may let the stage end before the kill
+        store = tmp_path / f"store{attempt}"
+        ended = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            killed = pool.submit(kill_a_tiler, store, ended)
+            try:
+                statuses = tile(slides, store, spec)
+            finally:
+                ended.set()
+        assert [status.status for status in statuses] == ["committed"] * 12, statuses
+        if killed.result():
+            break
+    assert killed.result()
+    for slide in slides:
+        store_slide(slide, spec, str(tmp_path / "undisturbed"))
+    assert contents(store) == contents(tmp_path / "undisturbed")

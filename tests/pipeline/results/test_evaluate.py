@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipeline.cohort.table import Cohort
+from pipeline.errors import StageError
+from pipeline.inference.prediction import load_model
+from pipeline.results.evaluate import Evaluation, evaluate
+from pipeline.results.report import render_report
+from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+LABELS = ("no", "yes", "yes", "no", "no", "yes", None)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return write_cohort(tmp_path_factory.mktemp("slides"), LABELS)
+
+
+@pytest.fixture(scope="module")
+def evaluation(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path_factory.mktemp("model"), config))
+    return evaluate(model, config, store_slides(cohort, tmp_path_factory.mktemp("store"), config))
+
+
+def test_metrics_are_named_after_the_split_and_agree_with_the_table(evaluation: Evaluation) -> None:
+    assert set(evaluation.metrics) == {
+        "test_auc", "test_auc_low", "test_auc_high", "test_accuracy", "test_slides", "test_patients",
+    }  # fmt: skip
+    table = evaluation.predictions.to_pandas()
+    known = table.dropna(subset=["tumour_label"])
+    expected = roc_auc_score(known["tumour_label"] == "yes", known["tumour_yes"])
+    assert evaluation.metrics["test_auc"] == pytest.approx(expected)
+    assert evaluation.metrics["test_auc_low"] <= expected <= evaluation.metrics["test_auc_high"]
+    assert evaluation.metrics["test_accuracy"] == (known["tumour_label"] == known["tumour_predicted"]).mean()
+    assert evaluation.metrics["test_patients"] == 4
+    json.dumps(evaluation.metrics, allow_nan=False)
+
+
+def test_slides_without_a_label_are_predicted_and_not_measured(evaluation: Evaluation) -> None:
+    assert evaluation.predictions.num_rows == 7
+    assert evaluation.predictions.column("tumour_label").to_pylist() == list(LABELS)
+    (task,) = evaluation.tasks
+    assert task.slides.tolist() == [0, 1, 2, 3, 4, 5]
+    assert task.confusion is not None
+    assert task.confusion.sum() == 6
+    assert list(task.roc) == ["yes"]
+    assert len(evaluation.found) == 7
+
+
+def test_several_tasks_average_and_the_first_ones_name_stays(cohort: Cohort, tmp_path: Path) -> None:
+    tasks = [
+        {"name": "tumour", "column": "label", "classes": ["no", "yes"]},
+        {"name": "grade", "column": "g", "kind": "multiclass", "classes": ["a", "b", "c"]},
+    ]
+    config = small_config(tasks=tasks)
+    graded = Cohort(
+        cohort.uri,
+        tuple(
+            type(slide)(slide.slide_id, slide.uri, slide.patient_id, "test", None, {**slide.labels, "grade": grade}, {})
+            for slide, grade in zip(cohort.slides, ("a", "b", None, "a", "b", "b", "a"), strict=True)
+        ),
+    )
+    model, _ = load_model(write_model(tmp_path, config))
+    result = evaluate(model, config, store_slides(graded, tmp_path / "store", config))
+    metrics = result.metrics
+    assert metrics["test_auc"] == pytest.approx((metrics["test_auc_tumour"] + metrics["test_auc_grade"]) / 2)
+    assert not np.isnan(list(metrics.values())).any()
+    assert sorted(result.tasks[1].roc) == ["a", "b"]  # no slide has class c
+
+
+def test_one_class_only_or_no_slides_is_an_error(tmp_path: Path) -> None:
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path, config))
+    with pytest.raises(StageError, match=r"evaluate: no slide of split 'test'"):
+        evaluate(model, config, [])
+    same = write_cohort(tmp_path, ("yes", "yes", None))
+    with pytest.raises(StageError, match=r"'test' have, for task 'tumour', only class 'yes'; add slides"):
+        evaluate(model, config, store_slides(same, tmp_path / "store", config))
+
+
+def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
+    tasks = [
+        {"name": "finds", "column": "f", "kind": "multilabel", "classes": ["x", "y"]},
+        {"name": "age", "column": "a", "kind": "regression", "mean": 60, "std": 10},
+        {"name": "death", "column": "t", "kind": "survival", "event_column": "e", "bins": [6, 24]},
+        {"name": "tumour", "column": "label", "classes": ["no", "yes"]},
+    ]
+    labels = zip(
+        ("x;y", "-", "y", None, "x", "y", "x"),
+        (61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0),
+        ("3.0", "8.5+", "90.0", "11.0", None, "2.0+", "7.0"),
+        strict=True,
+    )
+    slides = tuple(
+        replace(slide, labels={**slide.labels, "finds": finds, "age": age, "death": death})
+        for slide, (finds, age, death) in zip(cohort.slides, labels, strict=True)
+    )
+    config = small_config(tasks=tasks)
+    model, _ = load_model(write_model(tmp_path, config))
+    mixed = Cohort(cohort.uri, slides)
+    result = evaluate(model, config, store_slides(mixed, tmp_path / "store", config))
+    names = {
+        "auc", "auc_low", "auc_high", "accuracy", "exact_match", "r2", "c_index", "slides", "patients",
+        "auc_finds", "exact_match_finds", "r2_age", "mae_age", "c_index_death", "auc_tumour", "accuracy_tumour",
+    }  # fmt: skip
+    assert set(result.metrics) == {f"test_{name}" for name in names}
+    assert not np.isnan(list(result.metrics.values())).any()
+    table = result.predictions.to_pydict()
+    assert table["age_label"] == [61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0]
+    assert table["age_predicted"] == table["age_value"]
+    assert 30 < table["age_value"][0] < 90
+    assert table["death_label"][1] == "8.5+"
+    assert all(1 >= early >= late >= 0 for early, late in zip(table["death_6"], table["death_24"], strict=True))
+    assert {name for label in table["finds_predicted"] for name in label.split(";")} <= {"x", "y", "-"}
+    assert result.tasks[0].confusion is None
+    result = replace(result, tasks=result.tasks[1:3])  # each picture takes a tenth of a second
+    html = render_report(result, config, mixed, {})
+    assert html.count("<h2>") == 2 + len(result.tasks)
+    for text in ("R²", "Predicted against labelled", "P(after 24)", "8.5+", "61.5", "events: 4, censored: 2"):
+        assert text in html, text

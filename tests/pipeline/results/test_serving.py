@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.pipeline.small import small_config, write_model, write_slide
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
+    from mlflow.pyfunc import PythonModelContext
+
+    from pipeline.results.serving import SlideModel
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> PythonModelContext:
+    folder = write_model(tmp_path_factory.mktemp("model"), small_config())
+    return PythonModelContext({"weights": str(folder / "weights.safetensors")}, None)
+
+
+def test_rows_come_back_in_order_and_a_bad_slide_keeps_its_reason(
+    context: PythonModelContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SlideModel()
+    model.load_context(context)
+    write_slide(tmp_path / "b.png", 1)
+    write_slide(tmp_path / "a.png", 2)
+    (tmp_path / "empty.svs").touch()
+    monkeypatch.chdir(tmp_path)
+    uris = [str(tmp_path / "b.png"), "empty.svs", "a.png", "gs://bucket/x.svs", None]
+    answer = model.predict(context, pd.DataFrame({"uri": uris, "mpp": [None, 0.5, 0.25, None, None]}))
+    assert list(answer.columns) == ["uri", "tumour_no", "tumour_yes", "error"]
+    assert answer["uri"].tolist()[:4] == uris[:4]
+    assert answer["uri"].isna().tolist() == [False] * 4 + [True]
+    assert answer["tumour_no"][0] + answer["tumour_yes"][0] == pytest.approx(1.0)
+    assert answer["tumour_yes"].isna().tolist() == [False, True, False, True, True]
+    assert "empty.svs" in answer["error"][1]
+    assert answer["error"].isna().tolist() == [True, False, True, False, False]
+    assert "gs://bucket/x.svs" in answer["error"][3]
+    assert "uri is missing" in answer["error"][4]
+
+
+def test_no_rows_give_an_empty_answer(context: PythonModelContext) -> None:
+    model = SlideModel()
+    model.load_context(context)
+    assert model.predict(context, pd.DataFrame({"uri": []})).empty

@@ -1,0 +1,92 @@
+"""Slides, good and bad, for the tests of the tile stage, and what they leave in a store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.ingest import balance
+from pipeline.ingest.tiler import begin_slide, finish_slide, store_share
+from pipeline.slides import identity
+from pipeline.store import parts
+from pipeline.store.patches import SlideStatus
+from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
+
+RGB = tissue_rgb(613, 487)
+PATCH = 64
+SPEC = TilingConfig(patch_px=PATCH, min_tissue=0.4)
+
+
+def row(path: Path | str, mpp: float | None = None) -> CohortSlide:
+    """A row of a cohort, named after its file."""
+    name = Path(path).stem
+    return CohortSlide(name, str(path), name, None, mpp, {"tumor": "1"}, {})
+
+
+def spoilt(kind: str, good: Path, folder: Path) -> Path:
+    """A copy of the good slide, or another one, that the tile stage refuses."""
+    path = folder / f"{kind}.tiff"
+    if kind == "blank":
+        return write_pyramid(path, np.full((307, 411, 3), 244, np.uint8), levels=1)
+    if kind == "no-mpp":
+        return write_pyramid(path, RGB, levels=1, mpp=None)
+    if kind == "absurd-mpp":
+        return write_pyramid(path, RGB, levels=1, mpp=352.8)
+    if kind == "coarse":
+        return write_pyramid(path, RGB, levels=1, mpp=2.0)
+    if kind == "tiny":
+        return write_pyramid(path, tissue_rgb(61, 53), levels=1)
+    if kind == "folder":
+        path.mkdir()
+        return path
+    if kind != "none":
+        shutil.copy(good, path)
+    if kind == "zeroed":
+        zero_tile(path, 0, 1)
+    if kind in {"cut", "short", "empty"}:
+        cut(path, {"cut": 0.7, "short": 0.97, "empty": 0.0}[kind])
+    if kind == "text":
+        path.write_text("not a slide")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder that is not a killed writer's leftover, by path."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def part_file(folder: Path | str, number: int = 0) -> Path:
+    """The file of one part of a stored slide."""
+    (path,) = Path(folder).glob(f"part-{number:05d}-*.arrow")
+    return path
+
+
+def small_tasks(patch: Callable[[object, str, object], None]) -> None:
+    """Parts of 9 cells and tasks of 2 parts of `SPEC`: a small slide stands for one of 100,000 patches."""
+    patch(parts, "MAX_PART_PATCHES", 9)
+    patch(balance, "TASK_PX", 2 * 9 * PATCH**2)
+
+
+def sampled_digests(patch: Callable[[object, str, object], None]) -> None:
+    """Slides over 1 kB count as large: of tiles 0 to 8 of a level the digest takes 0, 2, 5 and 8."""
+    for name, value in {"WHOLE": 1000, "EDGE": 500, "BLOCK": 50, "SAMPLES": 4}.items():
+        patch(identity, name, value)
+
+
+def tile_in_shares(slide: CohortSlide, store: str, spec: TilingConfig = SPEC) -> SlideStatus:
+    """What the tasks of one run do with a large slide, one after another."""
+    begun = begin_slide(slide, spec, store, whole=False)
+    if isinstance(begun, SlideStatus):
+        return begun
+    count = parts.part_count(begun.planned.tiling)
+    for share in balance.shares(count, balance.share_count(count, PATCH)):
+        failed = store_share(begun.share(share), share, spec, store)
+        if failed is not None:
+            return failed
+    return finish_slide(begun, spec, store)

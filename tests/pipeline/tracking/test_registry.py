@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model
+from pyarrow.parquet import read_table
+
+from pipeline.bags.embed import shared_embedder
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.embed import EmbedConfig
+from pipeline.config.recipe import Config
+from pipeline.errors import StageError, StorageError, TrackingError
+from pipeline.inference.prediction import load_model, predict_slide
+from pipeline.model.build import build_encoder
+from pipeline.results.predict import predict
+from pipeline.tracking import registry
+from pipeline.tracking.registry import (
+    _REQUIREMENTS,
+    RegisteredVersion,
+    _requirements,
+    fetch,
+    find_version,
+    promote,
+    register_model,
+)
+from pipeline.tracking.tracker import Tracker, open_tracking
+from tests.pipeline.small import small_config, write_model, write_slide
+
+# MLflow 3.17 on SQLAlchemy 2.1 and pandas 3
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
+)
+
+ROOT = Path(registry.__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return open_tracking(mlflow_uri, "registry", str(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), small_config())
+
+
+def _register(tracker: Tracker, name: str, folder: Path) -> RegisteredVersion:
+    with tracker.run("register") as run_id:
+        return register_model(
+            tracker, name, folder, run_id,
+            tags={"cohort_digest": "c0ffee"}, metrics={"test_auc": 0.75}, example_uri="/slides/a.svs",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def registered(tracker: Tracker, model_folder: Path) -> RegisteredVersion:
+    return _register(tracker, "small", model_folder)
+
+
+def test_a_version_carries_lineage_metrics_and_run(tracker: Tracker, registered: RegisteredVersion) -> None:
+    entry = tracker.client.get_model_version("small", registered.version)
+    assert entry.tags["cohort_digest"] == "c0ffee"
+    assert entry.run_id == registered.run_id
+    model_id = entry.source.removeprefix("models:/")
+    logged = tracker.client.get_logged_model(model_id)
+    assert logged.status == "READY"
+    assert {metric.key: metric.value for metric in logged.metrics} == {"test_auc": 0.75}
+    run = tracker.client.get_run(registered.run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [model_id]
+    assert run.data.metrics["test_auc"] == 0.75
+
+
+def test_fetch_brings_back_the_same_weights(
+    tracker: Tracker, registered: RegisteredVersion, model_folder: Path, tmp_path: Path
+) -> None:
+    version, folder = fetch(tracker, registered.uri, tmp_path)
+    assert version == registered
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights.safetensors"]
+    ours, config = load_model(folder)
+    theirs, _ = load_model(model_folder)
+    assert config == small_config()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_aliases_move_and_the_former_champion_stays_reachable(tracker: Tracker, model_folder: Path) -> None:
+    first, second = (_register(tracker, "moving", model_folder) for _ in range(2))
+    assert promote(tracker, "moving", first.version) is None
+    assert promote(tracker, "moving", first.version) == first.version
+    with pytest.raises(TrackingError, match="previous"):
+        find_version(tracker, "models:/moving@previous")
+    assert promote(tracker, "moving", second.version) == first.version
+    assert find_version(tracker, "models:/moving@champion") == second
+    assert find_version(tracker, "models:/moving@previous") == first
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("models:/absent@champion", r"no model 'absent', only \[.*'small'"),
+        ("models:/small@champion", r"has versions \[1\] and aliases \{\}"),
+        ("models:/small/7", r"has versions \[1\]"),
+        ("models:/small", "models:/NAME@ALIAS"),
+        ("small", "models:/NAME@ALIAS"),
+    ],
+)
+def test_what_is_absent_is_named_with_what_there_is(
+    tracker: Tracker, registered: RegisteredVersion, uri: str, message: str
+) -> None:
+    with pytest.raises(TrackingError, match=message):
+        find_version(tracker, uri)
+
+
+def test_a_folder_without_a_model_is_refused(tracker: Tracker, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"config\.json"):
+        _register(tracker, "none", tmp_path)
+
+
+def test_the_signature_and_the_requirements_are_what_a_host_can_install(
+    tracker: Tracker, registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    source = tracker.client.get_model_version_download_uri("small", registered.version)
+    local = Path(download_artifacts(source, dst_path=str(tmp_path)))
+    model = Model.load(str(local))
+    assert model.signature is not None
+    assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp"]
+    assert [spec.name for spec in model.signature.outputs.inputs] == ["uri", "tumour_no", "tumour_yes", "error"]
+    requirements = (local / "requirements.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in requirements)
+    assert not any("+" in line for line in requirements)
+    assert (local / "code" / "pipeline" / "results" / "serving.py").is_file()
+    assert (local / "code" / "ips" / "network" / "model.py").is_file()
+    assert not list(local.rglob("*.pyc"))
+
+
+def test_every_package_that_serving_imports_is_a_requirement() -> None:
+    """Lazy imports too: tiles in JPEG 2000 need one of these alone."""
+    optional = {"timm"}  # of models that need it
+    others = {"h5py", "ray", "aiohttp", "botocore"}  # of patch coordinates, of the embed stage, and s3fs's own
+    wanted, seen, rest = set(), set(), {"pipeline.results.serving"}
+    while rest:
+        seen.add(name := rest.pop())
+        path = ROOT.joinpath(*name.split("."))
+        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        for imported in _imports(source):
+            root = imported.partition(".")[0]
+            if root in ("pipeline", "ips"):
+                rest |= {imported} - seen
+            elif root not in sys.stdlib_module_names:
+                wanted.add(root)
+    packages = packages_distributions()
+    missing = {
+        root for root in wanted - optional - others if not {p.lower() for p in packages[root]} & set(_REQUIREMENTS)
+    }
+    assert missing == set()
+    assert "imagecodecs" in wanted
+
+
+def _imports(source: Path) -> set[str]:
+    """Modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = {name for name in names if ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()}
+            found |= inside or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("section", ["model", "embed"])
+def test_a_network_of_timm_needs_timm(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "installed", lambda name: "1.0.7" if name == "timm" else "2.0+cpu")
+    named = {"encoder": {"name": "timm:vit_tiny"}}
+    other = {"model": {"encoder": {"name": "features", "features": 8}}, "embed": named, "train": {"augment": False}}
+    config = small_config(**({"model": named} if section == "model" else other))
+    assert "timm==1.0.7" in _requirements(config)
+    assert not any(line.startswith("timm") for line in _requirements(small_config()))
+
+
+def test_a_model_on_features_brings_the_network_that_makes_them(tracker: Tracker, tmp_path: Path) -> None:
+    """Its weights lay where it was trained, and are not there any more."""
+    weights = tmp_path / "w.pth"
+    config = features_config(weights)
+    model_folder = tmp_path / "model"
+    model_folder.mkdir()
+    write_model(model_folder, config)
+    write_slide(tmp_path / "s.png", 5)
+    slide = str(tmp_path / "s.png")
+    options = {"cohort": None, "tracking_uri": tracker.uri}
+    before = predict(str(model_folder), [slide], out=tmp_path / "before", **options)  # type: ignore[arg-type]
+    version = _register(tracker, "on-features", model_folder)
+    weights.unlink()
+
+    shared_embedder.cache_clear()
+    after = predict(version.uri, [slide], out=tmp_path / "after", **options)  # type: ignore[arg-type]
+    assert (before["failed"], after["failed"]) == ({}, {})
+    tables = [read_table(tmp_path / name / "attention.parquet") for name in ("before", "after")]
+    assert tables[0].equals(tables[1])
+
+    _, folder = fetch(tracker, version.uri, tmp_path / "fetched")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "embed.weights", "weights.safetensors"]
+    _, loaded = load_model(folder)
+    assert loaded.embed is not None
+    assert loaded.embed.encoder.weights == str(folder / "embed.weights")
+    with pytest.raises(StorageError, match="w.pth: it does not exist"):
+        _register(tracker, "on-features", model_folder)
+
+
+def features_config(weights: Path) -> Config:
+    """A model on features of a truncated network whose random weights are written to a file."""
+    encoder = {"name": "resnet18", "stages": 2}
+    torch.manual_seed(0)
+    trunk, dim = build_encoder(EmbedConfig.model_validate({"encoder": encoder}).encoder)
+    torch.save(trunk.state_dict(), weights)
+    return small_config(
+        embed={"encoder": {**encoder, "weights": str(weights)}, "batch": 8},
+        model={
+            "encoder": {"name": "features", "features": dim, "dim": 16},
+            "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16},
+            "select": {"memory": 5, "chunk": 7},
+        },
+        train={"augment": False},
+    )
+
+
+@pytest.mark.slow
+def test_a_host_without_the_product_loads_it_and_a_bad_slide_fails_alone(
+    tracker: Tracker, registered: RegisteredVersion, model_folder: Path, tmp_path: Path
+) -> None:
+    write_slide(tmp_path / "good.png", 5)
+    code = f"""
+import json, sys
+import mlflow, pandas as pd
+assert "pipeline" not in sys.modules
+mlflow.set_tracking_uri({tracker.uri!r})
+model = mlflow.pyfunc.load_model({registered.uri!r})
+print(model.predict(pd.DataFrame({{"uri": ["good.png", "none.png"]}})).to_json(orient="records"))
+import pipeline
+assert "artifacts" in pipeline.__path__[0], pipeline.__path__
+assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host needs more than is listed"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    good, bad = json.loads(done.stdout.splitlines()[-1])
+    model, config = load_model(model_folder)
+    slide = CohortSlide("good", str(tmp_path / "good.png"), "p", None, None, {}, {})
+    expected = predict_slide(model, config, slide).values["tumour"]
+    assert [good["tumour_no"], good["tumour_yes"]] == pytest.approx(expected, abs=1e-5)
+    assert good["error"] is None
+    assert bad["tumour_yes"] is None
+    assert "none.png" in bad["error"]
+
+
+@contextmanager
+def _serve_mlflow(folder: Path) -> Iterator[str]:
+    """A real tracking server on a free port; it starts helpers, so the whole session is ended."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "served"),
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(300):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                break
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.slow
+def test_through_a_tracking_server_and_stdout_stays_free(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _serve_mlflow(tmp_path) as uri:
+        remote = open_tracking(uri, "served", str(tmp_path / "artifacts"))
+        registered = _register(remote, "remote", model_folder)
+        promote(remote, "remote", registered.version)
+        version, folder = fetch(remote, "models:/remote@champion", tmp_path / "fetched")
+    assert version == registered
+    assert (folder / "weights.safetensors").read_bytes() == (model_folder / "weights.safetensors").read_bytes()
+    assert capfd.readouterr().out == ""

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import pickle
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import Interrupted, StageError, TrackingError
+from pipeline.tracking.tracker import Tracker, connect, flatten, open_tracking
+
+# MLflow 3.17 on SQLAlchemy 2.1
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("art efacts")
+
+
+@pytest.fixture(scope="module")
+def tracker(mlflow_uri: str, artifacts: Path) -> Tracker:
+    return open_tracking(mlflow_uri, "tracking", str(artifacts))
+
+
+def test_artifacts_lie_where_they_were_asked_for(tracker: Tracker, artifacts: Path) -> None:
+    run_id = tracker.start_run("stage")
+    tracker.log_text(run_id, "<html>", "report.html")
+    tracker.log_image(run_id, Image.new("RGB", (7, 5)), "patches", 3)
+
+    root = artifacts / run_id / "artifacts"
+    made = sorted(str(path.relative_to(root)) for path in root.rglob("*.*"))
+    assert [name.partition("+timestamp")[0] for name in made] == 2 * ["images/patches+step+3"] + ["report.html"]
+
+
+def test_opening_again_finds_the_same_experiment(tracker: Tracker) -> None:
+    assert open_tracking(tracker.uri, "tracking", "/elsewhere") == tracker
+
+
+def test_a_relative_sqlite_path_is_made_absolute(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(tracker.uri.removeprefix("sqlite:///"))
+    with sqlite3.connect(source) as store, sqlite3.connect(tmp_path / "copy.db") as copy:
+        store.backup(copy)
+    store.close()
+    copy.close()
+    monkeypatch.chdir(tmp_path)
+    assert open_tracking("sqlite:///copy.db", "tracking", "artifacts").uri == f"sqlite:///{tmp_path}/copy.db"
+
+
+def test_runs_nest_and_end_as_the_block_ends(tracker: Tracker) -> None:
+    with tracker.run("parent", tags={"git_sha": "abc"}) as parent, tracker.run("child", parent) as child:
+        assert tracker.client.get_run(child).info.status == "RUNNING"
+    run = tracker.client.get_run(child)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "child"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert tracker.client.get_run(parent).data.tags["git_sha"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StageError("loss is NaN"), "FAILED"),
+        (Interrupted(signal.SIGTERM), "KILLED"),
+        (KeyboardInterrupt("stop"), "KILLED"),
+    ],
+)
+def test_a_run_that_raises_is_marked_and_the_error_goes_on(tracker: Tracker, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracker.run("stage") as run_id:
+        raise error
+    run = tracker.client.get_run(run_id)
+    assert run.info.status == status
+    assert run.data.tags["error"].startswith(type(error).__name__)
+
+
+def test_the_error_of_the_block_wins_over_a_store_that_went_away(tmp_path: Path) -> None:
+    gone = Tracker("http://127.0.0.1:9", "0")
+    object.__setattr__(gone, "start_run", lambda *_: "r1")
+    object.__setattr__(gone, "set_tags", _raise_tracking_error)
+    with pytest.raises(StageError, match="first") as caught, gone.run("stage"):
+        raise StageError("first")
+    assert "r1 could not be marked FAILED" in caught.value.__notes__[0]
+
+
+def _raise_tracking_error(*_: object) -> None:
+    raise TrackingError("down")
+
+
+def test_params_are_flat_and_long_values_are_cut(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # MLflow would cut them itself
+    run_id = tracker.start_run("params")
+    many = {f"p{i:03d}": i for i in range(250)}
+    tracker.log_params(run_id, {"train": {"lr": 0.1, "mean": (1, 2)}, "tasks": [{"name": "a"}], "long": "x" * 9000})
+    tracker.log_params(run_id, many)
+    params = tracker.client.get_run(run_id).data.params
+    assert params["train.lr"] == "0.1"
+    assert params["train.mean"] == "[1, 2]"
+    assert params["tasks.0.name"] == "a"
+    assert params["long"] == "x" * 6000
+    assert len(params) == 254
+
+
+def test_flatten_of_nothing() -> None:
+    assert list(flatten({"a": {}, "b": [], "c": None})) == [("b", "[]"), ("c", "null")]
+
+
+def test_metrics_have_steps_and_the_latest_is_found(tracker: Tracker) -> None:
+    run_id = tracker.start_run("metrics")
+    assert tracker.latest_step(run_id, "loss") == -1
+    for step in (0, 7, 3):
+        tracker.log_metrics(run_id, {"loss": step / 10, "lr": 1.0}, step)
+    assert tracker.latest_step(run_id, "loss") == 7
+    assert [m.step for m in tracker.client.get_metric_history(run_id, "loss")] == [0, 7, 3]
+
+
+def test_a_cohort_is_a_dataset_of_the_run(tracker: Tracker) -> None:
+    run_id = tracker.start_run("dataset")
+    tracker.log_dataset(run_id, "camelyon", "d" * 64, "s3://b/cohort.csv", "training")
+    (used,) = tracker.client.get_run(run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("camelyon", "d" * 36)
+    assert used.tags[0].value == "training"
+
+
+def test_system_metrics_are_sampled(tracker: Tracker) -> None:
+    run_id = tracker.start_run("system")
+    with tracker.system_metrics(run_id, interval_s=0.2):
+        while "system/cpu_utilization_percentage" not in tracker.client.get_run(run_id).data.metrics:
+            time.sleep(0.1)  # the test's own time limit ends it
+
+
+@pytest.mark.slow
+def test_another_process_logs_into_the_run_and_leaves_it_running(tracker: Tracker) -> None:
+    run_id = tracker.start_run("worker")
+    code = (
+        "import pickle, sys\n"
+        f"tracker = pickle.loads({pickle.dumps(tracker)!r})\n"
+        f"tracker.log_metrics({run_id!r}, {{'loss': 2.5}}, 4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+    run = tracker.client.get_run(run_id)
+    assert run.data.metrics == {"loss": 2.5}
+    assert run.info.status == "RUNNING"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_server_that_is_down_is_reported_soon() -> None:
+    with pytest.raises(TrackingError, match=r"tracking\.uri"):
+        open_tracking("http://127.0.0.1:9", "exp", "artifacts")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_server_that_never_answers_is_reported_soon() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TrackingError, match="mlflow server"):
+        open_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", "exp", "artifacts")
+
+
+def test_a_file_that_is_no_store_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    with pytest.raises(TrackingError, match="mlflow db upgrade"):
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "exp", "artifacts")
+    with pytest.raises(TrackingError, match="its folder can be written"):
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db/below/mlflow.db", "exp", "artifacts")
+
+
+def test_a_deleted_experiment_is_reported(tracker: Tracker) -> None:
+    other = open_tracking(tracker.uri, "deleted", "artifacts")
+    other.client.delete_experiment(other.experiment_id)
+    with pytest.raises(TrackingError, match="experiments restore"):
+        open_tracking(tracker.uri, "deleted", "artifacts")
+
+
+def test_connecting_makes_nothing(tracker: Tracker, tmp_path: Path) -> None:
+    assert connect(tracker.uri).uri == tracker.uri
+    with pytest.raises(TrackingError, match="does not exist"):
+        connect(f"sqlite:///{tmp_path}/mlflow.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_a_killed_process_end_as_killed_with_their_parents(tracker: Tracker) -> None:
+    parent = tracker.start_run("demo")
+    child = tracker.start_run("train", parent, {"stage": "train", "fingerprint": "f1"})
+    other = tracker.start_run("train", None, {"stage": "train", "fingerprint": "f2"})
+    tracker.end_abandoned({"stage": "train", "fingerprint": "f1"})
+    states = {run_id: tracker.client.get_run(run_id).info.status for run_id in (parent, child, other)}
+    assert states == {parent: "KILLED", child: "KILLED", other: "RUNNING"}
+    assert "its process was killed" in tracker.client.get_run(child).data.tags["error"]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.cohort.table import Cohort
+from pipeline.config.recipe import Config
+from pipeline.model.build import build_model, build_optimizer
+from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.tracking.registry import champion
+from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.training.saver import Saver
+from pipeline.workflow import register
+from pipeline.workflow.stage import Record, Workspace
+from tests.pipeline.small import small_config, write_cohort
+
+# MLflow 3.17 on SQLAlchemy 2.1 and pandas 3
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+Made = Callable[[str], tuple[Workspace, str]]
+
+
+@pytest.fixture(scope="module")
+def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return open_tracking(mlflow_uri, "registration", str(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture
+def made(tracker: Tracker, tmp_path: Path) -> Made:
+    """A name of a recipe -> the workspace after its evaluation, and the run in which to register."""
+    config: Config = small_config(tracking={"uri": tracker.uri, "model": tmp_path.name})
+    cohort: Cohort = write_cohort(tmp_path, ["no"])
+    model = build_model(config)
+    with Saver(str(tmp_path / "run")) as saver:
+        saver.save(take_snapshot(model, build_optimizer(model, config.train), config, Progress(1, 1, "plan")))
+    folder = str(tmp_path / "run" / "step-00000001")
+
+    def make(recipe: str) -> tuple[Workspace, str]:
+        space = Workspace(config, cohort, lambda: tracker, lambda: None, {"git_sha": "abc"})
+        space.records = {
+            "tile": Record("tile", "t", {}, {}, {"keys": {"s0": "key"}}),
+            "train": Record("train", f"train-{recipe}", {"checkpoint": folder}, {}, {}, "run"),
+            "evaluate": Record("evaluate", f"evaluate-{recipe}", {}, {"test_auc": 0.5}, {}),
+        }
+        return space, tracker.start_run("register")
+
+    return make
+
+
+def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(made: Made, tracker: Tracker) -> None:
+    (a, run_a), (b, run_b) = made("a"), made("b")
+    name = str(a.config.tracking.model)
+    first = register.register(a, "fa", run_a)
+    assert register.outdated(a, first) is None
+    second = register.register(b, "fb", run_b)
+    assert (first.facts["version"], second.facts["version"], second.facts["previous"]) == ("1", "2", "1")
+    assert register.outdated(b, second) is None
+    assert register.outdated(a, first) == f"version 1 of {name} is registered, but the champion is 2"
+
+    again = register.register(a, "fa", run_a)
+    assert (again.facts["version"], again.facts["previous"]) == ("1", "2")
+    assert champion(tracker, name) == "1"
+    assert len(tracker.client.search_model_versions(f"name='{name}'")) == 2
+    tags = tracker.client.get_model_version(name, "1").tags
+    assert tags["git_sha"] == "abc"
+    assert len(tags["slide_keys_digest"]) == 16
+
+    tracker.client.delete_registered_model_alias(name, "champion")
+    assert register.outdated(a, again) == f"version 1 of {name} is registered, but the champion is nobody"
+
+
+def test_a_registry_that_lost_the_model_is_noticed(made: Made, tracker: Tracker, tmp_path: Path) -> None:
+    space, run_id = made("a")
+    name = str(space.config.tracking.model)
+    record = register.register(space, "f", run_id)
+    tracker.client.delete_registered_model(name)
+    assert register.outdated(space, record) == f"version 1 of {name} is no longer in the registry"
+    gone = space.config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/gone.db"})
+    space.config = space.config.model_copy(update={"tracking": gone})
+    assert "gone.db does not exist" in str(register.outdated(space, record))
