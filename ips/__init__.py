@@ -1,0 +1,51 @@
+"""Iterative Patch Selection: learn from images with more patches than a device can hold.
+
+`select` names the M patches of each image that the model's cross-attention scores highest, without gradient and in
+memory that does not depend on the image; `gather`, the model and a loss, or `bounded_backward`, train on those.
+"""
+
+from ips.bag import Bag, Batch, Certificate, Chunk, Selection, TensorBag
+from ips.learning.gradient import bounded_backward
+from ips.learning.losses import mean_loss, task_loss
+from ips.learning.schedule import parameter_groups, warmup_cosine
+from ips.network.aggregator import Aggregator
+from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder
+from ips.network.heads import probabilities
+from ips.network.model import IPSModel
+from ips.network.official import load_official
+from ips.network.pooling import GatedAttention, MaxPool, MeanPool
+from ips.network.positions import GridPositions, IndexPositions
+from ips.selection.baselines import every_patch, random_selection
+from ips.selection.scorer import Scorer
+from ips.selection.select import gather, select
+
+__all__ = [
+    "Aggregator",
+    "Bag",
+    "Batch",
+    "Certificate",
+    "Chunk",
+    "FeatureProjector",
+    "GatedAttention",
+    "GridPositions",
+    "IPSModel",
+    "IndexPositions",
+    "MaxPool",
+    "MeanPool",
+    "ResNet",
+    "Scorer",
+    "Selection",
+    "TensorBag",
+    "WrappedEncoder",
+    "bounded_backward",
+    "every_patch",
+    "gather",
+    "load_official",
+    "mean_loss",
+    "parameter_groups",
+    "probabilities",
+    "random_selection",
+    "select",
+    "task_loss",
+    "warmup_cosine",
+]

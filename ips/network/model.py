@@ -21,7 +21,7 @@ class IPSModel(nn.Module):
     Args:
         encoder: (n, C, h, w) or (n, F) -> (n, D); where it says `dim`, that is D, and other patches than its
             `channels` or `inputs` say are refused. Its strided convolutions become `ips.network.strided.Strided`.
-        aggregator: `Aggregator`, or one of `ips.baselines` with the same `forward` and `tasks`.
+        aggregator: `Aggregator`, or one of `ips.network.pooling` with the same `forward` and `tasks`.
         heads: task -> head (B, D) -> (B, K); the i-th head reads the i-th token.
         position: `GridPositions`, `IndexPositions` or None; added to embeddings after the encoder.
         mean: per channel, of pixels scaled to 0..1. Features are never normalised.

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ips.bag import Bag
-from ips.baselines import GatedAttention, every_patch, random_selection
 from ips.network.heads import probabilities
 from ips.network.model import IPSModel
+from ips.network.pooling import GatedAttention
+from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer, evaluating
 from ips.selection.select import select
 from ips.selection.transfer import arrived

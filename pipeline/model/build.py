@@ -8,12 +8,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ips.baselines import GatedAttention, MaxPool, MeanPool
 from ips.learning.schedule import parameter_groups
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel
+from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
 from ips.selection.scorer import evaluating
 from pipeline.config.model import AggregatorConfig, EncoderConfig, TrainConfig

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
-from ips.baselines import every_patch, random_selection
 from ips.learning.gradient import bounded_backward
 from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.learning.schedule import warmup_cosine
 from ips.network.heads import Kind
 from ips.network.model import IPSModel
+from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from pipeline.config.model import SelectConfig, TrainConfig

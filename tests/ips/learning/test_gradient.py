@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ips.bag import Chunk, Selection, TensorBag
-from ips.baselines import every_patch
 from ips.learning.gradient import Norm, bounded_backward
 from ips.network.model import IPSModel
 from ips.network.positions import IndexPositions
+from ips.selection.baselines import every_patch
 from ips.selection.select import gather, select
 from tests.ips.nets import bag_of, resnet_model, tiny_model
 

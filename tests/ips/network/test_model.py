@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ips.bag import Batch
-from ips.baselines import GatedAttention, MeanPool, every_patch
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector
 from ips.network.model import IPSModel
+from ips.network.pooling import GatedAttention, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
+from ips.selection.baselines import every_patch
 from ips.selection.select import gather, select
 from tests.ips.nets import TinyEncoder, bag_of, model_of, tiny_model
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from ips.bag import TensorBag
-from ips.baselines import every_patch
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector, ResNet
 from ips.network.model import IPSModel
 from ips.network.official import convert_official, load_official
 from ips.network.positions import IndexPositions
+from ips.selection.baselines import every_patch
 from ips.selection.select import gather, select
 from tests.oracle import OfficialNet
 

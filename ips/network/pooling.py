@@ -1,38 +1,14 @@
-"""What selection has to beat: other ways to choose patches, and other ways to pool them. Same model, same bags.
+"""What attention has to beat: other ways to pool patches. `IPSModel` takes them in place of `Aggregator`.
 
-`IPSModel` takes the pools in place of `Aggregator`; they have no attention logits, so they go with `random_selection`
-or `every_patch`.
+They have no attention logits, so they go with `random_selection` or `every_patch`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from ips.bag import Bag, Selection
-from ips.selection.intake import check_bags
-from ips.selection.select import assemble
-
-
-def random_selection(bags: Sequence[Bag], memory: int, generator: torch.Generator) -> Selection:
-    """M different patches of each image, drawn uniformly; every score is 1 / N. ValueError where `select` raises it."""
-    check_bags(bags, memory)
-    draws = [torch.randperm(len(bag), generator=generator)[:memory] for bag in bags]
-    return assemble([(rows, _uniform(rows, len(bag))) for rows, bag in zip(draws, bags, strict=True)], memory)
-
-
-def every_patch(bags: Sequence[Bag]) -> Selection:
-    """All patches of each image, in order: full attention, where it fits. ValueError for no bags and for empty ones."""
-    check_bags(bags, memory=1)
-    longest = max(len(bag) for bag in bags)
-    return assemble([(rows, _uniform(rows, len(rows))) for rows in map(torch.arange, map(len, bags))], longest)
-
-
-def _uniform(rows: Tensor, N: int) -> Tensor:
-    return torch.full(rows.shape, -math.log(N), dtype=torch.float64)
 
 
 class MeanPool(nn.Module):
