@@ -27,7 +27,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.model.build import build_model
-from pipeline.model.checkpoint import EMBED_WEIGHTS, load_weights, read_config
+from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
 
 RGB = npt.NDArray[np.uint8]

@@ -1,7 +1,4 @@
-"""A model folder (weights.safetensors, config.json) and a training checkpoint (the same plus state.pt).
-
-Weights are safetensors: reading them executes nothing. `state.pt` is read with `weights_only=True`.
-"""
+"""A training checkpoint as a folder: a model's two files, and state.pt, which is read with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -11,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
+from pipeline.model.folder import load_weights, save_model
 
-WEIGHTS = "weights.safetensors"
-CONFIG = "config.json"
 STATE = "state.pt"
-EMBED_WEIGHTS = "embed.weights"
-"""Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
 
 
 @dataclass(frozen=True)
@@ -65,39 +56,6 @@ class Snapshot:
     optimizer: Mapping[str, Any]
     config: Config
     progress: Progress
-
-
-def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> None:
-    """Write `weights.safetensors` and `config.json` into an existing folder."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
-
-
-def read_config(folder: Path) -> Config:
-    """The config saved beside the weights; StageError where it is absent or of another version."""
-    try:
-        return Config.model_validate_json((folder / CONFIG).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise StageError(
-            f"{folder / CONFIG}: cannot be read as a config of this version ({error}); "
-            "use the version that wrote it, or train again"
-        ) from error
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load `weights.safetensors` into a model; StageError names missing and unexpected keys."""
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or train again") from error
-    own = set(model.state_dict())
-    missing, unexpected = sorted(own - set(weights)), sorted(set(weights) - own)
-    if missing or unexpected:
-        raise StageError(
-            f"{folder / WEIGHTS}: missing keys {missing}, unexpected keys {unexpected}: it belongs to another model "
-            "or version; use the config and version that wrote it, or train again"
-        )
-    model.load_state_dict(weights)
 
 
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> Snapshot:

@@ -24,7 +24,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StageError
 from pipeline.inference.figures import overlay_png
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide
-from pipeline.model.checkpoint import WEIGHTS
+from pipeline.model.folder import WEIGHTS
 from pipeline.schema import ATTENTION
 from pipeline.storage.files import absolute
 from pipeline.tiling.guide import check_environment

@@ -1,34 +1,24 @@
-"""The model registry: a trained folder becomes a version that anyone with MLflow can load and serve.
-
-A version is a pyfunc model from code: `serving.py`, the weights as safetensors (of a model on features, also those of
-the network that makes them), the config, and the packages `ips` and `pipeline` as they were, so that a serving host
-needs the listed requirements and nothing of this repository, nor of where the model was trained.
-"""
+"""The model registry: a trained folder becomes a version that anyone with MLflow can load and serve."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version as installed
 from pathlib import Path
 
 import mlflow
-import pandas as pd
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types.schema import ColSpec, DataType, Schema
+from mlflow.models import Model
 
-from pipeline.config.recipe import Config
 from pipeline.errors import TrackingError
-from pipeline.model.checkpoint import CONFIG, EMBED_WEIGHTS, WEIGHTS, read_config
-from pipeline.storage import files
+from pipeline.model.folder import read_config
+from pipeline.tracking.package import gather_artifacts, write_package
 from pipeline.tracking.tracker import Tracker, reported
 
 CHAMPION = "champion"
@@ -36,12 +26,6 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 """Alias of the champion before it, to go back to."""
 
-_PACKAGES = Path(__file__).resolve().parents[2]
-_REQUIREMENTS = (  # what `serving.py` imports, directly or not
-    "contourpy", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "pyarrow",
-    "pydantic", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
-)  # fmt: skip
-_EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -89,13 +73,13 @@ def register_model(
     """
     client, config = tracker.client, read_config(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        artifacts = _artifacts(folder, config, Path(scratch))
+        artifacts = gather_artifacts(folder, config, Path(scratch))
         with reported(tracker.uri):
             logged = client.create_logged_model(
                 tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
             )
             model = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
-            _save_pyfunc(Path(scratch) / "model", artifacts, config, example_uri, model)
+            write_package(Path(scratch) / "model", artifacts, config, example_uri, model)
             client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
             client.finalize_logged_model(logged.model_id, "READY")
             client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -206,60 +190,3 @@ def _find_model(tracker: Tracker, name: str) -> RegisteredModel | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def _artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, str]:
-    """The model's files; with the weights of the network that makes its features, copied to where they have one name.
-
-    They lie at a path of where the model was trained, which a serving host need not reach.
-    """
-    artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
-    if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
-        files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
-        artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
-    return artifacts
-
-
-def _requirements(config: Config) -> list[str]:
-    """What a host has to install for this model."""
-    encoder = config.model.encoder
-    if encoder.name == "features" and config.embed is not None:
-        encoder = config.embed.encoder
-    names = [*_REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
-    return [f"{name}=={_public(installed(name))}" for name in names]
-
-
-def _save_pyfunc(target: Path, artifacts: dict[str, str], config: Config, example_uri: str, model: Model) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
-        from mlflow.pyfunc import save_model
-
-    save_model(
-        target,
-        python_model=_PACKAGES / "pipeline" / "results" / "serving.py",
-        artifacts=artifacts,
-        code_paths=[str(_PACKAGES / "ips"), str(_PACKAGES / "pipeline")],
-        signature=_signature(config),
-        input_example=pd.DataFrame({"uri": [example_uri], "mpp": [_EXAMPLE_MPP]}),
-        pip_requirements=_requirements(config),
-        mlflow_model=model,
-    )
-
-
-def _signature(config: Config) -> ModelSignature:
-    outputs = [column for task in config.tasks for column in task.output_columns]
-    return ModelSignature(
-        Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
-        Schema(
-            [
-                ColSpec(DataType.string, "uri"),
-                *(ColSpec(DataType.double, name) for name in outputs),
-                ColSpec(DataType.string, "error", required=False),
-            ]
-        ),
-    )
-
-
-def _public(version: str) -> str:
-    """A version without its local part (2.13.0+cpu): an index has only the public ones."""
-    return version.partition("+")[0]

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import DamagedError, StageError, StorageError
-from pipeline.model.checkpoint import CONFIG, STATE, WEIGHTS, Progress, Snapshot, load_checkpoint, write_snapshot
+from pipeline.model.checkpoint import STATE, Progress, Snapshot, load_checkpoint, write_snapshot
+from pipeline.model.folder import CONFIG, WEIGHTS
 from pipeline.storage.files import (
     delete,
     delete_folder,

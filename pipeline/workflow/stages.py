@@ -28,7 +28,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
 from pipeline.ingest.tiler import TRANSIENT, version_of
-from pipeline.model.checkpoint import WEIGHTS
+from pipeline.model.folder import WEIGHTS
 from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import SlideStatus

@@ -13,7 +13,7 @@ from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.ingest.tiler import store_slide
 from pipeline.model.build import build_model
-from pipeline.model.checkpoint import save_model
+from pipeline.model.folder import save_model
 from pipeline.store.patches import PatchStore, StoredSlide
 
 WIDTH, HEIGHT, PATCH = 211, 157, 32  # a grid of 6 x 4 whole patches

@@ -18,7 +18,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import SlideError
 from pipeline.inference.prediction import load_model
 from pipeline.model.build import build_model
-from pipeline.model.checkpoint import save_model
+from pipeline.model.folder import save_model
 from pipeline.results.evaluate import evaluate
 from pipeline.results.predict import predict
 from pipeline.results.report import render_report

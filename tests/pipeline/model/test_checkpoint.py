@@ -8,14 +8,8 @@ from torch import nn
 
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.model.checkpoint import (
-    Progress,
-    load_checkpoint,
-    load_weights,
-    read_config,
-    save_checkpoint,
-    save_model,
-)
+from pipeline.model.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pipeline.model.folder import read_config, save_model
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
 
@@ -54,19 +48,3 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"optimizer": optimizer.state_dict(), "progress": {"epochs": 4}}, tmp_path / "state.pt")
     with pytest.raises(StageError, match=r"state.pt: cannot be read as a training state of this version"):
         load_checkpoint(tmp_path, model, optimizer, "digest")
-
-
-def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    save_model(tmp_path, nn.Linear(3, 2).state_dict(), CONFIG)
-    with pytest.raises(
-        StageError, match=r"missing keys \['0.bias', '0.weight'\], unexpected keys \['bias', 'weight'\]"
-    ):
-        load_weights(nn.Sequential(nn.Linear(3, 2)), tmp_path)
-
-
-def test_absent_or_damaged_files_are_stage_errors(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="config.json: cannot be read"):
-        read_config(tmp_path)
-    (tmp_path / "weights.safetensors").write_bytes(b"\x08\x00")
-    with pytest.raises(StageError, match="weights.safetensors: cannot be read"):
-        load_weights(nn.Linear(3, 2), tmp_path)

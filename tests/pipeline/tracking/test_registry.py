@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -28,11 +26,8 @@ from pipeline.errors import StageError, StorageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder
 from pipeline.results.predict import predict
-from pipeline.tracking import registry
 from pipeline.tracking.registry import (
-    _REQUIREMENTS,
     RegisteredVersion,
-    _requirements,
     fetch,
     find_version,
     promote,
@@ -45,8 +40,6 @@ from tests.pipeline.small import small_config, write_model, write_slide
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
 )
-
-ROOT = Path(registry.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -146,52 +139,6 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     assert (local / "code" / "pipeline" / "results" / "serving.py").is_file()
     assert (local / "code" / "ips" / "network" / "model.py").is_file()
     assert not list(local.rglob("*.pyc"))
-
-
-def test_every_package_that_serving_imports_is_a_requirement() -> None:
-    """Lazy imports too: tiles in JPEG 2000 need one of these alone."""
-    optional = {"timm"}  # of models that need it
-    others = {"h5py", "ray", "aiohttp", "botocore"}  # of patch coordinates, of the embed stage, and s3fs's own
-    wanted, seen, rest = set(), set(), {"pipeline.results.serving"}
-    while rest:
-        seen.add(name := rest.pop())
-        path = ROOT.joinpath(*name.split("."))
-        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-        for imported in _imports(source):
-            root = imported.partition(".")[0]
-            if root in ("pipeline", "ips"):
-                rest |= {imported} - seen
-            elif root not in sys.stdlib_module_names:
-                wanted.add(root)
-    packages = packages_distributions()
-    missing = {
-        root for root in wanted - optional - others if not {p.lower() for p in packages[root]} & set(_REQUIREMENTS)
-    }
-    assert missing == set()
-    assert "imagecodecs" in wanted
-
-
-def _imports(source: Path) -> set[str]:
-    """Modules that a file imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            inside = {name for name in names if ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()}
-            found |= inside or {node.module}
-    return found
-
-
-@pytest.mark.parametrize("section", ["model", "embed"])
-def test_a_network_of_timm_needs_timm(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "installed", lambda name: "1.0.7" if name == "timm" else "2.0+cpu")
-    named = {"encoder": {"name": "timm:vit_tiny"}}
-    other = {"model": {"encoder": {"name": "features", "features": 8}}, "embed": named, "train": {"augment": False}}
-    config = small_config(**({"model": named} if section == "model" else other))
-    assert "timm==1.0.7" in _requirements(config)
-    assert not any(line.startswith("timm") for line in _requirements(small_config()))
 
 
 def test_a_model_on_features_brings_the_network_that_makes_them(tracker: Tracker, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import StageError, TrackingError
-from pipeline.model.checkpoint import WEIGHTS, Progress
+from pipeline.model.checkpoint import Progress
+from pipeline.model.folder import WEIGHTS
 from pipeline.storage import files
 from pipeline.storage.lease import Claim, Lease
 from pipeline.store.patches import StoredSlide

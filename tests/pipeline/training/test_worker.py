@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.model.checkpoint import WEIGHTS
+from pipeline.model.folder import WEIGHTS
 from pipeline.tracking.tracker import open_tracking
 from pipeline.training.ranks import Ranks
 from pipeline.training.saver import newest

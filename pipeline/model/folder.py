@@ -1,0 +1,52 @@
+"""A model as a folder: weights.safetensors, which executes nothing when it is read, and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config.recipe import Config
+from pipeline.errors import StageError
+
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+EMBED_WEIGHTS = "embed.weights"
+"""Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
+
+
+def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> None:
+    """Write `weights.safetensors` and `config.json` into an existing folder."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Config:
+    """The config saved beside the weights; StageError where it is absent or of another version."""
+    try:
+        return Config.model_validate_json((folder / CONFIG).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise StageError(
+            f"{folder / CONFIG}: cannot be read as a config of this version ({error}); "
+            "use the version that wrote it, or train again"
+        ) from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load `weights.safetensors` into a model; StageError names missing and unexpected keys."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or train again") from error
+    own = set(model.state_dict())
+    missing, unexpected = sorted(own - set(weights)), sorted(set(weights) - own)
+    if missing or unexpected:
+        raise StageError(
+            f"{folder / WEIGHTS}: missing keys {missing}, unexpected keys {unexpected}: it belongs to another model "
+            "or version; use the config and version that wrote it, or train again"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,86 @@
+"""A trained folder as a pyfunc model from code, complete in itself.
+
+It holds `serving.py`, the weights as safetensors (of a model on features, also those of the network that makes them),
+the config, and the packages `ips` and `pipeline` as they are, so that a serving host needs the listed requirements and
+nothing of this repository, nor of where the model was trained.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import pandas as pd
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import ColSpec, DataType, Schema
+
+from pipeline.config.recipe import Config
+from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, WEIGHTS
+from pipeline.storage import files
+
+_PACKAGES = Path(__file__).resolve().parents[2]
+REQUIREMENTS = (  # what `serving.py` imports, directly or not
+    "contourpy", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "pyarrow",
+    "pydantic", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
+)  # fmt: skip
+_EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
+
+
+def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, str]:
+    """The model's files; with the weights of the network that makes its features, copied to where they have one name.
+
+    They lie at a path of where the model was trained, which a serving host need not reach. StorageError where they
+    cannot be read.
+    """
+    artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
+    if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
+        files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
+        artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
+    return artifacts
+
+
+def write_package(target: Path, artifacts: dict[str, str], config: Config, example_uri: str, model: Model) -> None:
+    """Write the model to `target`, which is made; `artifacts` are those that `gather_artifacts` names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
+        from mlflow.pyfunc import save_model
+
+    save_model(
+        target,
+        python_model=_PACKAGES / "pipeline" / "results" / "serving.py",
+        artifacts=artifacts,
+        code_paths=[str(_PACKAGES / "ips"), str(_PACKAGES / "pipeline")],
+        signature=_signature(config),
+        input_example=pd.DataFrame({"uri": [example_uri], "mpp": [_EXAMPLE_MPP]}),
+        pip_requirements=requirements(config),
+        mlflow_model=model,
+    )
+
+
+def requirements(config: Config) -> list[str]:
+    """What a host has to install for this model."""
+    encoder = config.model.encoder
+    if encoder.name == "features" and config.embed is not None:
+        encoder = config.embed.encoder
+    names = [*REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
+    return [f"{name}=={_public(installed(name))}" for name in names]
+
+
+def _signature(config: Config) -> ModelSignature:
+    outputs = [column for task in config.tasks for column in task.output_columns]
+    return ModelSignature(
+        Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
+        Schema(
+            [
+                ColSpec(DataType.string, "uri"),
+                *(ColSpec(DataType.double, name) for name in outputs),
+                ColSpec(DataType.string, "error", required=False),
+            ]
+        ),
+    )
+
+
+def _public(version: str) -> str:
+    """A version without its local part (2.13.0+cpu): an index has only the public ones."""
+    return version.partition("+")[0]
