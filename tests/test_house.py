@@ -63,6 +63,15 @@ def test_rooms_say_what_they_are_for() -> None:
     assert list(_room_faults(ROOT)) == []
 
 
+def test_the_readme_names_every_module_beside_its_room() -> None:
+    rows = (ROOT / "pipeline" / "README.md").read_text().splitlines()
+    for room in _rooms(ROOT):
+        if room.parent.name == "pipeline":
+            (row,) = [row for row in rows if row.startswith(f"| `{room.name}` ")]
+            missing = [p.stem for p in _modules(ROOT) if p.parent == room and f"`{p.stem}`" not in row]
+            assert missing == [], room
+
+
 def test_every_module_has_a_test_of_its_name() -> None:
     assert list(_untested(ROOT)) == []
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +29,28 @@ app = typer.Typer(
         (
             "Try it on made slides: python -m pipeline run --config demo",
             "Your own: python -m pipeline run cohort.uri=cohort.csv name=mystudy, with columns slide_id, uri and label",
-            "What can be set: conf/README.md, and pipeline/config*.py for every field",
+            "What can be set: conf/README.md, and pipeline/config/ for every field",
             "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides or a damaged "
             "store, 5 resources that can never be met, 130 or 143 interrupted",
         )
     ),
 )
 _STAGES, _TILED, _MODEL, _START = "The pipeline, stage by stage", "What is tiled", "A trained model", "To begin with"
+
+
+def _print_version(asked: bool) -> None:  # noqa: FBT001
+    if asked:
+        print(version("ips-pipeline"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main() -> None:

@@ -28,10 +28,11 @@ from pipeline.storage.files import absolute, is_remote, join
 def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
     """The validated config `name` of `config_dir`; raises ConfigError with all problems at once.
 
-    `config_dir` defaults to `conf/` in the working directory, else the one beside the package.
+    `config_dir` defaults to `conf/` in the working directory, else the one that came with the package.
     Relative paths become absolute ones: Ray's workers run in directories of their own.
     """
     folder = find_config_dir(config_dir)
+    OmegaConf.register_new_resolver("conf_dir", lambda: str(folder), replace=True)  # ${conf_dir:} for files beside YAML
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"--config {name}", [f"{folder} has no {name}.yaml; it has: {known}"])
@@ -49,16 +50,17 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
 
 
 def find_config_dir(explicit: Path | None = None) -> Path:
-    """The folder of YAML files: the explicit one, `./conf`, or the one beside the package."""
+    """The folder of YAML files: the explicit one, `./conf`, or the one beside or in the package."""
     if explicit is not None:
         if not explicit.is_dir():
             raise ConfigError(f"--config-dir {explicit}", ["no such folder"])
         return explicit.resolve()
-    places = [Path.cwd() / "conf", Path(__file__).resolve().parents[2] / "conf"]
+    package = Path(__file__).resolve().parents[1]
+    places = [Path.cwd() / "conf", package.parent / "conf", package / "conf"]  # one's own, a checkout's, a wheel's
     for place in places:
         if (place / "default.yaml").is_file():
             return place
-    raise ConfigError("conf/", [f"no configuration at {places[0]} or {places[1]}; name it with --config-dir"])
+    raise ConfigError("conf/", [f"no configuration at {' or '.join(map(str, places))}; name it with --config-dir"])
 
 
 def in_ray_job() -> bool:
