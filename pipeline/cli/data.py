@@ -1,12 +1,14 @@
-"""The commands on what is tiled: look at it, hand it to other tools."""
+"""The commands on what is kept: look at it, hand it to other tools, tidy it, erase a patient."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.console import Chosen, print_json, with_config
+from pipeline.cli.console import Chosen, print_json, print_table, with_config
 from pipeline.tiling.interchange import Tool
 
 
@@ -33,3 +35,53 @@ def export(
         print_json({"outcome": "done", "slides": len(written), "files": written})
     else:
         print(out)
+
+
+DeleteOption = Annotated[bool, typer.Option("--delete", help="Do it; without this it is only told.")]
+
+
+@with_config
+def gc(
+    chosen: Chosen,
+    days: Annotated[float, typer.Option(help="Leave what is younger: a run to come may go on with it.", min=0)] = 7.0,
+    delete: DeleteOption = False,
+) -> None:
+    """List what no finished stage names below storage.root, and with --delete remove it. While no stage is at work."""
+    from pipeline.workflow.leftovers import find_leftovers, remove
+
+    found = find_leftovers(chosen.load(), days)
+    if delete:
+        remove(found)
+    if chosen.as_json:
+        outcome = "nothing to do" if not found else "done" if delete else "dry run"
+        print_json({"outcome": outcome, "bytes": sum(one.bytes for one in found), "leftovers": [*map(asdict, found)]})
+        return
+    rows = [
+        (one.uri, one.why, f"{one.bytes / 1e6:.1f}", f"{datetime.fromtimestamp(one.modified, UTC):%Y-%m-%d}")
+        for one in found
+    ]
+    print_table(("leftover", "why", "MB", "last written"), rows)
+    total = f"{len(found)} leftovers, {sum(one.bytes for one in found) / 1e6:.1f} MB"
+    print(f"{total}, removed" if delete else f"{total}; --delete removes them")
+
+
+@with_config
+def erase(
+    chosen: Chosen,
+    patient: Annotated[str, typer.Option(help="The cohort's patient_id.")],
+    delete: DeleteOption = False,
+) -> None:
+    """List all that is kept of a patient, and with --delete erase it; what only people can erase is named."""
+    from pipeline.workflow.erasure import erase as erase_traces
+    from pipeline.workflow.erasure import find_patient
+
+    traces = find_patient(chosen.load(), patient)
+    if delete:
+        erase_traces(traces)
+    if chosen.as_json:
+        facts = {"slides": sorted(traces.slides), "erased": traces.erasable, "left": traces.left}
+        print_json({"outcome": "done" if delete else "dry run", **facts})
+        return
+    print(f"{'erased' if delete else 'to be erased with --delete'}, of {len(traces.slides)} slides of {patient}:")
+    print(*(f"  {uri}" for uri in traces.erasable), sep="\n")
+    print("not erased:", *(f"  {what}" for what in traces.left), sep="\n")

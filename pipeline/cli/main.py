@@ -261,5 +261,5 @@ def _progress(what: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-for _command in (data.qc, data.export):
+for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)

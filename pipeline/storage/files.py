@@ -69,15 +69,15 @@ def parent(uri: str) -> str:
 def absolute(uri: str) -> str:
     """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
     if not is_remote(uri):
-        return str(_path(uri))
+        return str(local_path(uri))
     return "s3://" + (s3.ANONYMOUS if s3.is_anonymous(uri) else "") + s3.key(uri)
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there. A bucket that does not exist is a StorageError."""
-    with _failures(uri, "look up"):
+    with failures(uri, "look up"):
         if not is_remote(uri):
-            return _path(uri).exists()
+            return local_path(uri).exists()
         try:
             s3.call(uri, "info", s3.key(uri))
         except FileNotFoundError as error:
@@ -89,11 +89,11 @@ def exists(uri: str) -> bool:
 
 def source_version(uri: str) -> SourceVersion:
     """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
-    with _failures(uri, "read"):
+    with failures(uri, "read"):
         if is_remote(uri):
             version = _s3_version(s3.call(uri, "info", s3.key(uri)))
         else:
-            path = _path(uri)
+            path = local_path(uri)
             version = None if path.is_dir() else _local_version(path.stat())
         if version is None:
             raise IsADirectoryError
@@ -102,8 +102,8 @@ def source_version(uri: str) -> SourceVersion:
 
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
-    with _failures(uri, "read"):
-        data: bytes = s3.call(uri, "cat_file", s3.key(uri)) if is_remote(uri) else _path(uri).read_bytes()
+    with failures(uri, "read"):
+        data: bytes = s3.call(uri, "cat_file", s3.key(uri)) if is_remote(uri) else local_path(uri).read_bytes()
         return data
 
 
@@ -119,14 +119,14 @@ def read_if_there(uri: str) -> bytes | None:
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """The bytes of each (start, length), in that order; concurrent requests on S3."""
-    with _failures(uri, "read"):
+    with failures(uri, "read"):
         if is_remote(uri):
             wanted = [(start, start + length) for start, length in ranges if length]
             starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
             fetched = iter(s3.call(uri, "cat_ranges", [s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
             found = [next(fetched) if length else b"" for _, length in ranges]
         else:
-            with _path(uri).open("rb") as file:
+            with local_path(uri).open("rb") as file:
                 found = [os.pread(file.fileno(), length, start) for start, length in ranges]
     for (start, length), data in zip(ranges, found, strict=True):
         if len(data) != length:
@@ -139,11 +139,11 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole, over an old one."""
-    with _failures(uri, "write"):
+    with failures(uri, "write"):
         if is_remote(uri):
             s3.call(uri, "pipe_file", s3.key(uri), data, chunksize=PART_BYTES)
         else:
-            _replace(_path(uri), lambda file: file.write(data))
+            _replace(local_path(uri), lambda file: file.write(data))
 
 
 def read_json(uri: str) -> Any:
@@ -173,13 +173,13 @@ def list_versions(uri: str) -> dict[str, SourceVersion]:
 
 def _entries(uri: str) -> dict[str, SourceVersion | None]:
     """What is directly in a folder, by name; folders have no version."""
-    with _failures(uri, "list"):
+    with failures(uri, "list"):
         try:
             if is_remote(uri):
                 entries = s3.call(uri, "ls", s3.key(uri), detail=True)
                 named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
                 return {name: _s3_version(entry) for name, entry in named.items() if name}
-            with os.scandir(_path(uri)) as scan:
+            with os.scandir(local_path(uri)) as scan:
                 there = list(scan)
         except FileNotFoundError as error:
             if s3.code(error) == "NoSuchBucket":
@@ -194,10 +194,10 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
 
 def broken_links(uri: str) -> list[str]:
     """Names of the links directly in a folder that lead to nothing, sorted; S3 has none."""
-    if is_remote(uri) or not _path(uri).is_dir():
+    if is_remote(uri) or not local_path(uri).is_dir():
         return []
-    with _failures(uri, "list"):
-        return sorted(path.name for path in _path(uri).iterdir() if path.is_symlink() and not path.exists())
+    with failures(uri, "list"):
+        return sorted(path.name for path in local_path(uri).iterdir() if path.is_symlink() and not path.exists())
 
 
 def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:
@@ -212,31 +212,21 @@ def _local_version(found: os.stat_result) -> SourceVersion:
 
 def delete(uri: str) -> None:
     """Remove a file; one that does not exist is no error."""
-    with _failures(uri, "delete"):
+    with failures(uri, "delete"):
         try:
             if is_remote(uri):
                 s3.call(uri, "rm_file", s3.key(uri))
             else:
-                _path(uri).unlink()
+                local_path(uri).unlink()
         except FileNotFoundError:
             return
 
 
-def delete_folder(uri: str) -> None:
-    """Remove a folder with all below it; one that does not exist is no error."""
-    with _failures(uri, "delete"):
-        if is_remote(uri):
-            for name in s3.call(uri, "find", s3.key(uri)):
-                s3.call(uri, "rm_file", name)
-        elif _path(uri).is_dir():
-            shutil.rmtree(_path(uri))
-
-
 def download(uri: str, path: Path) -> None:
     """Copy a file to a local path, whole or not at all."""
-    with _failures(uri, "read"):
+    with failures(uri, "read"):
         if not is_remote(uri):
-            with _path(uri).open("rb") as source:
+            with local_path(uri).open("rb") as source:
                 _replace(path, lambda file: shutil.copyfileobj(source, file, PART_BYTES))
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,21 +240,15 @@ def download(uri: str, path: Path) -> None:
 
 def upload(path: Path, uri: str) -> None:
     """Copy a local file to a URI, whole or not at all, in constant memory."""
-    with _failures(uri, "write"):
+    with failures(uri, "write"):
         if is_remote(uri):
             s3.call(uri, "put_file", str(path), s3.key(uri), chunksize=PART_BYTES)
         else:
             with path.open("rb") as source:
-                _replace(_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
+                _replace(local_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
 
 
-def upload_tree(path: Path, uri: str) -> None:
-    """Copy all files below a local folder, one after another in the order of their names."""
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        upload(file, join(uri, file.relative_to(path).as_posix()))
-
-
-def _path(uri: str) -> Path:
+def local_path(uri: str) -> Path:
     """The absolute path of a local URI."""
     if _SCHEME.match(uri):
         split = urlsplit(uri.replace("?", "%3F").replace("#", "%23"))
@@ -304,7 +288,7 @@ def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def _failures(uri: str, action: str) -> Iterator[None]:
+def failures(uri: str, action: str) -> Iterator[None]:
     """Turn what the file system or the S3 client raises into a StorageError."""
     try:
         yield

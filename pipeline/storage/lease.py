@@ -107,11 +107,16 @@ def held(uri: str, what: str) -> Iterator[Lease]:
         StageError: a process that lives holds it. Found out at once on its own machine, elsewhere within `SILENT_S`.
         StorageError: the file cannot be read or written.
     """
+    check_free(uri, what)
+    with _claimed(uri) as lease:
+        yield lease
+
+
+def check_free(uri: str, what: str) -> None:
+    """Return where no process that lives holds the lease; arguments and errors as `held`."""
     found = _living(uri, what)
     if found is not None:
         raise _taken(uri, what, *found)
-    with _claimed(uri) as lease:
-        yield lease
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from pipeline.errors import StorageError
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.storage.tree import delete_folder
 from pipeline.store.parts import file_name
 
 SOURCES, UNFINISHED = "sources", "unfinished"
@@ -175,7 +176,7 @@ class PatchStore:
     def distrust(self, key: str) -> None:
         """Remove a plan that names patches which cannot be decoded; the next plan of the slide leaves them out."""
         files.write_bytes(self._distrusted(key), b"a patch of this slide cannot be decoded\n")
-        files.delete_folder(files.join(self.uri, key))
+        delete_folder(files.join(self.uri, key))
 
     def is_distrusted(self, key: str) -> bool:
         """Whether the slide's patches must be read before they are planned."""

@@ -26,7 +26,6 @@ from pipeline.model.checkpoint import STATE, Progress, Snapshot, load_checkpoint
 from pipeline.model.folder import CONFIG, WEIGHTS
 from pipeline.storage.files import (
     delete,
-    delete_folder,
     download,
     join,
     list_names,
@@ -35,6 +34,7 @@ from pipeline.storage.files import (
     upload,
     write_json,
 )
+from pipeline.storage.tree import delete_folder
 
 log = logging.getLogger(__name__)
 

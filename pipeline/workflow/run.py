@@ -28,11 +28,11 @@ from pipeline.storage.files import (
     read_bytes,
     read_json,
     upload,
-    upload_tree,
     write_bytes,
     write_json,
 )
 from pipeline.storage.lease import held, joined
+from pipeline.storage.tree import upload_tree
 from pipeline.tiling.guide import check_environment
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.workflow.embed import stages_for

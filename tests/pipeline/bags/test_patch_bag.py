@@ -28,7 +28,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.ingest.tiler import store_slide
 from pipeline.slides.open import open_slide
-from pipeline.storage import files
+from pipeline.storage.tree import upload_tree
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.training.hands import Waits
 from tests.pipeline.small import write_slide
@@ -189,7 +189,7 @@ def test_stain_jitter_is_the_same_in_chunks_and_takes(slides: list[StoredSlide])
 
 def damaged(slide: StoredSlide, row: int, folder: Path, payload: bytes) -> StoredSlide:
     """A copy of a stored slide with other bytes at the start of one patch."""
-    files.upload_tree(Path(slide.uri), str(folder / slide.key))
+    upload_tree(Path(slide.uri), str(folder / slide.key))
     index = pq.read_table(folder / slide.key / "index.parquet").to_pylist()[row]
     path = part_file(folder / slide.key, index["part"])
     data = bytearray(path.read_bytes())
@@ -255,7 +255,7 @@ def test_on_s3(tmp_path: Path, slides: list[StoredSlide], monkeypatch: pytest.Mo
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         remote = replace(slides[0], uri=server.bucket("patches") + "/spec/" + slides[0].key)
-        files.upload_tree(Path(slides[0].uri), remote.uri)
+        upload_tree(Path(slides[0].uri), remote.uri)
         bag = PatchBag([remote], threads=2, augment=None)
         local = PatchBag(slides[:1], threads=2, augment=None)
         assert same(joined(bag.chunks(40)), joined(local.chunks(40)))

@@ -379,7 +379,7 @@ def test_a_full_disk_is_named() -> None:
     """The kernel's own answer, from the device that is always full."""
     with (
         pytest.raises(StorageError, match=r"cannot write /data/file: the disk, or its quota, is full; free space"),
-        files._failures("/data/file", "write"),
+        files.failures("/data/file", "write"),
         Path("/dev/full").open("wb", buffering=0) as file,
     ):
         file.write(b"data")

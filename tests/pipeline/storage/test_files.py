@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import files
+from pipeline.storage.tree import delete_folder, upload_tree
 from tests.s3 import S3Server, serve_s3
 
 DATA = bytes(range(251)) * 7
@@ -91,7 +92,7 @@ def test_trees_and_copies(root: str, tmp_path: Path) -> None:
     (tree / "sub").mkdir(parents=True)
     (tree / "sub" / NAME).write_bytes(DATA)
     (tree / "empty").touch()
-    files.upload_tree(tree, files.join(root, "copy"))
+    upload_tree(tree, files.join(root, "copy"))
     assert files.list_names(files.join(root, "copy")) == ["empty", "sub"]
     uri = files.join(root, "copy", "sub", NAME)
     files.download(uri, tmp_path / "new" / "here")
@@ -118,8 +119,8 @@ def test_a_folder_goes_with_all_below_it(root: str) -> None:
     for name in ("a", "sub/b"):
         files.write_bytes(files.join(folder, name), DATA)
     files.write_bytes(folder + "-not", DATA)
-    files.delete_folder(folder)
-    files.delete_folder(folder)
+    delete_folder(folder)
+    delete_folder(folder)
     assert not files.exists(files.join(folder, "sub", "b"))
     assert files.list_names(folder) == []
     assert files.read_bytes(folder + "-not") == DATA

@@ -20,6 +20,7 @@ from pipeline.model.checkpoint import Progress
 from pipeline.model.folder import WEIGHTS
 from pipeline.storage import files
 from pipeline.storage.lease import Claim, Lease
+from pipeline.storage.tree import upload_tree
 from pipeline.store.patches import StoredSlide
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.training.loop import StepDone
@@ -277,7 +278,7 @@ def test_a_storage_that_goes_away_is_waited_for(
         )
         for (_, here), (_, there) in zip(job.train, slides, strict=True):
             assert isinstance(here, StoredSlide)
-            files.upload_tree(Path(here.uri), there.uri)
+            upload_tree(Path(here.uri), there.uri)
     started = replace(job, config=config, train=slides, val=(), folder=f"{bucket}/run")
     started = replace(started, run_id=job.tracker.start_run("train"))
     with ThreadPoolExecutor(1) as pool:

@@ -1,0 +1,168 @@
+"""Everything that is kept of a patient below a root: found, told, and erased when asked.
+
+Erased: stored patches, plans and features of the patient's slides, and every ledger, report and stage record that shows
+them, which the next run writes anew without them. Told, and left to people: the cohort's rows and the slides' files,
+which are not ours; weights that were learned with them; and MLflow's history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from pipeline.cohort.table import read_cohort
+from pipeline.config.recipe import Config
+from pipeline.errors import StageError
+from pipeline.storage.files import delete, exists, join, list_names, read_bytes, read_json
+from pipeline.storage.tree import delete_folder
+from pipeline.store.patches import PLANS, SOURCES, UNFINISHED
+from pipeline.workflow.leftovers import check_idle
+
+
+@dataclass
+class Traces:
+    """Where a patient is found."""
+
+    patient: str
+    slides: dict[str, str] = field(default_factory=dict)
+    """slide_id -> URI of its file, in the cohort as it is and in those that were tiled."""
+    keys: set[str] = field(default_factory=set)
+    """Of stored slides."""
+    shared: set[str] = field(default_factory=set)
+    """Keys that slides of other patients have too: the same picture under two names; they stay."""
+    tilings: set[str] = field(default_factory=set)
+    """Fingerprints of tile stages whose cohort had the patient."""
+    erasable: list[str] = field(default_factory=list)
+    """Folders and files, in the order in which they go: what names a slide before the slide."""
+    left: list[str] = field(default_factory=list)
+    """What is not erased, in words."""
+
+
+def find_patient(config: Config, patient: str) -> Traces:
+    """All that is kept of a patient.
+
+    Raises:
+        StageError: neither the cohort nor a ledger knows the patient, or a stage is at work below the root.
+        StorageError: the storage cannot be read.
+    """
+    check_idle(config.storage.root)
+    traces = Traces(patient)
+    listed = read_cohort(config.cohort.uri).slides if exists(config.cohort.uri) else ()
+    in_cohort = {slide.slide_id: slide.uri for slide in listed if slide.patient_id == patient}
+    traces.slides |= in_cohort
+    _from_ledgers(config.storage.root, traces)
+    if not traces.slides:
+        raise StageError(
+            f"erase: no slide of patient {patient!r} in {config.cohort.uri}, nor in any ledger; check the id"
+        )
+    traces.keys -= traces.shared
+    traces.erasable = [*_records(config, traces), *_stored(config, traces)]
+    traces.left = list(_left(config, traces, in_cohort))
+    return traces
+
+
+def erase(traces: Traces) -> None:
+    """Erase what `find_patient` found. After a kill the same command goes on."""
+    for uri in traces.erasable:
+        delete_folder(uri)
+        delete(uri)
+
+
+def _from_ledgers(root: str, traces: Traces) -> None:
+    """Add what the ledgers of all tilings say."""
+    others: set[str] = set()
+    for name in list_names(join(root, "ledger")):
+        table = pq.read_table(pa.BufferReader(read_bytes(join(root, "ledger", name, "slides.parquet"))))
+        for row in table.select(["slide_id", "patient_id", "uri", "key"]).to_pylist():
+            if row["patient_id"] == traces.patient:
+                traces.slides.setdefault(row["slide_id"], row["uri"])
+                traces.tilings.add(name.removeprefix("tile-"))
+                traces.keys |= {row["key"]} - {None}
+            else:
+                others.add(row["key"])
+    traces.shared = traces.keys & others
+
+
+def _records(config: Config, traces: Traces) -> Iterator[str]:
+    """Stage records, ledgers and reports that show the patient's slides."""
+    root = config.storage.root
+    for name in list_names(join(root, "stages")):
+        stage, _, rest = name.partition("-")
+        if stage == "tile" and rest.partition(".")[0].removesuffix("-slides") in traces.tilings:
+            yield join(root, "stages", name)
+    for name in list_names(join(root, "reports")):
+        folder = join(root, "reports", name)
+        if any(_shows(join(folder, table), traces.slides) for table in ("predictions.csv", "quality.csv")):
+            yield from _of_outputs(root, folder)
+            yield folder
+    for fingerprint in sorted(traces.tilings):
+        yield join(root, "ledger", f"tile-{fingerprint}")
+
+
+def _of_outputs(root: str, folder: str) -> Iterator[str]:
+    """Records of the stages whose outputs lie in a folder."""
+    for name in list_names(join(root, "stages")):
+        uri = join(root, "stages", name)
+        if name.endswith(".json"):
+            outputs: Mapping[str, Any] = read_json(uri)["outputs"]
+            if any(str(output).startswith(folder + "/") for output in outputs.values()):
+                yield uri
+
+
+def _shows(table: str, slides: Mapping[str, str]) -> bool:
+    """Whether a CSV table of one row a slide names one of these."""
+    if not exists(table):
+        return False
+    text = csv.ConvertOptions(column_types={"slide_id": pa.string()}, include_columns=["slide_id"])
+    options = csv.ParseOptions(newlines_in_values=True)
+    found = csv.read_csv(pa.BufferReader(read_bytes(table)), parse_options=options, convert_options=text)
+    return any(name.removeprefix("'") in slides or name in slides for name in found.column("slide_id").to_pylist())
+
+
+def _stored(config: Config, traces: Traces) -> Iterator[str]:
+    """Patches, plans and features of the slides, what says that they are stored, and thumbnails of refused ones."""
+    patches, features = config.storage.patches, config.storage.features
+    assert patches is not None  # compose.py fills both
+    assert features is not None
+    for store in (patches, join(patches, PLANS)):
+        for spec in list_names(store):
+            if spec != PLANS:
+                yield from _pointers(join(store, spec), traces)
+    folders = [(store, spec) for store in (patches, join(patches, PLANS), features) for spec in list_names(store)]
+    for store, spec in folders:
+        for key in sorted(traces.keys):
+            for uri in (join(store, spec, key), join(store, spec, UNFINISHED, key)):
+                if list_names(uri):
+                    yield uri
+
+
+def _pointers(spec: str, traces: Traces) -> Iterator[str]:
+    uris = set(traces.slides.values())
+    for name in list_names(join(spec, SOURCES)):
+        uri = join(spec, SOURCES, name)
+        record = read_json(uri)
+        if record["source"]["uri"] in uris or record["status"]["key"] in traces.keys:
+            traces.keys |= {record["status"]["key"]} - {None} - traces.shared
+            yield uri
+
+
+def _left(config: Config, traces: Traces, in_cohort: Mapping[str, str]) -> Iterable[str]:
+    if in_cohort:
+        yield f"{config.cohort.uri}: rows {', '.join(sorted(in_cohort))}; remove them, or the next run tiles them again"
+    yield f"the slides' own files: {', '.join(sorted(traces.slides.values()))}"
+    if traces.shared:
+        yield f"stored slides that other patients' rows name too: {', '.join(sorted(traces.shared))}"
+    trained = [join(config.storage.root, "train", name) for name in list_names(join(config.storage.root, "train"))]
+    if trained:
+        yield f"weights that may have been learned with them: {', '.join(trained)}, and models registered from these"
+    yield (
+        f"MLflow's history at {config.tracking.uri}: of runs of {config.name}, the artifacts slides.csv, quality.html, "
+        "report.html and selected patches, and input examples of registered models"
+    )
+    yield f"copies of slides on nodes' disks, until others take their room ({config.tiling.cache or 'tiling.cache'})"
+    yield "what `predict`, `export` and `qc` wrote where they were told to"

@@ -1,0 +1,157 @@
+"""What no record of a finished stage names below a root: found, told, and removed only when asked.
+
+Trainings that nobody went on with, reports of runs that failed, slides of specs or cohorts that no tiling's record has
+any more, files that killed writers left. Whatever is younger than a few days may still be wanted by a run to come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.config.recipe import Config
+from pipeline.storage.files import delete, is_temporary, join, list_names, read_json
+from pipeline.storage.lease import check_free
+from pipeline.storage.tree import Found, delete_folder, walk
+from pipeline.store.patches import PLANS, SOURCES, UNFINISHED
+
+DAY_S = 86_400.0
+_FOLDERS = ("train", "reports", "ledger")
+"""Below the root; each folder in them belongs to one stage's run."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder or file that no record names."""
+
+    uri: str
+    why: str
+    files: int
+    bytes: int
+    modified: float
+    """When anything in it was last written, s since 1970."""
+    pointers: tuple[str, ...] = ()
+    """Records of sources that say that they became this slide: they go before it."""
+
+
+@dataclass
+class _Named:
+    """What the records name."""
+
+    outputs: set[str] = field(default_factory=set)
+    keys: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Store -> slides."""
+
+    def has(self, uri: str) -> bool:
+        """Whether an output is this, or lies below it."""
+        return any(output == uri or output.startswith(uri + "/") for output in self.outputs)
+
+
+def find_leftovers(config: Config, days: float) -> list[Leftover]:
+    """Everything below the config's root that no stage's record names and that is older than `days`.
+
+    Stores that lie elsewhere are not looked at: records of other roots may name what is in them.
+
+    Raises:
+        StageError: a stage is at work below the root.
+        StorageError: the storage cannot be read.
+    """
+    root, before = config.storage.root, time.time() - days * DAY_S
+    assert config.storage.patches is not None  # compose.py fills both
+    assert config.storage.features is not None
+    check_idle(root)
+    named = _named(root)
+    found: list[Leftover] = []
+    for kind in _FOLDERS:
+        found += _whole(walk(join(root, kind)), join(root, kind), named.has, "no finished stage names it")
+    for store in (config.storage.patches, join(config.storage.patches, PLANS), config.storage.features):
+        if store.startswith(root.rstrip("/") + "/"):
+            found += _store(store, named)
+    return sorted((one for one in found if one.modified < before), key=lambda one: one.uri)
+
+
+def remove(leftovers: Iterable[Leftover]) -> None:
+    """Remove them; a slide's pointers first, so that a kill in between leaves no source that says it is stored."""
+    for leftover in leftovers:
+        for pointer in leftover.pointers:
+            delete(pointer)
+        delete_folder(leftover.uri)
+        delete(leftover.uri)
+
+
+def check_idle(root: str) -> None:
+    """StageError where a stage is at work below the root."""
+    stages = join(root, "stages")
+    for name in list_names(stages):
+        if name.endswith(".lease"):
+            check_free(join(stages, name), name.removesuffix(".lease"))
+
+
+def _named(root: str) -> _Named:
+    named = _Named()
+    for name in list_names(join(root, "stages")):
+        if name.endswith(".json"):
+            record = read_json(join(root, "stages", name))
+            named.outputs |= set(record["outputs"].values())
+            if "store" in record["outputs"]:
+                named.keys[record["outputs"]["store"]] |= set(record["facts"]["keys"].values())
+    return named
+
+
+def _whole(files: Iterable[Found], above: str, is_named: Callable[[str], bool], why: str) -> Iterator[Leftover]:
+    """The folders directly in one that nothing names, each as a whole; temporary files in those that are named."""
+    groups: dict[str, list[Found]] = defaultdict(list)
+    for file in files:
+        groups[join(above, file.uri.removeprefix(above + "/").partition("/")[0])].append(file)
+    for uri, members in groups.items():
+        if not is_named(uri):
+            yield _leftover(uri, why, members)
+        else:
+            yield from _temporaries(members)
+
+
+def _store(store: str, named: _Named) -> Iterator[Leftover]:
+    """Of a store of patches, plans or features: specs, or slides of a spec, that no tiling's record names."""
+    specs: dict[str, list[Found]] = defaultdict(list)
+    for file in walk(store):
+        specs[join(store, file.uri.removeprefix(store + "/").partition("/")[0])].append(file)
+    specs.pop(join(store, PLANS), None)
+    known = set().union(*named.keys.values())  # features have the keys of the patches that they are of
+    for spec, files in specs.items():
+        if not named.has(spec):
+            yield _leftover(spec, "no finished tiling or embedding names it", files)
+            continue
+        keys = {join(spec, key) for key in named.keys.get(spec, known)} | {join(spec, SOURCES), join(spec, UNFINISHED)}
+        slides = list(_whole(files, spec, keys.__contains__, "no cohort that was tiled here has this slide"))
+        yield from _with_pointers(spec, slides)
+        yield from _unfinished(spec, files)
+
+
+def _with_pointers(spec: str, slides: list[Leftover]) -> Iterator[Leftover]:
+    """The same, with the sources that became each slide."""
+    pointers: dict[str, list[str]] = defaultdict(list)
+    if slides:
+        for name in list_names(join(spec, SOURCES)):
+            uri = join(spec, SOURCES, name)
+            pointers[join(spec, str(read_json(uri)["status"]["key"]))].append(uri)
+    for one in slides:
+        yield Leftover(one.uri, one.why, one.files, one.bytes, one.modified, tuple(pointers[one.uri]))
+
+
+def _unfinished(spec: str, files: Iterable[Found]) -> Iterator[Leftover]:
+    """Records of parts whose slide was never committed; a mark of damage stays, which the next plan needs."""
+    for file in files:
+        if file.uri.startswith(join(spec, UNFINISHED) + "/") and not file.uri.endswith("/damaged"):
+            yield _leftover(file.uri, "a part of a slide whose tiling was not gone on with", [file])
+
+
+def _temporaries(files: Iterable[Found]) -> Iterator[Leftover]:
+    for file in files:
+        if is_temporary(file.uri.rpartition("/")[2]):
+            yield _leftover(file.uri, "its writer was killed", [file])
+
+
+def _leftover(uri: str, why: str, files: list[Found]) -> Leftover:
+    return Leftover(uri, why, len(files), sum(file.size for file in files), max(file.modified for file in files))

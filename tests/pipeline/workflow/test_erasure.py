@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StageError
+from pipeline.store.verify import verify_store
+from pipeline.workflow.erasure import erase, find_patient
+from pipeline.workflow.leftovers import find_leftovers
+from pipeline.workflow.run import plan, run
+from tests.pipeline.tiled import contents
+from tests.pipeline.workflow.images import image_config, write_images
+
+pytestmark = pytest.mark.ray
+
+COHORT = {"alpha": "p-one", "beta": "p-two", "gamma": "p-two", "badly": "p-two", "delta": "p-three"}
+
+
+def _naming(root: Path, words: list[str]) -> set[str]:
+    """Files below the root, MLflow's aside, whose name or bytes hold one of the words."""
+    found = set()
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and not name.startswith(("mlflow", "artifacts", ".mlflow")):
+            data = path.read_bytes()
+            if any(word in name or word.encode() in data for word in words):
+                found.add(name)
+    return found
+
+
+def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, tmp_path: Path) -> None:
+    write_images(tmp_path, COHORT)
+    config = image_config(tmp_path, "tiling.max_bad_slides=1")
+    root = Path(config.storage.root)
+    words = ["p-two", "beta", "gamma", "badly"]
+    keys = run(config, "tile").stages["tile"].record.facts["keys"]
+    others = {name: data for name, data in contents(root).items() if keys["alpha"] in name or keys["delta"] in name}
+    assert len(others) >= 10
+    assert _naming(root, words)
+
+    traces = find_patient(config, "p-two")
+    assert set(traces.slides) == {"beta", "gamma", "badly"}
+    assert _naming(root, words)  # told, not done
+    erase(traces)
+    assert _naming(root, [*words, keys["beta"], keys["gamma"]]) == set()
+    assert {name: data for name, data in contents(root).items() if name in others} == others
+    assert verify_store(str(config.storage.patches), 2, lambda *_: None).damage == []
+    said = "\n".join(traces.left)
+    assert "rows badly, beta, gamma; remove them" in said
+    assert str(tmp_path / "beta.png") in said
+    assert str(config.tracking.uri) in said
+
+    write_images(tmp_path, {name: patient for name, patient in COHORT.items() if patient != "p-two"})
+    assert [item.action for item in plan(config, "tile")] == ["run"]
+    assert run(config, "tile").stages["tile"].record.metrics["slides"] == 2
+    assert _naming(root, words) == set()
+    assert find_leftovers(config, 0) == []
+    with pytest.raises(StageError, match="no slide of patient 'p-two'"):
+        find_patient(config, "p-two")
+
+
+def test_a_picture_that_another_patient_has_too_stays(ray_session: None, tmp_path: Path) -> None:
+    write_images(tmp_path, {"one": "p", "two": "q"})
+    (tmp_path / "two.png").write_bytes((tmp_path / "one.png").read_bytes())
+    config = image_config(tmp_path)
+    (key,) = set(run(config, "tile").stages["tile"].record.facts["keys"].values())
+    traces = find_patient(config, "q")
+    assert traces.shared == {key}
+    assert not any(key in uri for uri in traces.erasable)
+    assert any(key in what for what in traces.left)
