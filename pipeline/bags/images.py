@@ -233,6 +233,11 @@ class PastedImage:
         """Px per px of the thumbnail."""
         return float(max(1, -(-max(self.grid.width, self.grid.height) // _THUMBNAIL_PX)))
 
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        return None
+
     def bag(self) -> PastedBag:
         """Its patches."""
         return PastedBag(*self._pasted(), self.grid)

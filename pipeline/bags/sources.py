@@ -76,6 +76,11 @@ class PatchSource(Protocol):
         """Level-0 px per px of the thumbnail."""
         ...
 
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        ...
+
     def index(self) -> Corners:
         """Where the patches stand."""
         ...

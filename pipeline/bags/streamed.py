@@ -87,6 +87,11 @@ class StreamedSlide:
         """Level-0 px per px of the thumbnail."""
         return self.plan.thumbnail_scale
 
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        return self.plan.mpp
+
     def index(self) -> PatchIndex:
         """Where the patches stand."""
         return self.plan.index()

@@ -63,6 +63,8 @@ class SlidePrediction:
     """Level-0 px per thumbnail px."""
     extent: float
     """Edge of a patch, in level-0 px."""
+    mpp: float | None
+    """Microns per level-0 px; None where it is not known."""
     n_bad_tiles: int
     """Patches that could not be decoded and were left out."""
 
@@ -156,6 +158,7 @@ def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlideP
             thumbnail=read_thumbnail(source),
             scale=source.thumbnail_scale,
             extent=source.extent,
+            mpp=source.mpp,
             n_bad_tiles=source.n_bad_tiles,
         )
 

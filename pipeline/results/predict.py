@@ -22,7 +22,7 @@ from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StageError
-from pipeline.inference.figures import overlay_png
+from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide
 from pipeline.model.folder import WEIGHTS
 from pipeline.schema import ATTENTION
@@ -158,7 +158,8 @@ def _predict_all(
 def _heatmap(found: SlidePrediction) -> bytes:
     columns = (found.attention.column(name).to_numpy() for name in ("x", "y", "attention"))
     x, y, attention = columns
-    return overlay_png(found.thumbnail, found.scale, x, y, found.extent, attention)
+    slide = Heatmap(found.thumbnail, found.scale, x, y, found.extent, attention, found.mpp)
+    return overlay_png(slide, highest([attention]))
 
 
 def _table(outcomes: Sequence[_Outcome], tasks: Sequence[TaskConfig]) -> pa.Table:

@@ -15,10 +15,13 @@ from pipeline.cohort.labels import Label, counts
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.inference.figures import overlay_png, roc_png, scatter_png
+from pipeline.inference.figures import reliability_png, roc_png, scatter_png
+from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.metrics import Interval
+from pipeline.inference.operating import Decision, Proportion, Reliability, decide, reliability
 from pipeline.inference.prediction import read_thumbnail
 from pipeline.results.evaluate import Evaluation, TaskResult
+from pipeline.results.strata import strata
 
 RIGHT, WRONG, PATCHES = 4, 4, 6  # pictures of a task, and patches beside each
 MAP_PX = 560  # longer edge of a slide in them
@@ -57,7 +60,8 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
         StorageError: thumbnails or patches cannot be read from the patch store.
     """
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"percent": lambda value: f"{100 * value:.1f}%", "digits": lambda value: f"{value:.3f}"}
+    page.filters |= {"percent": _percent, "digits": _digits, "share": _share}
+    top = highest(found.attention for found in evaluation.found)
     template = page.from_string(files("pipeline.results").joinpath("report.html").read_text("utf-8"))
     return template.render(
         name=config.name,
@@ -66,7 +70,9 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
         resamples=config.evaluate.bootstrap,
         splits=_splits(cohort, evaluation, config.tasks),
         cohort=cohort,
-        tasks=[_task(evaluation, result) for result in evaluation.tasks],
+        tasks=[_task(evaluation, result, top) for result in evaluation.tasks],
+        strata=strata(evaluation),
+        titles=TITLES,
         memory=config.model.select.memory,
         lineage=lineage,
         config=json.dumps(config.model_dump(mode="json"), indent=2),
@@ -116,11 +122,40 @@ def _label_counts(task: TaskConfig, slides: Sequence[CohortSlide]) -> str:
     return counts(task, [slide.labels.get(task.name) for slide in slides])
 
 
-def _task(evaluation: Evaluation, result: TaskResult) -> dict[str, object]:
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _digits(value: float) -> str:
+    return "not defined" if np.isnan(value) else f"{value:.3f}"
+
+
+def _share(found: Proportion) -> str:
+    low, high = found.bounds
+    return f"{found.hits} of {found.n}" + (f", {found.value:.3f} ({low:.3f} to {high:.3f})" if found.n else "")
+
+
+def _decision(result: TaskResult) -> Decision | None:
+    """What is called at one half, of a binary task."""
+    return decide(result.values[:, 1], result.truth == 1) if result.task.kind == "binary" else None
+
+
+def _calibration(result: TaskResult) -> dict[str, Reliability]:
+    """Of every class or label that has a probability; of a binary task, of the positive class."""
+    task, values = result.task, result.values
+    if task.kind in ("regression", "survival") or not len(values):
+        return {}
+    held = result.truth == 1 if task.kind == "multilabel" else result.truth[:, None] == np.arange(len(task.classes))
+    shown = range(1, 2) if task.kind == "binary" else range(len(task.classes))
+    return {task.classes[k]: reliability(values[:, k], held[:, k]) for k in shown}
+
+
+def _task(evaluation: Evaluation, result: TaskResult, top: float) -> dict[str, object]:
     rows = [_row(evaluation, result, i) for i in range(len(result.slides))]
     ranked = sorted(rows, key=lambda row: (-row.rank, row.slide_id))
     wrong = [row for row in ranked if row.right is False]
     right = [row for row in ranked if row.right is not False]
+    calibration = _calibration(result)
     best = _spread(right, result.task.classes) if result.confusion is not None else _ends(right)
     return {
         "result": result,
@@ -128,12 +163,15 @@ def _task(evaluation: Evaluation, result: TaskResult) -> dict[str, object]:
         "classes": result.task.classes,
         "shown": result.task.outputs[1:] if result.task.kind == "binary" else result.task.outputs,
         "judged": not ranked or ranked[0].right is not None,
+        "decision": _decision(result),
+        "calibration": calibration,
+        "reliability": _data_uri(reliability_png(calibration), "png") if calibration else None,
         "roc": _data_uri(roc_png(result.roc), "png") if result.roc else None,
         "scatter": _scatter(result),
         "rows": [*wrong, *right],
-        "wrong": [_picture(evaluation, row) for row in wrong[:WRONG]],
+        "wrong": [_picture(evaluation, row, top) for row in wrong[:WRONG]],
         "n_wrong": len(wrong),
-        "right": [_picture(evaluation, row) for row in best],
+        "right": [_picture(evaluation, row, top) for row in best],
     }
 
 
@@ -183,20 +221,14 @@ def _rank(result: TaskResult, i: int) -> float:
     return float(np.maximum(values, 1 - values).min() if result.task.kind == "multilabel" else values.max())
 
 
-def _picture(evaluation: Evaluation, row: SlideRow) -> dict[str, object]:
+def _picture(evaluation: Evaluation, row: SlideRow, top: float) -> dict[str, object]:
     _, stored = evaluation.slides[row.place]
     attention, index = evaluation.found[row.place].attention, stored.index()
-    top = np.argsort(-attention, kind="stable")[:PATCHES]
-    picture = overlay_png(
-        read_thumbnail(stored),
-        stored.thumbnail_scale,
-        index.x,
-        index.y,
-        stored.extent,
-        attention,
-        marks=top.tolist(),
-        map_px=MAP_PX,
+    shown = np.argsort(-attention, kind="stable")[:PATCHES]
+    slide = Heatmap(
+        read_thumbnail(stored), stored.thumbnail_scale, index.x, index.y, stored.extent, attention, stored.mpp
     )
+    picture = overlay_png(slide, top, marks=shown.tolist(), map_px=MAP_PX)
     patches = [
         {
             "image": _data_uri(data, "jpeg"),
@@ -204,7 +236,7 @@ def _picture(evaluation: Evaluation, row: SlideRow) -> dict[str, object]:
             "x": int(index.x[place]),
             "y": int(index.y[place]),
         }
-        for place, data in zip(top.tolist(), stored.payloads(top), strict=True)
+        for place, data in zip(shown.tolist(), stored.payloads(shown), strict=True)
     ]
     return {"row": row, "overlay": _data_uri(picture, "png"), "patches": patches}
 

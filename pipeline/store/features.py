@@ -73,6 +73,11 @@ class FeatureSlide:
         """Level-0 px per px of the thumbnail."""
         return self.patches.thumbnail_scale
 
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        return self.patches.mpp
+
     def index(self) -> PatchIndex:
         """Position of every patch, and place of its vector."""
         return self._vectors.index()

@@ -55,6 +55,7 @@ def register_model(
     tags: Mapping[str, str],
     metrics: Mapping[str, float],
     example_uri: str,
+    description: str = "",
 ) -> RegisteredVersion:
     """Make a new version of model `name`; no alias moves (see `promote`).
 
@@ -66,6 +67,7 @@ def register_model(
         metrics: logged in that run, linked to the model.
         tags: lineage: cohort digest, slide keys digest, tiling fingerprint, git sha, image.
         example_uri: a slide, for the input example.
+        description: of the version, for people (Markdown).
 
     Raises:
         TrackingError: the registry or the artifact store cannot be reached or refuses.
@@ -88,7 +90,12 @@ def register_model(
         if _find_model(tracker, name) is None:
             client.create_registered_model(name)
         made = client.create_model_version(
-            name, f"models:/{logged.model_id}", run_id=run_id, tags=dict(tags), model_id=logged.model_id
+            name,
+            f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags=dict(tags),
+            model_id=logged.model_id,
+            description=description,
         )
     return RegisteredVersion(name, str(made.version), run_id, dict(tags))
 

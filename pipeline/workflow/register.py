@@ -43,6 +43,19 @@ def _tags(space: Workspace) -> dict[str, str]:
     return {"train_fingerprint": train.fingerprint, "evaluate_fingerprint": evaluated.fingerprint}
 
 
+def _description(space: Workspace) -> str:
+    """What a person reads of the version, in Markdown."""
+    train, evaluated, config = space.records["train"], space.records["evaluate"], space.config
+    measured = ", ".join(
+        f"{name} {value:.3f}" for name, value in sorted(evaluated.metrics.items()) if not name.endswith("s")
+    )
+    return (
+        f"Recipe {config.name}, seed {config.seed}: trained on {train.facts['train_slides']} slides, validated on "
+        f"{train.facts['val_slides']}. On {evaluated.facts['slides']} slides of the {config.evaluate.split} split: "
+        f"{measured}.\n\nReport: {evaluated.outputs['report']}, and report.html of run {evaluated.run_id}"
+    )
+
+
 def register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     """Make the model a version, unless it is one already, and that version the champion."""
     from pipeline.tracking.registry import find_registered, promote, register_model
@@ -62,6 +75,7 @@ def register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
                 tags={**space.lineage, **tags, **slide_tags(space), "train_run_id": str(train.run_id)},
                 metrics=evaluated.metrics,
                 example_uri=space.cohort.slides[0].uri,
+                description=_description(space),
             )
     former = promote(tracker, name, registered.version)
     facts = {"model": name, "version": registered.version, "alias": "champion", "previous": former}

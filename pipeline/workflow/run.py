@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -93,6 +93,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
         for stage in stages_for(config, last):
             results[stage.name] = _bring_up(stage, space, tracking)
             space.records[stage.name] = results[stage.name].record
+        tracking.sum_up(space.records.values())
         return WorkflowResult(results, tracking.parent)
 
 
@@ -250,6 +251,12 @@ class _Tracking:
             self._tracker = open_tracking(tracking.uri, tracking.experiment, join(root, "artifacts"))
         return self._tracker
 
+    def sum_up(self, records: Iterable[Record]) -> None:
+        """Metrics of all stages on the parent run, done now or before: what invocations are compared by."""
+        if self.parent is not None:
+            metrics = {name: value for record in records for name, value in record.metrics.items()}
+            self.tracker().log_metrics(self.parent, metrics, 0)
+
     @contextmanager
     def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str], *, alone: bool) -> Iterator[str]:
         """The MLflow run of one stage, below this invocation's parent run, with `more` tags.
@@ -263,6 +270,7 @@ class _Tracking:
         if self.parent is None:
             self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
             tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
+            tracker.log_params(self.parent, self.config.model_dump(mode="json"))
         tags = {**self.lineage, **more, **own}
         with tracker.run(stage, self.parent, tags) as run_id, tracker.system_metrics(run_id):
             tracker.log_params(run_id, self.config.model_dump(mode="json"))

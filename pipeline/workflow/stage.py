@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.bags.sources import LabelledSource, open_sources
@@ -65,6 +66,12 @@ class Stage:
     """Why a record whose outputs all exist does not hold any more; None where it does."""
     shared: bool = False
     """Several processes may do it at once, on the same inputs, and end with the same outputs."""
+
+
+def versions() -> str:
+    """Of what decides a result, for people."""
+    names = ("ips-pipeline", "torch", "ray", "mlflow", "openslide-bin")
+    return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def slide_tags(space: Workspace) -> dict[str, str]:

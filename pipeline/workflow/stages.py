@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import SlideStatus
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
-from pipeline.workflow.stage import Record, Stage, Workspace
+from pipeline.workflow.stage import Record, Stage, Workspace, versions
 
 if TYPE_CHECKING:
     from pipeline.results.evaluate import Evaluation
@@ -281,16 +282,19 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     slides = space.stored(config.evaluate.split)
     tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
     space.ray()
+    checkpoint = space.records["train"].outputs["checkpoint"]
     with plans_mended(config):
         evaluation = cluster.call(
             evaluate_checkpoint,
-            (config, space.records["train"].outputs["checkpoint"], slides),
+            (config, checkpoint, slides),
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
             timeout_s=config.cluster.start_timeout_s,
         )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
-    page = render_report(evaluation, config, space.cohort, space.lineage)
+    origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}
+    origin |= {"checkpoint": checkpoint, "mlflow_run": run_id, "versions": versions()}
+    page = render_report(evaluation, config, space.cohort, {**origin, **space.lineage})
     table = io.BytesIO()
     csv.write_csv(evaluation.predictions, table)
     write_bytes(join(folder, "predictions.csv"), table.getvalue())

@@ -81,3 +81,10 @@ def test_the_template_is_found_from_any_folder(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.chdir(tmp_path)
     assert files("pipeline.results").joinpath("report.html").is_file()
+
+
+def test_it_says_what_one_half_means_and_what_probabilities_are_worth(html: str) -> None:
+    assert "Sensitivity" in html
+    assert re.search(r"Specificity</td><td>\d of 3, \d\.\d{3} \(", html)
+    assert "Brier score 0." in html
+    assert "By stratum" not in html  # this cohort has no such column

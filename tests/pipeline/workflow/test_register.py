@@ -21,6 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 Made = Callable[[str], tuple[Workspace, str]]
 
+TRAINED = {"train_slides": 5, "val_slides": 2}
+MEASURED = {"test_auc": 0.5, "test_slides": 3.0}
+
 
 @pytest.fixture(scope="module")
 def tracker(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
@@ -41,8 +44,17 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
         space = Workspace(config, cohort, lambda: tracker, lambda: None, {"git_sha": "abc"})
         space.records = {
             "tile": Record("tile", "t", {}, {}, {"keys": {"s0": "key"}}),
-            "train": Record("train", f"train-{recipe}", {"checkpoint": folder}, {}, {}, "run"),
-            "evaluate": Record("evaluate", f"evaluate-{recipe}", {}, {"test_auc": 0.5}, {}),
+            "train": Record(
+                "train", f"train-{recipe}", {"checkpoint": folder}, {}, {"train_slides": 5, "val_slides": 2}, "run"
+            ),
+            "evaluate": Record(
+                "evaluate",
+                f"evaluate-{recipe}",
+                {"report": "r.html"},
+                {"test_auc": 0.5, "test_slides": 3.0},
+                {"slides": 3},
+                "e",
+            ),
         }
         return space, tracker.start_run("register")
 
@@ -54,6 +66,10 @@ def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(made: Made
     name = str(a.config.tracking.model)
     first = register.register(a, "fa", run_a)
     assert register.outdated(a, first) is None
+    said = tracker.client.get_model_version(str(first.facts["model"]), str(first.facts["version"])).description
+    assert (
+        "trained on 5 slides, validated on 2. On 3 slides of the test split: test_auc 0.500.\n\nReport: r.html" in said
+    )
     second = register.register(b, "fb", run_b)
     assert (first.facts["version"], second.facts["version"], second.facts["previous"]) == ("1", "2", "1")
     assert register.outdated(b, second) is None

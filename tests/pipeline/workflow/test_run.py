@@ -58,6 +58,9 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     client = MlflowClient(config.tracking.uri)
     child = client.get_run(str(first.stages["tile"].record.run_id))
     assert child.data.tags["mlflow.parentRunId"] == first.parent_run_id
+    parent = client.get_run(str(first.parent_run_id)).data
+    assert parent.metrics == first.stages["tile"].record.metrics
+    assert parent.params["tiling.patch_px"] == "64"
     assert child.data.tags["cohort_digest"]
     assert child.data.metrics["patches"] == 18
     assert {item.path for item in client.list_artifacts(child.info.run_id)} == {"slides.csv", "quality.html"}

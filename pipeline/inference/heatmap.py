@@ -1,0 +1,176 @@
+"""Heatmaps as PNG bytes: attention over a slide's thumbnail, on a colour scale that slides share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from pipeline.inference.figures import DPI, INK, Numbers, new_figure, png
+
+_PAD, _BAR, _MARGIN, _SCALE_BAR, _LINE = 14, 110, 26, 26, 16
+"""px: around everything, the colour bar with its lettering, the numbers of marks, the scale bar, a line of caption."""
+_MARK = "#007a82"
+_COLOURS = ListedColormap(colormaps["inferno"](np.linspace(0.15, 1.0, 256)))  # without the near-black end
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """What a heatmap shows of one slide."""
+
+    thumbnail: npt.NDArray[np.uint8]
+    """(h, w, 3)."""
+    scale: float
+    """Level-0 px per thumbnail px."""
+    x: Numbers
+    """(N,) level-0 px of the patches' left edges."""
+    y: Numbers
+    """(N,) of their upper edges."""
+    extent: float
+    """Edge of a patch in level-0 px."""
+    attention: Numbers
+    """(N,), sums to 1."""
+    mpp: float | None
+    """Microns per level-0 px, for the scale bar; without it the bar is in px."""
+
+    @property
+    def ratio(self) -> npt.NDArray[np.float64]:
+        """(N,) attention relative to uniform: attention * N."""
+        return np.asarray(self.attention, np.float64) * len(self.attention)
+
+
+def highest(attentions: Iterable[Numbers]) -> float:
+    """Upper end of the colour scale that slides are shown on together: their largest attention relative to uniform."""
+    return max((len(each) * float(np.max(each, initial=0.0)) for each in attentions), default=1.0)
+
+
+def overlay_png(
+    slide: Heatmap, top: float, *, caption: Sequence[str] = (), marks: Sequence[int] = (), map_px: int = 900
+) -> bytes:
+    """Attention over a greyed thumbnail, with a colour bar, a scale bar and a caption.
+
+    The colour is the attention relative to uniform, on a log scale; patches below uniform stay grey, so what the model
+    looked at stands out whatever the size of the slide.
+
+    Args:
+        slide: what is shown.
+        top: upper end of the scale (`highest`): one for all slides that are compared.
+        caption: lines below the picture.
+        marks: rows to frame, and to number from 1 in the margin.
+        map_px: longer edge of the slide in the picture; the lettering does not scale with it.
+    """
+    height, width = slide.thumbnail.shape[:2]
+    zoom = map_px / max(height, width)
+    norm = LogNorm(1.0, max(2.0, top))
+    left, foot = (_MARGIN if marks else 0) + _PAD, _PAD / 2 + _SCALE_BAR + _LINE * len(caption)
+    figure = new_figure(left + width * zoom + 2 * _PAD + _BAR, _PAD + height * zoom + foot)
+    total_w, total_h = figure.get_size_inches() * DPI
+    axes = figure.add_axes((left / total_w, foot / total_h, width * zoom / total_w, height * zoom / total_h))
+    grey = slide.thumbnail.mean(axis=2, keepdims=True)
+    axes.imshow(((0.8 * grey + 0.2 * slide.thumbnail) / 255).clip(0, 1), extent=(0, width, height, 0))
+    field = attention_map((height, width), slide.scale, slide.x, slide.y, slide.extent, slide.ratio)
+    axes.imshow(_coloured(field, norm), extent=(0, width, height, 0), interpolation="nearest")
+    _marks(axes, slide, marks, zoom)
+    axes.set_axis_off()
+    bar_height = min(0.66, 360 / total_h)
+    beside = figure.add_axes(((left + width * zoom + _PAD) / total_w, 0.5 - bar_height / 2, 18 / total_w, bar_height))
+    _colour_bar(figure, beside, norm)
+    _scale_bar(figure, slide, zoom, left, foot)
+    for number, line in enumerate(caption):
+        y = (_PAD / 2 + _LINE * (len(caption) - number - 0.5)) / total_h
+        figure.text(left / total_w, y, line, fontsize=7, color=INK, va="center", ha="left", parse_math=False)
+    return png(figure)
+
+
+def attention_map(
+    shape: tuple[int, int], scale: float, x: Numbers, y: Numbers, extent: float, values: Numbers
+) -> npt.NDArray[np.float64]:
+    """Values of patches (N,) painted into thumbnail px (h, w); mean where patches overlap, 0 where none lies."""
+    total, count = np.zeros(shape), np.zeros(shape)
+    corners = np.stack([x, y]).astype(np.float64)
+    left, top = np.floor(corners / scale).astype(int)
+    right, bottom = np.maximum(np.floor((corners + extent) / scale).astype(int), (left + 1, top + 1))
+    for x0, y0, x1, y1, value in zip(left, top, right, bottom, values, strict=True):
+        total[y0:y1, x0:x1] += value
+        count[y0:y1, x0:x1] += 1
+    return total / np.maximum(count, 1)
+
+
+def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:
+    """(h, w) ratios -> (h, w, 4); clear below uniform, ever denser above."""
+    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64)
+    rgba = _COLOURS(place)
+    rgba[..., 3] = np.where(field > 1.0, 0.35 + 0.5 * place, 0.0)
+    return rgba
+
+
+def _colour_bar(figure: Figure, axes: Axes, norm: LogNorm) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), cax=axes)
+    steps = [base * 10**power for power in range(7) for base in (1, 2, 5)]
+    bar.ax.yaxis.set_major_locator(FixedLocator([step for step in steps if step <= norm.vmax]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\N{MULTIPLICATION SIGN}"))
+    bar.ax.tick_params(labelsize=9, length=2, pad=2, colors=INK)
+    bar.outline.set_visible(False)
+    bar.ax.set_title("attention\nvs uniform", fontsize=8, color=INK, loc="left", pad=11)
+
+
+def _marks(axes: Axes, slide: Heatmap, rows: Sequence[int], zoom: float) -> None:
+    """Frames around patches, and their numbers in the margin, each with a line to its patch; nothing is covered."""
+    axes.set_autoscale_on(False)  # what stands in the margin must not move the picture
+    edge = slide.extent / slide.scale
+    corners = [(float(slide.x[row]) / slide.scale, float(slide.y[row]) / slide.scale) for row in rows]
+    gap = 17 / zoom  # between two numbers, in thumbnail px
+    heights = _spread([y + edge / 2 for _, y in corners], gap, slide.thumbnail.shape[0])
+    for number, ((x, y), label) in enumerate(zip(corners, heights, strict=True), start=1):
+        around = 1.5 / zoom
+        frame = (x - around, y - around), edge + 2 * around, edge + 2 * around
+        axes.add_patch(Rectangle(*frame, fill=False, edgecolor=_MARK, linewidth=1.2, clip_on=False))
+        axes.plot([-6 / zoom, x - around], [label, y + edge / 2], color=_MARK, linewidth=0.6, alpha=0.8, clip_on=False)
+        axes.text(-9 / zoom, label, str(number), fontsize=8, color=_MARK, va="center", ha="right", clip_on=False)
+
+
+def _spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
+    """Places near the wanted ones, in their order, at least `gap` apart and within the height where there is room."""
+    order = np.argsort(wanted, kind="stable")
+    places = np.asarray(wanted, np.float64)[order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    for i in range(len(places) - 1, -1, -1):
+        limit = height if i == len(places) - 1 else places[i + 1] - gap
+        places[i] = min(places[i], limit)
+    found = np.empty(len(places))
+    found[order] = places
+    return found.tolist()
+
+
+def _scale_bar(figure: Figure, slide: Heatmap, zoom: float, left: float, foot: float) -> None:
+    """A bar of a round length, a quarter of the slide's width at most, and what it is long."""
+    total_w, total_h = figure.get_size_inches() * DPI
+    unit = slide.mpp or 1.0
+    length = round_length(slide.thumbnail.shape[1] * slide.scale * unit / 4)
+    px = length / unit / slide.scale * zoom
+    y = (foot - _SCALE_BAR / 2) / total_h
+    figure.add_artist(
+        Line2D([left / total_w, (left + px) / total_w], [y, y], color=INK, linewidth=2.5, solid_capstyle="butt")
+    )
+    name = (
+        f"{length:g} px" if slide.mpp is None else f"{length:g} \u00b5m" if length < 1000 else f"{length / 1000:g} mm"
+    )
+    figure.text((left + px + 8) / total_w, y, name, fontsize=7, color=INK, va="center", ha="left")
+
+
+def round_length(longest: float) -> float:
+    """The largest of 1, 2, 5, 10, 20 ... that is not over `longest`."""
+    power = 10.0 ** np.floor(np.log10(longest))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= longest))

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.inference.metrics import auc
+from pipeline.inference.prediction import load_model
+from pipeline.results.evaluate import Evaluation, evaluate
+from pipeline.results.strata import FEW, Stratum, strata
+from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+
+def evaluation_of(folder: Path, labels: list[str], extra: list[dict[str, str]]) -> Evaluation:
+    """Slides of a patient each, with more columns."""
+    config = small_config()
+    pairs = store_slides(write_cohort(folder, labels), folder / "store", config)
+    slides = [
+        (replace(slide, patient_id=slide.slide_id, extra=columns), stored)
+        for (slide, stored), columns in zip(pairs, extra, strict=True)
+    ]
+    model, _ = load_model(write_model(folder, config))
+    return evaluate(model, config, slides)
+
+
+def test_a_column_of_few_values_is_a_stratum_and_an_id_is_not(tmp_path: Path) -> None:
+    sites = ["north"] * FEW + ["south"] * (FEW - 1)
+    labels = ["yes" if number % 3 else "no" for number in range(len(sites))]
+    extra = [{"site": site, "barcode": str(number), "lab": "one"} for number, site in enumerate(sites)]
+    evaluation = evaluation_of(tmp_path, labels, extra)
+    north, south = strata(evaluation)
+    (task,) = evaluation.tasks
+    expected = auc(task.values[:FEW, 1], task.truth[:FEW] == 1)
+    assert north.measures is not None
+    assert north.measures["auc"] == pytest.approx(expected)
+    assert north == Stratum("site", "north", task.task.name, FEW, FEW, north.measures)
+    assert south == Stratum("site", "south", task.task.name, FEW - 1, FEW - 1, None)
+
+
+def test_a_group_of_one_class_has_an_accuracy_and_no_auc(tmp_path: Path) -> None:
+    labels = ["yes"] * FEW + ["no", "yes"] * FEW
+    extra = [{"scanner": "a" if number < FEW else "b"} for number in range(len(labels))]
+    first, second = strata(evaluation_of(tmp_path, labels, extra))
+    assert first.measures is not None
+    assert np.isnan(first.measures["auc"])
+    assert 0 <= first.measures["accuracy"] <= 1
+    assert second.measures is not None
+    assert not np.isnan(second.measures["auc"])
