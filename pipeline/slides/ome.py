@@ -6,7 +6,7 @@ Nothing is looked up in the file here, and nothing converted: units stand as the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -72,7 +72,8 @@ class OmeImage:
     def counts(self) -> dict[str, int]:
         """Planes along Z, C and T: channels that share a plane count once."""
         samples = max((channel.samples for channel in self.channels), default=1)
-        return {"Z": self.sizes["Z"], "C": max(1, self.sizes["C"] // samples), "T": self.sizes["T"]}
+        counts = {"Z": self.sizes["Z"], "C": self.sizes["C"] // samples, "T": self.sizes["T"]}
+        return {axis: max(1, count) for axis, count in counts.items()}
 
     def planes(self, uuid: str | None, directories: int) -> dict[int, Plane]:
         """Directory -> its plane, of those that lie in the file with this UUID; empty without TiffData.
@@ -90,9 +91,17 @@ class OmeImage:
             number = _raveled(data.first, counts, axes)
             wanted = total if data.planes is None else data.planes
             for step in range(min(total - number, wanted, directories - data.ifd)):
-                at = _unraveled(number + step, counts, axes)
-                found.setdefault(data.ifd + step, Plane(at["Z"], at["C"], at["T"]))
+                found.setdefault(data.ifd + step, _plane(number + step, counts, axes))
         return found
+
+    def in_order(self) -> Iterator[Plane]:
+        """All planes, as they follow one another."""
+        counts = self.counts
+        return (_plane(number, counts, self.order[2:]) for number in range(math.prod(counts.values())))
+
+    def is_in(self, uuid: str | None) -> bool:
+        """Whether the XML does not say that all planes lie in other files."""
+        return not self.tiff_data or any(data.uuid in (None, uuid) for data in self.tiff_data)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Ome:
     """All images, in the order of the XML."""
 
     uuid: str | None
+    """Of the file that holds the XML, as far as it tells."""
     images: tuple[OmeImage, ...]
 
 
@@ -112,7 +122,9 @@ def parse_ome(xml: str) -> Ome:
     """
     root = ElementTree.fromstring(xml)
     images = [(image, image.find("{*}Pixels")) for image in root.iterfind("{*}Image")]
-    return Ome(root.get("UUID"), tuple(_image(image, pixels) for image, pixels in images if pixels is not None))
+    parsed = tuple(_image(image, pixels) for image, pixels in images if pixels is not None)
+    named = {data.uuid for image in parsed for data in image.tiff_data if data.uuid is not None}
+    return Ome(named.pop() if len(named) == 1 else root.get("UUID"), parsed)  # the only file named is this one
 
 
 def _image(image: ElementTree.Element, pixels: ElementTree.Element) -> OmeImage:
@@ -171,8 +183,8 @@ def _raveled(at: Mapping[str, int], counts: Mapping[str, int], axes: str) -> int
     return number
 
 
-def _unraveled(number: int, counts: Mapping[str, int], axes: str) -> dict[str, int]:
+def _plane(number: int, counts: Mapping[str, int], axes: str) -> Plane:
     at = {}
     for axis in axes:
         number, at[axis] = divmod(number, counts[axis])
-    return at
+    return Plane(at["Z"], at["C"], at["T"])

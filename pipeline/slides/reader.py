@@ -57,6 +57,21 @@ class NativeTiles:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """Which of a file's images is read."""
+
+    series: int
+    """Its number in the file."""
+    name: str
+    of: int
+    """Images that the file holds."""
+    plane: str | None
+    """Which of several focal planes or times, in words."""
+    named: bool
+    """The cohort named it, and unasked another one, or none, would have been taken."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """A whole slide at low resolution."""
 
@@ -75,6 +90,13 @@ class SlideReader(ABC):
     mpp: float | None
     """Microns per level-0 px as the file states it, unchecked; None when it states none."""
     vendor: str
+    picked: Picked | None = None
+    """Which of the file's images this is; None where the library that reads it picks, or there is but one."""
+
+    @property
+    def series(self) -> int | None:
+        """Which image of the file it is, where the file alone does not say."""
+        return self.picked.series if self.picked is not None and self.picked.named else None
 
     @property
     def dimensions(self) -> tuple[int, int]:

@@ -24,7 +24,8 @@ APERIO = "Aperio Image Library v10.0\r\n313x271|AppMag = 20|MPP = {}|Left = 3"
 def layout(path: Path) -> Layout | None:
     source = LocalSource(path)
     try:
-        return read_layout(source)
+        found = read_layout(source)
+        return found if isinstance(found, Layout) else None
     finally:
         source.close()
 
