@@ -138,9 +138,9 @@ def _begin(
         with reading_source():
             place, fetched = stack.enter_context(_at_hand(slide, spec))
             digest, guide = slide_digest(place, fetched), read_guide(slide, spec)
-        reader = stack.enter_context(_opened(place, spec, fetched))
+        reader = stack.enter_context(_opened(place, slide.series, spec, fetched))
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
-        key = slide_key(digest.sha256, mpp, guide.digest)
+        key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
         known = patches.slide(key) if patches.has(key) else None
         if known is not None and (digest.whole or known.n_bad_tiles == 0):
             return _committed(slide, known)
@@ -151,7 +151,7 @@ def _begin(
             with reading_source():
                 if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
                     digest = slide_digest(place, whole=True)
-            key = slide_key(digest.sha256, mpp, guide.digest)
+            key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
             if patches.has(key):
                 return _committed(slide, patches.slide(key))
         sampled = None if digest.whole else version
@@ -202,11 +202,13 @@ def _outcome(
 
 def opened(slide: CohortSlide, spec: TilingConfig) -> AbstractContextManager[SlideReader]:
     """The slide, open for the block; SlideError where it cannot be."""
-    return _opened(slide.uri, spec)
+    return _opened(slide.uri, slide.series, spec)
 
 
-def _opened(uri: str, spec: TilingConfig, fetched: Fetched | None = None) -> AbstractContextManager[SlideReader]:
-    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched)
+def _opened(
+    uri: str, series: int | None, spec: TilingConfig, fetched: Fetched | None = None
+) -> AbstractContextManager[SlideReader]:
+    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched, series)
 
 
 @contextmanager
