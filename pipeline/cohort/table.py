@@ -2,8 +2,8 @@
 
 A CSV (UTF-8) or Parquet file at any URI. Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
 the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
-slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`); all others are kept as text. Everything wrong with
-the file is reported at once, with row numbers; the header is row 1.
+slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
+all others are kept as text. Everything wrong with the file is reported at once, with row numbers; the header is row 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Cohort:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over what decides a result: ids, URIs, patients, splits, mpp, labels, masks, coordinates and series."""
+        """sha256 (hex) over what decides a result: ids, URIs, patients, splits, mpp, labels, what is given beside."""
         hasher = hashlib.sha256()
         for slide in self.slides:
             row = [slide.slide_id, slide.uri, slide.patient_id, slide.split, slide.mpp, dict(slide.labels)]

@@ -27,7 +27,7 @@ from pipeline.errors import SlideError
 from pipeline.slides import jpeg
 from pipeline.slides.ome import Length
 from pipeline.slides.reader import Level, NativeTiles, Picked
-from pipeline.slides.series import Series, aperio_fields, is_beside, pick_series
+from pipeline.slides.series import Series, aperio_fields, description, is_beside, pick_series
 from pipeline.storage.ranges import ByteSource, Range, SourceFile
 
 Table = npt.NDArray[np.uint64]
@@ -178,7 +178,7 @@ def _chosen(source: ByteSource, chosen: Series, picked: Picked, first: tifffile.
     if not chosen.first.is_tiled or any(len(level) > 1 for level in chosen.levels):
         return None
     read = [_tiled_page(source, page) for page in pages]
-    if str(first.description).startswith("Aperio"):
+    if description(first).startswith("Aperio"):
         if any(page is None or not page.lengths.all() for page in read):
             return None
         stated = next((value for page in pages if (value := aperio_fields(page).get("MPP"))), None)

@@ -31,6 +31,7 @@ LevelBox = tuple[float, float, float, float]
 EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder gives them without the rest
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
 SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
+SHAPE = 0.02  # how far the width to height of a level may be from the slide's
 UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
 
 
@@ -252,6 +253,12 @@ class SlideReader(ABC):
         level, (top, left, step) = self.levels[number], block
         right, bottom = min((left + step) * edge, float(level.width)), min((top + step) * edge, float(level.height))
         return min(left * edge, level.width - 1.0), min(top * edge, level.height - 1.0), right, bottom
+
+
+def has_shape_of(size: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Whether an image may be all of another one in small: width and height differ by rounding."""
+    ratio = size[0] * whole[1] / (size[1] * whole[0])
+    return abs(ratio - 1) <= SHAPE + 1 / min(*size, *whole)  # a px, as each halving rounds
 
 
 def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:

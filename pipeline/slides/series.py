@@ -21,9 +21,8 @@ from tifffile import TiffFile, TiffPage
 
 from pipeline.errors import SlideError
 from pipeline.slides.ome import Length, Ome, OmeImage, Plane, parse_ome
-from pipeline.slides.reader import Picked
+from pipeline.slides.reader import Picked, has_shape_of
 
-SHAPE = 0.02  # how far the width to height of a level may be from the slide's
 RIVAL = 0.3  # an image of this share of the largest one's px may be the slide; each halving leaves 0.25
 RIVAL_OF_LIKE_MPP = 0.01  # the same where both state microns, and the smaller one's are as fine
 LIKE_MPP = 1.5
@@ -49,6 +48,8 @@ class Series:
     """NewSubfileType says that it is a small copy of another image."""
     beside: bool
     """A label, a picture of the glass, a thumbnail, a mask: beside the slide."""
+    image: OmeImage | None = None
+    """What the OME-XML says of it."""
     microns: tuple[Length | None, Length | None] = (None, None)
     """Of a level-0 px along x and y, as the OME-XML states them."""
     plane: str | None = None
@@ -98,7 +99,8 @@ def pick_series(tiff: TiffFile, name: str, wanted: int | None) -> tuple[Series, 
         those = _listed([one for one in able if one is best or one in rivals])
         raise SlideError(
             "series",
-            f"{name}: several images could be the slide: {those}; give the number of one in the cohort's series column",
+            f"{name}: several images could be the slide: {those}; give the number of one in the cohort's series column "
+            "(predict: --series)",
         )
     named = wanted is not None and (chosen is not best or bool(rivals))
     return chosen, Picked(chosen.index, chosen.name, len(found), chosen.plane, named)
@@ -108,20 +110,20 @@ def find_series(tiff: TiffFile) -> list[Series]:
     """All images of a file."""
     tops = [page for page in tiff.pages if isinstance(page, TiffPage)]
     first = tops[0]
-    if str(first.description).startswith("Aperio"):
+    if description(first).startswith("Aperio"):
         return _aperio(tops)
     if first.is_ome:
         try:
-            return _ome(tops, parse_ome(first.description))
+            return _ome(tops, parse_ome(description(first)))
         except (ElementTree.ParseError, ValueError):  # the directories still tell what they are
             pass
     return _joined([_plain(page) for page in tops])
 
 
-def has_shape_of(size: tuple[int, int], whole: tuple[int, int]) -> bool:
-    """Whether an image may be all of another one in small: width and height differ by rounding."""
-    ratio = size[0] * whole[1] / (size[1] * whole[0])
-    return abs(ratio - 1) <= SHAPE + 1 / min(*size, *whole)  # a px, as each halving rounds
+def description(page: TiffPage) -> str:
+    """ImageDescription, whatever it is encoded in: what is looked for in it is ASCII, or XML in UTF-8."""
+    value = page.tags.valueof(270, "")  # bytes where it is neither UTF-8 nor cp1252
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
 def _size(page: TiffPage) -> tuple[int, int]:
@@ -150,7 +152,7 @@ def _is_reduced(page: TiffPage) -> bool:
 
 def is_beside(page: TiffPage) -> bool:
     """Whether a directory says of itself that it is a label, a picture of the glass, a thumbnail or a mask."""
-    lines = str(page.description).splitlines()[:2]
+    lines = description(page).splitlines()[:2]
     named = any(_LINE.fullmatch(line.strip()) for line in lines)
     return named or bool(int(page.subfiletype) & (_MASK | _MACRO))
 
@@ -217,7 +219,7 @@ def _aperio(tops: Sequence[TiffPage]) -> list[Series]:
 
 def aperio_fields(page: TiffPage) -> Mapping[str, str]:
     """What an Aperio description states after its first line."""
-    parts = (part.split("=", 1) for part in str(page.description).split("|")[1:] if "=" in part)
+    parts = (part.split("=", 1) for part in description(page).split("|")[1:] if "=" in part)
     return {key.strip(): value.strip() for key, value in parts}
 
 
@@ -267,6 +269,7 @@ def _ome_series(number: int, image: OmeImage, tops: Sequence[TiffPage], planes: 
         index=number,
         name=image.name,
         levels=levels,
+        image=image,
         reduced=all(_is_reduced(level[0]) for level in levels),
         beside=_NAME.fullmatch(image.name.strip()) is not None or is_beside(first),
         microns=(

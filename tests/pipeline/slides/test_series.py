@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.errors import SlideError
 from pipeline.slides.open import SlideReader, open_slide
 from pipeline.slides.openslide import OpenSlideReader
-from pipeline.slides.reader import Picked
-from pipeline.slides.series import Series, find_series, has_shape_of
+from pipeline.slides.reader import Picked, has_shape_of
+from pipeline.slides.series import Series, find_series
 from tests.synth import overwrite, tissue_rgb
 
 RGB8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -239,6 +239,23 @@ def test_an_aperio_slide_whose_macro_is_tiled(tmp_path: Path, said: str, kind: i
             assert levels(reader) == levels(theirs) == [(613, 521), (153, 130)]
             assert reader.mpp == theirs.mpp == MPP
             assert is_like(reader, SCAN)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_tiled_macro_is_no_level_where_openslide_reads_either(tmp_path: Path, place: int) -> None:
+    """One missing tile leaves the slide to it; what follows the macro it would fill from that."""
+    scan = [(small(SCAN, n), JPEG | {"description": APERIO.format(613 // n, 521 // n)}) for n in (1, 4)]
+    clean = pages(tmp_path / "clean.svs", *scan)
+    path = pages(tmp_path / "a.svs", *scan[:place], (MACRO, JPEG | {"subfiletype": 9}), *scan[place:])
+    for name in (clean, path):
+        with tifffile.TiffFile(name) as tiff:
+            at = tiff.pages.first.tags[325].valueoffset
+        overwrite(name, at + 4 * 7, bytes(4))
+    with open_slide(path) as reader, OpenSlideReader(clean) as expected:
+        assert isinstance(reader, OpenSlideReader)
+        assert levels(reader) == levels(expected)[:place]
+        for number, (width, height) in enumerate(levels(reader)):
+            assert np.array_equal(reader.read(number, 0, 0, width, height), expected.read(number, 0, 0, width, height))
 
 
 def test_a_macro_of_the_scans_shape_is_told_by_word_or_flag(tmp_path: Path) -> None:
