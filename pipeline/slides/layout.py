@@ -131,6 +131,7 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
     file = io.BufferedReader(SourceFile(source.size, read), buffer_size=HEADER_BYTES)
     try:
         with tifffile.TiffFile(file, name=source.name) as tiff:
+            tiff.pages.cache = True  # each directory is read once
             first = tiff.pages.first
             _check_whole(source, tiff)
             if tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
@@ -141,7 +142,7 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
                 return None if series else _philips(source, tiff)
             chosen, picked = pick_series(tiff, source.name, series)
             _check_depth(source, chosen.first)
-            return _chosen(source, chosen, picked, first) or _elsewhere(tiff, chosen, picked)
+            return _chosen(source, tiff, chosen, picked) or _elsewhere(tiff, chosen, picked)
     except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None
 
@@ -172,15 +173,17 @@ def _check_reach(source: ByteSource, link: bytes, byteorder: str) -> None:
         )
 
 
-def _chosen(source: ByteSource, chosen: Series, picked: Picked, first: tifffile.TiffPage) -> Layout | None:
+def _chosen(source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Layout | None:
     """The layout of the chosen series; None where its pixels are not for us."""
-    pages = [level[0] for level in chosen.levels]
+    pages, first = [level[0] for level in chosen.levels], tiff.pages.first
     if not chosen.first.is_tiled or any(len(level) > 1 for level in chosen.levels):
         return None
     read = [_tiled_page(source, page) for page in pages]
     if description(first).startswith("Aperio"):
-        if any(page is None or not page.lengths.all() for page in read):
-            return None
+        if any(page is not None and not page.lengths.all() for page in read):
+            if _is_for_openslide(tiff, chosen):
+                return None
+            pages, read = pages[:1], read[:1]  # what is missing there it has from nowhere
         stated = next((value for page in pages if (value := aperio_fields(page).get("MPP"))), None)
         mpp = None if stated is None else (float(stated), float(stated))
         return _layout(pages, read, mpp, "aperio", picked)
@@ -189,11 +192,23 @@ def _chosen(source: ByteSource, chosen: Series, picked: Picked, first: tifffile.
     return _layout(pages, read, mpp, "ome-tiff" if first.is_ome else "generic-tiff", picked)
 
 
+def _is_for_openslide(tiff: tifffile.TiffFile, chosen: Series) -> bool:
+    """Whether the levels are all that is tiled in an Aperio slide, in their order.
+
+    For tiles that are missing OpenSlide looks in the directory before, whatever that is, and ends the process (division
+    by zero) where that is smaller.
+    """
+    tiled = [page.offset for page in tiff.pages if page.is_tiled]
+    return tiled == [level[0].offset for level in chosen.levels]
+
+
 def _elsewhere(tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Elsewhere:
     first = chosen.first
     like = [page.index for page in tiff.pages if (page.imagewidth, page.imagelength) == chosen.size]
     directory = None if first.is_subifd else first.index
     leads = directory is not None and directory == like[0]
+    if description(tiff.pages.first).startswith("Aperio") and not _is_for_openslide(tiff, chosen):
+        leads = leads and all(0 not in page.databytecounts for page in tiff.pages)
     return Elsewhere(str(tiff.filename), chosen.size, first.is_tiled, directory, leads, picked)
 
 
@@ -206,9 +221,10 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     """Levels are padded to whole tiles; the pixel spacings tell how large they really are."""
     tops = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
     pages = [page for page in tops if page.is_tiled and not is_beside(page)]
+    pages.sort(key=lambda page: -page.imagewidth)
     scanned = [
         image
-        for image in ElementTree.fromstring(pages[0].description).findall(
+        for image in ElementTree.fromstring(tops[0].description).findall(
             "Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject"
         )
         if any(node.get("Name") == "PIM_DP_IMAGE_TYPE" and node.text == "WSI" for node in image.findall("Attribute"))
@@ -217,7 +233,7 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
         "Attribute[@Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE']/Array"
         "/DataObject[@ObjectType='PixelDataRepresentation']/Attribute[@Name='DICOM_PIXEL_SPACING']"
     )
-    found = [_spacing(node.text) for node in spacings]
+    found = sorted(_spacing(node.text) for node in spacings)
     if len(scanned) != 1 or len(found) != len(pages):
         return None
     width, height = pages[0].imagewidth, pages[0].imagelength

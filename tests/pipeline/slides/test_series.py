@@ -242,8 +242,8 @@ def test_an_aperio_slide_whose_macro_is_tiled(tmp_path: Path, said: str, kind: i
 
 
 @pytest.mark.parametrize("place", [1, 2])
-def test_a_tiled_macro_is_no_level_where_openslide_reads_either(tmp_path: Path, place: int) -> None:
-    """One missing tile leaves the slide to it; what follows the macro it would fill from that."""
+def test_missing_tiles_and_a_tiled_macro(tmp_path: Path, place: int) -> None:
+    """OpenSlide would fill them from the macro before, or end the process where the macro is larger than a level."""
     scan = [(small(SCAN, n), JPEG | {"description": APERIO.format(613 // n, 521 // n)}) for n in (1, 4)]
     clean = pages(tmp_path / "clean.svs", *scan)
     path = pages(tmp_path / "a.svs", *scan[:place], (MACRO, JPEG | {"subfiletype": 9}), *scan[place:])
@@ -252,10 +252,28 @@ def test_a_tiled_macro_is_no_level_where_openslide_reads_either(tmp_path: Path, 
             at = tiff.pages.first.tags[325].valueoffset
         overwrite(name, at + 4 * 7, bytes(4))
     with open_slide(path) as reader, OpenSlideReader(clean) as expected:
+        assert levels(reader) == levels(expected)[:1]
+        assert np.array_equal(reader.read(0, 0, 0, 613, 521), expected.read(0, 0, 0, 613, 521))
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_tiled_macro_is_no_level_where_openslide_reads_either(tmp_path: Path, place: int) -> None:
+    """Tiles of its own kind of JPEG 2000 leave the slide to it."""
+    how = LZW | {"compression": 33005}
+    scan = [(small(SCAN, n), how | {"description": APERIO.format(613 // n, 521 // n)}) for n in (1, 4)]
+    path = pages(
+        tmp_path / "a.svs", *scan[:place], (small(MACRO, 3 * place - 2), JPEG | {"subfiletype": 9}), *scan[place:]
+    )
+    with tifffile.TiffFile(path) as tiff:
+        places = [page.tags[259].valueoffset for page in tiff.pages if page.compression == 33005]
+        counts = tiff.pages.first.tags[325].valueoffset
+    for at in places:
+        overwrite(path, at, (33003).to_bytes(2, "little"))
+    with open_slide(path) as reader:
         assert isinstance(reader, OpenSlideReader)
-        assert levels(reader) == levels(expected)[:place]
-        for number, (width, height) in enumerate(levels(reader)):
-            assert np.array_equal(reader.read(number, 0, 0, width, height), expected.read(number, 0, 0, width, height))
+        assert levels(reader) == [(613, 521), (153, 130)][:place]
+    overwrite(path, counts + 4 * 7, bytes(4))
+    assert "series 0 of 613 x 521 px" in refusal(path)
 
 
 def test_a_macro_of_the_scans_shape_is_told_by_word_or_flag(tmp_path: Path) -> None:
