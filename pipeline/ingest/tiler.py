@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,6 +34,8 @@ from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_k
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.guide import guided_version, read_guide
 from pipeline.tiling.slide import effective_mpp, tile_slide
+
+log = logging.getLogger(__name__)
 
 TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "codec", "crash"})
 """Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
@@ -139,6 +142,8 @@ def _begin(
             place, fetched = stack.enter_context(_at_hand(slide, spec))
             digest, guide = slide_digest(place, fetched), read_guide(slide, spec)
         reader = stack.enter_context(_opened(place, slide.series, spec, fetched))
+        if reader.picked is not None and reader.picked.plane is not None:
+            log.info("%s: %s is read", slide.uri, reader.picked.plane)
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
         key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
         known = patches.slide(key) if patches.has(key) else None
