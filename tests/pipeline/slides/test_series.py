@@ -13,10 +13,12 @@ import tifffile
 from PIL import Image
 
 from pipeline.errors import SlideError
-from pipeline.slides.open import SlideReader, open_slide
+from pipeline.slides.open import SlideReader, open_slide, open_uri
 from pipeline.slides.openslide import OpenSlideReader
 from pipeline.slides.reader import Picked, has_shape_of
 from pipeline.slides.series import Series, find_series
+from pipeline.storage.staging import Staging
+from tests.s3 import S3Server
 from tests.synth import overwrite, tissue_rgb
 
 RGB8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -361,6 +363,22 @@ def test_a_thumbnail_that_openslide_would_take_is_not_taken(tmp_path: Path) -> N
     with openslide.OpenSlide(path) as theirs:
         assert theirs.dimensions == (204, 173)
     assert "vips copy 'IN[page=1]'" in refusal(path)
+
+
+def test_a_series_on_s3(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in place, or as a copy; refused before anything is copied."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    folder = server.folder / "slides"
+    pages(folder / "two.tif", (SCAN, JPEG), (OTHER, JPEG))
+    pages(folder / "strips.tif", (SCAN, STRIPS), (OTHER, STRIPS))
+    for name in ("two.tif", "strips.tif"):
+        uri = f"s3://slides/{name}"
+        with open_uri(uri, lambda uri=uri: [uri], Staging(str(tmp_path)), series=1) as reader:  # type: ignore[misc]
+            assert is_like(reader, OTHER)
+        with pytest.raises(SlideError, match="several images"), open_uri(uri, list, Staging(str(tmp_path / "none"))):
+            pass
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_series_of_what_a_library_picks(tmp_path: Path) -> None:
