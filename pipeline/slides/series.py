@@ -233,22 +233,34 @@ def _ome(tops: Sequence[TiffPage], ome: Ome) -> list[Series]:
     """The images of the XML that are in the file, then the directories that it does not name."""
     free = dict(enumerate(tops))
     placed: dict[int, Mapping[int, Plane]] = {}
-    for number, image in enumerate(ome.images):
-        planes = image.planes(ome.uuid, len(tops))
-        mine = {ifd: plane for ifd, plane in planes.items() if ifd in free and _fits(free[ifd], image)}
-        placed[number] = mine
-        for ifd in mine:
-            del free[ifd]
-    for number, image in enumerate(ome.images):
-        if not placed[number] and image.is_in(ome.uuid):  # the XML is wrong about where: its size may tell
-            like = [ifd for ifd, page in free.items() if _fits(page, image)]
-            if len(like) == math.prod(image.counts.values()):
-                placed[number] = dict(zip(like, image.in_order(), strict=True))
-                for ifd in like:
-                    del free[ifd]
-    named = [_ome_series(number, ome.images[number], tops, planes) for number, planes in placed.items() if planes]
+    for claims in (_where_it_says, _by_size, _though_of_another_size):
+        for number, image in enumerate(ome.images):
+            found = {} if number in placed else claims(image, ome.uuid, free)
+            if found:
+                placed[number] = found
+                free = {ifd: page for ifd, page in free.items() if ifd not in found}
+    named = [_ome_series(number, ome.images[number], tops, planes) for number, planes in sorted(placed.items())]
     rest = [replace(_plain(page), index=number) for number, page in enumerate(free.values(), len(ome.images))]
     return _joined([*named, *rest])
+
+
+def _where_it_says(image: OmeImage, uuid: str | None, free: Mapping[int, TiffPage]) -> Mapping[int, Plane]:
+    """Directory -> plane of an image, where the XML names directories and they have its size."""
+    planes = image.planes(uuid, max(free, default=-1) + 1)
+    return {ifd: plane for ifd, plane in planes.items() if ifd in free and _fits(free[ifd], image)}
+
+
+def _by_size(image: OmeImage, uuid: str | None, free: Mapping[int, TiffPage]) -> Mapping[int, Plane]:
+    """The same by size, where as many directories have it as the image has planes."""
+    like = [ifd for ifd, page in free.items() if _fits(page, image)]
+    alone = image.is_in(uuid) and len(like) == math.prod(image.counts.values())
+    return dict(zip(like, image.in_order(), strict=True)) if alone else {}
+
+
+def _though_of_another_size(image: OmeImage, uuid: str | None, free: Mapping[int, TiffPage]) -> Mapping[int, Plane]:
+    """The same where the XML is wrong about the size: its name and its planes hold, its microns do not."""
+    planes = {ifd: plane for ifd, plane in image.planes(uuid, max(free, default=-1) + 1).items() if ifd in free}
+    return {ifd: plane for ifd, plane in planes.items() if _size(free[ifd]) == _size(free[min(planes)])}
 
 
 def _fits(top: TiffPage, image: OmeImage) -> bool:
@@ -272,16 +284,16 @@ def _ome_series(number: int, image: OmeImage, tops: Sequence[TiffPage], planes: 
         image=image,
         reduced=all(_is_reduced(level[0]) for level in levels),
         beside=_NAME.fullmatch(image.name.strip()) is not None or is_beside(first),
-        microns=(
-            _scaled(image.physical[0], image.sizes["X"] / first.imagewidth),
-            _scaled(image.physical[1], image.sizes["Y"] / first.imagelength),
-        ),
+        microns=_microns(image, first) if _fits(tops[channels[0][1]], image) else (None, None),
         plane=_plane(depth, counts["Z"], time, counts["T"]),
     )
 
 
-def _scaled(length: Length | None, factor: float) -> Length | None:
-    return None if length is None else replace(length, value=length.value * factor)
+def _microns(image: OmeImage, page: TiffPage) -> tuple[Length | None, Length | None]:
+    """Of a px of a directory, which may be another level than the one that the XML describes."""
+    factors = image.sizes["X"] / page.imagewidth, image.sizes["Y"] / page.imagelength
+    x, y = (size and replace(size, value=size.value * by) for size, by in zip(image.physical, factors, strict=True))
+    return x, y
 
 
 def _plane(depth: int, depths: int, time: int, times: int) -> str | None:

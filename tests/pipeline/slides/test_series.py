@@ -153,6 +153,17 @@ def test_an_xml_of_another_picture_gives_no_microns(tmp_path: Path) -> None:
         assert reader.mpp == pytest.approx(0.25)
 
 
+def test_an_xml_that_is_wrong_about_the_labels_size_still_names_it(tmp_path: Path) -> None:
+    """Which is nearly as large as the scan here."""
+    xml = ome(image_xml(MACRO, "label", 1, 0.25), image_xml(SCAN, "scan", 0, MPP))
+    with open_slide(pages(tmp_path / "a.ome.tif", (SCAN, JPEG | xml), (OTHER, JPEG))) as reader:
+        assert is_like(reader, SCAN)
+        assert (reader.mpp, reader.picked) == (MPP, Picked(1, "scan", 2, None, named=False))
+    with open_slide(tmp_path / "a.ome.tif", 0) as reader:
+        assert is_like(reader, OTHER)
+        assert reader.mpp is None
+
+
 def test_microns_are_those_of_the_level_that_the_xml_describes(tmp_path: Path) -> None:
     """The largest level stands below a smaller one."""
     half = small(SCAN, 2)
