@@ -40,6 +40,7 @@ _RGB, _YCBCR = 2, 6
 PIXEL_BITS = 8
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_NDPI_LENS, _NDPI_DEPTH = 65421, 65424
 BROKEN = (
     tifffile.TiffFileError,
     struct.error,
@@ -136,7 +137,7 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
             _check_whole(source, tiff)
             if tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
                 _check_depth(source, first)
-                return None
+                return _ndpi_stack(tiff) if tiff.is_ndpi and series is None else None
             if first.is_tiled and first.software.startswith("Philips") and "<DataObject" in first.description:
                 _check_depth(source, first)
                 return None if series else _philips(source, tiff)
@@ -210,6 +211,20 @@ def _elsewhere(tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Elsew
     if description(tiff.pages.first).startswith("Aperio") and not _is_for_openslide(tiff, chosen):
         leads = leads and all(0 not in page.databytecounts for page in tiff.pages)
     return Elsewhere(str(tiff.filename), chosen.size, first.is_tiled, directory, leads, picked)
+
+
+def _ndpi_stack(tiff: tifffile.TiffFile) -> Elsewhere | None:
+    """What OpenSlide takes of a Hamamatsu file of several focal planes: the nominal focus. None where there is one."""
+    scans = [page for page in tiff.pages if page.tags.valueof(_NDPI_LENS, 0) > 0]  # else the glass
+    depths = sorted({page.tags.valueof(_NDPI_DEPTH, 0) for page in scans})  # nanometres from the nominal focus
+    focused = [page for page in scans if page.tags.valueof(_NDPI_DEPTH, 0) == 0]
+    if len(depths) < 2 or not focused:
+        return None
+    largest = max(focused, key=lambda page: page.imagewidth)
+    plane = f"focal plane {depths.index(0) + 1} of {len(depths)}"
+    picked = Picked(largest.index, "", len(depths) + len(tiff.pages) - len(scans), plane, named=False)
+    size = largest.imagewidth, largest.imagelength
+    return Elsewhere(str(tiff.filename), size, tiled=True, directory=largest.index, leads=True, picked=picked)
 
 
 def _microns(length: Length | None) -> float:

@@ -143,7 +143,10 @@ def _is_rival(one: Series, best: Series) -> bool:
 
 
 def _with_subs(top: TiffPage) -> list[TiffPage]:
-    return [top, *(page for page in top.pages or () if isinstance(page, TiffPage))]
+    if top.pages is None:
+        return [top]
+    top.pages.cache = True  # each directory is read once
+    return [top, *(page for page in top.pages if isinstance(page, TiffPage))]
 
 
 def _is_reduced(page: TiffPage) -> bool:
@@ -264,7 +267,8 @@ def _though_of_another_size(image: OmeImage, uuid: str | None, free: Mapping[int
 
 
 def _fits(top: TiffPage, image: OmeImage) -> bool:
-    return (image.sizes["X"], image.sizes["Y"]) in map(_size, _with_subs(top))
+    size = image.sizes["X"], image.sizes["Y"]
+    return _size(top) == size or size in map(_size, _with_subs(top))
 
 
 def _ome_series(number: int, image: OmeImage, tops: Sequence[TiffPage], planes: Mapping[int, Plane]) -> Series:

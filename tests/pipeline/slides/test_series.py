@@ -422,6 +422,27 @@ def test_of_a_stack_the_middle_plane_is_taken_and_named(tmp_path: Path, depths: 
             assert reader.picked.plane == f"focal plane {middle + 1} of {depths}"
 
 
+def test_of_a_hamamatsu_stack_the_nominal_focus_is_taken_and_named(tmp_path: Path) -> None:
+    planes = [tissue_rgb(313, 271, seed=seed) for seed in range(3)]
+
+    def ndpi(rgb: RGB8, lens: float, depth: int) -> tuple[RGB8, dict[str, Any]]:
+        """In one strip, with the tags that tell OpenSlide what it is."""
+        where = (65424, "i", 1, depth, True)
+        tags = [(65420, "I", 1, 1, True), (65421, "f", 1, lens, True), where, (271, "s", 0, "Hamamatsu", True)]
+        return rgb, STRIPS | microns(MPP) | {"rowsperstrip": rgb.shape[0], "extratags": tags, "subsampling": (1, 1)}
+
+    written = [ndpi(plane, 20, 3000 * place) for plane, place in zip(planes, (-2, -1, 0), strict=True)]
+    glass = ndpi(MACRO, -1, 0)
+    path = pages(tmp_path / "a.tif", *written, ndpi(small(planes[2], 2), 10, 0), glass)
+    with open_slide(path) as reader:
+        assert reader.vendor == "hamamatsu"
+        assert is_like(reader, planes[2])
+        assert reader.picked == Picked(2, "", 4, "focal plane 3 of 3", named=False)
+    assert "of this format the library picks the slide" in refusal(path, 0)
+    with open_slide(pages(tmp_path / "b.tif", written[2], glass)) as reader:
+        assert reader.picked is None
+
+
 def test_of_a_time_series_the_first_is_taken(tmp_path: Path) -> None:
     frames = [tissue_rgb(311, 269, seed=seed) for seed in range(4)]
     with tifffile.TiffWriter(tmp_path / "t.ome.tif") as tiff:
