@@ -239,7 +239,7 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     pages.sort(key=lambda page: -page.imagewidth)
     scanned = [
         image
-        for image in ElementTree.fromstring(tops[0].description).findall(
+        for image in ElementTree.fromstring(description(tops[0])).findall(
             "Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject"
         )
         if any(node.get("Name") == "PIM_DP_IMAGE_TYPE" and node.text == "WSI" for node in image.findall("Attribute"))

@@ -20,12 +20,13 @@ from xml.etree import ElementTree
 from tifffile import TiffFile, TiffPage
 
 from pipeline.errors import SlideError
-from pipeline.slides.ome import Length, Ome, OmeImage, Plane, parse_ome
+from pipeline.slides.ome import Channel, Length, Ome, OmeImage, Plane, parse_ome
 from pipeline.slides.reader import Picked, has_shape_of
 
 RIVAL = 0.3  # an image of this share of the largest one's px may be the slide; each halving leaves 0.25
 RIVAL_OF_LIKE_MPP = 0.01  # the same where both state microns, and the smaller one's are as fine
 LIKE_MPP = 1.5
+LISTED = 20  # images that a message names
 _REDUCED, _MASK, _MACRO = 1, 4, 8  # bits of NewSubfileType; the last is Aperio's
 _BESIDE = r"(?:label|macro|thumbnail|overview|preview|barcode)(?:[ _](?:image|mask))*"
 _NAME = re.compile(rf"(?:.*[\s:/#-])?{_BESIDE}[\s#]*\d*(?:\.\w+)?", re.IGNORECASE)
@@ -48,12 +49,12 @@ class Series:
     """NewSubfileType says that it is a small copy of another image."""
     beside: bool
     """A label, a picture of the glass, a thumbnail, a mask: beside the slide."""
-    image: OmeImage | None = None
-    """What the OME-XML says of it."""
     microns: tuple[Length | None, Length | None] = (None, None)
     """Of a level-0 px along x and y, as the OME-XML states them."""
     plane: str | None = None
     """Which of several focal planes or times it is."""
+    channels: tuple[Channel, ...] = ()
+    """As the OME-XML names them, in the order of a level's directories, or of its samples."""
 
     @property
     def first(self) -> TiffPage:
@@ -130,8 +131,9 @@ def _size(page: TiffPage) -> tuple[int, int]:
     return page.imagewidth, page.imagelength
 
 
-def _listed(series: Iterable[Series]) -> str:
-    return ", ".join(map(str, series))
+def _listed(series: Sequence[Series]) -> str:
+    more = f" and {len(series) - LISTED} more" if len(series) > LISTED else ""
+    return ", ".join(map(str, series[:LISTED])) + more
 
 
 def _is_rival(one: Series, best: Series) -> bool:
@@ -285,11 +287,11 @@ def _ome_series(number: int, image: OmeImage, tops: Sequence[TiffPage], planes: 
         index=number,
         name=image.name,
         levels=levels,
-        image=image,
         reduced=all(_is_reduced(level[0]) for level in levels),
         beside=_NAME.fullmatch(image.name.strip()) is not None or is_beside(first),
         microns=_microns(image, first) if _fits(tops[channels[0][1]], image) else (None, None),
         plane=_plane(depth, counts["Z"], time, counts["T"]),
+        channels=image.channels,
     )
 
 

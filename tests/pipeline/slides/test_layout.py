@@ -80,6 +80,21 @@ def test_philips_levels_are_cut_to_their_true_size(tmp_path: Path) -> None:
     assert found.mpp == pytest.approx((0.25, 0.25))
 
 
+def test_philips_levels_in_another_order_beside_a_tiled_macro(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.tiff") as tiff:
+        for step, text in ((2, philips_xml(3, 0.25)), (1, None), (4, None)):
+            rgb = np.ascontiguousarray(RGB[::step, ::step])
+            tiff.write(rgb, description=text, software="Philips DP v1.0", **options)
+        tiff.write(RGB[100:160, :200], description="Macro", software="Philips DP v1.0", **options)
+    found = layout(tmp_path / "a.tiff")
+    assert found is not None
+    assert [(level.width, level.height) for level in found.levels] == [(313, 271), (156, 135), (78, 67)]
+    assert [page.tiles.columns for page in found.pages] == [5, 3, 2]
+    assert (found.vendor, found.picked.of) == ("philips", 2)
+    assert found.mpp == pytest.approx((0.25, 0.25))
+
+
 @pytest.mark.parametrize("xml", [philips_xml(2, 0.25), philips_xml(3, 0.25).replace(">WSI<", ">LABELIMAGE<")])
 def test_a_philips_slide_that_contradicts_itself_is_left_to_openslide(tmp_path: Path, xml: str) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, software="Philips DP v1.0", description=xml)

@@ -326,6 +326,13 @@ def test_two_sections_of_a_generic_tiff(tmp_path: Path) -> None:
     assert "there is no series 3, which the cohort names; it holds series 0 of 397 x 167 px" in refusal(path, 3)
 
 
+def test_a_file_of_many_images_is_told_in_few_words(tmp_path: Path) -> None:
+    path = pages(tmp_path / "a.tif", *[(SCAN[:64, : 70 + n], JPEG) for n in range(25)])
+    assert "series 19 of 89 x 64 px and 5 more; give the number" in refusal(path)
+    with open_slide(path, 24) as reader:
+        assert reader.dimensions == (94, 64)
+
+
 def test_two_sections_of_an_ome_tiff(tmp_path: Path) -> None:
     """One is much smaller, but as fine; each has levels of its own."""
     section = OTHER[100:320, 50:333]
