@@ -49,7 +49,7 @@ class QualityRow:
     scanner: str | None = None
     """Vendor of the file format."""
     image: str | None = None
-    """Which of a file's images it is, and which plane of a stack; None where the format's library picks."""
+    """Which of a file's images it is, and which plane of a stack; None of the first in a file and of one plane."""
     mpp: float | None = None
     """Microns per level-0 px that it was tiled with."""
     mpp_source: str | None = None
@@ -236,7 +236,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image(picked: Mapping[str, Any] | None) -> str | None:
-    if picked is None:
+    if picked is None or not (picked["named"] or picked["plane"] or picked["series"]):
         return None
     name = f" ({picked['name']})" if picked["name"] else ""
     plane = f", {picked['plane']}" if picked["plane"] else ""

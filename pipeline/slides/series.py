@@ -189,7 +189,8 @@ def _joined(series: Sequence[Series]) -> list[Series]:
     whole = [one for one in series if not one.reduced and not one.beside]
     left, joined = [], {one.index: list(one.levels) for one in whole}
     for one in (one for one in series if one.reduced or one.beside):
-        owners = [other for other in whole if has_shape_of(one.size, other.size)]
+        alike = [other for other in whole if has_shape_of(one.size, other.size)]
+        owners = [other for other in alike if len(other.levels[0]) == len(one.levels[0])]
         area = max((other.area for other in owners), default=0)
         owners = [other for other in owners if other.area >= RIVAL * area]  # a thumbnail has no levels
         if one.reduced and not one.beside and len(owners) == 1:

@@ -79,6 +79,8 @@ def test_two_series_of_a_file_are_two_slides(sections: Path, tmp_path: Path) -> 
         check_patches(stored, stored.payloads(range(stored.n_patches)), rgb)
         assert facts(stored)["series"] == series
         assert facts(stored)["image"]["name"] == ("upper", "lower")[series]
+    images = [row.image for row in quality_rows(store, statuses)]
+    assert images == ["series 0 (upper)", "series 1 (lower)", None]
     assert len(list(tmp_path.glob("*/sources/*.json"))) == 3
     report = verify_store(str(tmp_path), 1, lambda done, total: None)
     assert (report.slides, report.damage, report.leftovers) == (2, [], [])

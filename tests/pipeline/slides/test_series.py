@@ -459,6 +459,17 @@ def test_of_a_time_series_the_first_is_taken(tmp_path: Path) -> None:
         assert reader.picked == Picked(0, "Image0", 1, "focal plane 2 of 2, time 1 of 2", named=False)
 
 
+def test_channels_in_planes_have_no_level_of_one_plane(tmp_path: Path) -> None:
+    """Reduced directories, of each channel one, that nothing assigns to channels."""
+    grey = {**LZW, "photometric": "minisblack", "metadata": None}
+    xml = ome(image_xml(SCAN, "scan", 0, MPP, planes=3).replace('SamplesPerPixel="3"', ""))
+    channels = [(np.ascontiguousarray(SCAN[..., c]), grey | (xml if c == 0 else {})) for c in range(3)]
+    reduced = [(np.ascontiguousarray(SCAN[::2, ::2, c]), grey | {"subfiletype": 1}) for c in range(3)]
+    with tifffile.TiffFile(pages(tmp_path / "a.ome.tif", *channels, *reduced)) as tiff:
+        (scan, *_) = find_series(tiff)
+        assert [len(level) for level in scan.levels] == [3]
+
+
 def test_series_are_tifffiles(tmp_path: Path) -> None:
     """As many and as large, of images whose planes are many, in files where both know."""
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tiff:
