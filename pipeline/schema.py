@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 5  # part of the patch store's key, so a change of layout, or of masks, never meets old files
+SCHEMA_VERSION = 6  # part of the patch store's key, so a change of layout, or of masks, never meets old files
 
 _META = {b"ips.schema_version": str(SCHEMA_VERSION).encode()}
 

@@ -169,12 +169,12 @@ def open_unchanged(streamed: StreamedSlide, stack: ExitStack) -> SlideReader:
 
 
 _lock = threading.Lock()  # readers are not thread-safe, and chunks are read in a thread of their own
-_open: OrderedDict[tuple[str, SourceVersion], tuple[SlideReader, ExitStack]] = OrderedDict()
+_open: OrderedDict[tuple[str, int | None, SourceVersion], tuple[SlideReader, ExitStack]] = OrderedDict()
 
 
 def _reader(streamed: StreamedSlide) -> SlideReader:
     """The slide, kept open for the next call: the winners are taken from the slide that was just scored."""
-    name = streamed.uri, streamed.version
+    name = streamed.uri, streamed.slide.series, streamed.version
     if name not in _open:
         with ExitStack() as stack:
             _open[name] = open_unchanged(streamed, stack), stack.pop_all()

@@ -166,6 +166,12 @@ def predict(
         float | None,
         typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
     ] = None,
+    series: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Which image of the named slides' files, where they hold several that could be meant."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each."""
@@ -175,7 +181,7 @@ def predict(
         _must_be_local(out)
 
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp)
+        result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp, series=series)
         if as_json:
             print_json(result)
         else:

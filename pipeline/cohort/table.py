@@ -2,8 +2,8 @@
 
 A CSV (UTF-8) or Parquet file at any URI. Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
 the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
-slide's own) and the columns of each task's label (`labels`); all others are kept as text. Everything wrong with
-the file is reported at once, with row numbers; the header is row 1.
+slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
+all others are kept as text. Everything wrong with the file is reported at once, with row numbers; the header is row 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.errors import CohortError, StorageError
 from pipeline.storage import files
 
 SPLITS = ("train", "val", "test")
-_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords")
+_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords", "series")
 _SHOWN_ROWS = 20  # of each problem; the rest are counted
 
 
@@ -49,6 +49,8 @@ class CohortSlide:
     """URI of a tissue mask: PNG, TIFF, or GeoJSON in QuPath's coordinates."""
     coords: str | None = None
     """URI of an HDF5 file of TRIDENT or CLAM with the patches to cut."""
+    series: int | None = None
+    """Number of the file's image to take; None: the one that is the slide."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Cohort:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over what decides a result: ids, URIs, patients, splits, mpp and labels, in order."""
+        """sha256 (hex) over what decides a result: ids, URIs, patients, splits, mpp, labels, what is given beside."""
         hasher = hashlib.sha256()
         for slide in self.slides:
             row = [slide.slide_id, slide.uri, slide.patient_id, slide.split, slide.mpp, dict(slide.labels)]
-            row += [slide.mask, slide.coords]
+            row += [slide.mask, slide.coords, slide.series]
             hasher.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return hasher.hexdigest()
 
@@ -214,6 +216,7 @@ def _slide(
         extra={name: value for name, value in row.items() if name not in used},
         mask=_beside("mask", row, folder, number, problems),
         coords=_beside("coords", row, folder, number, problems),
+        series=_series(number, row.get("series", ""), problems),
     )
 
 
@@ -241,6 +244,16 @@ def _mpp(row: int, text: str, problems: _Problems) -> float | None:
         problems.add(row, f"mpp {text!r} is not a positive number; write microns per level-0 px, as in 0.25")
         return None
     return value
+
+
+def _series(row: int, text: str, problems: _Problems) -> int | None:
+    if text.casefold() in MISSING:
+        return None
+    value = finite(text)
+    if value is None or value < 0 or value != int(value):
+        problems.add(row, f"series {text!r} is no whole number from 0; write the number of the file's image, as in 1")
+        return None
+    return int(value)
 
 
 def _label(number: int, row: Mapping[str, str], task: TaskConfig, problems: _Problems) -> Label | None:

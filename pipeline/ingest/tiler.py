@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,6 +34,8 @@ from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_k
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.guide import guided_version, read_guide
 from pipeline.tiling.slide import effective_mpp, tile_slide
+
+log = logging.getLogger(__name__)
 
 TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "codec", "crash"})
 """Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
@@ -138,9 +141,11 @@ def _begin(
         with reading_source():
             place, fetched = stack.enter_context(_at_hand(slide, spec))
             digest, guide = slide_digest(place, fetched), read_guide(slide, spec)
-        reader = stack.enter_context(_opened(place, spec, fetched))
+        reader = stack.enter_context(_opened(place, slide.series, spec, fetched))
+        if reader.picked is not None and reader.picked.plane is not None:
+            log.info("%s: %s is read", slide.uri, reader.picked.plane)
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
-        key = slide_key(digest.sha256, mpp, guide.digest)
+        key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
         known = patches.slide(key) if patches.has(key) else None
         if known is not None and (digest.whole or known.n_bad_tiles == 0):
             return _committed(slide, known)
@@ -151,7 +156,7 @@ def _begin(
             with reading_source():
                 if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
                     digest = slide_digest(place, whole=True)
-            key = slide_key(digest.sha256, mpp, guide.digest)
+            key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
             if patches.has(key):
                 return _committed(slide, patches.slide(key))
         sampled = None if digest.whole else version
@@ -202,11 +207,13 @@ def _outcome(
 
 def opened(slide: CohortSlide, spec: TilingConfig) -> AbstractContextManager[SlideReader]:
     """The slide, open for the block; SlideError where it cannot be."""
-    return _opened(slide.uri, spec)
+    return _opened(slide.uri, slide.series, spec)
 
 
-def _opened(uri: str, spec: TilingConfig, fetched: Fetched | None = None) -> AbstractContextManager[SlideReader]:
-    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched)
+def _opened(
+    uri: str, series: int | None, spec: TilingConfig, fetched: Fetched | None = None
+) -> AbstractContextManager[SlideReader]:
+    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched, series)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def predict(
     *,
     tracking_uri: str,
     mpp: float | None = None,
+    series: int | None = None,
 ) -> dict[str, Any]:
     """Predict slides by URI, the slides of a cohort, or both.
 
@@ -69,6 +70,7 @@ def predict(
         out: local folder, made when absent.
         tracking_uri: where the registry is.
         mpp: microns per level-0 px of `slides`, over what their files state.
+        series: number of the image to take of each of the `slides`' files; None: the one that is the slide.
 
     Returns:
         Plain data: the model, the paths written, the number of slides, and slide id -> reason of the failed ones.
@@ -78,7 +80,7 @@ def predict(
         TrackingError: the model is not found or cannot be fetched.
     """
     listed = read_cohort(cohort).slides if cohort else ()
-    rows = [*_named(slides, mpp, {slide.slide_id for slide in listed}), *listed]
+    rows = [*_named(slides, mpp, series, {slide.slide_id for slide in listed}), *listed]
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
     with _loaded(model, tracking_uri) as loaded:
@@ -116,13 +118,13 @@ def safe_name(slide_id: str) -> str:
     return f"{cleaned}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
 
 
-def _named(uris: Sequence[str], mpp: float | None, taken: set[str]) -> Iterator[CohortSlide]:
+def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: set[str]) -> Iterator[CohortSlide]:
     """Slides under their file's name, with the first number that makes it another than those `taken`."""
     for uri in uris:
         stem = PurePosixPath(uri).stem
         slide_id = next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name not in taken)
         taken.add(slide_id)
-        yield CohortSlide(slide_id, absolute(uri), slide_id, None, mpp, {}, {})
+        yield CohortSlide(slide_id, absolute(uri), slide_id, None, mpp, {}, {}, series=series)
 
 
 @contextmanager

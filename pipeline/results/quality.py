@@ -48,6 +48,8 @@ class QualityRow:
     reason: str | None
     scanner: str | None = None
     """Vendor of the file format."""
+    image: str | None = None
+    """Which of a file's images it is, and which plane of a stack; None of the first in a file and of one plane."""
     mpp: float | None = None
     """Microns per level-0 px that it was tiled with."""
     mpp_source: str | None = None
@@ -221,6 +223,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     width, height = facts["dimensions"]
     return {
         "scanner": facts["vendor"],
+        "image": _image(facts["image"]),
         "mpp": mpp,
         "mpp_source": "none" if mpp is None else "file" if mpp == stated else "cohort or config",
         "width": width,
@@ -230,6 +233,14 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
+
+
+def _image(picked: Mapping[str, Any] | None) -> str | None:
+    if picked is None or not (picked["named"] or picked["plane"] or picked["series"]):
+        return None
+    name = f" ({picked['name']})" if picked["name"] else ""
+    plane = f", {picked['plane']}" if picked["plane"] else ""
+    return f"series {picked['series']}{name}{plane}"
 
 
 def _scanners(rows: Sequence[QualityRow]) -> list[dict[str, Any]]:

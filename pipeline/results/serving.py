@@ -20,10 +20,10 @@ from pipeline.storage.files import absolute
 
 
 class SlideModel(PythonModel):
-    """DataFrame(uri[, mpp]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
+    """DataFrame(uri[, mpp, series]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
 
-    `mpp` is microns per level-0 px, over what a slide's file states. A slide that cannot be used has outputs
-    NaN and its reason in `error`; the others are predicted.
+    `mpp` is microns per level-0 px, over what a slide's file states; `series` the number of a file's image. A slide
+    that cannot be used has outputs NaN and its reason in `error`; the others are predicted.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -34,16 +34,19 @@ class SlideModel(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """One row a slide."""
-        mpps = model_input["mpp"] if "mpp" in model_input else [None] * len(model_input)
-        rows = [self._row(uri, mpp) for uri, mpp in zip(model_input["uri"], mpps, strict=True)]
+        given = model_input.reindex(columns=["uri", "mpp", "series"])
+        rows = [self._row(uri, mpp, series) for uri, mpp, series in given.itertuples(index=False)]
         names = [column for task in self.config.tasks for column in task.output_columns]
         return pd.DataFrame(rows, columns=["uri", *names, "error"])
 
-    def _row(self, uri: str | None, mpp: float | None) -> dict[str, Any]:
+    def _row(self, uri: str | None, mpp: float | None, series: float | None) -> dict[str, Any]:
         if pd.isna(uri):
             return {"uri": uri, "error": "uri is missing; give a path or an s3:// URI"}
+        if not pd.isna(series) and not (series >= 0 and float(series).is_integer()):
+            return {"uri": uri, "error": f"series {series:g} is no whole number from 0"}
+        image = None if pd.isna(series) else int(series)
         try:
-            slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {})
+            slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {}, series=image)
             found = predict_slide(self.model, self.config, slide)
         except (SlideError, StorageError) as error:
             return {"uri": uri, "error": str(error)}

@@ -25,10 +25,12 @@ class ImageReader(SlideReader):
     The resolution that such files state is not taken: programs write 72 px per inch into whatever they save.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, frame: int = 0) -> None:
+        """Decode the image; of a file of several the one of this number."""
         self.mpp = None
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
+                image.seek(frame)
                 _check_image(path, image)
                 self.vendor = str(image.format).lower()
                 data = _jpeg_data(path, image)

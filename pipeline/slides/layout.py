@@ -1,4 +1,4 @@
-"""Which pages of a tiled TIFF are a slide's levels, and what they hold, by its directories alone.
+"""What the levels of a tiled TIFF's slide hold, by its directories alone; which they are says `series`.
 
 Covers Aperio SVS, Philips TIFF, OME-TIFF and generic pyramids whose levels are 8-bit RGB or YCbCr in tiles of JPEG
 or JPEG 2000, with the same levels and microns per px as OpenSlide finds (of an OME-TIFF OpenSlide finds level 0).
@@ -25,7 +25,9 @@ import tifffile
 
 from pipeline.errors import SlideError
 from pipeline.slides import jpeg
-from pipeline.slides.reader import Level, NativeTiles
+from pipeline.slides.ome import Length
+from pipeline.slides.reader import Level, NativeTiles, Picked
+from pipeline.slides.series import Series, aperio_fields, description, is_beside, pick_series
 from pipeline.storage.ranges import ByteSource, Range, SourceFile
 
 Table = npt.NDArray[np.uint64]
@@ -36,10 +38,9 @@ HEADER_BYTES = 64 * 2**10  # one read of a directory brings its small tags along
 _JPEG, _JPEG2000 = 7, (33005, 34712)
 _RGB, _YCBCR = 2, 6
 PIXEL_BITS = 8
-SHAPE = 0.02  # how far the width to height of a level may be from the slide's
-_REDUCED = 1  # bit of NewSubfileType
 _TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_NDPI_LENS, _NDPI_DEPTH = 65421, 65424
 BROKEN = (
     tifffile.TiffFileError,
     struct.error,
@@ -75,13 +76,49 @@ class Layout:
     mpp: tuple[float, float] | None
     """Stated microns per level-0 px along x and y, unchecked."""
     vendor: str
+    picked: Picked
 
 
-def read_layout(source: ByteSource) -> Layout | None:
-    """The layout of a slide; None where its tiles are not for us, or where it is no sound TIFF at all.
+@dataclass(frozen=True)
+class Elsewhere:
+    """The slide of a TIFF that another reader has to read, if it can be told to take the same image."""
+
+    name: str
+    """Of the file."""
+    size: tuple[int, int]
+    """Width and height of level 0."""
+    tiled: bool
+    directory: int | None
+    """Its number in the file; None below another one."""
+    leads: bool
+    """It is the first of its size: who takes one of this size, unless told otherwise, takes this one."""
+    picked: Picked
+
+    def refusal(self) -> SlideError:
+        """What to say when the reader takes another image."""
+        page = "" if self.directory is None else f"[page={self.directory}]"
+        return SlideError(
+            "series",
+            f"{self.name}: its slide is series {self.picked.series} of {self.size[0]} x {self.size[1]} px, whose kind "
+            "of pixels OpenSlide or Pillow has to read, which take another image of the file; write this one to a "
+            f"file of its own, as by `vips copy 'IN{page}' 'OUT.tiff[tile,pyramid,compression=jpeg]'`",
+        )
+
+
+def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsewhere | None:
+    """The layout of a slide.
+
+    Args:
+        source: its file.
+        series: number of the file's image to take; None: the one that is the slide.
+
+    Returns:
+        `Elsewhere` where its tiles are not for us; None where OpenSlide knows the format better, or where the file is
+        no sound TIFF at all.
 
     Raises:
-        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel; or it cannot be reached.
+        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel; "series", nobody can tell
+            which image is the slide; or the file cannot be reached.
     """
     (head,) = source.read([(0, 16)])
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -95,16 +132,18 @@ def read_layout(source: ByteSource) -> Layout | None:
     file = io.BufferedReader(SourceFile(source.size, read), buffer_size=HEADER_BYTES)
     try:
         with tifffile.TiffFile(file, name=source.name) as tiff:
+            tiff.pages.cache = True  # each directory is read once
             first = tiff.pages.first
             _check_whole(source, tiff)
-            _check_depth(source, first)
-            if not first.is_tiled or tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
-                return None
-            if str(first.description).startswith("Aperio"):
-                return _aperio(source, tiff)
-            if first.software.startswith("Philips") and "<DataObject" in first.description:
-                return _philips(source, tiff)
-            return _ome(source, tiff) if first.is_ome else _generic(source, tiff)
+            if tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
+                _check_depth(source, first)
+                return _ndpi_stack(tiff) if tiff.is_ndpi and series is None else None
+            if first.is_tiled and first.software.startswith("Philips") and "<DataObject" in first.description:
+                _check_depth(source, first)
+                return None if series else _philips(source, tiff)
+            chosen, picked = pick_series(tiff, source.name, series)
+            _check_depth(source, chosen.first)
+            return _chosen(source, tiff, chosen, picked) or _elsewhere(tiff, chosen, picked)
     except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None
 
@@ -135,51 +174,72 @@ def _check_reach(source: ByteSource, link: bytes, byteorder: str) -> None:
         )
 
 
-def _aperio(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
-    pages = [page for page in tiff.pages if page.is_tiled]
-    read = [_tiled_page(source, page) for page in pages]
-    if any(page is None or not page.lengths.all() for page in read):
+def _chosen(source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Layout | None:
+    """The layout of the chosen series; None where its pixels are not for us."""
+    pages, first = [level[0] for level in chosen.levels], tiff.pages.first
+    if not chosen.first.is_tiled or any(len(level) > 1 for level in chosen.levels):
         return None
-    fields = dict(part.split("=", 1) for part in pages[0].description.split("|")[1:] if "=" in part)
-    stated = {key.strip(): value.strip() for key, value in fields.items()}.get("MPP")
-    return _layout(pages, read, None if stated is None else (float(stated), float(stated)), "aperio")
+    read = [_tiled_page(source, page) for page in pages]
+    if description(first).startswith("Aperio"):
+        if any(page is not None and not page.lengths.all() for page in read):
+            if _is_for_openslide(tiff, chosen):
+                return None
+            pages, read = pages[:1], read[:1]  # what is missing there it has from nowhere
+        stated = next((value for page in pages if (value := aperio_fields(page).get("MPP"))), None)
+        mpp = None if stated is None else (float(stated), float(stated))
+        return _layout(pages, read, mpp, "aperio", picked)
+    x, y = map(_microns, chosen.microns)
+    mpp = (x, y) if x and y else _resolution(chosen.first)
+    return _layout(pages, read, mpp, "ome-tiff" if first.is_ome else "generic-tiff", picked)
 
 
-def _generic(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
-    reduced = [page for page in tiff.pages if page.is_tiled and page.index and int(page.subfiletype) & _REDUCED]
-    pages = [tiff.pages.first, *(page for page in reduced if _has_shape_of(page, tiff.pages.first))]
-    pages.sort(key=lambda page: -page.imagewidth)
-    return _layout(pages, [_tiled_page(source, page) for page in pages], _resolution(tiff.pages.first), "generic-tiff")
+def _is_for_openslide(tiff: tifffile.TiffFile, chosen: Series) -> bool:
+    """Whether the levels are all that is tiled in an Aperio slide, in their order.
+
+    For tiles that are missing OpenSlide looks in the directory before, whatever that is, and ends the process (division
+    by zero) where that is smaller.
+    """
+    tiled = [page.offset for page in tiff.pages if page.is_tiled]
+    return tiled == [level[0].offset for level in chosen.levels]
 
 
-def _has_shape_of(page: tifffile.TiffPage, first: tifffile.TiffPage) -> bool:
-    """Whether a page may be the whole slide in small; a label or a picture of the glass may be tiled and small too."""
-    width, height = page.imagewidth, page.imagelength
-    ratio = width * first.imagelength / (height * first.imagewidth)
-    return bool(abs(ratio - 1) <= SHAPE + 1 / min(width, height))  # a px, as each halving rounds
+def _elsewhere(tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Elsewhere:
+    first = chosen.first
+    like = [page.index for page in tiff.pages if (page.imagewidth, page.imagelength) == chosen.size]
+    directory = None if first.is_subifd else first.index
+    leads = directory is not None and directory == like[0]
+    if description(tiff.pages.first).startswith("Aperio") and not _is_for_openslide(tiff, chosen):
+        leads = leads and all(0 not in page.databytecounts for page in tiff.pages)
+    return Elsewhere(str(tiff.filename), chosen.size, first.is_tiled, directory, leads, picked)
 
 
-def _ome(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
-    first = tiff.pages.first
-    pages = [first, *(page for page in first.pages or () if page.is_tiled)]
-    pixels = ElementTree.fromstring(first.description).find(".//{*}Image/{*}Pixels")
-    stated = [] if pixels is None else [_physical(pixels, axis) for axis in "XY"]
-    mpp = (stated[0], stated[1]) if stated and stated[0] and stated[1] else _resolution(first)
-    return _layout(pages, [_tiled_page(source, page) for page in pages], mpp, "ome-tiff")
+def _ndpi_stack(tiff: tifffile.TiffFile) -> Elsewhere | None:
+    """What OpenSlide takes of a Hamamatsu file of several focal planes: the nominal focus. None where there is one."""
+    scans = [page for page in tiff.pages if page.tags.valueof(_NDPI_LENS, 0) > 0]  # else the glass
+    depths = sorted({page.tags.valueof(_NDPI_DEPTH, 0) for page in scans})  # nanometres from the nominal focus
+    focused = [page for page in scans if page.tags.valueof(_NDPI_DEPTH, 0) == 0]
+    if len(depths) < 2 or not focused:
+        return None
+    largest = max(focused, key=lambda page: page.imagewidth)
+    plane = f"focal plane {depths.index(0) + 1} of {len(depths)}"
+    picked = Picked(largest.index, "", len(depths) + len(tiff.pages) - len(scans), plane, named=False)
+    size = largest.imagewidth, largest.imagelength
+    return Elsewhere(str(tiff.filename), size, tiled=True, directory=largest.index, leads=True, picked=picked)
 
 
-def _physical(pixels: ElementTree.Element, axis: str) -> float:
-    """Microns per px of an OME Pixels element; 0 where it names none."""
-    size = float(pixels.get(f"PhysicalSize{axis}", 0))
-    return size * _MICRONS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), 0.0)
+def _microns(length: Length | None) -> float:
+    """Of a size of a px; 0 where there is none, or in a unit that is no length."""
+    return 0.0 if length is None else length.value * _MICRONS.get(length.unit, 0.0)
 
 
 def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     """Levels are padded to whole tiles; the pixel spacings tell how large they really are."""
-    pages = [page for page in tiff.pages if page.is_tiled]
+    tops = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+    pages = [page for page in tops if page.is_tiled and not is_beside(page)]
+    pages.sort(key=lambda page: -page.imagewidth)
     scanned = [
         image
-        for image in ElementTree.fromstring(pages[0].description).findall(
+        for image in ElementTree.fromstring(description(tops[0])).findall(
             "Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject"
         )
         if any(node.get("Name") == "PIM_DP_IMAGE_TYPE" and node.text == "WSI" for node in image.findall("Attribute"))
@@ -188,7 +248,7 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
         "Attribute[@Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE']/Array"
         "/DataObject[@ObjectType='PixelDataRepresentation']/Attribute[@Name='DICOM_PIXEL_SPACING']"
     )
-    found = [_spacing(node.text) for node in spacings]
+    found = sorted(_spacing(node.text) for node in spacings)
     if len(scanned) != 1 or len(found) != len(pages):
         return None
     width, height = pages[0].imagewidth, pages[0].imagelength
@@ -196,9 +256,9 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     levels = [Level(width // factor, height // factor, float(factor)) for factor in factors]
     own = scanned[0].find("Attribute[@Name='DICOM_PIXEL_SPACING']")
     x, y = (0.0, 0.0) if own is None else _spacing(own.text)
-    return _layout(
-        pages, [_tiled_page(source, page) for page in pages], (1e3 * x, 1e3 * y) if x and y else None, "philips", levels
-    )
+    mpp = (1e3 * x, 1e3 * y) if x and y else None
+    picked = Picked(0, "", 1 + len(tops) - len(pages), None, named=False)
+    return _layout(pages, [_tiled_page(source, page) for page in pages], mpp, "philips", picked, levels)
 
 
 def _spacing(text: str | None) -> tuple[float, float]:
@@ -212,6 +272,7 @@ def _layout(
     tiled: Sequence[TiledPage | None],
     mpp: tuple[float, float] | None,
     vendor: str,
+    picked: Picked,
     levels: Sequence[Level] | None = None,
 ) -> Layout | None:
     """None unless all levels can be read and each is smaller than the one before."""
@@ -220,7 +281,8 @@ def _layout(
     levels = levels or [Level(w, h, (width / w + height / h) / 2) for w, h in sizes]
     known = [page for page in tiled if page is not None]
     falling = all(a.downsample < b.downsample for a, b in pairwise(levels))
-    return Layout(tuple(levels), tuple(known), mpp, vendor) if falling and len(known) == len(pages) else None
+    whole = falling and len(known) == len(pages)
+    return Layout(tuple(levels), tuple(known), mpp, vendor, picked) if whole else None
 
 
 def _tiled_page(source: ByteSource, page: tifffile.TiffPage) -> TiledPage | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.slides.image import ImageReader
-from pipeline.slides.layout import read_layout
+from pipeline.slides.layout import Elsewhere, Layout, read_layout
 from pipeline.slides.openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slides.reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
 from pipeline.slides.tiff import TiffReader
@@ -30,13 +30,18 @@ __all__ = [
 ]
 
 
-def open_slide(path: Path) -> SlideReader:
+def open_slide(path: Path, series: int | None = None) -> SlideReader:
     """Open a local slide or plain image.
+
+    Args:
+        path: its main file.
+        series: number of the file's image to take; None: the one that is the slide.
 
     Raises:
         SlideError: reasons "missing", "directory", "empty-file", "truncated", "not-a-slide", "unopenable",
-            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel), "source" (the
-            disk or this process fails for now).
+            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel), "series" (which
+            of several images is the slide cannot be told, or the one that is named not be read), "source" (the disk or
+            this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")
@@ -44,12 +49,43 @@ def open_slide(path: Path) -> SlideReader:
         raise SlideError("directory", f"{path}: a directory, not a slide; name the slide's main file")
     if path.stat().st_size == 0:
         raise SlideError("empty-file", f"{path}: zero bytes; copy the slide again")
-    return _tiff(LocalSource(path)) or (OpenSlideReader(path) if is_openslide(path) else ImageReader(path))
+    found = _tiff(LocalSource(path), series)
+    if isinstance(found, TiffReader):
+        return found
+    if found is None and series is not None:
+        raise SlideError(
+            "series",
+            f"{path.name}: the cohort names series {series}, but of this format the library picks the slide; leave "
+            "the column empty",
+        )
+    return _through_library(path, found)
+
+
+def _through_library(path: Path, found: Elsewhere | None) -> SlideReader:
+    """OpenSlide's or Pillow's reader; SlideError "series" where it takes another image than the one that was found."""
+    if found is None:
+        return OpenSlideReader(path) if is_openslide(path) else ImageReader(path)
+    reader: SlideReader
+    if found.tiled and is_openslide(path):
+        reader = OpenSlideReader(path)
+        same = reader.dimensions == found.size and found.leads
+    else:
+        reader = ImageReader(path, found.directory or 0)
+        same = found.directory is not None
+    if not same:
+        reader.close()
+        raise found.refusal()
+    reader.picked = found.picked
+    return reader
 
 
 @contextmanager
 def open_uri(
-    uri: str, members: Callable[[], Sequence[str]], staging: Staging, fetched: Fetched | None = None
+    uri: str,
+    members: Callable[[], Sequence[str]],
+    staging: Staging,
+    fetched: Fetched | None = None,
+    series: int | None = None,
 ) -> Iterator[SlideReader]:
     """Open a slide wherever it lies; on S3 in place if it can be read by ranges, else as a copy on this node.
 
@@ -58,6 +94,7 @@ def open_uri(
         members: gives all its files; called only for a copy.
         staging: where copies are kept.
         fetched: its main file where it was read before: nothing of it travels again.
+        series: as for `open_slide`.
 
     Raises:
         SlideError: as `open_slide`; "source", it cannot be reached; "cache", it is too large for a copy.
@@ -65,10 +102,10 @@ def open_uri(
     """
     with ExitStack() as stack:
         if not files.is_remote(uri):
-            yield stack.enter_context(open_slide(Path(files.absolute(uri))))
+            yield stack.enter_context(open_slide(Path(files.absolute(uri)), series))
             return
-        in_place = _tiff(RemoteSource(uri) if fetched is None else FetchedSource(uri, fetched.data))
-        if in_place is not None:
+        in_place = _tiff(RemoteSource(uri) if fetched is None else FetchedSource(uri, fetched.data), series)
+        if isinstance(in_place, TiffReader):
             yield stack.enter_context(in_place)
             return
         try:
@@ -77,20 +114,20 @@ def open_uri(
             raise
         except StorageError as error:
             raise source_error(error) from error
-        yield stack.enter_context(open_slide(path))
+        yield stack.enter_context(open_slide(path, series))
 
 
-def _tiff(source: ByteSource) -> TiffReader | None:
+def _tiff(source: ByteSource, series: int | None) -> TiffReader | Elsewhere | None:
     """The raw reader where the source is a slide for it; else the source is closed."""
     try:
-        layout = read_layout(source)
+        layout = read_layout(source, series)
     except SlideError:
         source.close()
         raise
-    if layout is not None:
+    if isinstance(layout, Layout):
         return TiffReader(source, layout)
     source.close()
-    return None
+    return layout
 
 
 def tool_versions() -> dict[str, str]:

@@ -9,16 +9,19 @@ texture is rough. No corner but 0 is a whole number in both planes then, so it c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import openslide
 
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slides.reader import RGB, Level, SlideReader, on_background
+from pipeline.slides.reader import RGB, Level, SlideReader, has_shape_of, on_background
 from pipeline.storage.ranges import system_error
 from pipeline.units import Box, LevelPx, to_level0
+
+_TAKES_ALL = frozenset({"aperio", "generic-tiff"})  # formats of which it takes whatever is in tiles for a level
 
 LIBRARY_VERSION: str = openslide.__library_version__
 
@@ -30,13 +33,14 @@ class OpenSlideReader(SlideReader):
         self._path = path
         self._handle = self._open()
         properties = self._handle.properties
-        self.levels = tuple(
+        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        levels = [
             Level(w, h, downsample)
             for (w, h), downsample in zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
-        )
+        ]
+        self.levels = tuple(_true_levels(levels) if self.vendor in _TAKES_ALL else levels)
         self.mpp = _mpp(properties)
         self._bounds = _bounds(properties, self.dimensions)
-        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
 
@@ -79,6 +83,21 @@ def _mpp(properties: Mapping[str, str]) -> float | None:
     except (KeyError, ValueError):
         return None
     return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+
+
+def _true_levels(levels: Sequence[Level]) -> Iterator[Level]:
+    """Those before the first that is not smaller than the one before, or has another shape than level 0.
+
+    That is another plane or a picture of the glass, which OpenSlide may show in later levels too, where tiles are
+    missing.
+    """
+    first = levels[0]
+    yield first
+    for finer, level in pairwise(levels):
+        alike = has_shape_of((level.width, level.height), (first.width, first.height))
+        if not alike or level.width >= finer.width:
+            return
+        yield level
 
 
 def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> Box:

@@ -31,6 +31,7 @@ LevelBox = tuple[float, float, float, float]
 EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder gives them without the rest
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
 SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
+SHAPE = 0.02  # how far the width to height of a level may be from the slide's
 UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
 
 
@@ -57,6 +58,21 @@ class NativeTiles:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """Which of a file's images is read."""
+
+    series: int
+    """Its number in the file."""
+    name: str
+    of: int
+    """Images that the file holds."""
+    plane: str | None
+    """Which of several focal planes or times, in words."""
+    named: bool
+    """The cohort named it, and unasked another one, or none, would have been taken."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """A whole slide at low resolution."""
 
@@ -75,6 +91,13 @@ class SlideReader(ABC):
     mpp: float | None
     """Microns per level-0 px as the file states it, unchecked; None when it states none."""
     vendor: str
+    picked: Picked | None = None
+    """Which of the file's images this is; None where the library that reads it picks, or there is but one."""
+
+    @property
+    def series(self) -> int | None:
+        """Which image of the file it is, where the file alone does not say."""
+        return self.picked.series if self.picked is not None and self.picked.named else None
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -230,6 +253,12 @@ class SlideReader(ABC):
         level, (top, left, step) = self.levels[number], block
         right, bottom = min((left + step) * edge, float(level.width)), min((top + step) * edge, float(level.height))
         return min(left * edge, level.width - 1.0), min(top * edge, level.height - 1.0), right, bottom
+
+
+def has_shape_of(size: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Whether an image may be all of another one in small: width and height differ by rounding."""
+    ratio = size[0] * whole[1] / (size[1] * whole[0])
+    return abs(ratio - 1) <= SHAPE + 1 / min(*size, *whole)  # a px, as each halving rounds
 
 
 def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:

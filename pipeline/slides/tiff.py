@@ -42,6 +42,7 @@ class TiffReader(SlideReader):
         self.levels = layout.levels
         self.mpp = None if layout.mpp is None else mean_mpp(*layout.mpp)
         self.vendor = layout.vendor
+        self.picked = layout.picked
 
     @property
     def bytes_read(self) -> int:

@@ -88,7 +88,7 @@ def plan_slide(
     """
     facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
     pictures = {THUMBNAIL: tiling.thumbnail.jpeg, **tiling.evidence.files}
-    key = slide_key(digest, mpp, guide)
+    key = slide_key(digest, mpp, guide, reader.series)
     return PlannedSlide(key, digest, mpp, facts, tiling, pictures, codec_fingerprint(), version)
 
 
@@ -248,6 +248,8 @@ def _slide_facts(reader: SlideReader) -> dict[str, Any]:
         "vendor": reader.vendor,
         "stated_mpp": reader.mpp,
         "dimensions": list(reader.dimensions),
+        "series": reader.series,
+        "image": None if reader.picked is None else asdict(reader.picked),
         "levels": [[level.width, level.height, level.downsample] for level in reader.levels],
     }
 

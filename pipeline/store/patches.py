@@ -165,7 +165,8 @@ class PatchStore:
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
         if status.picture is None:
             del outcome["picture"]
-        source = {"uri": slide.uri, "mpp": slide.mpp, "mask": slide.mask, "coords": slide.coords}
+        names = ("uri", "mpp", "mask", "coords", "series")
+        source = {name: getattr(slide, name) for name in names}
         record = {"source": source, "version": asdict(version), "status": outcome, "left": left}
         files.write_json(self._pointer(slide), record)
 
@@ -222,17 +223,20 @@ class PatchStore:
         return files.join(self.uri, UNFINISHED, key, "damaged")
 
     def _pointer(self, slide: CohortSlide) -> str:
-        source = [slide.uri, slide.mpp]
-        if slide.mask is not None or slide.coords is not None:  # one file may be several slides: a mask for each
-            source += [slide.mask, slide.coords]
+        source = [slide.uri, slide.mpp, slide.mask, slide.coords, slide.series]  # one file may be several slides
         return files.join(self.uri, SOURCES, hashlib.sha256(json.dumps(source).encode()).hexdigest() + ".json")
 
 
-def slide_key(digest: str, mpp: float | None, guide: str | None = None) -> str:
-    """Name of a slide in the store: its content, the microns per px it is taken to have, and the digest of the mask
-    and coordinates that say where its patches are.
+def slide_key(digest: str, mpp: float | None, guide: str | None = None, series: int | None = None) -> str:
+    """Name of a slide in the store.
+
+    Args:
+        digest: of its content.
+        mpp: microns per px that it is taken to have.
+        guide: digest of the mask and coordinates that say where its patches are.
+        series: which image of the file it is, where the file alone does not say (`SlideReader.series`).
     """
-    identity = [digest, mpp] if guide is None else [digest, mpp, guide]
+    identity = [digest, mpp, guide, series]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 

@@ -159,7 +159,8 @@ def _entries(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _is_of(facts: Mapping[str, Any], key: str) -> bool:
     """Whether a commit is that of the slide in whose folder it stands."""
-    made = facts["key"] if "encoder" in facts else slide_key(facts["content"], facts["mpp"], facts["guide"])
+    names = ("content", "mpp", "guide", "series")
+    made = facts["key"] if "encoder" in facts else slide_key(*(facts[name] for name in names))
     return bool(facts["key"] == key == made)
 
 

@@ -70,7 +70,13 @@ def requirements(config: Config) -> list[str]:
 def _signature(config: Config) -> ModelSignature:
     outputs = [column for task in config.tasks for column in task.output_columns]
     return ModelSignature(
-        Schema([ColSpec(DataType.string, "uri"), ColSpec(DataType.double, "mpp", required=False)]),
+        Schema(
+            [
+                ColSpec(DataType.string, "uri"),
+                ColSpec(DataType.double, "mpp", required=False),
+                ColSpec(DataType.double, "series", required=False),  # whole numbers, of which some may be missing
+            ]
+        ),
         Schema(
             [
                 ColSpec(DataType.string, "uri"),

@@ -52,7 +52,9 @@ def _tile_identity(space: Workspace) -> Mapping[str, Any]:
         return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
     with ThreadPoolExecutor(16) as pool:
         versions = list(pool.map(lambda slide: _version(slide, space.config.tiling), slides))
-    rows = [[s.slide_id, s.uri, s.mpp, asdict(v) if v else None] for s, v in zip(slides, versions, strict=True)]
+    rows = [
+        [s.slide_id, s.uri, s.mpp, s.series, asdict(v) if v else None] for s, v in zip(slides, versions, strict=True)
+    ]
     return {"store": patch_store(space.config).uri, "slides": rows}
 
 

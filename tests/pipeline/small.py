@@ -44,6 +44,17 @@ def write_slide(path: Path, seed: int) -> None:
     Image.fromarray(rgb).save(path)
 
 
+def write_sections(path: Path) -> Path:
+    """A TIFF of two such slides, seeds 0 and 1; lossless."""
+    pages = []
+    for seed in (0, 1):
+        write_slide(path, seed)
+        with Image.open(path) as image:
+            pages.append(image.copy())
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    return path
+
+
 def write_model(folder: Path, config: Config) -> Path:
     """Seeded random weights with a steep attention, so that patches differ."""
     torch.manual_seed(3)

@@ -82,6 +82,7 @@ def test_parquet_types(tmp_path: Path) -> None:
         "slide_id": pa.array([7, 8, 9]),
         "uri": pa.array(["a", "b", "c"]).dictionary_encode(),
         "mpp": pa.array([0.25, math.nan, None]),
+        "series": pa.array([1.0, math.nan, 0.0]),
         "label": pa.array([True, False, True]),
         "grade": pa.array([1.0, math.nan, 0.0]),
     }
@@ -90,11 +91,20 @@ def test_parquet_types(tmp_path: Path) -> None:
     cohort = read_cohort(str(tmp_path / "c.parquet"), [TUMOR, second])
     assert [s.slide_id for s in cohort.slides] == ["7", "8", "9"]
     assert [s.mpp for s in cohort.slides] == [0.25, None, None]
+    assert [s.series for s in cohort.slides] == [1, None, 0]
     assert [dict(s.labels) for s in cohort.slides] == [
         {"tumor": "1", "second": "1"},
         {"tumor": "0", "second": None},
         {"tumor": "1", "second": "0"},
     ]
+
+
+def test_series_are_whole_numbers(tmp_path: Path) -> None:
+    cohort = read_cohort(write(tmp_path, "slide_id,uri,series\na,x.tif,0\nb,x.tif,2\nc,x.tif,\n"))
+    assert [(slide.series, dict(slide.extra)) for slide in cohort.slides] == [(0, {}), (2, {}), (None, {})]
+    found = problems(write(tmp_path, "slide_id,uri,series\na,x,-1\nb,x,1.5\nc,x,first\nd,x,inf\n"), [])
+    assert found[0] == "row 2: series '-1' is no whole number from 0; write the number of the file's image, as in 1"
+    assert [line.partition(":")[0] for line in found] == ["row 2", "row 3", "row 4", "row 5"]
 
 
 def test_without_tasks_labels_are_extra(tmp_path: Path) -> None:
@@ -209,6 +219,7 @@ def test_the_digest_follows_what_decides_a_result(tmp_path: Path) -> None:
         {"split": "val"},
         {"split": None},
         {"mpp": 0.26},
+        {"series": 1},
         {"labels": {"tumor": "0", "grade": "low"}},
     ]
     variants = [

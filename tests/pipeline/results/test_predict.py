@@ -13,7 +13,7 @@ from pipeline.results.predict import predict, safe_name
 from pipeline.schema import ATTENTION
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
-from tests.pipeline.small import small_config, write_model, write_slide
+from tests.pipeline.small import small_config, write_model, write_sections, write_slide
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
@@ -87,6 +87,18 @@ def test_a_cohort_is_predicted_with_the_champion(folder: Path, tmp_path: Path, m
     assert result["slides"] == 1
     (heatmap,) = (tmp_path / "out" / "heatmaps").iterdir()
     assert heatmap.name == f"{safe_name('special/one')}.png"
+
+
+def test_one_image_of_a_file_of_several(folder: Path, tmp_path: Path) -> None:
+    path = write_sections(tmp_path / "two.tif")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,series\nupper,two.tif,0\nlower,two.tif,1\nany,two.tif,\n")
+    cohort = str(tmp_path / "cohort.csv")
+    result = predict(str(folder), [str(path)], cohort, tmp_path / "out", tracking_uri="unused", series=1)
+    assert "(predict: --series)" in result["failed"].pop("any")
+    assert not result["failed"]
+    table = csv.read_csv(tmp_path / "out" / "predictions.csv").to_pydict()
+    found = dict(zip(table["slide_id"], table["tumour_yes"], strict=True))
+    assert found["two"] == found["lower"] != found["upper"]
 
 
 def test_no_slides_no_model_and_no_good_slide_are_errors(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.pipeline.small import small_config, write_model, write_slide
+from tests.pipeline.small import small_config, write_model, write_sections, write_slide
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
@@ -41,6 +41,17 @@ def test_rows_come_back_in_order_and_a_bad_slide_keeps_its_reason(
     assert answer["error"].isna().tolist() == [True, False, True, False, False]
     assert "gs://bucket/x.svs" in answer["error"][3]
     assert "uri is missing" in answer["error"][4]
+
+
+def test_a_series_is_the_image_that_is_predicted(context: PythonModelContext, tmp_path: Path) -> None:
+    model = SlideModel()
+    model.load_context(context)
+    path = write_sections(tmp_path / "two.tif")
+    answer = model.predict(context, pd.DataFrame({"uri": [str(path)] * 4, "series": [0, 1, None, 0.5]}))
+    assert answer["error"].isna().tolist() == [True, True, False, False]
+    assert answer["tumour_yes"][0] != answer["tumour_yes"][1]
+    assert "several images could be the slide: series 0 of 211 x 157 px, series 1 of 211 x 157 px" in answer["error"][2]
+    assert answer["error"][3] == "series 0.5 is no whole number from 0"
 
 
 def test_no_rows_give_an_empty_answer(context: PythonModelContext) -> None:

@@ -24,7 +24,8 @@ APERIO = "Aperio Image Library v10.0\r\n313x271|AppMag = 20|MPP = {}|Left = 3"
 def layout(path: Path) -> Layout | None:
     source = LocalSource(path)
     try:
-        return read_layout(source)
+        found = read_layout(source)
+        return found if isinstance(found, Layout) else None
     finally:
         source.close()
 
@@ -76,6 +77,21 @@ def test_philips_levels_are_cut_to_their_true_size(tmp_path: Path) -> None:
         (156, 135, 2.0),
         (78, 67, 4.0),
     ]
+    assert found.mpp == pytest.approx((0.25, 0.25))
+
+
+def test_philips_levels_in_another_order_beside_a_tiled_macro(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.tiff") as tiff:
+        for step, text in ((2, philips_xml(3, 0.25)), (1, None), (4, None)):
+            rgb = np.ascontiguousarray(RGB[::step, ::step])
+            tiff.write(rgb, description=text, software="Philips DP v1.0", **options)
+        tiff.write(RGB[100:160, :200], description="Macro", software="Philips DP v1.0", **options)
+    found = layout(tmp_path / "a.tiff")
+    assert found is not None
+    assert [(level.width, level.height) for level in found.levels] == [(313, 271), (156, 135), (78, 67)]
+    assert [page.tiles.columns for page in found.pages] == [5, 3, 2]
+    assert (found.vendor, found.picked.of) == ("philips", 2)
     assert found.mpp == pytest.approx((0.25, 0.25))
 
 

@@ -113,8 +113,17 @@ def test_thumbnail_fits_its_scale(stored: StoredSlide) -> None:
     assert stored.thumbnail_scale == pytest.approx(1013 / 512)
 
 
-def test_keys_tell_content_and_mpp_apart() -> None:
-    assert len({slide_key("a", 0.5), slide_key("b", 0.5), slide_key("a", 0.25), slide_key("a", None)}) == 4
+def test_keys_tell_content_mpp_guide_and_series_apart() -> None:
+    others: list[tuple[str, float | None, str | None, int | None]] = [
+        ("a", 0.5, None, None),
+        ("b", 0.5, None, None),
+        ("a", 0.25, None, None),
+        ("a", None, None, None),
+        ("a", 0.5, "g", None),
+        ("a", 0.5, None, 0),
+        ("a", 0.5, None, 1),
+    ]
+    assert len({slide_key(*identity) for identity in others}) == len(others)
 
 
 def test_status_is_valid_for_one_version_uri_and_override(stored: StoredSlide, tmp_path: Path) -> None:
@@ -127,6 +136,7 @@ def test_status_is_valid_for_one_version_uri_and_override(stored: StoredSlide, t
     assert store.status(slide, SourceVersion(1, None, 3.0)) is None
     assert store.status(cohort_slide("/data/b.tiff"), VERSION) is None
     assert store.status(cohort_slide("/data/a.tiff", 0.25), VERSION) is None
+    assert store.status(replace(slide, series=0), VERSION) is None
     Path(stored.uri, "slide.json").unlink()
     assert store.status(slide, VERSION) is None
 

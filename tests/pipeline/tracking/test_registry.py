@@ -131,7 +131,7 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     local = Path(download_artifacts(source, dst_path=str(tmp_path)))
     model = Model.load(str(local))
     assert model.signature is not None
-    assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp"]
+    assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp", "series"]
     assert [spec.name for spec in model.signature.outputs.inputs] == ["uri", "tumour_no", "tumour_yes", "error"]
     requirements = (local / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") for line in requirements)

@@ -95,6 +95,17 @@ def test_a_slide_that_lost_patches_since_is_another_recipe_for_training_and_test
     assert not set(before) & {fingerprint(stage.identity(space)) for stage in stages}
 
 
+def test_another_series_is_another_recipe_for_tiling(tmp_path: Path) -> None:
+    config, cohort = small_config(storage={"patches": str(tmp_path)}), write_cohort(tmp_path, ["no"])
+    (stage,) = (stage for stage in STAGES if stage.name == "tile")
+    found = set()
+    for series in (None, 0, 1):
+        named = replace(cohort, slides=(replace(cohort.slides[0], series=series),))
+        space = Workspace(config, named, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {}, {})
+        found.add(fingerprint(stage.identity(space)))
+    assert len(found) == 3
+
+
 def test_a_tiled_slide_without_its_commit_is_not_done(tmp_path: Path) -> None:
     config = small_config(storage={"patches": str(tmp_path / "patches")})
     cohort = write_cohort(tmp_path, ["no", "yes"])
