@@ -7,7 +7,6 @@ still exist means the stage is done.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyarrow import csv
 
 from pipeline import cluster
 from pipeline.bags.images import source_versions
@@ -29,6 +27,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
 from pipeline.ingest.tiler import TRANSIENT, version_of
 from pipeline.model.folder import WEIGHTS
+from pipeline.results.tables import table_csv
 from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import SlideStatus
@@ -162,10 +161,7 @@ def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:
     """One row a slide: status, reason, counts."""
     columns = ("slide_id", "uri", "status", "reason", "n_patches", "n_bad_tiles", "key")
-    table = pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns})
-    sink = io.BytesIO()
-    csv.write_csv(table, sink)
-    return sink.getvalue()
+    return table_csv(pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns}))
 
 
 def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
@@ -291,13 +287,12 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
     page = render_report(evaluation, config, space.cohort, space.lineage)
-    table = io.BytesIO()
-    csv.write_csv(evaluation.predictions, table)
-    write_bytes(join(folder, "predictions.csv"), table.getvalue())
+    table = table_csv(evaluation.predictions)
+    write_bytes(join(folder, "predictions.csv"), table)
     write_bytes(join(folder, "report.html"), page.encode())
     tracker.log_metrics(run_id, evaluation.metrics, 0)
     tracker.log_text(run_id, page, "report.html")
-    tracker.log_text(run_id, table.getvalue().decode(), "predictions.csv")
+    tracker.log_text(run_id, table.decode(), "predictions.csv")
     outputs = {"report": join(folder, "report.html"), "predictions": join(folder, "predictions.csv")}
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 
