@@ -16,7 +16,7 @@ from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.inference.figures import overlay_png, roc_png, scatter_png
-from pipeline.inference.metrics import Interval
+from pipeline.inference.intervals import Interval
 from pipeline.inference.prediction import read_thumbnail
 from pipeline.results.evaluate import Evaluation, TaskResult
 
