@@ -20,6 +20,7 @@ from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.demo.cohort import write_demo
+from pipeline.model.build import check_weights
 from pipeline.storage.files import (
     exists,
     is_remote,
@@ -91,7 +92,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
         )
         results: dict[str, StageResult] = {}
         for stage in stages_for(config, last):
-            results[stage.name] = _bring_up(stage, space, tracking)
+            results[stage.name] = _bring_up(stage, space, tracking, last)
             space.records[stage.name] = results[stage.name].record
         return WorkflowResult(results, tracking.parent)
 
@@ -171,7 +172,7 @@ def _no_ray() -> None:
     raise AssertionError("planning starts no Ray")
 
 
-def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResult:
+def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) -> StageResult:
     identity = stage.identity(space)
     stage_fingerprint = fingerprint(identity)
     found, why = _find(space, stage, identity)
@@ -179,6 +180,8 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
         log.info("%s: %s (%s)", stage.name, why, stage_fingerprint)
         return StageResult(found, "skipped")
     log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
+    if tracking.parent is None:
+        _check_weights(space.config, last)
     began = time.monotonic()
     lease = join(space.config.storage.root, "stages", f"{stage.name}-{stage_fingerprint}.lease")
     claimed = (joined if stage.shared else held)(lease, f"{stage.name} of {space.config.name}")
@@ -194,6 +197,15 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
+
+
+def _check_weights(config: Config, last: str) -> None:
+    """Refuse weights that do not fit before anything is begun: tiling takes hours, and Ray alone half a minute."""
+    names = [stage.name for stage in stages_for(config, last)]
+    if "embed" in names and config.embed is not None:
+        check_weights("embed.encoder", config.embed.encoder)
+    if "train" in names:
+        check_weights("model.encoder", config.model.encoder)
 
 
 def _record_uri(config: Config, stage: str, stage_fingerprint: str) -> str:
