@@ -36,6 +36,7 @@ from pipeline.storage.lease import held, joined
 from pipeline.storage.tree import upload_tree
 from pipeline.tiling.guide import check_environment
 from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.workflow.changes import changes, items
 from pipeline.workflow.embed import stages_for
 from pipeline.workflow.stage import Record, Stage, Workspace, slide_tags
 
@@ -193,7 +194,7 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) ->
         record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
             return StageResult(record, "done")
-        facts = {**record.facts, "identity": _digests(identity), "finished": time.time()}
+        facts = {**record.facts, "identity": _digests(identity), "items": items(identity), "finished": time.time()}
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
@@ -238,7 +239,8 @@ def _changes(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
         return "never done before"
     newest = max(records, key=lambda record: float(record.facts["finished"]))
     before: Mapping[str, str] = newest.facts["identity"]
-    changed = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
+    known, now = newest.facts.get("items", {}), items(identity)
+    changed = [changes(key, known, now) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"
 
 

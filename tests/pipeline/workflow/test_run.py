@@ -69,7 +69,7 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert [p.action for p in plan(config, "tile")] == ["skip"]
 
     _cohort(tmp_path, ["a", "b c", "ü", "new"])
-    assert [p.why for p in plan(config, "tile")] == ["changed since the last time: slides"]
+    assert [p.why for p in plan(config, "tile")] == ["changed since the last time: slides (1 added: new)"]
     store = Path(str(config.storage.patches))
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*.arrow")}
     assert run(config, "tile").stages["tile"].record.metrics["slides"] == 4
