@@ -104,6 +104,7 @@ def test_bags_of_both_kinds_give_the_same_chunks(pairs: Pairs, augment: Augment 
     assert torch.equal(*(arrived(bag.take(rows), CPU) for bag in bags))
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_closes_the_slides_that_openslide_holds(tmp_path: Path) -> None:
     """After the interpreter has taken OpenSlide apart, closing one prints a traceback."""
     tifffile.imwrite(tmp_path / "a.tiff", tissue_rgb(1013, 787), tile=(240, 240), compression="lzw", photometric="rgb")
