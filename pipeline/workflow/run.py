@@ -217,7 +217,7 @@ def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[
     """The record of a finished stage that still holds, and why it is skipped; or None, and why it has to run."""
     uri = _record_uri(space.config, stage.name, fingerprint(identity))
     if not exists(uri):
-        return None, _changes(space.config, stage, identity)
+        return None, _changes(space, stage, identity)
     record = Record(**read_json(uri))
     missing = [output for output in record.outputs.values() if not exists(output)]
     if missing:
@@ -226,21 +226,27 @@ def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[
     return (record, "done and unchanged") if outdated is None else (None, outdated)
 
 
+def _records(config: Config, stage: str) -> list[Record]:
+    folder = join(config.storage.root, "stages")
+    names = [name for name in list_names(folder) if name.startswith(f"{stage}-") and name.endswith(".json")]
+    return [Record(**read_json(join(folder, name))) for name in names]
+
+
 def _digests(identity: Mapping[str, Any]) -> dict[str, str]:
     return {key: fingerprint(value) for key, value in identity.items()}
 
 
-def _changes(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
+def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str:
     """What changed since the newest record of the stage."""
-    folder = join(config.storage.root, "stages")
-    names = [n for n in list_names(folder) if n.startswith(f"{stage.name}-") and n.endswith(".json")]
-    records = [Record(**read_json(join(folder, name))) for name in names]
+    records = _records(space.config, stage.name)
     if not records:
         return "never done before"
     newest = max(records, key=lambda record: float(record.facts["finished"]))
     before: Mapping[str, str] = newest.facts["identity"]
     known, now = newest.facts.get("items", {}), items(identity)
-    changed = [changes(key, known, now) for key, digest in _digests(identity).items() if before.get(key) != digest]
+    ids = {slide.slide_id for slide in space.cohort.slides}
+    ids |= {slide_id for record in _records(space.config, "tile") for slide_id in record.facts["keys"]}
+    changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"
 
 
