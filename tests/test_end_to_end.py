@@ -103,6 +103,26 @@ def test_from_nothing_to_a_champion_that_predicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_a_first_cohort_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+    """Semicolons, UTF-16, Windows line ends, No and Yes, classes that YAML takes for truth values, a year as name."""
+    _ips("demo", "d", "--slides", "12", cwd=tmp_path)
+    rows = [line.split(",") for line in (tmp_path / "d" / "cohort.csv").read_text().splitlines()]
+    place = rows[0].index("label")
+    for row in rows[1:]:
+        row[place] = {"0": "No", "1": "Yes"}[row[place]]
+    text = "".join(";".join([*row, ""]) + "\r\n" for row in rows)
+    (tmp_path / "d" / "mine.csv").write_bytes(text.encode("utf-16"))
+    given = ["cohort.uri=d/mine.csv", "cohort.demo=null", "name=2024", "tasks.0.classes=[no, yes]"]
+    quick = [setting for setting in QUICK if not setting.startswith("cohort.")]
+    done = _ips("run", "--config", "demo", *given, *quick, cwd=tmp_path)
+    assert Path(done["root"]) == tmp_path / "runs" / "2024"
+    assert done["stages"]["register"]["outcome"] == "done"
+    measured = done["stages"]["evaluate"]["metrics"]
+    assert measured["test_auc_low"] < measured["test_auc_high"]  # of a handful of patients, whatever was learned
+    assert measured["test_accuracy_low"] < measured["test_accuracy_high"]
+
+
+@pytest.mark.nightly
 def test_streamed_slides_to_a_champion_while_a_second_run_of_the_recipe_is_refused(tmp_path: Path) -> None:
     streamed = ["run", "--config", "demo", *QUICK, "train.source=stream", "cluster.cpus_per_worker=1"]
     root = tmp_path / "runs" / "demo"

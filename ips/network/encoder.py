@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ips.network.strided import Strided, guard
+from ips.network.tensors import read_tensors
 
 _BLOCKS: Mapping[str, tuple[int, int, int, int]] = {
     "resnet18": (2, 2, 2, 2),
@@ -213,9 +214,12 @@ def read_weights(data: bytes) -> dict[str, Tensor]:
     try:
         if data[8:9] == b"{":  # a safetensors file opens with 8 bytes of header length, then JSON
             return _read_safetensors(data)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = read_tensors(io.BytesIO(data))
     except Exception as error:
-        raise ValueError(f"weights: neither a safetensors file nor a tensors-only .pth file: {error}") from error
+        raise ValueError(
+            f"weights: neither a safetensors file nor a .pth file of tensors only: {error}; save them with "
+            "safetensors, or as torch.save(model.state_dict(), FILE)"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
         raise ValueError("weights: the file holds something else than a mapping of names to tensors; save state_dict()")
     return state

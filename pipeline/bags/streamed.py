@@ -6,6 +6,7 @@ parts. The bytes of a patch come from the same code that would have stored them,
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -182,6 +183,13 @@ def _reader(streamed: StreamedSlide) -> SlideReader:
             _open.popitem(last=False)[1][1].close()
     _open.move_to_end(name)
     return _open[name][0]
+
+
+@atexit.register
+def _close() -> None:
+    """Close all, while OpenSlide can: a process that ends takes it apart before what is still open."""
+    while _open:
+        _open.popitem()[1][1].close()
 
 
 @lru_cache(maxsize=8)  # slides: 16 bytes a patch each

@@ -236,7 +236,9 @@ def _stages(chosen: Chosen, *, last: str) -> None:
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what only the program needs."""
-    facts = {key: value for key, value in record["facts"].items() if key not in ("identity", "keys", "finished")}
+    facts = {
+        key: value for key, value in record["facts"].items() if key not in ("identity", "items", "keys", "finished")
+    }
     return {**{key: value for key, value in record.items() if key != "stage"}, "facts": facts}
 
 

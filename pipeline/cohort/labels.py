@@ -7,12 +7,16 @@
 | regression | a number | the number | (number - mean) / std | the number |
 | survival | time; 0 or 1 for the event | `12.5`, or `12.5+` where censored | time bin, event | time, event |
 
-A missing label is None, its numbers are NaN.
+A missing label is None, its numbers are NaN. A class may be written as an equal number (1, 1.0, 01). Where the classes
+of a binary task are one of `NO` and one of `YES`, as the default ones are, any of these words is read, in any case: no
+and False are 0.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +30,17 @@ Numbers = float | tuple[float, ...]
 NONE = "-"
 """A multilabel slide on which no label holds."""
 MISSING = {"", "nan", "na", "n/a", "null", "none", "<na>"}
+NO = {"0", "false", "no", "off"}
+YES = {"1", "true", "yes", "on"}
+_SHOWN = 20  # values of a column; with more it holds no classes
+
+
+class NotAClass(ValueError):
+    """A cell with `texts` that are no classes of its task."""
+
+    def __init__(self, task: TaskConfig, texts: Sequence[str]) -> None:
+        self.texts = tuple(texts)
+        super().__init__(f"column {task.column!r}: {_names(texts)} is no class of task {task.name}")
 
 
 def is_missing(task: TaskConfig, row: Mapping[str, str]) -> bool:
@@ -39,19 +54,21 @@ def read_label(task: TaskConfig, row: Mapping[str, str]) -> Label | None:
         return None
     text = row[task.column]
     if task.kind == "multilabel":
-        held = {_class(task, part.strip()) for part in text.split(";")} if text != NONE else set()
+        held = set(_classes(task, [part.strip() for part in text.split(";")])) if text != NONE else set()
         return ";".join(name for name in task.classes if name in held) or NONE
     if task.kind in ("binary", "multiclass"):
-        return _class(task, text)
+        return _classes(task, [text])[0]
     value = finite(text)
     if value is None:
-        raise ValueError(f"column {task.column!r}: {text!r} is not a number, as task {task.name} needs")
+        point = text.replace(",", ".")
+        hint = f"; write it with a point, as in {point}" if finite(point) is not None else ""
+        raise ValueError(f"column {task.column!r}: {text!r} is not a number, as task {task.name} needs{hint}")
     if task.kind == "regression":
         return value
     if value < 0:
         raise ValueError(f"column {task.column!r}: the time {text!r} of task {task.name} is negative")
-    event = finite(row[task.event_column or ""])
-    if event not in (0.0, 1.0):
+    event = _yes_or_no(row[task.event_column or ""])
+    if event is None:
         raise ValueError(
             f"column {task.event_column!r}: {row[task.event_column or '']!r} is neither 1 (the event of task "
             f"{task.name} was seen) nor 0 (censored)"
@@ -155,15 +172,75 @@ def finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _class(task: TaskConfig, text: str) -> str:
-    """The class as the task spells it: the same text, or the same number (1, 1.0 and 01 are one label)."""
+def other_classes(task: TaskConfig, field: str, others: Mapping[str, int], labels: Iterable[Label | None]) -> str:
+    """What to say of a column with values that are not classes of the task, in one line.
+
+    Args:
+        task: whose column it is.
+        field: where the task stands in the config, as in tasks.0.
+        others: those values -> their rows.
+        labels: those of the other rows.
+    """
+    several = task.kind == "multilabel"
+    known = {name for label in labels if label is not None for name in (str(label).split(";") if several else [label])}
+    values = sorted({*others, *map(str, known - {NONE})}, key=_order)
+    shown = ", ".join(
+        f"{value!r} ({rows} row{'s' * (rows > 1)})"
+        for value, rows in sorted(others.items(), key=lambda x: _order(x[0]))[:_SHOWN]
+    )
+    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    what = f"{shown}{more} {'are not classes' if len(others) > 1 else 'is not a class'} of task {task.name}"
+    mend = "mend the cells, or " if known else ""
+    return f"column {task.column!r}: {what} ({_names(task.classes)}); {mend}{_remedy(task, field, values)}"
+
+
+def _remedy(task: TaskConfig, field: str, values: Sequence[str]) -> str:
+    """The overrides that make these values the task's classes, ready to be pasted into a shell."""
+    if len(values) > _SHOWN:
+        number = f", or set {field}.kind=regression" if all(finite(value) is not None for value in values) else ""
+        return f"name a column of classes in {field}.column{number}"
+    if len(values) < 2:
+        return f"name all classes in {field}.classes"
+    setting = shlex.quote(f"{field}.classes={json.dumps(list(values), ensure_ascii=False, separators=(',', ':'))}")
+    if task.kind == "binary" and len(values) > 2:
+        return f"set {field}.kind=multiclass {setting}"
+    return f"set {setting}" + (", the positive class last" if task.kind == "binary" else "")
+
+
+def _order(text: str) -> tuple[float, str]:
+    """Numbers by value, then words by letters."""
+    value = finite(text)
+    return (math.inf if value is None else value, text)
+
+
+def _classes(task: TaskConfig, texts: Sequence[str]) -> list[str]:
+    """Classes as the task spells them; NotAClass with all texts that are none."""
+    found = [(text, _class(task, text)) for text in texts]
+    if others := [text for text, name in found if name is None]:
+        raise NotAClass(task, others)
+    return [name for _, name in found if name is not None]
+
+
+def _class(task: TaskConfig, text: str) -> str | None:
+    """The class of the same text, the same number, or the same answer of yes and no."""
     if text in task.classes:
         return text
     value = finite(text)
     for name in task.classes:
         if value is not None and finite(name) == value:
             return name
-    raise ValueError(f"column {task.column!r}: {text!r} is not a class of task {task.name} ({_names(task.classes)})")
+    answer, answers = _yes_or_no(text), [_yes_or_no(name) for name in task.classes]
+    if task.kind == "binary" and set(answers) == {False, True} and answer is not None:
+        return task.classes[answers.index(answer)]
+    return None
+
+
+def _yes_or_no(text: str) -> bool | None:
+    """What a word or number answers; None where it is no answer."""
+    value, word = finite(text), text.casefold()
+    if value in (0.0, 1.0):
+        return bool(value)
+    return word in YES if word in YES | NO else None
 
 
 def _time_and_event(label: str) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """The cohort: which slides there are, whose they are, their split and their labels.
 
-A CSV (UTF-8) or Parquet file at any URI. Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
+A CSV or Parquet file at any URI (`rows`). Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
 the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
 slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
 all others are kept as text. Everything wrong with the file is reported at once, with row numbers; the header is row 1.
@@ -8,18 +8,14 @@ all others are kept as text. Everything wrong with the file is reported at once,
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.cohort.labels import MISSING, NONE, Label, finite, is_missing, read_label
+from pipeline.cohort.labels import MISSING, Label, NotAClass, finite, is_missing, other_classes, read_label
+from pipeline.cohort.rows import REQUIRED, parse
 from pipeline.config.data import TaskConfig
 from pipeline.errors import CohortError, StorageError
 from pipeline.storage import files
@@ -91,17 +87,20 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     """
     uri = files.absolute(uri)
     data = files.read_bytes(uri)
-    columns, rows, problems = _parse(uri, data)
-    needed = dict.fromkeys(["slide_id", "uri", *(column for task in tasks for column in task.columns)])
+    columns, rows, problems = parse(uri, data)
+    needed = dict.fromkeys([*REQUIRED, *(column for task in tasks for column in task.columns)])
     if missing := [column for column in needed if column not in columns]:
-        problems.append(f"missing column{'s' * (len(missing) > 1)} {_names(missing)}; found {_names(columns)}")
-    if {"slide_id", "uri"} & set(missing):
+        problems.append(_missing(missing, columns, tasks))
+    if set(REQUIRED) & set(missing):
         raise CohortError(uri, problems)
+    places = {task.name: f"tasks.{place}" for place, task in enumerate(tasks)}
     tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
     folder = files.parent(uri)
     slides = tuple(_slide(number, row, folder, tasks, found) for number, row in rows)
     _check_rows([number for number, _ in rows], slides, found)
+    for task in tasks:
+        found.add_other_classes(task, places[task.name], [slide.labels[task.name] for slide in slides])
     problems += found.lines()
     if not rows and not problems:
         problems.append("no rows below the header; list at least one slide")
@@ -115,9 +114,22 @@ class _Problems:
 
     def __init__(self) -> None:
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
+        self._others: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
 
     def add(self, row: int, text: str) -> None:
         self._rows[text].append(row)
+
+    def add_not_classes(self, row: int, task: TaskConfig, texts: Sequence[str]) -> None:
+        """Keep them until all of the column is known: the remedy names every value."""
+        for text in texts:
+            self._others[task.name][text].append(row)
+
+    def add_other_classes(self, task: TaskConfig, field: str, labels: Sequence[Label | None]) -> None:
+        """One problem of all values of a column that are no classes."""
+        others = self._others[task.name]
+        if others:
+            text = other_classes(task, field, {value: len(rows) for value, rows in others.items()}, labels)
+            self._rows[text] = sorted({row for rows in others.values() for row in rows})
 
     def lines(self) -> list[str]:
         return [f"{_rows(rows)}: {text}" for text, rows in sorted(self._rows.items(), key=lambda item: item[1])]
@@ -129,67 +141,25 @@ def _rows(rows: Sequence[int]) -> str:
     return f"row{'s' * (len(rows) > 1)} {shown}{more}"
 
 
+def _missing(missing: Sequence[str], columns: Sequence[str], tasks: Sequence[TaskConfig]) -> str:
+    """That columns are missing, and whether they are there in another way."""
+    text = f"missing column{'s' * (len(missing) > 1)} {_names(missing)}; found {_names(columns)}"
+    alike = {_plain(column): column for column in columns if column not in missing}
+    renamed = [f"{alike[_plain(name)]!r} to {name!r}" for name in missing if _plain(name) in alike]
+    if renamed:
+        return f"{text}; rename {', '.join(renamed)}"
+    fields = [f"tasks.{place}.column" for place, task in enumerate(tasks) if task.column in missing]
+    fields += [f"tasks.{place}.event_column" for place, task in enumerate(tasks) if task.event_column in missing]
+    return f"{text}; name the right one{'s' * (len(fields) > 1)} in {', '.join(fields)}" if fields else text
+
+
+def _plain(name: str) -> str:
+    """A column's name as people vary it: case, and what stands between its words."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
 def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
-
-
-_Rows = list[tuple[int, dict[str, str]]]
-
-
-def _parse(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
-    """Columns, numbered rows as text, and what is wrong with the table as such."""
-    if not data:
-        raise CohortError(uri, ["the file is empty (0 bytes); write a header and at least one slide"])
-    return _parse_parquet(uri, data) if data[:4] == b"PAR1" else _parse_csv(uri, data)
-
-
-def _parse_csv(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CohortError(
-            uri, [f"row {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as CSV UTF-8 or Parquet"]
-        ) from error
-    try:
-        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise CohortError(uri, [f"not a CSV file: {error}; close every quote, or use Parquet"]) from error
-    columns = [name.strip() for name in lines[0]] if lines else []
-    problems = [
-        f"column {name!r} stands twice in the header" for name in dict.fromkeys(columns) if columns.count(name) > 1
-    ]
-    rows: _Rows = []
-    for number, values in enumerate(lines[1:], start=2):
-        if len(values) == len(columns):
-            rows.append((number, {name: value.strip() for name, value in zip(columns, values, strict=True)}))
-        elif values:  # a blank line has no values
-            problems.append(
-                f"row {number}: {len(values)} fields, the header has {len(columns)}; quote values with commas"
-            )
-    return columns, rows, problems
-
-
-def _parse_parquet(uri: str, data: bytes) -> tuple[list[str], _Rows, list[str]]:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise CohortError(uri, [f"not a readable Parquet file ({error}); write it again"]) from error
-    columns = [str(name) for name in table.column_names]
-    rows = [
-        (number, {name: _text(value) for name, value in row.items()})
-        for number, row in enumerate(table.to_pylist(), start=2)
-    ]
-    return columns, rows, []
-
-
-def _text(value: object) -> str:
-    """A Parquet value as CSV would hold it."""
-    if value is None:
-        return ""
-    if isinstance(value, list):  # the labels of a multilabel task
-        return ";".join(map(_text, value)) or NONE
-    return str(int(value) if isinstance(value, bool) else value).strip()
 
 
 def _slide(
@@ -259,6 +229,9 @@ def _series(row: int, text: str, problems: _Problems) -> int | None:
 def _label(number: int, row: Mapping[str, str], task: TaskConfig, problems: _Problems) -> Label | None:
     try:
         return read_label(task, row)
+    except NotAClass as error:
+        problems.add_not_classes(number, task, error.texts)
+        return None
     except ValueError as error:
         problems.add(number, str(error))
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ from pipeline.errors import ConfigError
 from pipeline.storage.files import absolute, is_remote, join
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as Hydra reads the files: a date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012, a table that yaml looks up on the class
+        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
     """The validated config `name` of `config_dir`; raises ConfigError with all problems at once.
 
@@ -40,10 +50,10 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
     tree = _composed(name, groups, folder)
     for key, value in values.items():
         problems += _set(tree, key, value)
-    config, more = _validated(tree)
+    config, more = _validated(tree, values)
     problems += more
     if config is not None:
-        problems += _ray_job_problems(config)
+        problems += [*_ray_job_problems(config), *_place_problems(config)]
     if problems or config is None:
         raise ConfigError(f"config {name}", problems)
     return _with_absolute_paths(config)
@@ -100,7 +110,7 @@ def _composed(name: str, groups: list[str], folder: Path) -> Any:
 def _set(tree: Any, key: str, text: str) -> list[str]:
     """Set one dotted key to a YAML value; plain text where it is no YAML or an unbraced mapping (`a: b`)."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     if isinstance(value, Mapping) and not text.lstrip().startswith("{"):
@@ -114,7 +124,8 @@ def _set(tree: Any, key: str, text: str) -> list[str]:
     return []
 
 
-def _validated(tree: Any) -> tuple[Config | None, list[str]]:
+def _validated(tree: Any, values: Mapping[str, str]) -> tuple[Config | None, list[str]]:
+    """The config, and what is wrong with it; `values` are the overrides as they were typed."""
     try:
         plain = _without_missing(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
@@ -123,7 +134,18 @@ def _validated(tree: Any) -> tuple[Config | None, list[str]]:
     try:
         return Config.model_validate(plain), idle
     except ValidationError as error:
-        return None, [*(_sentence(problem) for problem in error.errors()), *idle]
+        problems = [problem for problem in error.errors() if not (problem["type"] == "too_short" and problem["input"])]
+    typed = {".".join(map(str, problem["loc"])) for problem in problems if _is_no_text(problem)} & values.keys()
+    if not typed:
+        return None, [*(_sentence(problem) for problem in problems), *idle]
+    for key in typed:  # name=2024: what was typed is the text
+        OmegaConf.update(tree, key, values[key].strip())
+    return _validated(tree, {key: text for key, text in values.items() if key not in typed})
+
+
+def _is_no_text(problem: Any) -> bool:
+    """Whether YAML made a number or a truth value of what should be text."""
+    return problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float)
 
 
 def _without_missing(value: Any) -> Any:
@@ -141,6 +163,16 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _fields_at(problem["loc"][:-1]), n=1)
         return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; remove it")
+    if _is_no_text(problem):
+        found, last = problem["input"], problem["loc"][-1]
+        kind = "truth value" if isinstance(found, bool) else "number"
+        return (
+            f'{path}: must be text, and YAML reads it as the {kind} {found}; put it into quotes, as in {last}: "TEXT"'
+        )
+    if problem["type"] == "string_type":
+        return f"{path}: must be text; give {path}=TEXT"
+    if problem["type"] in ("tuple_type", "list_type"):
+        return f"{path}: must be a list, as in {path}=[A,B] (got {problem['input']!r})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     is_value = isinstance(problem["input"], str | int | float | bool)
     return f"{path or 'config'}: {message}" + (f" (got {problem['input']!r})" if is_value else "")
@@ -185,6 +217,28 @@ def _ray_job_problems(config: Config) -> list[str]:
     return problems
 
 
+def _place_problems(config: Config) -> list[str]:
+    """Places in which MLflow, that takes them for addresses, would not write but beside them."""
+    root, problems = absolute(config.storage.root), []
+    if is_remote(root) and (odd := re.search(r"[?#]", root)):
+        problems.append(
+            f"storage.root: {root!r} holds {odd[0]!r}, at which MLflow ends the place of its artifacts, so that they "
+            "would lie beside it; choose a place without it"
+        )
+    if config.tracking.uri is None and (odd := re.search(r"\?|%[0-9A-Fa-f]{2}", _database(root))):
+        field = "tracking.uri: is required, for the working directory" if is_remote(root) else "storage.root:"
+        problems.append(
+            f"{field} {str(Path(_database(root)).parent)!r} holds {odd[0]!r}, which MLflow reads as another name for "
+            "its file, so that it would lie beside it; choose a place without it, or set tracking.uri"
+        )
+    return problems
+
+
+def _database(root: str) -> str:
+    """The SQLite file of MLflow where no tracking server is named."""
+    return join(str(Path.cwd()) if is_remote(root) else root, "mlflow.db")
+
+
 def _with_absolute_paths(config: Config) -> Config:
     storage = config.storage.model_copy(
         update={
@@ -208,10 +262,9 @@ def _with_absolute_paths(config: Config) -> Config:
     if embed is not None and embed.encoder.weights is not None:
         trunk = embed.encoder.model_copy(update={"weights": absolute(embed.encoder.weights)})
         embed = embed.model_copy(update={"encoder": trunk})
-    database = join(str(Path.cwd()) if is_remote(root) else root, "mlflow.db")
     tracking = config.tracking.model_copy(
         update={
-            "uri": config.tracking.uri or f"sqlite:///{database}",
+            "uri": config.tracking.uri or f"sqlite:///{_database(root)}",
             "experiment": config.tracking.experiment or config.name,
             "model": config.tracking.model or config.name,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.base import Fraction, Name, Positive, Section, Seed, fingerprint
 from pipeline.schema import SCHEMA_VERSION
@@ -148,7 +148,8 @@ class TaskConfig(Section):
     kind: Literal["binary", "multiclass", "multilabel", "regression", "survival"] = "binary"
     classes: tuple[str, ...] = ("0", "1")
     """Label values as the cohort spells them; for a binary task the second is the positive one. Regression and
-    survival have none."""
+    survival have none. Numbers are taken as text. [no, yes] of a binary task, which YAML reads as truth values, become
+    false and true, and the cohort may write no, yes, false, true, off, on, 0 or 1 (`cohort.labels`)."""
     class_weights: Annotated[tuple[Weight, ...], Field(min_length=2)] | Literal["balanced"] | None = None
     """Weight of each class in the loss, for binary and multiclass tasks. balanced: n / (K n_k), from the n training
     slides with a label, n_k of class k of K. null: all 1."""
@@ -160,6 +161,20 @@ class TaskConfig(Section):
     mean: float = 0.0
     """regression: the head predicts (value - mean) / std; predictions and errors are in the column's unit."""
     std: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _spelled(cls, value: Any, info: ValidationInfo) -> Any:
+        """What YAML made numbers or truth values of, as text."""
+        if not isinstance(value, list | tuple):
+            return value
+        truths = [name for name in value if isinstance(name, bool)]
+        if truths and not (info.data.get("kind") == "binary" and len(value) == 2 and set(truths) == {False, True}):
+            raise ValueError(
+                "YAML reads yes, no, on, off, true and false as truth values; put such classes into quotes, as in "
+                '["yes", "no"]'
+            )
+        return [str(name).lower() if isinstance(name, bool | int | float) else name for name in value]
 
     @model_validator(mode="before")
     @classmethod

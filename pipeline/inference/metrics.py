@@ -1,4 +1,4 @@
-"""Metrics from predictions, with intervals that respect patients. n slides, K outputs of a task; plain numpy.
+"""Metrics from predictions. n slides, K outputs of a task; plain numpy.
 
 A slide's true class is an index into the task's classes. `measure` leaves slides without a label out; the functions
 below it take labelled ones.
@@ -6,20 +6,16 @@ below it take labelled ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.data import TaskConfig
-from pipeline.errors import StageError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-_TRIES = 100  # for each resample: one patient who alone holds a class is drawn by 63% of them, ten such by 1%
 
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "binary": ("auc", "accuracy"),
@@ -30,15 +26,6 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
 }
 """Kind of a task -> what is measured; the first one is what models are compared by. Higher is better, but for `mae`,
 which is in the unit of the task's column."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and the bounds of its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def measure(task: TaskConfig, values: Floats, truth: Floats) -> tuple[float, ...]:
@@ -143,36 +130,3 @@ def confusion(probabilities: Floats, labels: Ints) -> Ints:
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(axis=1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)
-
-
-def bootstrap(statistic: Callable[[Ints], Floats], patients: Sequence[str], resamples: int, seed: int) -> Floats:
-    """Values (resamples, S) of a statistic over slides drawn by patient, with replacement.
-
-    A patient's slides stand or fall together, as they are not independent. `statistic` maps slide indices to S
-    numbers; a resample where one of them is NaN (a class is absent) is drawn again, so the values are
-    conditional on every class being there.
-
-    Raises:
-        StageError: hardly any resample has them all.
-    """
-    names, owner = np.unique(np.asarray(patients, dtype=np.str_), return_inverse=True)
-    slides = [np.flatnonzero(owner == patient) for patient in range(len(names))]
-    generator = np.random.default_rng(seed)
-    values: list[Floats] = []
-    for _ in range(_TRIES * resamples):
-        drawn = generator.integers(len(names), size=len(names))
-        value = statistic(np.concatenate([slides[patient] for patient in drawn]))
-        if not np.isnan(value).any():
-            values.append(value)
-        if len(values) == resamples:
-            return np.stack(values)
-    raise StageError(
-        f"evaluate: of {_TRIES * resamples} resamples of {len(names)} patients only {len(values)} hold what every task "
-        "needs, so intervals cannot be given; label more patients of the rare classes, or take such tasks out of tasks"
-    )
-
-
-def interval(value: float, resampled: Floats) -> Interval:
-    """The 2.5 and 97.5 percentiles of resampled values (R,) around the value of the whole sample."""
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Interval(value, float(low), float(high))

@@ -26,6 +26,7 @@ from pipeline.bags.sources import PatchSource, open_bag, prepared
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
+from pipeline.errors import SlideError
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -161,6 +162,12 @@ def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlideP
             mpp=source.mpp,
             n_bad_tiles=source.n_bad_tiles,
         )
+
+
+def unpredicted(error: SlideError, mpp: str) -> str:
+    """Why a slide has no prediction; `mpp` is what gives its microns per px, for how it is tiled is the model's."""
+    fact = str(error).partition("; ")[0]
+    return f"{fact}; give it {mpp}" if error.reason in ("missing-mpp", "absurd-mpp") else str(error)
 
 
 def read_thumbnail(source: PatchSource) -> RGB:

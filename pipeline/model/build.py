@@ -69,8 +69,14 @@ def _pool(settings: AggregatorConfig, dim: int, tasks: int) -> nn.Module:
 
 
 def build_encoder(settings: EncoderConfig) -> tuple[nn.Module, int]:
-    """A patch encoder with its weights, on the CPU, and its D; errors as `build_model`."""
-    return _encoder(settings, pretrained=True)
+    """The network that makes features, with its weights, on the CPU, and its D; errors as `build_model`."""
+    return _encoder(settings, pretrained=True, field="embed.encoder")
+
+
+def check_weights(field: str, settings: EncoderConfig) -> None:
+    """Refuse, by ConfigError, pretrained weights that do not fit their network; `field` is its section."""
+    if settings.weights is not None:
+        _encoder(settings, pretrained=True, field=field)
 
 
 def check_encoder(field: str, settings: EncoderConfig, patch_px: int) -> None:
@@ -91,8 +97,8 @@ def _try(encoder: WrappedEncoder, name: str, patch_px: int) -> None:
         raise ConfigError("config", [problem]) from error
 
 
-def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
-    """The encoder and D."""
+def _encoder(settings: EncoderConfig, *, pretrained: bool, field: str = "model.encoder") -> tuple[nn.Module, int]:
+    """The encoder and D; `field` is its section of the config."""
     encoder: ResNet | FeatureProjector | WrappedEncoder
     trunk: nn.Module  # what the weights are of
     classifier: Sequence[str] = ()
@@ -108,7 +114,7 @@ def _encoder(settings: EncoderConfig, *, pretrained: bool) -> tuple[nn.Module, i
         try:
             load_weights(trunk, read_bytes(settings.weights), classifier)
         except ValueError as error:
-            raise ConfigError("config", [f"model.encoder.weights: {settings.weights}: {error}"]) from error
+            raise ConfigError("config", [f"{field}.weights: {settings.weights}: {error}"]) from error
     return encoder, encoder.dim
 
 

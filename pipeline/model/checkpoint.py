@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ips.network.tensors import read_tensors
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.model.folder import load_weights, save_model
@@ -82,16 +83,17 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, plan_digest: str) -> Progress:
     """Restore model and optimiser; StageError when the checkpoint follows another plan or is of another version."""
     try:
-        state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)
+        with (folder / STATE).open("rb") as file:
+            state: dict[str, Any] = read_tensors(file)
         progress = Progress(**state["progress"])
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+        check_plan(str(folder), progress, plan_digest)
+        load_weights(model, folder)
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
             f"{folder / STATE}: cannot be read as a training state of this version ({error}); go on with the version "
             "that wrote it, or remove the run's folder to train anew"
         ) from error
-    check_plan(str(folder), progress, plan_digest)
-    load_weights(model, folder)
-    optimizer.load_state_dict(state["optimizer"])
     return progress
 
 

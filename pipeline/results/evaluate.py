@@ -16,18 +16,8 @@ from pipeline.cohort.labels import NONE, Label, lacks, truth
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.inference.metrics import (
-    MEASURES,
-    Floats,
-    Interval,
-    Ints,
-    bootstrap,
-    confusion,
-    expected_time,
-    interval,
-    measure,
-    roc_points,
-)
+from pipeline.inference.intervals import Interval, bootstrap, floor, interval, task_intervals
+from pipeline.inference.metrics import MEASURES, Floats, Ints, confusion, expected_time, measure, roc_points
 from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
 
 log = logging.getLogger(__name__)
@@ -75,10 +65,13 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Flat metrics, prefixed with the split: test_auc, test_auc_low, test_auc_high, test_accuracy, ..."""
+        """Flat metrics, prefixed with the split: test_auc, test_auc_low, test_auc_high, test_accuracy, ...
+
+        The ends are of each measure over all tasks; those of one task of several stand in its `measures`.
+        """
         values = {name: found.value for name, found in self.measures.items()}
-        first = next(iter(self.measures))
-        values |= {f"{first}_low": self.measures[first].low, f"{first}_high": self.measures[first].high}
+        for name, found in self.measures.items():
+            values |= {f"{name}_low": found.low, f"{name}_high": found.high}
         values |= {
             "slides": float(len(self.slides)),
             "patients": float(len({slide.patient_id for slide, _ in self.slides})),
@@ -92,8 +85,8 @@ class Evaluation:
 def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     """Predict committed slides of the split `config.evaluate.split` and measure.
 
-    Intervals are 95% percentile bootstraps over patients, seeded with `config.seed`; the means over several tasks
-    are resampled jointly.
+    Intervals are those of `intervals`, the bootstrap seeded with `config.seed`; the means over several tasks are
+    resampled jointly.
 
     Raises:
         StageError: no slides, or a task whose labels cannot be measured against.
@@ -115,12 +108,18 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     whole = statistic(np.arange(len(slides)))
     patients = [slide.patient_id for slide, _ in slides]
     drawn = bootstrap(statistic, patients, config.evaluate.bootstrap, config.seed)
-    bounds = iter([interval(float(value), column) for value, column in zip(whole, drawn.T, strict=True)])
-    overall = {name: next(bounds) for name in _overall_names(config.tasks)}
-    results = []
+    names = _overall_names(config.tasks)
+    at, results = len(names), []
     for task, p, y in zip(config.tasks, values, truths, strict=True):
-        measures = {name: next(bounds) for name in MEASURES[task.kind]}
+        end = at + len(MEASURES[task.kind])
+        found_here = task_intervals(task, y, patients, whole[at:end].tolist(), drawn[:, at:end])
+        measures = dict(zip(MEASURES[task.kind], found_here, strict=True))
         results.append(_result(task, labels[task.name], p, y, measures))
+        at = end
+    overall = {
+        name: _mean_interval(name, results, float(whole[place]), drawn[:, place], truths, patients)
+        for place, name in enumerate(names)
+    }
     table = _table(slides, config.tasks, labels, values)
     return Evaluation(split, tuple(slides), found, tuple(results), overall, table)
 
@@ -148,6 +147,22 @@ def _overall(tasks: Sequence[TaskConfig], each: Sequence[tuple[float, ...]]) -> 
         for name, value in zip(MEASURES[task.kind], found, strict=True)
     ]
     return np.array([np.mean([value for name, value in pairs if name == wanted]) for wanted in _overall_names(tasks)])
+
+
+def _mean_interval(
+    name: str,
+    results: Sequence[TaskResult],
+    value: float,
+    resampled: Floats,
+    truths: Sequence[Floats],
+    patients: Sequence[str],
+) -> Interval:
+    """Of the mean of a measure over the tasks that have it; of one task, its own."""
+    those = [(result, y) for result, y in zip(results, truths, strict=True) if name in result.measures]
+    if len(those) == 1:
+        return those[0][0].measures[name]
+    floors = [found for result, y in those if (found := floor(result.task, name, y, patients)) is not None]
+    return interval(value, resampled, float(np.mean(floors)) if floors else None)
 
 
 def _predict(model: IPSModel, config: Config, slides: Slides) -> tuple[BagPrediction, ...]:

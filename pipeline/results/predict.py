@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import csv
 
 from ips.network.model import IPSModel
 from pipeline.cohort.table import CohortSlide, read_cohort
@@ -23,8 +22,9 @@ from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StageError
 from pipeline.inference.heatmap import Heatmap, highest, overlay_png
-from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide
+from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide, unpredicted
 from pipeline.model.folder import WEIGHTS
+from pipeline.results.tables import table_csv
 from pipeline.schema import ATTENTION
 from pipeline.storage.files import absolute
 from pipeline.tiling.guide import check_environment
@@ -80,15 +80,18 @@ def predict(
         TrackingError: the model is not found or cannot be fetched.
     """
     listed = read_cohort(cohort).slides if cohort else ()
-    rows = [*_named(slides, mpp, series, {slide.slide_id for slide in listed}), *listed]
+    named = list(_named(slides, mpp, series, {slide.slide_id for slide in listed}))
+    rows = [*named, *listed]
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
     with _loaded(model, tracking_uri) as loaded:
-        return _predict(rows, out, *loaded)
+        return _predict(rows, len(named), out, *loaded)
 
 
-def _predict(rows: Sequence[CohortSlide], out: Path, source: str, network: IPSModel, config: Config) -> dict[str, Any]:
-    """What `predict` writes and returns."""
+def _predict(
+    rows: Sequence[CohortSlide], named: int, out: Path, source: str, network: IPSModel, config: Config
+) -> dict[str, Any]:
+    """What `predict` writes and returns; the first `named` slides are not of a cohort."""
     check_environment(rows, config.tiling)
     try:
         (out / "heatmaps").mkdir(parents=True, exist_ok=True)
@@ -96,11 +99,11 @@ def _predict(rows: Sequence[CohortSlide], out: Path, source: str, network: IPSMo
         raise StageError(f"predict: --out {out} is no folder ({error.strerror}); name one") from error
     partial = out / "attention.parquet.part"
     with pq.ParquetWriter(partial, ATTENTION, compression="zstd") as writer:
-        outcomes = list(_predict_all(network, config, rows, out / "heatmaps", writer))
+        outcomes = list(_predict_all(network, config, rows, named, out / "heatmaps", writer))
     partial.replace(out / "attention.parquet")
     table = _table(outcomes, config.tasks)
     pq.write_table(table, out / "predictions.parquet", compression="zstd")
-    csv.write_csv(table, out / "predictions.csv")
+    (out / "predictions.csv").write_bytes(table_csv(table))
     failed = {one.slide.slide_id: one.error for one in outcomes if one.error is not None}
     if len(failed) == len(rows):
         reasons = "\n".join(f"  - {slide_id}: {reason}" for slide_id, reason in failed.items())
@@ -140,15 +143,22 @@ def _loaded(model: str, tracking_uri: str) -> Iterator[tuple[str, IPSModel, Conf
 
 
 def _predict_all(
-    model: IPSModel, config: Config, slides: Sequence[CohortSlide], heatmaps: Path, attention: pq.ParquetWriter
+    model: IPSModel,
+    config: Config,
+    slides: Sequence[CohortSlide],
+    named: int,
+    heatmaps: Path,
+    attention: pq.ParquetWriter,
 ) -> Iterator[_Outcome]:
     """Predict slide by slide, so that one slide's patches are held at a time."""
     for number, slide in enumerate(slides, start=1):
         try:
             found = predict_slide(model, config, slide)
         except SlideError as error:
-            log.warning("predict: %d/%d %s: %s", number, len(slides), slide.slide_id, error)
-            yield _Outcome(slide, {}, 0, 0, str(error))
+            mpp = "with --mpp, as in --mpp 0.25" if number <= named else "in the cohort's mpp column"
+            reason = unpredicted(error, mpp)
+            log.warning("predict: %d/%d %s: %s", number, len(slides), slide.slide_id, reason)
+            yield _Outcome(slide, {}, 0, 0, reason)
             continue
         attention.write_table(found.attention)
         (heatmaps / f"{safe_name(slide.slide_id)}.png").write_bytes(_heatmap(found))

@@ -6,17 +6,15 @@ The page needs nothing else and stays below some 10 MB whatever the cohort's siz
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from typing import Any
 
 import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
-from pyarrow import csv
 
 from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import CohortSlide, read_cohort
@@ -25,6 +23,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import SlideError
 from pipeline.ingest.tiler import quarantined, version_of
 from pipeline.results.quality_pictures import SlidePicture, picture
+from pipeline.results.tables import table_csv
 from pipeline.storage import files
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.tiling.evidence import OUTLINE
@@ -34,7 +33,6 @@ PICTURES = 36  # slides: about 150 KB each
 ROWS = 1000
 BINS = 24
 THREADS = 16  # they wait on the storage
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # OWASP's list of what begins one
 
 
 @dataclass(frozen=True)
@@ -145,18 +143,9 @@ def write_quality(
 
 
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
-    """One row a slide, in the cohort's order. Text that a spreadsheet would take for a formula has a `'` before it."""
-    plain = [{name: _unarmed(value) for name, value in asdict(row).items()} for row in rows]
-    columns = {column.name: [row[column.name] for row in plain] for column in fields(QualityRow)}
-    del columns["picture"]
-    sink = io.BytesIO()
-    csv.write_csv(pa.table(columns), sink)
-    return sink.getvalue()
-
-
-def _unarmed(value: object) -> object:
-    """A cell that no spreadsheet computes: ids and reasons come from files of others. Numbers stay numbers."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    """One row a slide, in the cohort's order."""
+    names = [column.name for column in fields(QualityRow) if column.name != "picture"]
+    return table_csv(pa.table({name: [getattr(row, name) for row in rows] for name in names}))
 
 
 def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str) -> str:

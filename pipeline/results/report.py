@@ -17,7 +17,7 @@ from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.inference.figures import reliability_png, roc_png, scatter_png
 from pipeline.inference.heatmap import Heatmap, highest, overlay_png
-from pipeline.inference.metrics import Interval
+from pipeline.inference.intervals import Interval
 from pipeline.inference.operating import Decision, Proportion, Reliability, decide, reliability
 from pipeline.inference.prediction import read_thumbnail
 from pipeline.results.evaluate import Evaluation, TaskResult

@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import SlideError, StorageError
-from pipeline.inference.prediction import load_model, predict_slide
+from pipeline.inference.prediction import load_model, predict_slide, unpredicted
 from pipeline.storage.files import absolute
 
 
@@ -48,7 +48,9 @@ class SlideModel(PythonModel):
         try:
             slide = CohortSlide(uri, absolute(uri), uri, None, None if pd.isna(mpp) else mpp, {}, {}, series=image)
             found = predict_slide(self.model, self.config, slide)
-        except (SlideError, StorageError) as error:
+        except SlideError as error:
+            return {"uri": uri, "error": unpredicted(error, "in the column mpp")}
+        except StorageError as error:
             return {"uri": uri, "error": str(error)}
         values = {
             column: value

@@ -19,6 +19,7 @@ from mlflow.models import Model
 from pipeline.errors import TrackingError
 from pipeline.model.folder import read_config
 from pipeline.tracking.package import gather_artifacts, write_package
+from pipeline.tracking.places import missing
 from pipeline.tracking.tracker import Tracker, reported
 
 CHAMPION = "champion"
@@ -171,6 +172,9 @@ def fetch(tracker: Tracker, model_uri: str, folder: Path) -> tuple[RegisteredVer
     """
     version = find_version(tracker, model_uri)
     with reported(tracker.uri), _current_store(tracker.uri):
+        place = tracker.client.get_model_version_download_uri(version.name, version.version)
+        if (gone := missing(tracker.uri, place)) is not None:
+            raise TrackingError(f"{version.uri}: {gone}")
         local = download_artifacts(f"{version.uri}/artifacts", dst_path=str(folder))
     return version, Path(local)
 

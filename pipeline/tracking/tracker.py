@@ -27,6 +27,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
 from pipeline.errors import Interrupted, PipelineError, TrackingError
+from pipeline.tracking.places import missing
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Row = tuple[int, int, dict[str, float]]
@@ -205,6 +206,9 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
             f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {found.experiment_id}` "
             "or set tracking.experiment to another name"
         )
+    kept = found.artifact_location
+    if kept != _location(artifact_root) and (gone := missing(uri, kept)) is not None:
+        raise TrackingError(f"experiment {experiment!r}: {gone}, or set tracking.experiment to another name")
     return Tracker(uri, found.experiment_id)
 
 

@@ -122,7 +122,7 @@ def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Opt
     """Load a checkpoint of a run's folder into the model and its optimiser.
 
     Raises:
-        StageError: it follows another plan.
+        StageError: it follows another plan, or is no training state.
         StorageError: it cannot be read, or was damaged since `newest` read it: begun again, that finds another.
     """
     with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
@@ -130,7 +130,10 @@ def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Opt
             _fetch(join(folder, name), _read(folder, name), _FILES, Path(scratch))
         except DamagedError as error:
             raise StorageError(str(error)) from error
-        return load_checkpoint(Path(scratch), model, optimizer, plan_digest)
+        try:
+            return load_checkpoint(Path(scratch), model, optimizer, plan_digest)
+        except StageError as error:
+            raise StageError(str(error).replace(scratch, join(folder, name))) from error
 
 
 @contextmanager

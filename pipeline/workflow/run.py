@@ -20,6 +20,7 @@ from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.demo.cohort import write_demo
+from pipeline.model.build import check_weights
 from pipeline.storage.files import (
     exists,
     is_remote,
@@ -35,6 +36,7 @@ from pipeline.storage.lease import held, joined
 from pipeline.storage.tree import upload_tree
 from pipeline.tiling.guide import check_environment
 from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.workflow.changes import changes, items
 from pipeline.workflow.embed import stages_for
 from pipeline.workflow.stage import Record, Stage, Workspace, slide_tags
 
@@ -91,7 +93,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
         )
         results: dict[str, StageResult] = {}
         for stage in stages_for(config, last):
-            results[stage.name] = _bring_up(stage, space, tracking)
+            results[stage.name] = _bring_up(stage, space, tracking, last)
             space.records[stage.name] = results[stage.name].record
         tracking.sum_up(space.records.values())
         return WorkflowResult(results, tracking.parent)
@@ -172,7 +174,7 @@ def _no_ray() -> None:
     raise AssertionError("planning starts no Ray")
 
 
-def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResult:
+def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) -> StageResult:
     identity = stage.identity(space)
     stage_fingerprint = fingerprint(identity)
     found, why = _find(space, stage, identity)
@@ -180,6 +182,8 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
         log.info("%s: %s (%s)", stage.name, why, stage_fingerprint)
         return StageResult(found, "skipped")
     log.info("%s: running, %s (%s)", stage.name, why, stage_fingerprint)
+    if tracking.parent is None:
+        _check_weights(space.config, last)
     began = time.monotonic()
     lease = join(space.config.storage.root, "stages", f"{stage.name}-{stage_fingerprint}.lease")
     claimed = (joined if stage.shared else held)(lease, f"{stage.name} of {space.config.name}")
@@ -191,10 +195,19 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking) -> StageResul
         record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
             return StageResult(record, "done")
-        facts = {**record.facts, "identity": _digests(identity), "finished": time.time()}
+        facts = {**record.facts, "identity": _digests(identity), "items": items(identity), "finished": time.time()}
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
+
+
+def _check_weights(config: Config, last: str) -> None:
+    """Refuse weights that do not fit before anything is begun: tiling takes hours, and Ray alone half a minute."""
+    names = [stage.name for stage in stages_for(config, last)]
+    if "embed" in names and config.embed is not None:
+        check_weights("embed.encoder", config.embed.encoder)
+    if "train" in names:
+        check_weights("model.encoder", config.model.encoder)
 
 
 def _record_uri(config: Config, stage: str, stage_fingerprint: str) -> str:
@@ -205,7 +218,7 @@ def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[
     """The record of a finished stage that still holds, and why it is skipped; or None, and why it has to run."""
     uri = _record_uri(space.config, stage.name, fingerprint(identity))
     if not exists(uri):
-        return None, _changes(space.config, stage, identity)
+        return None, _changes(space, stage, identity)
     record = Record(**read_json(uri))
     missing = [output for output in record.outputs.values() if not exists(output)]
     if missing:
@@ -214,20 +227,27 @@ def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[
     return (record, "done and unchanged") if outdated is None else (None, outdated)
 
 
+def _records(config: Config, stage: str) -> list[Record]:
+    folder = join(config.storage.root, "stages")
+    names = [name for name in list_names(folder) if name.startswith(f"{stage}-") and name.endswith(".json")]
+    return [Record(**read_json(join(folder, name))) for name in names]
+
+
 def _digests(identity: Mapping[str, Any]) -> dict[str, str]:
     return {key: fingerprint(value) for key, value in identity.items()}
 
 
-def _changes(config: Config, stage: Stage, identity: Mapping[str, Any]) -> str:
+def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str:
     """What changed since the newest record of the stage."""
-    folder = join(config.storage.root, "stages")
-    names = [n for n in list_names(folder) if n.startswith(f"{stage.name}-") and n.endswith(".json")]
-    records = [Record(**read_json(join(folder, name))) for name in names]
+    records = _records(space.config, stage.name)
     if not records:
         return "never done before"
     newest = max(records, key=lambda record: float(record.facts["finished"]))
     before: Mapping[str, str] = newest.facts["identity"]
-    changed = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
+    known, now = newest.facts.get("items", {}), items(identity)
+    ids = {slide.slide_id for slide in space.cohort.slides}
+    ids |= {slide_id for record in _records(space.config, "tile") for slide_id in record.facts["keys"]}
+    changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"
 
 

@@ -7,8 +7,8 @@ still exist means the stage is done.
 
 from __future__ import annotations
 
-import io
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyarrow import csv
 
 from pipeline import cluster
 from pipeline.bags.images import source_versions
@@ -30,11 +29,13 @@ from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
 from pipeline.ingest.tiler import TRANSIENT, version_of
 from pipeline.model.folder import WEIGHTS
+from pipeline.results.tables import table_csv
 from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import SlideStatus
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
+from pipeline.workflow.changes import SHOWN, Labels
 from pipeline.workflow.stage import Record, Stage, Workspace, versions
 
 if TYPE_CHECKING:
@@ -50,21 +51,30 @@ def _tile_identity(space: Workspace) -> Mapping[str, Any]:
     if images is not None:
         names = [[slide.slide_id, slide.uri] for slide in slides]
         return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
-    with ThreadPoolExecutor(16) as pool:
-        versions = list(pool.map(lambda slide: _version(slide, space.config.tiling), slides))
-    rows = [
-        [s.slide_id, s.uri, s.mpp, s.series, asdict(v) if v else None] for s, v in zip(slides, versions, strict=True)
-    ]
+    found = _versions(slides, space.config.tiling)
+    rows = [[s.slide_id, s.uri, s.mpp, s.series, asdict(v) if v else None] for s, v in zip(slides, found, strict=True)]
     return {"store": patch_store(space.config).uri, "slides": rows}
 
 
-def _version(slide: CohortSlide, spec: TilingConfig) -> SourceVersion | None:
-    """The source's version; None where it cannot be read, which the tile stage then reports by slide."""
+def _versions(slides: Sequence[CohortSlide], spec: TilingConfig) -> list[SourceVersion | None]:
+    """Each source's version; None where it cannot be read, which the tile stage then reports by slide."""
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda slide: _version(slide, spec), slides))
+    by_reason: defaultdict[str, list[SlideError]] = defaultdict(list)
+    for error in found:
+        if isinstance(error, SlideError):
+            by_reason[error.reason].append(error)
+    for reason, errors in by_reason.items():
+        log.warning("%s: %d of %d slides, such as: %s", reason, len(errors), len(slides), errors[0])
+    return [None if isinstance(version, SlideError) else version for version in found]
+
+
+def _version(slide: CohortSlide, spec: TilingConfig) -> SourceVersion | SlideError:
+    """The source's version, or why it cannot be read."""
     try:
         return version_of(slide, spec)
     except SlideError as error:
-        log.warning("%s", error)
-        return None
+        return SlideError(error.reason, str(error))  # without its traceback, of which a million take gigabytes
 
 
 def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
@@ -73,7 +83,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
         statuses = image_statuses(config, slides)
     else:
-        statuses = _tile_slides(space)
+        statuses = _tile_slides(space, outputs["ledger"])
         outputs["store"] = patch_store(config).uri
         outputs |= _review(config, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
@@ -90,7 +100,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         "bad_tiles": float(sum(s.n_bad_tiles for s in statuses)),
     }
     tracker.log_metrics(run_id, metrics, 0)
-    _check_budget(config, statuses)
+    _check_budget(config, statuses, outputs["ledger"])
     keys = {s.slide_id: s.key for s in statuses if s.status == "committed"}
     # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
     passing = TRANSIENT - {"missing", "directory"}
@@ -108,26 +118,34 @@ def _review(config: Config, statuses: Sequence[SlideStatus], stage_fingerprint: 
     return outputs
 
 
-def _tile_slides(space: Workspace) -> list[SlideStatus]:
-    """Tile the cohort on Ray, and say how far it is."""
+def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
+    """Tile the cohort on Ray, and say how far it is; `ledger` is where all slides will be listed."""
     from pipeline.ingest.graph import tile_cohort  # Ray Data loads in seconds; only when there is work
 
     config, slides = space.config, space.cohort.slides
     space.ray()
     cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
-    done = 0
+    done, bad = 0, Counter[str]()
 
     def on_status(status: SlideStatus) -> None:
         nonlocal done
         done += 1
         if status.status == "quarantined":
-            log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason)
+            kind = str(status.reason).partition(":")[0]
+            bad[kind] += 1
+            if bad[kind] <= SHOWN:
+                log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason)
+            if bad[kind] == SHOWN:
+                log.warning("tile: further slides that are quarantined as %s are counted; %s lists all", kind, ledger)
         if done % max(1, len(slides) // 10) == 0:
             log.info("tile: %d/%d slides", done, len(slides))
 
     pixels = config.train.source == "store"
     root, cpus = patch_root(config), config.tiling.cpus
-    return tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
+    statuses = tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
+    if bad:
+        log.warning("tile: quarantined: %s", ", ".join(f"{count:,} {kind}" for kind, count in bad.most_common()))
+    return statuses
 
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
@@ -146,7 +164,7 @@ def _plans_outdated(space: Workspace, keys: Mapping[str, str]) -> str | None:
 
     def is_current(slide: CohortSlide) -> bool:
         version = _version(slide, spec)
-        return version is not None and is_plan_of(plans, keys[slide.slide_id], slide, version)
+        return not isinstance(version, SlideError) and is_plan_of(plans, keys[slide.slide_id], slide, version)
 
     with ThreadPoolExecutor(16) as pool:
         current = list(pool.map(is_current, slides))
@@ -165,19 +183,18 @@ def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:
     """One row a slide: status, reason, counts."""
     columns = ("slide_id", "uri", "status", "reason", "n_patches", "n_bad_tiles", "key")
-    table = pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns})
-    sink = io.BytesIO()
-    csv.write_csv(table, sink)
-    return sink.getvalue()
+    return table_csv(pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns}))
 
 
-def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
+def _check_budget(config: Config, statuses: Sequence[SlideStatus], ledger: str) -> None:
     bad = [s for s in statuses if s.status == "quarantined"]
     allowed = config.tiling.max_bad_slides
     if allowed is None:
         allowed = max(1, int(_DEFAULT_BAD_SHARE * len(statuses)))
     if len(bad) > allowed:
-        lines = "\n".join(f"  - {s.slide_id} ({s.uri}): {s.reason}" for s in bad)
+        lines = "\n".join(f"  - {s.slide_id} ({s.uri}): {s.reason}" for s in bad[:SHOWN])
+        if len(bad) > SHOWN:
+            lines += f"\n  and {len(bad) - SHOWN:,} more, all in {ledger}"
         raise DataBudgetError(
             f"{len(bad)} of {len(statuses)} slides are quarantined and {allowed} are allowed:\n{lines}\n"
             f"The other {len(statuses) - len(bad)} are committed and kept. Mend or remove the bad ones, "
@@ -188,17 +205,20 @@ def _check_budget(config: Config, statuses: Sequence[SlideStatus]) -> None:
 def _labelled(slides: Sequence[LabelledSource]) -> list[Any]:
     """Slides as what they give; one that was tiled or planned anew may have lost patches under the same key."""
     return [
-        [slide.slide_id, slide.patient_id, stored.key, stored.n_patches, dict(slide.labels)] for slide, stored in slides
+        [slide.slide_id, slide.patient_id, stored.key, stored.n_patches, Labels(slide.labels)]
+        for slide, stored in slides
     ]
 
 
 def _train_identity(space: Workspace) -> Mapping[str, Any]:
+    """Validation slides count where they choose the checkpoint; else they are only looked at on the way."""
+    chooses = space.config.train.keeps_best
     return {
         "recipe": space.config.recipe(),
         "tiling": space.config.tiling.fingerprint(),
         "weights": _weights_version(space.config),
         "train": _labelled(space.stored("train")),
-        "val": _labelled(space.stored("val")),
+        "val": _labelled(space.stored("val")) if chooses else [],
     }
 
 
@@ -297,13 +317,12 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}
     origin |= {"checkpoint": checkpoint, "mlflow_run": run_id, "versions": versions()}
     page = render_report(evaluation, config, space.cohort, {**origin, **space.lineage})
-    table = io.BytesIO()
-    csv.write_csv(evaluation.predictions, table)
-    write_bytes(join(folder, "predictions.csv"), table.getvalue())
+    table = table_csv(evaluation.predictions)
+    write_bytes(join(folder, "predictions.csv"), table)
     write_bytes(join(folder, "report.html"), page.encode())
     tracker.log_metrics(run_id, evaluation.metrics, 0)
     tracker.log_text(run_id, page, "report.html")
-    tracker.log_text(run_id, table.getvalue().decode(), "predictions.csv")
+    tracker.log_text(run_id, table.decode(), "predictions.csv")
     outputs = {"report": join(folder, "report.html"), "predictions": join(folder, "predictions.csv")}
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 

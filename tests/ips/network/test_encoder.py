@@ -190,6 +190,14 @@ def test_other_files_are_refused(data: bytes) -> None:
         read_weights(data)
 
 
+def test_a_whole_network_is_refused_with_how_to_save_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^weights: neither .*Linear, which is no tensor and was not run; save them"
+    ) as e:
+        read_weights(_pth(nn.Linear(2, 3)))
+    assert "weights_only" not in str(e.value)
+
+
 def test_old_files_without_batch_counts_load() -> None:
     state = {name: value for name, value in _full_state().items() if not name.endswith("num_batches_tracked")}
     load_weights(ResNet("resnet18"), state)

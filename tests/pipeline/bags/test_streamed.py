@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from ips.selection.transfer import arrived
@@ -99,6 +102,32 @@ def test_bags_of_both_kinds_give_the_same_chunks(pairs: Pairs, augment: Augment 
         assert torch.equal(one.positions, other.positions)
     rows = torch.tensor([5, 0, 11])
     assert torch.equal(*(arrived(bag.take(rows), CPU) for bag in bags))
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_closes_the_slides_that_openslide_holds(tmp_path: Path) -> None:
+    """After the interpreter has taken OpenSlide apart, closing one prints a traceback."""
+    tifffile.imwrite(tmp_path / "a.tiff", tissue_rgb(1013, 787), tile=(240, 240), compression="lzw", photometric="rgb")
+    program = f"""
+import numpy as np
+from pathlib import Path
+from tests.pipeline.bags.test_streamed import stream_slides
+from tests.pipeline.small import small_config, write_cohort
+from pipeline.bags import streamed as module
+from pipeline.cohort.table import Cohort, CohortSlide
+from pipeline.slides.openslide import OpenSlideReader
+slide = CohortSlide("a", {str(tmp_path / "a.tiff")!r}, "p", "test", None, {{"tumour": "no"}}, {{}})
+cohort = Cohort("c.csv", (slide,))
+(streamed,) = stream_slides(cohort, Path({str(tmp_path / "store")!r}), small_config().tiling)
+streamed.payloads(np.arange(3))
+((reader, _),) = module._open.values()
+assert isinstance(reader, OpenSlideReader), reader
+print("read")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("read\n", 0), done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_slide_that_was_replaced_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def run(cohort: str, root: str) -> tuple[int, str]:
         (GOOD.replace("s3,s3", "s2,s3"), "rows 4, 5: slide_id 's2' is not unique"),
         (GOOD.replace("p7,", "p1,"), "rows 3, 9: patient 'p1' stands in 2 splits (train, test)"),
         (GOOD.replace(",1\n", ",NaN\n", 1), "row 3: no label in column 'label'"),
-        (GOOD.replace(",1\n", ",yes\n", 1), "row 3: column 'label': 'yes' is not a class of task"),
+        (GOOD.replace(",1\n", ",maybe\n", 1), "row 3: column 'label': 'maybe' (1 row) is not a class of task"),
         ("slide_id,uri,label\n", "no rows below the header"),
         ("", "the file is empty (0 bytes)"),
     ],

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ips.learning.losses import task_loss
-from pipeline.cohort.labels import Label, class_weights, counts, lacks, read_label, stratum, target, truth
+from pipeline.cohort.labels import Label, NotAClass, class_weights, counts, lacks, read_label, stratum, target, truth
 from pipeline.config.data import TaskConfig
 
 GRADE = TaskConfig(name="grade", column="g", kind="multiclass", classes=("low grade", "mid", "none"))
 DIGITS = TaskConfig(name="digits", column="d", kind="multilabel", classes=("0", "1", "9"))
 AGE = TaskConfig(name="age", column="a", kind="regression", mean=50, std=20)
 DEATH = TaskConfig(name="death", column="months", kind="survival", event_column="died", bins=(6, 12, 36))
+PLAIN = TaskConfig(name="plain", column="p")
+ABSENT = TaskConfig(name="absent", column="p", classes=("Yes", "No"))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,14 @@ DEATH = TaskConfig(name="death", column="months", kind="survival", event_column=
         (DEATH, {"months": "36.5", "died": "1"}, "36.5", (2.0, 0.0)),
         (DEATH, {"months": "90", "died": "0"}, "90.0+", (2.0, 0.0)),
         (DEATH, {"months": "90", "died": ""}, None, (math.nan, math.nan)),
+        (DEATH, {"months": "90", "died": "TRUE"}, "90.0", (2.0, 0.0)),
+        (PLAIN, {"p": "False"}, "0", 0.0),
+        (PLAIN, {"p": "TRUE"}, "1", 1.0),
+        (PLAIN, {"p": "no"}, "0", 0.0),
+        (PLAIN, {"p": "On"}, "1", 1.0),
+        (PLAIN, {"p": "none"}, None, math.nan),
+        (ABSENT, {"p": "1.0"}, "Yes", 0.0),
+        (ABSENT, {"p": "off"}, "No", 1.0),
     ],
 )
 def test_labels_and_their_targets(task: TaskConfig, row: dict[str, str], label: Label | None, numbers: object) -> None:
@@ -48,17 +58,38 @@ def test_truth_is_in_the_column_s_unit() -> None:
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        (GRADE, {"g": "high"}, "column 'g': 'high' is not a class of task grade ('low grade', 'mid', 'none')"),
-        (DIGITS, {"d": "1;7"}, "column 'd': '7' is not a class of task digits"),
+        (GRADE, {"g": "high"}, "column 'g': 'high' is no class of task grade"),
+        (DIGITS, {"d": "8;1;7"}, "column 'd': '8', '7' is no class of task digits"),
         (AGE, {"a": "old"}, "column 'a': 'old' is not a number, as task age needs"),
+        (
+            AGE,
+            {"a": "60,5"},
+            "column 'a': '60,5' is not a number, as task age needs; write it with a point, as in 60.5",
+        ),
         (DEATH, {"months": "-1", "died": "1"}, "column 'months': the time '-1' of task death is negative"),
-        (DEATH, {"months": "1", "died": "yes"}, "column 'died': 'yes' is neither 1"),
+        (DEATH, {"months": "1", "died": "maybe"}, "column 'died': 'maybe' is neither 1"),
     ],
 )
 def test_what_is_wrong_is_said(task: TaskConfig, row: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the message is compared whole below
         read_label(task, row)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TaskConfig(name="t", column="c", classes=("0", "2")),
+        TaskConfig(name="t", column="c", classes=("yes", "maybe")),
+        TaskConfig(name="t", column="c", classes=("on", "yes")),
+        TaskConfig(name="t", column="c", kind="multiclass", classes=("0", "1", "2")),
+        TaskConfig(name="t", column="c", kind="multilabel", classes=("0", "1")),
+    ],
+    ids=str,
+)
+def test_yes_is_no_class_where_the_classes_are_no_answers(task: TaskConfig) -> None:
+    with pytest.raises(NotAClass):
+        read_label(task, {"c": "true"})
 
 
 @given(st.floats(0, 1e6), st.booleans())

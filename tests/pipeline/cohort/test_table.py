@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -137,8 +138,9 @@ f,f.png,p5,train
         "row 8: 4 fields, the header has 6; quote values with commas",
         "rows 2, 3: slide_id 'a' is not unique",
         "rows 2, 3: patient 'p1' stands in 2 splits (train, test); keep one",
-        "row 3: column 'label': 'maybe' is not a class of task tumor ('0', '1')",
         "row 3: mpp 'zero' is not a positive number; write microns per level-0 px, as in 0.25",
+        "rows 3, 7: column 'label': '0.5' (1 row), 'maybe' (1 row) are not classes of task tumor ('0', '1'); mend the "
+        """cells, or set tasks.0.kind=multiclass 'tasks.0.classes=["0.5","1","maybe"]'""",
         "row 5: slide_id is empty",
         "row 5: split 'dev' is not one of 'train', 'val', 'test'",
         "row 5: mpp '-1' is not a positive number; write microns per level-0 px, as in 0.25",
@@ -146,7 +148,6 @@ f,f.png,p5,train
         "row 6: uri is empty",
         "row 6: mpp 'inf' is not a positive number; write microns per level-0 px, as in 0.25",
         "row 6: split is empty; give every slide a split, or none of them",
-        "row 7: column 'label': '0.5' is not a class of task tumor ('0', '1')",
         "row 7: column 'uri': gs://b/e: gs:// is not supported; use a path, file:// or s3://",
         "row 7: mpp '0' is not a positive number; write microns per level-0 px, as in 0.25",
     )
@@ -172,7 +173,7 @@ def test_many_rows_of_one_problem_are_one_line(tmp_path: Path) -> None:
     text = "slide_id,uri,label\n" + "".join(f"s{i},u,9\n" for i in range(1000))
     (line,) = problems(write(tmp_path, text), [TUMOR])
     assert line.startswith("rows 2, 3, 4, ")
-    assert " 21 and 980 more: column 'label': '9' is not a class" in line
+    assert " 21 and 980 more: column 'label': '9' (1000 rows) is not a class of task tumor ('0', '1'); name all" in line
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,24 @@ def test_many_rows_of_one_problem_are_one_line(tmp_path: Path) -> None:
     [
         (b"", "the file is empty (0 bytes)"),
         (b"\n", "missing columns 'slide_id', 'uri', 'label'; found none"),
-        (b"slide_id;uri;label\na;b;1\n", "missing columns 'slide_id', 'uri', 'label'; found 'slide_id;uri;label'"),
-        (b"slide_id,uri\na,b\n", "missing column 'label'; found 'slide_id', 'uri'"),
+        (b"slide_id:uri\na:b\n", "missing columns 'slide_id', 'uri', 'label'; found 'slide_id:uri'"),
+        (
+            b"Slide ID;Uri;label\na;b;1\n",
+            "missing columns 'slide_id', 'uri'; found 'Slide ID', 'Uri', 'label'; rename 'Sl",
+        ),
+        (
+            b"slide_id,uri\na,b\n",
+            "missing column 'label'; found 'slide_id', 'uri'; name the right one in tasks.0.column",
+        ),
+        (b"slide_id;uri;label\na;b;x;1\n", "row 2: 4 fields, the header has 3; quote values with semicolons"),
+        (b"slide_id\turi\tlabel\na\n", "row 2: 1 field, the header has 3; quote values with tabs"),
+        ("slide_id,uri\n".encode("utf-16-le"), "the file holds NUL bytes: it is no text, or UTF-16 without its mark"),
+        ("slide_id,uri\n".encode("utf-16")[:-1], "the file ends within a character of UTF-16"),
+        (
+            b"PK\x03\x04rest",
+            "the file is a workbook (xlsx) or archive, not CSV or Parquet; unpack it, or save it as CSV",
+        ),
+        (gzip.compress(FULL.encode()), "the file is gzipped, not CSV or Parquet"),
         (b"slide_id,uri,label\n", "no rows below the header"),
         (b"slide_id,uri,label,uri\na,b,1,c\n", "column 'uri' stands twice in the header"),
         (b"slide_id,uri,label\na,\xe9.png,1\n", "row 2: byte 0xe9 is not UTF-8; save the file as CSV UTF-8"),
@@ -197,8 +214,54 @@ def test_files_that_are_no_cohort(tmp_path: Path, data: bytes, expected: str) ->
 
 def test_a_missing_column_hides_no_other_problem(tmp_path: Path) -> None:
     found = problems(write(tmp_path, "slide_id,uri,mpp\na,b,x\na,b,1\n"), [TUMOR])
-    assert found[0] == "missing column 'label'; found 'slide_id', 'uri', 'mpp'"
+    assert found[0] == "missing column 'label'; found 'slide_id', 'uri', 'mpp'; name the right one in tasks.0.column"
     assert [line.partition(":")[0] for line in found[1:]] == ["row 2", "rows 2, 3"]
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "expected"),
+    [
+        (
+            TaskConfig(name="tumor", column="label"),
+            ["normal", "tumour", "", "normal"],
+            "rows 2, 3, 5: column 'label': 'normal' (2 rows), 'tumour' (1 row) are not classes of task tumor ('0', "
+            """'1'); set 'tasks.1.classes=["normal","tumour"]', the positive class last""",
+        ),
+        (
+            TaskConfig(name="isup", column="label"),
+            ["1", "10", "2", "0"],
+            "rows 3, 4: column 'label': '2' (1 row), '10' (1 row) are not classes of task isup ('0', '1'); "
+            """mend the cells, or set tasks.1.kind=multiclass 'tasks.1.classes=["0","1","2","10"]'""",
+        ),
+        (
+            TaskConfig(name="tumor", column="label", classes=("it's", "b")),
+            ["it's", "b", "B"],
+            "row 4: column 'label': 'B' (1 row) is not a class of task tumor (\"it's\", 'b'); mend the cells, or set "
+            """tasks.1.kind=multiclass 'tasks.1.classes=["B","b","it'"'"'s"]'""",
+        ),
+        (
+            TaskConfig(name="found", column="label", kind="multilabel"),
+            ["necrosis;mitoses", "-", "pen;necrosis"],
+            "rows 2, 4: column 'label': 'mitoses' (1 row), 'necrosis' (2 rows), 'pen' (1 row) are not classes "
+            """of task found ('0', '1'); mend the cells, or set 'tasks.1.classes=["mitoses","necrosis","pen"]'""",
+        ),
+        (
+            TaskConfig(name="age", column="label"),
+            [str(20 + n) for n in range(25)],
+            "rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21 and 5 more: column 'label': "
+            + ", ".join(f"'{20 + n}' (1 row)" for n in range(20))
+            + " and 5 more are not classes of task age ('0', '1'); name a column of classes in tasks.1.column, or set "
+            "tasks.1.kind=regression",
+        ),
+    ],
+    ids=["words", "grades", "typo", "multilabel", "numbers"],
+)
+def test_values_that_are_no_classes_are_listed_ready_to_paste(
+    tmp_path: Path, task: TaskConfig, cells: Sequence[str], expected: str
+) -> None:
+    other = TaskConfig(name="other", column="known")
+    text = "slide_id,uri,label,known\n" + "".join(f's{n},u{n},"{cell}",1\n' for n, cell in enumerate(cells))
+    assert problems(write(tmp_path, text), [other, task]) == (expected,)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

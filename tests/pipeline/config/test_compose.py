@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,107 @@ def test_a_number_sign_is_no_comment() -> None:
     assert config.cohort.uri == "/data/run #3/c.csv"
     assert config.storage.root == "/r #4"
     assert config.train.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "2026-11-28", "007", "1_000", "true", "no", "12:30:45", "0x1f", "2e3", "'2024'"]
+)
+def test_what_yaml_makes_of_a_text_is_the_text_that_was_typed(text: str) -> None:
+    config = load_config("default", ["cohort.uri=c.csv", f"tracking.experiment={text}", "cluster.workers=3"], CONF)
+    assert config.tracking.experiment == text.strip("'")
+    if ":" not in text:
+        config = load_config("default", ["cohort.uri=c.csv", f"name={text}"], CONF)
+        assert (config.name, Path(config.storage.root).name) == (text.strip("'"), text.strip("'"))
+
+
+def test_a_text_within_another_value_or_a_file_must_be_quoted(tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "mine.yaml").write_text(
+        (CONF / "default.yaml").read_text().replace("name: default", "name: 2024", 1)
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config("mine", ["cohort.uri=null", "tasks=[{name: t, column: no}]"], tmp_path / "conf")
+    assert caught.value.problems == (
+        'name: must be text, and YAML reads it as the number 2024; put it into quotes, as in name: "TEXT"',
+        "cohort.uri: must be text; give cohort.uri=TEXT",
+        "tasks.0.column: must be text, and YAML reads it as the truth value False; put it into quotes, as in "
+        'column: "TEXT"',
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "classes"),
+    [
+        ("[0,1]", ("0", "1")),
+        ("[no,yes]", ("false", "true")),
+        ("[true, false]", ("true", "false")),
+        ("[0.5, 2]", ("0.5", "2")),
+        ("[2026-11-28, b]", ("2026-11-28", "b")),
+        ('["no","yes"]', ("no", "yes")),
+    ],
+)
+def test_classes_as_yaml_reads_them(tmp_path: Path, typed: str, classes: tuple[str, ...]) -> None:
+    config = load_config("default", ["cohort.uri=c.csv", f"tasks.0.classes={typed}"], CONF)
+    assert config.tasks[0].classes == classes
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "mine.yaml").write_text((CONF / "default.yaml").read_text() + f"    classes: {typed}\n")
+    assert load_config("mine", ["cohort.uri=c.csv"], tmp_path / "conf").tasks[0].classes == classes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["tasks.0.kind=multiclass", "tasks.0.classes=[yes,no,unknown]"],
+            "tasks.0.classes: YAML reads yes, no, on, off, true and false as truth values; put such classes into "
+            'quotes, as in ["yes", "no"]',
+        ),
+        (["tasks.0.classes=0,1"], "tasks.0.classes: must be a list, as in tasks.0.classes=[A,B] (got '0,1')"),
+        (
+            ["tasks.0.kind=multi"],
+            "tasks.0.kind: Input should be 'binary', 'multiclass', 'multilabel', 'regression' or ",
+        ),
+        (["tasks=[]"], "tasks: Tuple should have at least 1 item after validation, not 0"),
+    ],
+)
+def test_a_task_that_is_wrong_is_one_problem(overrides: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("default", ["cohort.uri=c.csv", *overrides], CONF)
+    (only,) = caught.value.problems
+    assert only.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["storage.root=/a?b"], "storage.root: '/a?b' holds '?', which MLflow reads as another name for its file"),
+        (
+            ["storage.root=/a%41b"],
+            "storage.root: '/a%41b' holds '%41', which MLflow reads as another name for its file",
+        ),
+        (
+            ["storage.root=s3://b/a?c", "tracking.uri=http://h"],
+            "storage.root: 's3://b/a?c' holds '?', at which MLflow ends",
+        ),
+        (["storage.root=s3://b/a#c"], "storage.root: 's3://b/a#c' holds '#', at which MLflow ends the place"),
+    ],
+)
+def test_a_root_beside_which_mlflow_would_write_is_refused(overrides: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("default", ["cohort.uri=c.csv", *overrides], CONF)
+    (only,) = caught.value.problems
+    assert only.startswith(problem)
+    assert "choose a place without it" in only
+
+
+def test_a_working_directory_beside_which_mlflow_would_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a?b").mkdir()
+    monkeypatch.chdir(tmp_path / "a?b")
+    with pytest.raises(ConfigError, match=r"tracking.uri: is required, for the working directory '.*a\?b' holds '\?'"):
+        load_config("default", ["cohort.uri=c.csv", "storage.root=s3://b/c"], CONF)
+    load_config("default", ["cohort.uri=c.csv", "storage.root=s3://b/c", "tracking.uri=http://h"], CONF)
 
 
 def test_values_are_typed() -> None:

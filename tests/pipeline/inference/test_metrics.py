@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,18 +7,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, r2_score, roc_auc_score, roc_curve
 
 from pipeline.config.data import TaskConfig
-from pipeline.errors import StageError
 from pipeline.inference.metrics import (
     MEASURES,
-    Floats,
-    Ints,
     accuracy,
     auc,
-    bootstrap,
     concordance,
     confusion,
     expected_time,
-    interval,
     measure,
     r_squared,
     roc_points,
@@ -64,52 +57,6 @@ def test_a_perfect_and_an_inverted_score() -> None:
     assert auc(np.array([0.1, 0.4, 0.5]), positive) == 1.0
     assert auc(np.array([0.6, 0.4, 0.5]), positive) == 0.0
     assert np.isnan(auc(np.array([0.6, 0.4]), np.array([True, True])))
-
-
-def _mean_at(values: Floats, index: Ints) -> Floats:
-    return np.array([values[index].mean()])
-
-
-def test_the_bootstrap_draws_patients_not_slides() -> None:
-    values = np.repeat(np.arange(10.0), 7)  # ten patients with seven equal slides each
-    patients = [f"p{int(value)}" for value in values]
-    by_patient = bootstrap(partial(_mean_at, values), patients, 2000, seed=1)[:, 0]
-    alone = bootstrap(partial(_mean_at, values), [str(i) for i in range(70)], 2000, seed=1)[:, 0]
-    assert by_patient.std() == pytest.approx(values[::7].std() / np.sqrt(10), rel=0.1)
-    assert alone.std() == pytest.approx(values.std() / np.sqrt(70), rel=0.1)
-
-
-def test_the_bootstrap_is_seeded_and_skips_resamples_without_a_class() -> None:
-    scores, labels = np.array([0.1, 0.2, 0.3, 0.9]), np.array([0, 0, 0, 1])
-
-    def statistic(index: Ints) -> Floats:
-        return np.array([auc(scores[index], labels[index] == 1)])
-
-    first = bootstrap(statistic, list("abcd"), 200, seed=5)
-    assert first.shape == (200, 1)
-    assert not np.isnan(first).any()
-    np.testing.assert_array_equal(first, bootstrap(statistic, list("abcd"), 200, seed=5))
-
-
-def test_a_bootstrap_that_hardly_ever_holds_every_class_ends() -> None:
-    patients = [str(n) for n in range(20)]
-
-    def everyone(chosen: Ints) -> Floats:
-        return np.array([1.0 if len(set(chosen.tolist())) == 20 else np.nan])
-
-    with pytest.raises(StageError, match=r"of 300 resamples of 20 patients only 0 hold .*rare classes"):
-        bootstrap(everyone, patients, 3, seed=0)
-
-
-def test_the_interval_covers_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        values = generator.normal(size=60)
-        resampled = bootstrap(partial(_mean_at, values), [str(i) for i in range(60)], 200, trial)
-        bounds = interval(float(values.mean()), resampled[:, 0])
-        covered += bounds.low <= 0 <= bounds.high
-    assert 0.88 <= covered / 200 <= 0.99
 
 
 def _task(kind: str, **fields: object) -> TaskConfig:

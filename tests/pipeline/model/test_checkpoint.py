@@ -48,3 +48,17 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"optimizer": optimizer.state_dict(), "progress": {"epochs": 4}}, tmp_path / "state.pt")
     with pytest.raises(StageError, match=r"state.pt: cannot be read as a training state of this version"):
         load_checkpoint(tmp_path, model, optimizer, "digest")
+
+
+def test_a_forged_state_is_refused_without_running_it(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = _stepped(model)
+    save_checkpoint(tmp_path, model, optimizer, CONFIG, Progress(4, 17, "digest"))
+    torch.save({"optimizer": nn.Linear(2, 2), "progress": {}}, tmp_path / "state.pt")
+    with pytest.raises(StageError) as caught:
+        load_checkpoint(tmp_path, model, optimizer, "digest")
+    assert str(caught.value).startswith(
+        f"{tmp_path}/state.pt: cannot be read as a training state of this version (it hol"
+    )
+    assert "no tensor and was not run); go on with the version that wrote it, or remove the run" in str(caught.value)
+    assert not caught.value.may_pass  # begun again, it is no better

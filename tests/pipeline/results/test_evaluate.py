@@ -32,7 +32,8 @@ def evaluation(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Eval
 
 def test_metrics_are_named_after_the_split_and_agree_with_the_table(evaluation: Evaluation) -> None:
     assert set(evaluation.metrics) == {
-        "test_auc", "test_auc_low", "test_auc_high", "test_accuracy", "test_slides", "test_patients",
+        "test_auc", "test_auc_low", "test_auc_high", "test_accuracy", "test_accuracy_low",
+        "test_accuracy_high", "test_slides", "test_patients",
     }  # fmt: skip
     table = evaluation.predictions.to_pandas()
     known = table.dropna(subset=["tumour_label"])
@@ -108,7 +109,8 @@ def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
     mixed = Cohort(cohort.uri, slides)
     result = evaluate(model, config, store_slides(mixed, tmp_path / "store", config))
     names = {
-        "auc", "auc_low", "auc_high", "accuracy", "exact_match", "r2", "c_index", "slides", "patients",
+        "auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high", "exact_match", "exact_match_low",
+        "exact_match_high", "r2", "r2_low", "r2_high", "c_index", "c_index_low", "c_index_high", "slides", "patients",
         "auc_finds", "exact_match_finds", "r2_age", "mae_age", "c_index_death", "auc_tumour", "accuracy_tumour",
     }  # fmt: skip
     assert set(result.metrics) == {f"test_{name}" for name in names}

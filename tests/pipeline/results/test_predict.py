@@ -115,6 +115,41 @@ def test_no_slides_no_model_and_no_good_slide_are_errors(folder: Path, tmp_path:
             predict(str(folder), [str(tmp_path / "absent.svs")], None, out, tracking_uri="unused")
 
 
+def test_ids_and_reasons_of_others_are_no_formulas(folder: Path, tmp_path: Path) -> None:
+    write_slide(tmp_path / "=cmd|x.png", 4)
+    (tmp_path / "@bad.png").write_bytes(b"no slide")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\n-1+1,@bad.png\n")
+    out = tmp_path / "out"
+    predict(str(folder), [str(tmp_path / "=cmd|x.png")], str(tmp_path / "cohort.csv"), out, tracking_uri="unused")
+    table = csv.read_csv(out / "predictions.csv").to_pydict()
+    assert table["slide_id"] == ["'=cmd|x", "'-1+1"]
+    assert isinstance(table["tumour_yes"][0], float)
+    assert pq.read_table(out / "predictions.parquet")["slide_id"].to_pylist() == ["=cmd|x", "-1+1"]
+
+
+def test_microns_that_are_missing_are_asked_for_where_they_can_be_given(tmp_path: Path) -> None:
+    config = small_config(tiling={"patch_px": 32, "mpp": 0.5, "min_tissue": 0.5})
+    model = write_model(tmp_path, config)
+    write_slide(tmp_path / "named.png", 4)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,mpp\nlisted,named.png,\nodd,named.png,99\n")
+    with pytest.raises(StageError) as caught:
+        predict(
+            str(model),
+            [str(tmp_path / "named.png")],
+            str(tmp_path / "cohort.csv"),
+            tmp_path / "out",
+            tracking_uri="unused",
+        )
+    fact = "the file states no microns per px (of a plain image its resolution is not taken)"
+    assert str(caught.value).splitlines()[1:] == [
+        f"  - named: {fact}; give it with --mpp, as in --mpp 0.25",
+        f"  - listed: {fact}; give it in the cohort's mpp column",
+        "  - odd: 99 microns per px is outside 0.05..20; give it in the cohort's mpp column",
+    ]
+    found = predict(str(model), [str(tmp_path / "named.png")], None, tmp_path / "out", tracking_uri="unused", mpp=0.5)
+    assert found["failed"] == {}
+
+
 @pytest.mark.parametrize(
     "slide_id", ["../../etc/passwd", ".hidden", "a/b", "", "x" * 300, "schräg\u2028", "con trol\n", "a\0b", ".."]
 )

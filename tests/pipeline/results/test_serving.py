@@ -54,6 +54,16 @@ def test_a_series_is_the_image_that_is_predicted(context: PythonModelContext, tm
     assert answer["error"][3] == "series 0.5 is no whole number from 0"
 
 
+def test_microns_that_are_missing_are_asked_for_in_their_column(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, small_config(tiling={"patch_px": 32, "mpp": 0.5, "min_tissue": 0.5}))
+    write_slide(tmp_path / "a.png", 2)
+    model = SlideModel()
+    model.load_context(PythonModelContext({"weights": str(folder / "weights.safetensors")}, None))
+    (error,) = model.predict(None, pd.DataFrame({"uri": [str(tmp_path / "a.png")]}))["error"]
+    fact = "the file states no microns per px (of a plain image its resolution is not taken)"
+    assert error == f"{fact}; give it in the column mpp"
+
+
 def test_no_rows_give_an_empty_answer(context: PythonModelContext) -> None:
     model = SlideModel()
     model.load_context(context)

@@ -39,6 +39,17 @@ def test_artifacts_lie_where_they_were_asked_for(tracker: Tracker, artifacts: Pa
     assert [name.partition("+timestamp")[0] for name in made] == 2 * ["images/patches+step+3"] + ["report.html"]
 
 
+def test_all_lies_below_a_root_of_an_odd_name(tmp_path: Path) -> None:
+    root = tmp_path / "a#x %zz% é;&=+@:[x]{x}'\"\\b"
+    root.mkdir()
+    tracker = open_tracking(f"sqlite:///{root}/mlflow.db", "odd", f"{root}/artifacts")
+    with tracker.run("one") as run_id:
+        tracker.log_text(run_id, "page", "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+    assert sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) == ["artifacts", "mlflow.db"]
+    assert len(list((root / "artifacts").rglob("report.html"))) == 1
+
+
 def test_opening_again_finds_the_same_experiment(tracker: Tracker) -> None:
     assert open_tracking(tracker.uri, "tracking", "/elsewhere") == tracker
 

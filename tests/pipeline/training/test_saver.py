@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -54,6 +55,24 @@ def test_the_newest_comes_back_with_all_that_it_held(tmp_path: Path) -> None:
     assert str(optimizer.state_dict()) == str(other.state_dict())
     with pytest.raises(StageError, match=r"follows another plan \(digest plan, now other\)"):
         restore(str(tmp_path), found.name, model, optimizer, "other")
+
+
+def test_a_forged_state_is_named_where_it_lies_and_is_no_better_the_next_time(tmp_path: Path) -> None:
+    _save(tmp_path, 9)
+    state, commit = tmp_path / "step-00000009" / "state.pt", tmp_path / "step-00000009" / COMMIT
+    torch.save(nn.Linear(2, 2), state)
+    facts = json.loads(commit.read_text())
+    facts["files"]["state.pt"] = {
+        "bytes": state.stat().st_size,
+        "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }
+    commit.write_text(json.dumps(facts))
+    assert newest(str(tmp_path), read=True) is not None
+    with pytest.raises(StageError) as caught:
+        restore(str(tmp_path), "step-00000009", *_trained(), "plan")
+    assert str(caught.value).startswith(f"{state}: cannot be read as a training state of this version (it holds torch.")
+    assert "weights_only" not in str(caught.value)
+    assert not caught.value.may_pass
 
 
 def test_a_snapshot_is_what_was_not_what_became(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
-from pipeline.errors import DataBudgetError, StageError
+from pipeline.errors import ConfigError, DataBudgetError, StageError
 from pipeline.ingest.tiler import store_slide
 from pipeline.storage.lease import held
 from pipeline.tracking.tracker import open_tracking
@@ -71,7 +72,7 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert [p.action for p in plan(config, "tile")] == ["skip"]
 
     _cohort(tmp_path, ["a", "b c", "ü", "new"])
-    assert [p.why for p in plan(config, "tile")] == ["changed since the last time: slides"]
+    assert [p.why for p in plan(config, "tile")] == ["changed since the last time: slides (1 added: new)"]
     store = Path(str(config.storage.patches))
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*.arrow")}
     assert run(config, "tile").stages["tile"].record.metrics["slides"] == 4
@@ -88,6 +89,30 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert plan(config, "tile")[0].action == "run"
     assert run(config, "tile").stages["tile"].outcome == "done"
     assert len(list(store.rglob("slide.json"))) == 4
+
+
+@pytest.mark.parametrize(("field", "overrides"), [
+    ("model.encoder", ["model.encoder.weights=net.pth"]),
+    ("embed.encoder", [
+        "model=features", "model.encoder.features=2048", "embed.encoder.name=resnet50", "train.augment=false",
+        "embed.encoder.weights=net.pth",
+    ]),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_refused_before_anything_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, overrides: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _cohort(tmp_path, [f"s{number}" for number in range(12)])
+    torch.save(torch.nn.Linear(2, 3), "net.pth")
+    with pytest.raises(ConfigError) as caught:
+        run(_config(tmp_path, *overrides))
+    (problem,) = caught.value.problems
+    assert problem == (
+        f"{field}.weights: {tmp_path}/net.pth: weights: neither a safetensors file nor a .pth file of tensors only: it "
+        "holds torch.nn.modules.linear.Linear, which is no tensor and was not run; save them with safetensors, or as "
+        "torch.save(model.state_dict(), FILE)"
+    )
+    assert not (tmp_path / "root").exists()
 
 
 def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.errors import CohortError, DataBudgetError, StageError
 from pipeline.store.patches import SlideStatus
@@ -26,17 +27,54 @@ def _statuses(good: int, bad: int) -> list[SlideStatus]:
 @pytest.mark.parametrize(("good", "bad", "passes"), [(3, 1, True), (2, 2, False), (57, 3, True), (56, 4, False)])
 def test_the_default_budget_is_a_twentieth_at_least_one(good: int, bad: int, *, passes: bool) -> None:
     if passes:
-        _check_budget(small_config(), _statuses(good, bad))
+        _check_budget(small_config(), _statuses(good, bad), "slides.csv")
     else:
         with pytest.raises(DataBudgetError, match=f"tiling.max_bad_slides={bad}"):
-            _check_budget(small_config(), _statuses(good, bad))
+            _check_budget(small_config(), _statuses(good, bad), "slides.csv")
 
 
 def test_an_explicit_budget_of_zero_tolerates_none() -> None:
     strict = small_config(tiling={"max_bad_slides": 0})
-    _check_budget(strict, _statuses(3, 0))
+    _check_budget(strict, _statuses(3, 0), "slides.csv")
     with pytest.raises(DataBudgetError):
-        _check_budget(strict, _statuses(3, 1))
+        _check_budget(strict, _statuses(3, 1), "slides.csv")
+
+
+def test_a_budget_that_is_far_exceeded_is_a_short_message() -> None:
+    with pytest.raises(DataBudgetError) as caught:
+        _check_budget(small_config(), _statuses(3, 5020), "/root/slides.csv")
+    lines = str(caught.value).splitlines()
+    assert [len(lines), lines[1]] == [23, "  - b, 0 (/s/b.svs): no-tissue: empty"]
+    assert lines[-2] == "  and 5,000 more, all in /root/slides.csv"
+    assert lines[-1].endswith("tiling.max_bad_slides=5020")
+
+
+def test_files_that_are_missing_are_told_once_with_their_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slides = tuple(CohortSlide(f"s{n}", f"{tmp_path}/s{n}.svs", f"p{n}", None, None, {}, {}) for n in range(300))
+    config = small_config(storage={"root": str(tmp_path), "patches": str(tmp_path / "patches")})
+    space = Workspace(config, Cohort("c.csv", slides), lambda: pytest.fail("no MLflow"), lambda: None, {})
+    assert STAGES[0].identity(space)["slides"][7] == ["s7", f"{tmp_path}/s7.svs", None, None]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"missing: 300 of 300 slides, such as: cannot read {tmp_path}/s0.svs: it does not exist")
+
+
+@pytest.mark.parametrize(("train", "matters"), [({}, False), ({"keep_best": True}, True), ({"patience": 2}, True)])
+def test_a_validation_slide_counts_where_it_chooses(tmp_path: Path, train: dict[str, object], *, matters: bool) -> None:
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    slides = (replace(cohort.slides[0], split="train"), replace(cohort.slides[1], split="val"))
+    config = small_config(train=train, storage={"root": str(tmp_path), "patches": str(tmp_path / "patches")})
+    pairs = store_slides(replace(cohort, slides=slides), tmp_path / "patches", config)
+    records = {"tile": Record("tile", "f", {}, {}, {"keys": {slide.slide_id: stored.key for slide, stored in pairs}})}
+
+    def identity(label: str) -> str:
+        relabelled = (slides[0], replace(slides[1], labels={"tumour": label}))
+        those = replace(cohort, slides=relabelled)
+        space = Workspace(config, those, lambda: pytest.fail("no MLflow"), lambda: None, {}, records)
+        return fingerprint(STAGES[1].identity(space))
+
+    assert (identity("yes") != identity("no")) == matters
 
 
 def test_the_ledger_is_a_csv_of_every_slide() -> None:

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+from pipeline.workflow.changes import Labels, changes, items
+
+
+def _identity(*rows: list[str]) -> dict[str, object]:
+    return {"recipe": {"seed": 0}, "store": "s3://b", "train": [[*row[:-1], Labels(tumour=row[-1])] for row in rows]}
+
+
+def test_slides_are_named_by_what_happened_to_them() -> None:
+    before = items(_identity(["a", "k1", "no"], ["b", "k2", "yes"], ["c", "k3", "no"], ["d", "k4", "no"]))
+    kept = json.dumps(before)
+    before = json.loads(kept)
+    now = items(_identity(["e", "k5", "no"], ["a", "k1", "yes"], ["b", "k9", "no"], ["d", "k4", "no"]))
+    assert changes("train", before, now, "abcde") == "train (1 added: e; 1 removed: c; 1 changed: b; 1 relabelled: a)"
+    assert changes("recipe", before, now, "abcde") == "recipe"
+
+
+def test_a_record_names_no_slide_so_that_erasing_leaves_none() -> None:
+    before = items(_identity(["patient-7", "k1", "no"], ["patient-8", "k1", "no"]))
+    assert "patient" not in json.dumps(before)
+    assert changes("train", before, {"train": {}}, []) == "train (2 removed)"
+    assert changes("train", before, {"train": {}}, ["patient-8"]) == "train (2 removed: patient-8 and 1 more)"
+
+
+def test_the_first_twenty_are_named_and_the_others_counted() -> None:
+    now = items(_identity(*([f"s{n}", "k", "no"] for n in range(1500))))
+    (part,) = now
+    assert changes("train", {"train": {}}, now, [f"s{n}" for n in range(1500)]) == (
+        f"train (1,500 added: {', '.join(f's{n}' for n in range(20))} and 1,480 more)"
+    )
+    assert part == "train"
+
+
+def test_an_order_is_all_that_changed() -> None:
+    one, other = (
+        items(_identity(["a", "k", "no"], ["b", "l", "no"])),
+        items(_identity(["b", "l", "no"], ["a", "k", "no"])),
+    )
+    assert changes("train", one, other, "ab") == "train (in another order)"
+
+
+def test_a_record_without_names_tells_the_part() -> None:
+    assert changes("train", {}, items(_identity(["a", "k", "no"])), "a") == "train"
