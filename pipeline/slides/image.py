@@ -10,7 +10,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import SlideError
-from pipeline.slides.reader import RGB, Level, SlideReader, on_background
+from pipeline.slides.reader import RGB, Level, SlideReader, on_background, profile_name
+from pipeline.slides.turned import orientation, upright
 from pipeline.storage.ranges import system_error
 
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF")
@@ -33,8 +34,11 @@ class ImageReader(SlideReader):
                 image.seek(frame)
                 _check_image(path, image)
                 self.vendor = str(image.format).lower()
+                self.profile = profile_name(image.info.get("icc_profile"))
+                turn = orientation(image)
                 data = _jpeg_data(path, image)
-                self._pixels = _image_rgb(image) if data is None else simplejpeg.decode_jpeg(data)
+                pixels = _image_rgb(image) if data is None else simplejpeg.decode_jpeg(data)
+                self._pixels = upright(pixels, turn)
         except UnidentifiedImageError as error:
             raise SlideError(
                 "not-a-slide",
@@ -64,9 +68,9 @@ def _check_image(path: Path, image: Image.Image) -> None:
             f"{path.name}: a plain image of {width} x {height} px is over {MAX_IMAGE_PX} px; convert it to a "
             "tiled pyramid, e.g. `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`",
         )
-    if image.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}:
+    if image.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}:
         raise SlideError(
-            "pixel-type", f"{path.name}: pixels of type {image.mode}; convert the image to 8 bits a channel"
+            "pixel-type", f"{path.name}: pixels of type {image.mode}; convert the image to RGB of 8 bits a channel"
         )
     if image.format == "PNG" and (bits := _png_bits(path)) > 8:  # Pillow keeps the upper 8 and does not say so
         raise SlideError("pixel-type", f"{path.name}: {bits} bits a channel; convert the image to 8")
@@ -79,7 +83,7 @@ def _png_bits(path: Path) -> int:
 
 
 def _jpeg_data(path: Path, image: Image.Image) -> bytes | None:
-    """A JPEG in grey or three colours, whose pixels simplejpeg gives as Pillow does; None for others (CMYK)."""
+    """A JPEG in grey or three colours, whose pixels simplejpeg gives as Pillow does; None for others."""
     if image.format not in {"JPEG", "MPO"} or image.mode not in {"L", "RGB"}:
         return None
     data = path.read_bytes()

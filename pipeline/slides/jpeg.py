@@ -1,14 +1,15 @@
 """JPEG at the level of its segments: the tiles of a TIFF made into files of their own, without decoding them.
 
 A tile of a TIFF may lack its tables, which then stand once in the directory (TIFF Technical Note 2), and its colour
-space is what the directory says. A file of its own needs the tables in it, and where decoders would guess otherwise
-an Adobe segment (APP14) that names the colour space. The compressed data stay as they are.
+space is what the directory says where it does not name it. A file of its own needs the tables in it, and where decoders
+would guess otherwise an Adobe segment (APP14) that names the colour space. The compressed data stay as they are.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 ZERO_RUN = bytes(64)  # coded data never repeat one bit 512 times, unless a block of the file was lost
@@ -16,7 +17,10 @@ ZERO_RUN = bytes(64)  # coded data never repeat one bit 512 times, unless a bloc
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, less DHT, JPG and DAC
 _STRAY = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in coded data 255 is followed by 0, or it is a restart marker
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # APP14: version 100, no flags, no transform
 _SEQUENTIAL = (0xC0, 0xC1)  # one scan holds everything
+
+Colours = Literal["RGB", "YCbCr"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,8 @@ class Header:
     """Not progressive: the first end marker ends the image."""
     scan: int
     """Where the compressed data begin."""
-    colour: tuple[tuple[int, int], ...]
-    """Start and end of the segments that name a colour space: JFIF's APP0 and Adobe's APP14."""
-    guess: str
-    """The colour space that libjpeg takes it for: "YCbCr" or "RGB"."""
+    colours: Colours | None
+    """What it says that they are, by JFIF's or Adobe's segment or its components' names; None where it does not."""
 
 
 def header(data: bytes) -> Header:
@@ -45,7 +47,8 @@ def header(data: bytes) -> Header:
     """
     if data[:2] != SOI:
         raise ValueError("it does not begin as a JPEG")
-    at, frame, jfif, adobe, colour = 2, None, False, None, []
+    at, frame = 2, None
+    colours: Colours | None = None
     try:
         while True:
             if data[at] != 0xFF:
@@ -58,11 +61,9 @@ def header(data: bytes) -> Header:
             if marker in _FRAMES:
                 frame = (marker, data[at + 4 : end])
             elif marker == _APP0 and data[at + 4 : at + 8] == b"JFIF":
-                jfif = True
-                colour.append((at, end))
+                colours = "YCbCr"
             elif marker == _APP14 and data[at + 4 : at + 9] == b"Adobe":
-                adobe = data[at + 15]
-                colour.append((at, end))
+                colours = colours or ("YCbCr" if data[at + 15] else "RGB")  # libjpeg: JFIF's segment rules
             elif marker == _SOS:
                 break
             at = end
@@ -72,15 +73,15 @@ def header(data: bytes) -> Header:
     if len(sof) < 6 or len(sof) < 6 + 3 * sof[5]:
         raise ValueError("it names no frame before its scan")
     components = sof[6::3][: sof[5]]
-    rgb = not jfif and (adobe == 0 if adobe is not None else components == b"RGB")
     height, width = sof[1] << 8 | sof[2], sof[3] << 8 | sof[4]
-    return Header(width, height, components, kind in _SEQUENTIAL, end, tuple(colour), "RGB" if rgb else "YCbCr")
+    colours = colours or ("RGB" if components == b"RGB" else None)
+    return Header(width, height, components, kind in _SEQUENTIAL, end, colours)
 
 
 def tables_segments(tables: bytes | None) -> bytes:
     """The segments of a TIFF directory's JPEGTables, without their start and end marker.
 
-    Those that name a colour space (APP0, APP14) are left out: what the tiles hold is what the directory says of them.
+    Those that name a colour space (APP0, APP14) are left out: they are the tables', which are an image of their own.
     """
     data = tables or b""
     data = (data[2:] if data.startswith(SOI) else data).removesuffix(EOI)
@@ -96,6 +97,9 @@ def tables_segments(tables: bytes | None) -> bytes:
 def standalone(tile: bytes, tables: bytes, rgb: bool, found: Header | None = None) -> bytes:  # noqa: FBT001
     """A TIFF's JPEG tile as a file of its own; the tile itself where it already is one.
 
+    Where the tile says what its colours are, that holds: files exist whose directory says RGB of tiles that are JFIF,
+    which is YCbCr. The directory is believed where the tile says nothing.
+
     Args:
         tile: as it stands in the file; what follows its end marker is left out.
         tables: from `tables_segments`.
@@ -107,14 +111,8 @@ def standalone(tile: bytes, tables: bytes, rgb: bool, found: Header | None = Non
     """
     head = found or header(tile)
     end = _end(tile, head) + 2
-    wanted = "RGB" if rgb else "YCbCr"
-    if head.guess == wanted:
-        return b"".join((SOI, tables, memoryview(tile)[2:end])) if tables else tile[:end]
-    kept, at = [], 2
-    for start, stop in head.colour:
-        kept.append(tile[at:start])
-        at = stop
-    return SOI + _adobe(0 if rgb else 1) + tables + b"".join(kept) + tile[at:end]
+    more = _ADOBE_RGB + tables if rgb and head.colours is None else tables
+    return b"".join((SOI, more, memoryview(tile)[2:end])) if more else tile[:end]
 
 
 def is_doubtful(tile: bytes, found: Header) -> bool:
@@ -134,8 +132,3 @@ def _end(tile: bytes, found: Header) -> int:
         return len(tile) - 2
     end = tile.find(EOI, found.scan)
     return len(tile) if end < 0 else end
-
-
-def _adobe(transform: int) -> bytes:
-    """Adobe's APP14 segment: version 100, no flags, the colour transform (0: none, 1: YCbCr)."""
-    return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])

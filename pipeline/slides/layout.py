@@ -1,45 +1,36 @@
 """What the levels of a tiled TIFF's slide hold, by its directories alone; which they are says `series`.
 
-Covers Aperio SVS, Philips TIFF, OME-TIFF and generic pyramids whose levels are 8-bit RGB or YCbCr in tiles of JPEG
-or JPEG 2000, with the same levels and microns per px as OpenSlide finds (of an OME-TIFF OpenSlide finds level 0).
+Covers Aperio SVS, Philips TIFF, OME-TIFF and generic pyramids whose tiles `tiles` decodes, with the same levels and
+microns per px as OpenSlide finds (of an OME-TIFF OpenSlide finds level 0); of an OME-TIFF strips too.
 Everything else is left to OpenSlide: what needs blending (Ventana, Leica), its own decoder (Hamamatsu, Aperio's
-JPEG 2000 in YCbCr) or filling in (an Aperio slide with missing tiles takes them from the level above).
+JPEG 2000 in YCbCr, palettes) or filling in (an Aperio slide with missing tiles takes them from the level above).
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import math
-import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-import numpy.typing as npt
 import tifffile
 
 from pipeline.errors import SlideError
-from pipeline.slides import jpeg
-from pipeline.slides.ome import Length
-from pipeline.slides.reader import Level, NativeTiles, Picked
-from pipeline.slides.series import Series, aperio_fields, description, is_beside, pick_series
+from pipeline.slides.channels import Order, check_alone, check_samples, find_colours
+from pipeline.slides.reader import UPRIGHT, Level, Mpp, Picked, profile_name, stated_mpp
+from pipeline.slides.series import Planes, Series, aperio_fields, description, is_beside, is_ome, pick_series
+from pipeline.slides.tiles import TiledPage, joined, tiled_page
 from pipeline.storage.ranges import ByteSource, Range, SourceFile
-
-Table = npt.NDArray[np.uint64]
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it warns of, an error tells in our words
 
 HEADER_BYTES = 64 * 2**10  # one read of a directory brings its small tags along
-_JPEG, _JPEG2000 = 7, (33005, 34712)
-_RGB, _YCBCR = 2, 6
+_ICC, _ORIENTATION = 34675, 274
 PIXEL_BITS = 8
-_TABLE_TYPES = {3: "u2", 4: "u4", 16: "u8"}  # SHORT, LONG, LONG8
-_MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _NDPI_LENS, _NDPI_DEPTH = 65421, 65424
 BROKEN = (
     tifffile.TiffFileError,
@@ -53,30 +44,19 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
-class TiledPage:
-    """The tiles of one level."""
-
-    tiles: NativeTiles
-    offsets: Table
-    """(columns * rows,) row by row."""
-    lengths: Table
-    """Zero where the slide declares that it holds no data."""
-    rgb: bool
-    """The JPEG's components are RGB, not YCbCr."""
-    tables: bytes
-    """Shared JPEG tables, as segments."""
-
-
-@dataclass(frozen=True)
 class Layout:
     """A tiled TIFF's levels, the largest first."""
 
     levels: tuple[Level, ...]
     pages: tuple[TiledPage, ...]
-    mpp: tuple[float, float] | None
-    """Stated microns per level-0 px along x and y, unchecked."""
+    mpp: Mpp | None
+    """See `SlideReader.mpp`; of px as they are stored."""
     vendor: str
     picked: Picked
+    profile: str | None
+    """See `SlideReader.profile`."""
+    orientation: int
+    """How px are stored (`turned`)."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +97,9 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
         no sound TIFF at all.
 
     Raises:
-        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel; "series", nobody can tell
-            which image is the slide; or the file cannot be reached.
+        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel, or channels that are no
+            colours; "orientation", it is stored turned, and who has to read it does not turn it; "series", nobody can
+            tell which image is the slide; "too-large", a tile is; or the file cannot be reached.
     """
     (head,) = source.read([(0, 16)])
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -133,19 +114,33 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
     try:
         with tifffile.TiffFile(file, name=source.name) as tiff:
             tiff.pages.cache = True  # each directory is read once
-            first = tiff.pages.first
             _check_whole(source, tiff)
-            if tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
-                _check_depth(source, first)
-                return _ndpi_stack(tiff) if tiff.is_ndpi and series is None else None
-            if first.is_tiled and first.software.startswith("Philips") and "<DataObject" in first.description:
-                _check_depth(source, first)
-                return None if series else _philips(source, tiff)
-            chosen, picked = pick_series(tiff, source.name, series)
-            _check_depth(source, chosen.first)
-            return _chosen(source, tiff, chosen, picked) or _elsewhere(tiff, chosen, picked)
+            return _read(source, tiff, series)
     except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None
+
+
+def _read(source: ByteSource, tiff: tifffile.TiffFile, series: int | None) -> Layout | Elsewhere | None:
+    first = tiff.pages.first
+    if tiff.is_ndpi or first.is_bif or first.is_scn or _is_trestle(first):
+        _check_for_library(source, first)
+        return _ndpi_stack(tiff) if tiff.is_ndpi and series is None else None
+    if first.is_tiled and first.software.startswith("Philips") and "<DataObject" in description(first):
+        found = None if series else _philips(source, tiff)
+        if found is None:
+            _check_for_library(source, first)
+        return found
+    if not is_ome(first):
+        check_alone(source.name, tiff)
+    chosen, picked = pick_series(tiff, source.name, series)
+    if is_ome(first) and not chosen.channels:  # its XML is damaged, or says nothing
+        check_alone(source.name, tiff)
+    _check_depth(source, chosen.first)
+    order = find_colours(source.name, chosen.levels[0], chosen.channels)
+    found = _chosen(source, tiff, chosen, picked, order)
+    if found is None and chosen.first.is_tiled:
+        _check_for_library(source, chosen.first)
+    return found or _elsewhere(tiff, chosen, picked)
 
 
 def _check_whole(source: ByteSource, tiff: tifffile.TiffFile) -> None:
@@ -174,12 +169,27 @@ def _check_reach(source: ByteSource, link: bytes, byteorder: str) -> None:
         )
 
 
-def _chosen(source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Layout | None:
+def _check_for_library(source: ByteSource, page: tifffile.TiffPage) -> None:
+    """SlideError where OpenSlide would read px, and not as they are meant."""
+    _check_depth(source, page)
+    check_samples(source.name, page)
+    stored = _orientation(page)
+    if stored != UPRIGHT:  # OpenSlide would turn each tile in its place, or none
+        raise SlideError(
+            "orientation", f"{source.name}: it is stored turned (TIFF orientation {stored}); store it upright"
+        )
+
+
+def _chosen(
+    source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked: Picked, order: Order | None
+) -> Layout | None:
     """The layout of the chosen series; None where its pixels are not for us."""
-    pages, first = [level[0] for level in chosen.levels], tiff.pages.first
-    if not chosen.first.is_tiled or any(len(level) > 1 for level in chosen.levels):
+    first = tiff.pages.first
+    ome = is_ome(first)
+    if not chosen.first.is_tiled and not ome:
         return None
-    read = [_tiled_page(source, page) for page in pages]
+    pages = [level[0] for level in chosen.levels]
+    read = [_in_colour(source, level, order) for level in chosen.levels]
     if description(first).startswith("Aperio"):
         if any(page is not None and not page.lengths.all() for page in read):
             if _is_for_openslide(tiff, chosen):
@@ -188,9 +198,16 @@ def _chosen(source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked:
         stated = next((value for page in pages if (value := aperio_fields(page).get("MPP"))), None)
         mpp = None if stated is None else (float(stated), float(stated))
         return _layout(pages, read, mpp, "aperio", picked)
-    x, y = map(_microns, chosen.microns)
+    x, y = (length and length.microns for length in chosen.microns)
     mpp = (x, y) if x and y else _resolution(chosen.first)
-    return _layout(pages, read, mpp, "ome-tiff" if first.is_ome else "generic-tiff", picked)
+    return _layout(pages, read, mpp, "ome-tiff" if ome else "generic-tiff", picked)
+
+
+def _in_colour(source: ByteSource, level: Planes, order: Order | None) -> TiledPage | None:
+    """A level's tiles, by what `find_colours` says of its directories, or of the samples of its only one."""
+    if order is None or len(level) == 1:
+        return tiled_page(source, level[0], order)
+    return joined([tiled_page(source, level[number]) for number in order])
 
 
 def _is_for_openslide(tiff: tifffile.TiffFile, chosen: Series) -> bool:
@@ -227,11 +244,6 @@ def _ndpi_stack(tiff: tifffile.TiffFile) -> Elsewhere | None:
     return Elsewhere(str(tiff.filename), size, tiled=True, directory=largest.index, leads=True, picked=picked)
 
 
-def _microns(length: Length | None) -> float:
-    """Of a size of a px; 0 where there is none, or in a unit that is no length."""
-    return 0.0 if length is None else length.value * _MICRONS.get(length.unit, 0.0)
-
-
 def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     """Levels are padded to whole tiles; the pixel spacings tell how large they really are."""
     tops = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
@@ -256,9 +268,9 @@ def _philips(source: ByteSource, tiff: tifffile.TiffFile) -> Layout | None:
     levels = [Level(width // factor, height // factor, float(factor)) for factor in factors]
     own = scanned[0].find("Attribute[@Name='DICOM_PIXEL_SPACING']")
     x, y = (0.0, 0.0) if own is None else _spacing(own.text)
-    mpp = (1e3 * x, 1e3 * y) if x and y else None
+    mpp = stated_mpp(1e3 * x, 1e3 * y)
     picked = Picked(0, "", 1 + len(tops) - len(pages), None, named=False)
-    return _layout(pages, [_tiled_page(source, page) for page in pages], mpp, "philips", picked, levels)
+    return _layout(pages, [tiled_page(source, page) for page in pages], mpp, "philips", picked, levels)
 
 
 def _spacing(text: str | None) -> tuple[float, float]:
@@ -270,7 +282,7 @@ def _spacing(text: str | None) -> tuple[float, float]:
 def _layout(
     pages: Sequence[tifffile.TiffPage],
     tiled: Sequence[TiledPage | None],
-    mpp: tuple[float, float] | None,
+    mpp: Mpp | None,
     vendor: str,
     picked: Picked,
     levels: Sequence[Level] | None = None,
@@ -281,40 +293,18 @@ def _layout(
     levels = levels or [Level(w, h, (width / w + height / h) / 2) for w, h in sizes]
     known = [page for page in tiled if page is not None]
     falling = all(a.downsample < b.downsample for a, b in pairwise(levels))
-    whole = falling and len(known) == len(pages)
-    return Layout(tuple(levels), tuple(known), mpp, vendor, picked) if whole else None
-
-
-def _tiled_page(source: ByteSource, page: tifffile.TiffPage) -> TiledPage | None:
-    """One level's tiles; None where they are not 8-bit RGB or YCbCr of a codec that we decode."""
-    compression, photometric = int(page.compression), int(page.photometric)
-    codec: Literal["jpeg", "jpeg2000"] = "jpeg" if compression == _JPEG else "jpeg2000"
-    if codec == "jpeg2000" and (compression not in _JPEG2000 or photometric != _RGB):
+    if not falling or len(known) != len(pages):
         return None
-    pixel = (page.samplesperpixel, page.bitspersample, int(page.planarconfig), page.imagedepth, photometric)
-    if pixel not in ((3, 8, 1, 1, _RGB), (3, 8, 1, 1, _YCBCR)):
-        return None
-    edges = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
-    width, height, tile_width, tile_height = map(operator.index, edges)  # TypeError: damaged, a tag of another type
-    columns, rows = -(-width // tile_width), -(-height // tile_height)
-    tables = [_table(source, page, code) for code in (324, 325)]
-    if any(len(table) != columns * rows for table in tables):
-        return None
-    tiles = NativeTiles(tile_width, tile_height, columns, rows, codec)
-    return TiledPage(tiles, tables[0], tables[1], photometric == _RGB, jpeg.tables_segments(page.jpegtables))
+    profile, orientation = profile_name(pages[0].tags.valueof(_ICC)), _orientation(pages[0])
+    return Layout(tuple(levels), tuple(known), mpp and stated_mpp(*mpp), vendor, picked, profile, orientation)
 
 
-def _table(source: ByteSource, page: tifffile.TiffPage, code: int) -> Table:
-    """A tag of offsets or lengths, as an array from the start: as Python numbers it would take 5 times the memory."""
-    tag = page.tags[code]
-    kind = np.dtype(page.parent.byteorder + _TABLE_TYPES[int(tag.dtype)])
-    if tag.count * kind.itemsize <= page.parent.tiff.tagoffsetthreshold:  # stands in the directory itself
-        return np.atleast_1d(np.array(tag.value, np.uint64))
-    (data,) = source.read([(tag.valueoffset, tag.count * kind.itemsize)])
-    return np.frombuffer(data, kind).astype(np.uint64)
+def _orientation(page: tifffile.TiffPage) -> int:
+    stated = page.tags.valueof(_ORIENTATION, UPRIGHT)
+    return stated if stated in range(1, 9) else UPRIGHT
 
 
-def _resolution(page: tifffile.TiffPage) -> tuple[float, float] | None:
+def _resolution(page: tifffile.TiffPage) -> Mpp | None:
     """Microns per px from the resolution tags: px per inch (the default) or cm."""
     unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof(296, 2)))
     tags = [page.tags.valueof(code) for code in (282, 283)]
@@ -322,11 +312,6 @@ def _resolution(page: tifffile.TiffPage) -> tuple[float, float] | None:
         return None
     x, y = (numerator / denominator if denominator else 0.0 for numerator, denominator in tags)
     return (unit / x, unit / y) if x > 0 and y > 0 else None
-
-
-def mean_mpp(x: float, y: float) -> float | None:
-    """Geometric mean of the stated x and y (they differ by rounding on real scanners), or None."""
-    return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
 
 
 def _is_trestle(page: tifffile.TiffPage) -> bool:

@@ -1,17 +1,31 @@
 """What a TIFF's OME-XML says: its images with sizes, microns, channels, and the directories that hold their planes.
 
-Nothing is looked up in the file here, and nothing converted: units stand as the XML spells them.
+Nothing is looked up in the file here.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 MICRON = "µm"  # the schema's unit of a length that names none
+_MICRONS = {
+    **dict.fromkeys(("\u03bcm", "um", "micron", "microns", "micrometer", "micrometre"), 1.0),
+    "pm": 1e-6,
+    "\u00c5": 1e-4,
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "dm": 1e5,
+    "m": 1e6,
+    "thou": 25.4,
+    **dict.fromkeys(("in", "inch"), 25_400.0),
+}  # after NFKC, which makes the micro sign a Greek mu and the sign of the angstrom its letter
 
 
 class Plane(NamedTuple):
@@ -31,6 +45,12 @@ class Length:
     unit: str
     """As the XML spells it."""
 
+    @property
+    def microns(self) -> float | None:
+        """None where the unit is no length (pixel, reference frame)."""
+        factor = _MICRONS.get(unicodedata.normalize("NFKC", self.unit).strip())
+        return None if factor is None else self.value * factor
+
 
 @dataclass(frozen=True)
 class Channel:
@@ -38,6 +58,8 @@ class Channel:
 
     name: str
     samples: int
+    colour: int | None = None
+    """As RGBA, a byte each; None where the XML names none."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +159,15 @@ def _image(image: ElementTree.Element, pixels: ElementTree.Element) -> OmeImage:
         sizes={axis: _number(pixels, f"Size{axis}", 1) for axis in "XYZCT"},
         pixel_type=pixels.get("Type", ""),
         physical=(_length(pixels, "X"), _length(pixels, "Y")),
-        channels=tuple(
-            Channel(node.get("Name", ""), max(1, _number(node, "SamplesPerPixel", 1)))
-            for node in pixels.iterfind("{*}Channel")
-        ),
+        channels=tuple(_channel(node) for node in pixels.iterfind("{*}Channel")),
         tiff_data=tuple(_tiff_data(node) for node in pixels.iterfind("{*}TiffData")),
     )
+
+
+def _channel(node: ElementTree.Element) -> Channel:
+    colour = node.get("Color", "")
+    known = int(colour) & 0xFFFFFFFF if re.fullmatch(r"-?\d+", colour) else None  # a signed number there
+    return Channel(node.get("Name", ""), max(1, _number(node, "SamplesPerPixel", 1)), known)
 
 
 def _tiff_data(node: ElementTree.Element) -> TiffData:

@@ -13,6 +13,7 @@ from pipeline.slides.layout import Elsewhere, Layout, read_layout
 from pipeline.slides.openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slides.reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
 from pipeline.slides.tiff import TiffReader
+from pipeline.slides.turned import upright_reader
 from pipeline.storage import files
 from pipeline.storage.ranges import ByteSource, FetchedSource, LocalSource, RemoteSource, source_error
 from pipeline.storage.staging import Fetched, Staging
@@ -39,9 +40,10 @@ def open_slide(path: Path, series: int | None = None) -> SlideReader:
 
     Raises:
         SlideError: reasons "missing", "directory", "empty-file", "truncated", "not-a-slide", "unopenable",
-            "unreadable", "too-large" (a plain image over 268 MPx), "pixel-type" (not 8 bits a channel), "series" (which
-            of several images is the slide cannot be told, or the one that is named not be read), "source" (the disk or
-            this process fails for now).
+            "unreadable", "too-large" (a plain image or a tile over 268 MPx), "pixel-type" (not 8 bits a channel, or
+            channels that are no colours), "orientation" (it is stored turned and cannot be read upright), "series"
+            (which of several images is the slide cannot be told, or the one that is named not be read), "source" (the
+            disk or this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")
@@ -50,7 +52,7 @@ def open_slide(path: Path, series: int | None = None) -> SlideReader:
     if path.stat().st_size == 0:
         raise SlideError("empty-file", f"{path}: zero bytes; copy the slide again")
     found = _tiff(LocalSource(path), series)
-    if isinstance(found, TiffReader):
+    if isinstance(found, SlideReader):
         return found
     if found is None and series is not None:
         raise SlideError(
@@ -105,7 +107,7 @@ def open_uri(
             yield stack.enter_context(open_slide(Path(files.absolute(uri)), series))
             return
         in_place = _tiff(RemoteSource(uri) if fetched is None else FetchedSource(uri, fetched.data), series)
-        if isinstance(in_place, TiffReader):
+        if isinstance(in_place, SlideReader):
             yield stack.enter_context(in_place)
             return
         try:
@@ -117,7 +119,7 @@ def open_uri(
         yield stack.enter_context(open_slide(path, series))
 
 
-def _tiff(source: ByteSource, series: int | None) -> TiffReader | Elsewhere | None:
+def _tiff(source: ByteSource, series: int | None) -> SlideReader | Elsewhere | None:
     """The raw reader where the source is a slide for it; else the source is closed."""
     try:
         layout = read_layout(source, series)
@@ -125,7 +127,7 @@ def _tiff(source: ByteSource, series: int | None) -> TiffReader | Elsewhere | No
         source.close()
         raise
     if isinstance(layout, Layout):
-        return TiffReader(source, layout)
+        return upright_reader(TiffReader(source, layout), layout.orientation)
     source.close()
     return layout
 

@@ -8,16 +8,16 @@ texture is rough. No corner but 0 is a whole number in both planes then, so it c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import openslide
+from PIL import ImageCms
 
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slides.reader import RGB, Level, SlideReader, has_shape_of, on_background
+from pipeline.slides.reader import RGB, Level, Mpp, SlideReader, has_shape_of, on_background, stated_mpp
 from pipeline.storage.ranges import system_error
 from pipeline.units import Box, LevelPx, to_level0
 
@@ -40,6 +40,7 @@ class OpenSlideReader(SlideReader):
         ]
         self.levels = tuple(_true_levels(levels) if self.vendor in _TAKES_ALL else levels)
         self.mpp = _mpp(properties)
+        self.profile = _profile(self._handle)
         self._bounds = _bounds(properties, self.dimensions)
         colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
@@ -76,13 +77,20 @@ class OpenSlideReader(SlideReader):
         self._handle.close()
 
 
-def _mpp(properties: Mapping[str, str]) -> float | None:
-    """Geometric mean of the stated x and y (they differ by rounding on real scanners), or None."""
+def _mpp(properties: Mapping[str, str]) -> Mpp | None:
     try:
         x, y = (float(properties[f"openslide.mpp-{axis}"]) for axis in "xy")
     except (KeyError, ValueError):
         return None
-    return math.sqrt(x * y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+    return stated_mpp(x, y)
+
+
+def _profile(handle: openslide.OpenSlide) -> str | None:
+    try:
+        found = handle.color_profile
+        return None if found is None else ImageCms.getProfileDescription(found).strip()
+    except (ImageCms.PyCMSError, OSError):
+        return "damaged"
 
 
 def _true_levels(levels: Sequence[Level]) -> Iterator[Level]:

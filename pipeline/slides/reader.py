@@ -6,6 +6,7 @@ white glass; where data cannot be decoded an error is raised, never white.
 
 from __future__ import annotations
 
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.errors import BadTileError, SlideError
 from pipeline.units import Box
@@ -27,11 +28,14 @@ Block = tuple[int, int, int]
 """Top, left and edge of a square of an overview, in its px."""
 LevelBox = tuple[float, float, float, float]
 """Left, top, right and bottom of a part of a level, in its px."""
+Mpp = tuple[float, float]
+"""Microns per px along x and y."""
 
 EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder gives them without the rest
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
 SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
 SHAPE = 0.02  # how far the width to height of a level may be from the slide's
+UPRIGHT = 1  # the orientation of TIFF and EXIF that needs no turn
 UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
 
 
@@ -54,7 +58,8 @@ class NativeTiles:
     height: int
     columns: int
     rows: int
-    codec: Literal["jpeg", "jpeg2000"]
+    codec: Literal["jpeg", "jpeg2000", "other"]
+    """other: a tile is no file of its own (`SlideReader.raw_tile`)."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,11 @@ class SlideReader(ABC):
     """An open slide. Not thread-safe and not picklable: open one per task."""
 
     levels: tuple[Level, ...]
-    mpp: float | None
-    """Microns per level-0 px as the file states it, unchecked; None when it states none."""
+    mpp: Mpp | None
+    """Microns per level-0 px as the file states them, positive but else unchecked; None when it states none."""
     vendor: str
+    profile: str | None
+    """Description of the file's ICC profile, which says how its colours are meant. It is not applied."""
     picked: Picked | None = None
     """Which of the file's images this is; None where the library that reads it picks, or there is but one."""
 
@@ -130,7 +137,7 @@ class SlideReader(ABC):
     def raw_tile(self, level: int, column: int, row: int) -> bytes | None:
         """One native tile as a file of its own (a JPEG with its tables, a JPEG 2000 codestream), not decoded.
 
-        None where the slide declares that it holds no data there. Only for levels with `native_tiles`.
+        None where the slide declares that it holds no data there. Only for levels with `native_tiles` of these codecs.
 
         Raises:
             BadTileError: the tile is cut short, or no image of the tile's size.
@@ -259,6 +266,21 @@ def has_shape_of(size: tuple[int, int], whole: tuple[int, int]) -> bool:
     """Whether an image may be all of another one in small: width and height differ by rounding."""
     ratio = size[0] * whole[1] / (size[1] * whole[0])
     return abs(ratio - 1) <= SHAPE + 1 / min(*size, *whole)  # a px, as each halving rounds
+
+
+def stated_mpp(x: float, y: float) -> Mpp | None:
+    """What a file states along x and y, where both are microns that a px can have."""
+    return (x, y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+
+
+def profile_name(data: bytes | None) -> str | None:
+    """What an ICC profile calls itself, "damaged" where that cannot be read; None of none."""
+    if not data:
+        return None
+    try:
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip()
+    except (ImageCms.PyCMSError, OSError):
+        return "damaged"
 
 
 def on_background(rgba: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8]) -> RGB:

@@ -113,7 +113,7 @@ def find_series(tiff: TiffFile) -> list[Series]:
     first = tops[0]
     if description(first).startswith("Aperio"):
         return _aperio(tops)
-    if first.is_ome:
+    if is_ome(first):
         try:
             return _ome(tops, parse_ome(description(first)))
         except (ElementTree.ParseError, ValueError):  # the directories still tell what they are
@@ -125,6 +125,11 @@ def description(page: TiffPage) -> str:
     """ImageDescription, whatever it is encoded in: what is looked for in it is ASCII, or XML in UTF-8."""
     value = page.tags.valueof(270, "")  # bytes where it is neither UTF-8 nor cp1252
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def is_ome(page: TiffPage) -> bool:
+    """Whether a file's first directory says that it is an OME-TIFF."""
+    return description(page).rstrip("\0 \r\n").endswith("OME>")
 
 
 def _size(page: TiffPage) -> tuple[int, int]:

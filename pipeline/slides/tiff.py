@@ -1,4 +1,4 @@
-"""A tiled TIFF slide read tile by tile: simplejpeg or imagecodecs decode, numpy pastes.
+"""A TIFF slide read tile by tile: `tiles` decodes, numpy pastes.
 
 Five times as fast as OpenSlide, whose time goes into compositing, and the same pixels bit for bit: libjpeg's defaults
 (accurate DCT, smooth chroma upsampling) on both sides. A tile that cannot be decoded costs what touches it; of JPEG
@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
 from pipeline.errors import BadTileError
-from pipeline.slides import jpeg, jpeg2000
-from pipeline.slides.layout import Layout, TiledPage, mean_mpp
+from pipeline.slides.layout import Layout
 from pipeline.slides.reader import EIGHTH, RGB, Boxes, NativeTiles, SlideReader
+from pipeline.slides.tiles import checked, decoded, eighth
 from pipeline.storage.ranges import ByteSource, Range, ReadAhead
 
 CACHE_PX = 2**25  # decoded tiles that are kept: 96 MiB, a row of 512 tiles of 256 px
@@ -40,9 +38,10 @@ class TiffReader(SlideReader):
         self._decoded = _DecodedTiles()
         self._shrunk = _DecodedTiles()
         self.levels = layout.levels
-        self.mpp = None if layout.mpp is None else mean_mpp(*layout.mpp)
+        self.mpp = layout.mpp
         self.vendor = layout.vendor
         self.picked = layout.picked
+        self.profile = layout.profile
 
     @property
     def bytes_read(self) -> int:
@@ -55,9 +54,9 @@ class TiffReader(SlideReader):
 
     def raw_tile(self, level: int, column: int, row: int) -> bytes | None:
         """See `SlideReader.raw_tile`. Damage within the compressed data shows only where it is plain to see."""
-        data = self._tile_bytes(level, column, row)
+        parts = self._tile_bytes(level, column, row)
         try:
-            return None if data is None else _checked(self._pages[level], data)
+            return None if parts is None else checked(self._pages[level], parts[0])
         except ValueError as error:
             raise self._bad(level, column, row, str(error)) from error
 
@@ -99,27 +98,29 @@ class TiffReader(SlideReader):
         for (left, top), (right, bottom) in zip(first.tolist(), last.tolist(), strict=True):
             for row in range(top, bottom + 1):
                 for column in range(left, right + 1):
-                    span = self._span(level, column, row)
-                    if span not in seen and span[1] and (level, row, column) not in self._decoded:
-                        seen.add(span)
-                        yield span
+                    for span in self._spans_of(level, column, row):
+                        if span not in seen and span[1] and (level, row, column) not in self._decoded:
+                            seen.add(span)
+                            yield span
 
-    def _span(self, level: int, column: int, row: int) -> Range:
+    def _spans_of(self, level: int, column: int, row: int) -> list[Range]:
+        """Where a tile lies, one span a plane."""
         page = self._pages[level]
-        number = row * page.tiles.columns + column
-        return int(page.offsets[number]), int(page.lengths[number])
+        number, tiles = row * page.tiles.columns + column, page.tiles.rows * page.tiles.columns
+        at = slice(number, None, tiles)
+        return list(zip(page.offsets[at].tolist(), page.lengths[at].tolist(), strict=True))
 
-    def _tile_bytes(self, level: int, column: int, row: int) -> bytes | None:
-        """A tile as it stands in the file; None where there is none."""
-        span = self._span(level, column, row)
-        if span[1] == 0:
+    def _tile_bytes(self, level: int, column: int, row: int) -> list[bytes] | None:
+        """A tile as it stands in the file, one piece a plane; None where there is none."""
+        spans = self._spans_of(level, column, row)
+        if not any(length for _, length in spans):
             return None
-        if sum(span) > self._source.size:
+        if any(sum(span) > self._source.size for span in spans):
             raise self._bad(level, column, row, "it reaches beyond the end of the file")
-        data = self._bytes.get(span)
-        if len(data) < span[1]:
-            raise self._bad(level, column, row, "the file ends within it")
-        return data
+        parts = [self._bytes.get(span) for span in spans]
+        if any(len(part) < length or not part for part, (_, length) in zip(parts, spans, strict=True)):
+            raise self._bad(level, column, row, "the file ends within it, or a plane of it is absent")
+        return parts
 
     def _tile(self, level: int, column: int, row: int) -> RGB:
         """Pixels of a tile, valid until the next one is asked for."""
@@ -128,12 +129,12 @@ class TiffReader(SlideReader):
         if found is not None:
             return found
         page = self._pages[level]
-        data = self._tile_bytes(level, column, row)
-        if data is None:
+        parts = self._tile_bytes(level, column, row)
+        if parts is None:
             return _glass(page.tiles.height, page.tiles.width)
         out = self._decoded.free((page.tiles.height, page.tiles.width, 3))
         try:
-            pixels = _decoded(page, data, out)
+            pixels = decoded(page, parts, row * page.tiles.columns + column, out)
         except (ValueError, RuntimeError) as error:  # imagecodecs raises the latter
             raise self._bad(level, column, row, str(error)) from error
         self._decoded.add(row, column, pixels)
@@ -146,13 +147,13 @@ class TiffReader(SlideReader):
             return found
         page, size = self._pages[level], self.levels[level]
         width, height = page.tiles.width, page.tiles.height
-        data = self._tile_bytes(level, column, row)
-        if data is None:
+        parts = self._tile_bytes(level, column, row)
+        if parts is None:
             return _glass(height // EIGHTH, width // EIGHTH)
         out = self._shrunk.free((height // EIGHTH, width // EIGHTH, 3))
         inside = min(width, size.width - column * width), min(height, size.height - row * height)
         try:
-            pixels = _eighth(page, data, *inside, out)
+            pixels = eighth(page, parts[0], *inside, out)
         except ValueError as error:
             raise self._bad(level, column, row, str(error)) from error
         self._shrunk.add(row, column, pixels)
@@ -225,53 +226,6 @@ def _glass(height: int, width: int) -> RGB:
     return np.full((height, width, 3), GLASS, np.uint8)
 
 
-def _checked(page: TiledPage, data: bytes) -> bytes:
-    """A tile as a file of its own; ValueError when it is no image of the tile's size, or plainly damaged."""
-    if page.tiles.codec == "jpeg2000":
-        jpeg2000.check(data)
-        return data
-    header = jpeg.header(data)
-    _check_size(page, header.width, header.height)
-    whole = jpeg.standalone(data, page.tables, page.rgb, header)
-    if jpeg.is_doubtful(data, header):
-        simplejpeg.decode_jpeg(whole)
-    return whole
-
-
-def _decoded(page: TiledPage, data: bytes, out: RGB) -> RGB:
-    """Pixels of a tile, in `out` where the decoder can; ValueError or RuntimeError when it cannot be decoded."""
-    if page.tiles.codec == "jpeg":
-        whole = jpeg.standalone(data, page.tables, page.rgb)
-        pixels: RGB = simplejpeg.decode_jpeg(whole, buffer=out)
-    else:
-        import imagecodecs  # 0.1 s, which slides without JPEG 2000 need not pay
-
-        jpeg2000.check(data)
-        pixels = imagecodecs.jpeg2k_decode(data)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"its pixels are {pixels.dtype} of shape {pixels.shape}")
-    _check_size(page, pixels.shape[1], pixels.shape[0])
-    return pixels
-
-
-def _eighth(page: TiledPage, data: bytes, width: int, height: int, out: RGB) -> RGB:
-    """An eighth of a JPEG tile of which width x height px lie on the slide, in `out`; errors as `_decoded`.
-
-    The decoder gives the means of whole blocks. Where blocks lie across the slide's edge, what scanners put beyond it
-    would count, so the tile is decoded in full.
-    """
-    if width % EIGHTH or height % EIGHTH:
-        whole = _decoded(page, data, np.empty((page.tiles.height, page.tiles.width, 3), np.uint8))
-        part = np.asarray(Image.fromarray(whole[:height, :width]).reduce(EIGHTH))
-        out[: part.shape[0], : part.shape[1]] = part
-        return out
-    header = jpeg.header(data)
-    _check_size(page, header.width, header.height)
-    tile = jpeg.standalone(data, page.tables, page.rgb, header)
-    pixels: RGB = simplejpeg.decode_jpeg(tile, min_height=out.shape[0], min_width=out.shape[1], buffer=out)
-    return pixels
-
-
 def _pasted(edges: tuple[int, int], box: tuple[int, int, int, int], tile: Callable[[int, int], RGB]) -> RGB:
     """A box cut out of tiles.
 
@@ -289,8 +243,3 @@ def _pasted(edges: tuple[int, int], box: tuple[int, int, int, int], tile: Callab
             left = column * width - x
             out[lines, max(0, left) : left + width] = tile(column, row)[source, max(0, -left) : w - left]
     return out
-
-
-def _check_size(page: TiledPage, width: int, height: int) -> None:
-    if (width, height) != (page.tiles.width, page.tiles.height):
-        raise ValueError(f"it is an image of {width} x {height} px, not {page.tiles.width} x {page.tiles.height}")

@@ -246,7 +246,8 @@ def _committed(store: PatchStore, planned: PlannedSlide, bad_tiles: Sequence[tup
 def _slide_facts(reader: SlideReader) -> dict[str, Any]:
     return {
         "vendor": reader.vendor,
-        "stated_mpp": reader.mpp,
+        "stated_mpp": None if reader.mpp is None else list(reader.mpp),
+        "icc_profile": reader.profile,
         "dimensions": list(reader.dimensions),
         "series": reader.series,
         "image": None if reader.picked is None else asdict(reader.picked),

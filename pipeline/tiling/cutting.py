@@ -16,7 +16,7 @@ from pipeline.slides.open import tool_versions
 from pipeline.slides.reader import RGB, NativeTiles, SlideReader
 from pipeline.tiling.grid import Cells, Grid
 
-PAYLOAD = 1  # of this code: raised when it gives other bytes for a patch, be it by decoding, resizing or encoding
+PAYLOAD = 2  # of this code: raised when it gives other bytes for a patch, be it by decoding, resizing or encoding
 
 
 class Cutter:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageSequence, UnidentifiedImageError
 
 from pipeline.errors import SlideError
+from pipeline.slides.turned import orientation, upright, upright_size
 from pipeline.storage import files
 from pipeline.units import Box
 
@@ -84,8 +85,10 @@ def _from_image(uri: str, data: bytes, size: tuple[int, int], places: Sequence[B
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             page = _best_page(image, max(size))
             image.seek(page)
-            place = _place(uri, image.size, places)
-            tissue = _above_0(image)
+            _check_px(uri, image.size)
+            turn = orientation(image)
+            place = _place(uri, upright_size(image.size, turn), places)
+            tissue = upright(_above_0(image), turn)
     except UnidentifiedImageError as error:
         raise _bad(uri, f"not a mask; give {' or '.join(FORMATS)} with tissue above 0, or GeoJSON") from error
     except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow: the latter for broken PNGs and TIFFs
@@ -129,10 +132,13 @@ def _best_page(image: Image.Image, edge: int) -> int:
     return min(large_enough or range(len(sizes)), key=lambda number: sizes[number] if large_enough else -sizes[number])
 
 
-def _place(uri: str, size: tuple[int, int], places: Sequence[Box]) -> Box:
-    """The first place that has the mask's shape."""
+def _check_px(uri: str, size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_MASK_PX:
         raise _bad(uri, f"{size[0]} x {size[1]} px are over {MAX_MASK_PX}; give the mask at a lower resolution")
+
+
+def _place(uri: str, size: tuple[int, int], places: Sequence[Box]) -> Box:
+    """The first place that has the mask's shape."""
     slack = 1 / min(size) + ASPECT  # half a px at both ends
     for place in places:
         if abs(size[0] / size[1] / (place.width / place.height) - 1) <= slack:

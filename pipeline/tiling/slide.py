@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, SlideError
 from pipeline.slides.open import SlideReader
+from pipeline.slides.reader import Mpp
 from pipeline.tiling.candidates import NothingFoundError, find_candidates
 from pipeline.tiling.cutting import Cutter
 from pipeline.tiling.evidence import THUMBNAIL_PX, gather_evidence, thumbnail
@@ -21,6 +23,7 @@ from pipeline.tiling.guide import Guide
 
 MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
 MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
+NOT_SQUARE = 0.02  # share by which px may be longer than wide: real scanners state x and y with other rounding
 ANNOUNCED = 4096  # patches that the reader is told of at a time: it fetches their bytes together
 MASK_PX = 2048
 """Longer edge of the largest mask: beyond 256 patches a side shares are known less finely, but a slide of 100,000 px of
@@ -184,17 +187,22 @@ def with_native_edge(reader: SlideReader, spec: TilingConfig, mpp: float | None)
     return spec.model_copy(update={"patch_px": tiles.width})
 
 
-def effective_mpp(stated: float | None, spec: TilingConfig, override: float | None) -> float | None:
+def effective_mpp(stated: Mpp | None, spec: TilingConfig, override: float | None) -> float | None:
     """Microns per level-0 px to tile with: the cohort's override, else the file's, else the default.
 
     None when `spec.mpp` is null: level 0 is then read as it is, and no mpp is needed.
 
+    Args:
+        stated: by the file, along x and y.
+        spec: how to tile.
+        override: the cohort's: px are square and of this size, whatever the file states.
+
     Raises:
-        SlideError: "missing-mpp", or "absurd-mpp" outside 0.05..20.
+        SlideError: "missing-mpp", "mpp-not-square" over 2% apart, or "absurd-mpp" outside 0.05..20.
     """
     if spec.mpp is None:
         return None
-    mpp = (stated or spec.default_mpp) if override is None else override
+    mpp = (_square(stated) or spec.default_mpp) if override is None else override
     if mpp is None:
         raise SlideError(
             "missing-mpp",
@@ -208,3 +216,19 @@ def effective_mpp(stated: float | None, spec: TilingConfig, override: float | No
             "give the right value in the cohort's mpp column",
         )
     return mpp
+
+
+def _square(stated: Mpp | None) -> float | None:
+    """The geometric mean of what a file states along x and y, which differ by rounding on real scanners."""
+    if stated is None:
+        return None
+    (x, y), coarser = stated, max(stated)
+    if coarser > min(stated) * (1 + NOT_SQUARE):
+        raise SlideError(
+            "mpp-not-square",
+            f"the file states {x:g} microns per px along x and {y:g} along y, and patches of px that are not square "
+            f"would show squeezed tissue; resample it (`vips resize IN OUT.tiff[tile,pyramid] {x / coarser:g} --vscale "
+            f"{y / coarser:g}`) and give {coarser:g} in the cohort's mpp column, which says that px are square; where "
+            "the file is wrong, give the right value there",
+        )
+    return math.sqrt(x * y)

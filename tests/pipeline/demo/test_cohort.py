@@ -59,7 +59,7 @@ def test_the_cohort_on_disk(tmp_path: Path) -> None:
         assert path.stat().st_size < 3_000_000
         with open_slide(path) as slide:
             width, height = slide.dimensions
-            assert (slide.vendor, slide.mpp) == ("generic-tiff", 0.5)
+            assert (slide.vendor, slide.mpp) == ("generic-tiff", (0.5, 0.5))
             assert width != height
             assert 2000 <= min(width, height) <= max(width, height) <= 6000
             assert len(slide.levels) >= 4

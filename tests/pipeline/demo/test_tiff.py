@@ -28,7 +28,7 @@ def slide(tmp_path: Path) -> Path:
 def test_openslide_reads_every_level(slide: Path) -> None:
     image = _ramp(1723, 1009)[..., :3].astype(np.int16)
     with open_slide(slide) as reader:
-        assert (reader.vendor, reader.mpp) == ("generic-tiff", 0.25)
+        assert (reader.vendor, reader.mpp) == ("generic-tiff", (0.25, 0.25))
         assert [(level.width, level.height) for level in reader.levels] == [(1723, 1009), (861, 504), (430, 252)]
         for number, level in enumerate(reader.levels):
             pixels = reader.read(number, 0, 0, level.width, level.height).astype(np.int16)

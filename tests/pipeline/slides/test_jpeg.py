@@ -17,14 +17,17 @@ WHOLE = simplejpeg.encode_jpeg(RGB, quality=85, colorsubsampling="420")
 TILE, TABLES = split_tables(WHOLE)
 RGB_WHOLE = bytes(imagecodecs.jpeg8_encode(RGB, level=85, colorspace="rgb", outcolorspace="rgb", subsampling="444"))
 RGB_TILE, RGB_TABLES = split_tables(RGB_WHOLE)
+JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
+ADOBE = {colours: b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([colours]) for colours in (0, 1)}
 
 
 def test_header() -> None:
     found = jpeg.header(WHOLE)
     assert (found.width, found.height, found.components) == (80, 112, b"\1\2\3")
     assert found.sequential
-    assert found.guess == "YCbCr"
-    assert WHOLE[found.colour[0][0] :].startswith(b"\xff\xe0")
+    assert found.colours == "YCbCr"
+    assert jpeg.header(TILE).colours is None
+    assert jpeg.header(RGB_WHOLE).colours == "RGB"
     assert WHOLE[: found.scan].count(b"\xff\xda") == 1
 
 
@@ -37,18 +40,24 @@ def test_a_tile_with_its_tables_is_the_whole_again() -> None:
 def test_an_rgb_tile_names_its_colours() -> None:
     made = jpeg.standalone(RGB_TILE, jpeg.tables_segments(RGB_TABLES), rgb=True)
     assert made[2:4] == b"\xff\xee"
-    assert jpeg.header(made).guess == "RGB"
+    assert jpeg.header(made).colours == "RGB"
     assert np.abs(simplejpeg.decode_jpeg(made).astype(int) - RGB).mean() < 5
     assert np.array_equal(simplejpeg.decode_jpeg(made), imagecodecs.jpeg8_decode(RGB_WHOLE))
 
 
-def test_segments_that_name_other_colours_are_left_out() -> None:
-    as_rgb = jpeg.standalone(WHOLE, b"", rgb=True)  # JFIF says YCbCr, the directory says RGB
-    assert jpeg.header(as_rgb).guess == "RGB"
-    assert b"JFIF" not in as_rgb
-    assert jpeg.standalone(as_rgb, b"", rgb=True) == as_rgb
-    back = jpeg.standalone(as_rgb, b"", rgb=False)
-    assert np.array_equal(simplejpeg.decode_jpeg(back), simplejpeg.decode_jpeg(WHOLE))
+@pytest.mark.parametrize("rgb", [False, True])
+@pytest.mark.parametrize(
+    "whole", [WHOLE, RGB_WHOLE, WHOLE.replace(JFIF, ADOBE[1])], ids=["JFIF", "components R, G, B", "Adobe"]
+)
+def test_what_a_tile_says_of_its_colours_holds_whatever_the_directory_says(whole: bytes, *, rgb: bool) -> None:
+    assert jpeg.standalone(whole, b"", rgb) == whole
+    assert np.abs(simplejpeg.decode_jpeg(whole).astype(int) - RGB).mean() < 9
+
+
+def test_jfif_rules_where_adobe_contradicts_it() -> None:
+    for named in (JFIF + ADOBE[0], ADOBE[0] + JFIF):
+        assert jpeg.header(WHOLE.replace(JFIF, named)).colours == "YCbCr"
+    assert jpeg.header(WHOLE.replace(JFIF, ADOBE[0])).colours == "RGB"
 
 
 def test_what_needs_nothing_stays_as_it_is_but_for_bytes_behind_its_end() -> None:
@@ -61,10 +70,6 @@ def test_tables_need_neither_start_nor_end() -> None:
     assert jpeg.tables_segments(TABLES) == TABLES[2:-2]
     assert jpeg.tables_segments(TABLES[2:-2]) == TABLES[2:-2]
     assert jpeg.tables_segments(None) == b""
-
-
-JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
-ADOBE = {colours: b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([colours]) for colours in (0, 1)}
 
 
 @pytest.mark.parametrize("named", [JFIF, ADOBE[0], ADOBE[1], JFIF + ADOBE[0]])

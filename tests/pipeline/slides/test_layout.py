@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SlideError
-from pipeline.slides.layout import Layout, mean_mpp, read_layout
+from pipeline.slides.layout import Layout, read_layout
 from pipeline.slides.openslide import OpenSlideReader
 from pipeline.storage.ranges import LocalSource
 from tests.synth import cut, leica_xml, overwrite, philips_xml, tissue_rgb, write_pyramid
@@ -63,8 +63,8 @@ def test_levels_and_microns_are_openslides(tmp_path: Path, mpp: float | None, ki
     with OpenSlideReader(path) as theirs:
         assert found.levels == theirs.levels
         assert found.vendor == theirs.vendor
-        stated = 0.0 if found.mpp is None else mean_mpp(*found.mpp)
-        assert stated == pytest.approx(theirs.mpp or 0.0, rel=1e-9)
+        assert (found.mpp is None) == (theirs.mpp is None)
+        assert (found.mpp or ()) == pytest.approx(theirs.mpp or (), rel=1e-9)
 
 
 def test_philips_levels_are_cut_to_their_true_size(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_file_that_ends_before_its_first_directory(
     tifffile.imwrite(tmp_path / "whole.tif", RGB, byteorder=order, bigtiff=big, tile=tile, photometric="rgb")
     data = (tmp_path / "whole.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(moved(data, order, big=big))
-    assert layout(tmp_path / "a.tif") is None  # pixels that are not JPEG
+    assert (layout(tmp_path / "a.tif") is None) == (tile is None)  # strips are for Pillow
     cut(tmp_path / "a.tif", 0.9)
     with pytest.raises(SlideError, match=r"a\.tif: it ends before byte \d+") as caught:
         layout(tmp_path / "a.tif")

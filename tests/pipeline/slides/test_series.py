@@ -35,6 +35,8 @@ JPEG: dict[str, Any] = {
     "photometric": "rgb",
 }
 LZW: dict[str, Any] = {"tile": (64, 64), "compression": "lzw", "photometric": "rgb"}
+GREYS = np.arange(256, dtype=np.uint16) * 257
+PALETTE: dict[str, Any] = {"tile": (64, 64), "photometric": "palette", "colormap": np.stack([GREYS] * 3)}
 STRIPS: dict[str, Any] = {"compression": "jpeg", "photometric": "rgb"}
 
 
@@ -115,11 +117,11 @@ def test_an_ome_tiff_whose_first_image_is_the_macro(tmp_path: Path, named: str) 
     with open_slide(tmp_path / "a.ome.tif") as reader:
         assert is_like(reader, SCAN)
         assert levels(reader) == [(613, 521), (306, 260)]
-        assert (reader.mpp, reader.vendor, reader.series) == (MPP, "ome-tiff", None)
+        assert (reader.mpp, reader.vendor, reader.series) == ((MPP, MPP), "ome-tiff", None)
         assert reader.picked == Picked(1, "scan", 2, None, named=False)
     with open_slide(tmp_path / "a.ome.tif", 0) as reader:
         assert is_like(reader, MACRO)
-        assert reader.mpp == (None if named == "macro" else 16.4)
+        assert reader.mpp == (None if named == "macro" else (16.4, 16.4))
         assert reader.series == 0
     with open_slide(tmp_path / "a.ome.tif", 1) as reader:
         assert reader.series is None  # as unasked: the same slide
@@ -135,7 +137,7 @@ def test_an_image_of_the_xml_is_matched_by_directory_and_by_size(tmp_path: Path,
     path = pages(tmp_path / "a.ome.tif", (SCAN, JPEG | xml), (MACRO, JPEG))
     with open_slide(path) as reader:
         assert is_like(reader, SCAN)
-        assert reader.mpp == MPP
+        assert reader.mpp == (MPP, MPP)
         assert reader.picked == Picked(1, "scan", 2, None, named=False)
 
 
@@ -144,13 +146,13 @@ def test_an_xml_that_does_not_say_where_its_images_lie(tmp_path: Path) -> None:
     path = pages(tmp_path / "a.ome.tif", (SCAN, JPEG | xml), (MACRO, JPEG))
     with open_slide(path) as reader:
         assert is_like(reader, SCAN)
-        assert (reader.mpp, reader.picked and reader.picked.series) == (MPP, 1)
+        assert (reader.mpp, reader.picked and reader.picked.series) == ((MPP, MPP), 1)
 
 
 def test_an_xml_of_another_picture_gives_no_microns(tmp_path: Path) -> None:
     path = pages(tmp_path / "a.ome.tif", (SCAN, JPEG | microns(0.25) | ome(image_xml(OTHER, "", 0, MPP))))
     with open_slide(path) as reader:
-        assert reader.mpp == pytest.approx(0.25)
+        assert reader.mpp == pytest.approx((0.25, 0.25))
 
 
 def test_an_xml_that_is_wrong_about_the_labels_size_still_names_it(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_an_xml_that_is_wrong_about_the_labels_size_still_names_it(tmp_path: Pat
     xml = ome(image_xml(MACRO, "label", 1, 0.25), image_xml(SCAN, "scan", 0, MPP))
     with open_slide(pages(tmp_path / "a.ome.tif", (SCAN, JPEG | xml), (OTHER, JPEG))) as reader:
         assert is_like(reader, SCAN)
-        assert (reader.mpp, reader.picked) == (MPP, Picked(1, "scan", 2, None, named=False))
+        assert (reader.mpp, reader.picked) == ((MPP, MPP), Picked(1, "scan", 2, None, named=False))
     with open_slide(tmp_path / "a.ome.tif", 0) as reader:
         assert is_like(reader, OTHER)
         assert reader.mpp is None
@@ -173,7 +175,7 @@ def test_microns_are_those_of_the_level_that_the_xml_describes(tmp_path: Path) -
     with open_slide(tmp_path / "a.ome.tif") as reader:
         assert is_like(reader, SCAN)
         assert levels(reader) == [(613, 521), (306, 260)]
-        assert reader.mpp == pytest.approx(MPP, rel=2e-3)
+        assert reader.mpp == pytest.approx((MPP, MPP), rel=2e-3)
 
 
 @pytest.mark.parametrize("big", [False, True])
@@ -184,7 +186,7 @@ def test_a_thumbnail_before_the_scan(tmp_path: Path, how: dict[str, Any], *, big
     with open_slide(path) as reader:
         assert is_like(reader, SCAN)
         assert levels(reader) == [(613, 521)]
-        assert reader.mpp == (pytest.approx(MPP) if how is JPEG else None)
+        assert reader.mpp == (pytest.approx((MPP, MPP)) if how is JPEG else None)
         assert reader.picked == Picked(1, "", 2, None, named=False)
 
 
@@ -201,7 +203,7 @@ def test_a_scan_below_its_thumbnail(tmp_path: Path) -> None:
     with open_slide(pages(tmp_path / "a.tif", *written)) as reader:
         assert is_like(reader, SCAN)
         assert levels(reader) == [(613, 521), (204, 173)]
-        assert reader.mpp == pytest.approx(MPP)
+        assert reader.mpp == pytest.approx((MPP, MPP))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
@@ -223,7 +225,7 @@ def test_levels_in_every_order(tmp_path: Path, order: Sequence[int]) -> None:
             assert levels(reader) == [(613, 521), (306, 260), (153, 130)]
             assert [level.downsample for level in reader.levels] == pytest.approx([1, 2, 4], rel=1e-2)
             assert is_like(reader, SCAN)
-            assert reader.mpp == pytest.approx(MPP)
+            assert reader.mpp == pytest.approx((MPP, MPP))
 
 
 APERIO = "Aperio Image Library v11.2.1 \r\n{}x{} [0,0 613x521] (64x64) JPEG/RGB Q=30|AppMag = 20|MPP = 0.5000|Left = 25"
@@ -250,7 +252,7 @@ def test_an_aperio_slide_whose_macro_is_tiled(tmp_path: Path, said: str, kind: i
         with open_slide(pages(tmp_path / "a.svs", *written)) as reader, OpenSlideReader(clean) as theirs:
             assert reader.vendor == "aperio"
             assert levels(reader) == levels(theirs) == [(613, 521), (153, 130)]
-            assert reader.mpp == theirs.mpp == MPP
+            assert reader.mpp == theirs.mpp == (MPP, MPP)
             assert is_like(reader, SCAN)
 
 
@@ -309,7 +311,7 @@ def test_what_stands_before_a_generic_pyramid(tmp_path: Path, kind: int) -> None
     with open_slide(path) as reader:
         assert levels(reader) == [(613, 521), (306, 260)]
         assert is_like(reader, SCAN)
-        assert reader.mpp == pytest.approx(MPP)
+        assert reader.mpp == pytest.approx((MPP, MPP))
 
 
 def test_two_sections_of_a_generic_tiff(tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_two_sections_of_a_generic_tiff(tmp_path: Path) -> None:
     for series, rgb, mpp in ((0, MACRO, None), (1, SCAN, MPP), (2, OTHER, 0.25)):
         with open_slide(path, series) as reader:
             assert is_like(reader, rgb)
-            assert reader.mpp == (None if mpp is None else pytest.approx(mpp))
+            assert reader.mpp == (None if mpp is None else pytest.approx((mpp, mpp)))
             assert reader.series == series
     assert "there is no series 3, which the cohort names; it holds series 0 of 397 x 167 px" in refusal(path, 3)
 
@@ -363,9 +365,8 @@ def test_like_sections_share_no_reduced_directories(tmp_path: Path) -> None:
 @pytest.mark.parametrize("series", [0, 1])
 def test_an_image_that_only_openslide_reads(tmp_path: Path, series: int) -> None:
     """It takes the first; of another one nothing is read in its place."""
-    grey = {**LZW, "photometric": "minisblack"}
     first, second = SCAN[..., 1], tissue_rgb(613, 521, seed=3)[..., 1]
-    path = pages(tmp_path / "a.tif", (first, grey), (second, grey))
+    path = pages(tmp_path / "a.tif", (first, PALETTE), (second, PALETTE))
     if series:
         assert "series 1 of 613 x 521 px" in refusal(path, series)
         return
@@ -376,8 +377,7 @@ def test_an_image_that_only_openslide_reads(tmp_path: Path, series: int) -> None
 
 
 def test_a_thumbnail_that_openslide_would_take_is_not_taken(tmp_path: Path) -> None:
-    grey = {**LZW, "photometric": "minisblack"}
-    path = pages(tmp_path / "a.tif", (small(SCAN, 3)[..., 1], grey), (SCAN[..., 1], grey))
+    path = pages(tmp_path / "a.tif", (small(SCAN, 3)[..., 1], PALETTE), (SCAN[..., 1], PALETTE))
     with openslide.OpenSlide(path) as theirs:
         assert theirs.dimensions == (204, 173)
     assert "vips copy 'IN[page=1]'" in refusal(path)
@@ -424,7 +424,7 @@ def test_of_a_stack_the_middle_plane_is_taken_and_named(tmp_path: Path, depths: 
             coarse = reader.read(1, 0, 0, *levels(reader)[1])
             expected = small(planes[middle], 2 if path.suffix == ".tif" else 4)
             assert np.abs(coarse.astype(int) - expected).mean() < 4
-            assert reader.mpp == MPP
+            assert reader.mpp == (MPP, MPP)
             assert reader.picked is not None
             assert reader.picked.plane == f"focal plane {middle + 1} of {depths}"
 
@@ -493,4 +493,4 @@ def test_an_image_whose_planes_lie_in_another_file(tmp_path: Path) -> None:
     second = image_xml(SCAN, "here", None, MPP).replace("</Pixels>", data.format(here))
     xml = ome(first, second)["description"].replace("<OME ", f'<OME UUID="{here}" ')
     with open_slide(pages(tmp_path / "a.ome.tif", (SCAN, JPEG | {"description": xml}))) as reader:
-        assert (reader.mpp, reader.picked) == (MPP, Picked(1, "here", 1, None, named=False))
+        assert (reader.mpp, reader.picked) == ((MPP, MPP), Picked(1, "here", 1, None, named=False))

@@ -156,19 +156,32 @@ def test_thumbnail(slide: Path) -> None:
 
 def test_an_override_of_zero_is_absurd() -> None:
     with pytest.raises(SlideError) as caught:
-        effective_mpp(0.5, spec(), 0.0)
+        effective_mpp((0.5, 0.5), spec(), 0.0)
     assert caught.value.reason == "absurd-mpp"
 
 
 def test_effective_mpp_takes_override_then_file_then_default() -> None:
     tiling = spec(default_mpp=0.25)
-    assert effective_mpp(0.5, tiling, 0.3) == 0.3
-    assert effective_mpp(0.5, tiling, None) == 0.5
+    assert effective_mpp((0.5, 0.5), tiling, 0.3) == 0.3
+    assert effective_mpp((0.5, 0.5), tiling, None) == 0.5
     assert effective_mpp(None, tiling, None) == 0.25
 
 
-@pytest.mark.parametrize("stated", [None, 352.8, 0.001])
-def test_missing_or_absurd_mpp(stated: float | None) -> None:
+@pytest.mark.parametrize(("x", "y"), [(0.25, 0.5), (0.5, 0.25), (0.5, 0.511), (0.511, 0.5)])
+def test_px_that_are_not_square_are_refused_and_an_override_says_that_they_are(x: float, y: float) -> None:
+    with pytest.raises(SlideError, match=rf"states {x:g} microns .* along x and {y:g} along y.*mpp column") as caught:
+        effective_mpp((x, y), spec(default_mpp=0.5), None)
+    assert caught.value.reason == "mpp-not-square"
+    assert effective_mpp((x, y), spec(), 0.3) == 0.3
+    assert effective_mpp((x, y), spec(mpp=None), None) is None
+
+
+def test_px_that_are_square_but_for_rounding_have_the_mean() -> None:
+    assert effective_mpp((0.5, 0.508), spec(), None) == pytest.approx(0.503984, abs=1e-6)
+
+
+@pytest.mark.parametrize("stated", [None, (352.8, 352.8), (0.001, 0.001)])
+def test_missing_or_absurd_mpp(stated: tuple[float, float] | None) -> None:
     with pytest.raises(SlideError, match="cohort's mpp column") as caught:
         effective_mpp(stated, spec(), None)
     assert caught.value.reason == ("missing-mpp" if stated is None else "absurd-mpp")
@@ -177,7 +190,7 @@ def test_missing_or_absurd_mpp(stated: float | None) -> None:
 
 def test_an_absurd_mpp_is_not_replaced_by_the_default() -> None:
     with pytest.raises(SlideError):
-        effective_mpp(352.8, spec(default_mpp=0.5), None)
+        effective_mpp((352.8, 352.8), spec(default_mpp=0.5), None)
 
 
 def test_one_level_only_is_averaged_from_far(tmp_path: Path) -> None:
