@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,6 +82,36 @@ def write_pyramid(
     return path
 
 
+def write_tiles(
+    path: Path,
+    rgb: RGB,
+    tile: int,
+    encode: Callable[[RGB], bytes],
+    *,
+    compression: int,
+    photometric: int,
+    mpp: float | None = None,
+    description: bytes | None = None,
+) -> Path:
+    """Write a generic tiled TIFF of one level whose tiles are what `encode` gives, whatever the directory says."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<2sHI", b"II", 42, 0))
+        spans = []
+        for block in _blocks(rgb, tile):
+            data = encode(block)
+            spans.append((file.tell(), len(data)))
+            file.write(data)
+        replaced = {259: ("H", (compression,)), 262: ("H", (photometric,))}
+        tags = [
+            (code, *replaced.get(code, (kind, values)))
+            for code, kind, values in _tags(rgb, tile, "444", mpp, spans, reduced=False)
+            if code != 530 or photometric == 6
+        ]
+        tags += [(270, "s", tuple(description + b"\0"))] if description else []
+        _write_directory(file, 4, sorted(tags))
+    return path
+
+
 def _tags(
     rgb: RGB, tile: int, subsampling: str, mpp: float | None, spans: list[tuple[int, int]], *, reduced: bool
 ) -> list[tuple[int, str, tuple[int, ...]]]:
@@ -127,16 +157,21 @@ def _write_directory(file: BinaryIO, link: int, tags: list[tuple[int, str, tuple
 
 
 def _tiles(rgb: RGB, tile: int, quality: int, subsampling: str, photometric: str) -> Iterator[bytes]:
+    for block in _blocks(rgb, tile):
+        if photometric == "rgb":
+            options: dict[str, Any] = {"colorspace": "rgb", "outcolorspace": "rgb", "subsampling": "444"}
+            yield bytes(imagecodecs.jpeg8_encode(block, level=quality, **options))
+        else:
+            yield simplejpeg.encode_jpeg(block, quality=quality, colorsubsampling=subsampling)
+
+
+def _blocks(rgb: RGB, tile: int) -> Iterator[RGB]:
+    """Tiles row by row; those at the edge are filled up."""
     for top in range(0, rgb.shape[0], tile):
         for left in range(0, rgb.shape[1], tile):
             block = rgb[top : top + tile, left : left + tile]
             margin = ((0, tile - block.shape[0]), (0, tile - block.shape[1]), (0, 0))
-            padded = np.ascontiguousarray(np.pad(block, margin, mode="edge"))
-            if photometric == "rgb":
-                options: dict[str, Any] = {"colorspace": "rgb", "outcolorspace": "rgb", "subsampling": "444"}
-                yield bytes(imagecodecs.jpeg8_encode(padded, level=quality, **options))
-            else:
-                yield simplejpeg.encode_jpeg(padded, quality=quality, colorsubsampling=subsampling)
+            yield np.ascontiguousarray(np.pad(block, margin, mode="edge"))
 
 
 def split_tables(jpeg: bytes) -> tuple[bytes, bytes]:

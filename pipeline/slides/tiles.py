@@ -194,7 +194,7 @@ def _codec(
     if page.dtype != np.uint8 or page.bitspersample != 8 or page.imagedepth != 1:
         return None, ()
     separate = samples > 1 and int(page.planarconfig) == 2
-    if (samples, separate) == (3, False):
+    if page.is_tiled and (samples, separate) == (3, False):
         if compression == _JPEG and photometric in (_RGB, _YCBCR):
             return "jpeg", ()
         if compression in _JPEG2000 and photometric == _RGB:
@@ -202,8 +202,7 @@ def _codec(
     if not _is_plain(page, order):
         return None, ()
     if compression == _JPEG:
-        decoder: Decoder = partial(_grey_jpeg, jpeg.tables_segments(page.jpegtables))
-        return ("other", (decoder,) * samples) if separate or samples == 1 else (None, ())
+        return "other", (partial(_by_simplejpeg, page),) * (samples if separate else 1)
     if compression in _JPEG2000 or compression in _DECODED:
         return "other", (partial(_by_tifffile, page),) * (samples if separate else 1)
     return None, ()
@@ -213,7 +212,10 @@ def _is_plain(page: tifffile.TiffPage, order: tuple[int, ...] | None) -> bool:
     """Whether samples are grey or red, green and blue as they stand, with or without transparency."""
     if order is not None:
         return True
-    colours = {_MIN_IS_WHITE: 1, _MIN_IS_BLACK: 1, _RGB: 3}.get(int(page.photometric))
+    jpeg_strips = int(page.compression) == _JPEG and not page.is_tiled
+    colours = {_MIN_IS_WHITE: 1, _MIN_IS_BLACK: 1, _RGB: 3, _YCBCR: 3 if jpeg_strips else None}.get(
+        int(page.photometric)
+    )
     more = tuple(page.extrasamples)
     return colours is not None and (
         int(page.samplesperpixel) == colours + len(more) and more in ((), (_PREMULTIPLIED,), (_STRAIGHT,))
@@ -227,12 +229,15 @@ def _by_tifffile(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
     return samples
 
 
-def _grey_jpeg(tables: bytes, data: bytes, number: int) -> Samples:
-    del number
-    if len(jpeg.header(data).components) != 1:
-        raise ValueError("its JPEG is not grey")
-    pixels: Samples = simplejpeg.decode_jpeg(jpeg.standalone(data, tables, rgb=False), colorspace="GRAY")
-    return pixels
+def _by_simplejpeg(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
+    """Stricter than tifffile, which lets libjpeg fill damage with grey."""
+    header = jpeg.header(data)
+    whole = jpeg.standalone(data, jpeg.tables_segments(page.jpegtables), int(page.photometric) == _RGB, header)
+    samples: Samples = simplejpeg.decode_jpeg(whole, colorspace="GRAY" if len(header.components) == 1 else "RGB")
+    missing = 0 if page.is_tiled else page.rowsperstrip - len(samples)
+    if missing > 0 and (number + 1) * page.rowsperstrip - missing == page.imagelength:  # the last strip is shorter
+        samples = np.pad(samples, ((0, missing), (0, 0), (0, 0)))
+    return samples
 
 
 def _as_rgb(page: TiledPage, planes: Sequence[Samples]) -> RGB:
