@@ -2,7 +2,7 @@
 
 Five times as fast as OpenSlide, whose time goes into compositing, and the same pixels bit for bit: libjpeg's defaults
 (accurate DCT, smooth chroma upsampling) on both sides. A tile that cannot be decoded costs what touches it; of JPEG
-2000 only damage that is plain to see is found (`jpeg2000`).
+2000 only damage that is plain to see is found (`damage`).
 
 The overview of a slide without a small level takes each JPEG block's mean, which stands in its data, instead of the
 block's 64 px: half the CPU time (the other half is Huffman's code), and the same to within rounding.

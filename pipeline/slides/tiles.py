@@ -8,6 +8,7 @@ none. What a strip holds is read as a tile as wide as the level.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.errors import SlideError
-from pipeline.slides import jpeg, jpeg2000
+from pipeline.slides import jpeg
+from pipeline.slides.damage import check_jpeg2000, check_jpegxr, check_webp
 from pipeline.slides.reader import EIGHTH, RGB, NativeTiles, on_background
 from pipeline.storage.ranges import ByteSource
 
@@ -30,8 +32,10 @@ Samples = npt.NDArray[np.uint8]
 Decoder = Callable[[bytes, int], Samples]
 """A tile's bytes and its number to its samples (h, w, n)."""
 
-_JPEG, _JPEG2000 = 7, (33004, 33005, 34712)
-_DECODED = frozenset({1, 5, 8, 32773, 32946, 34887, 34925, 34926, 34927, 34933, 34934, 50000, 50001, 50002, 52546})
+_JPEG, _JPEG2000, _JPEG_XR, _WEBP = 7, (33004, 33005, 34712), (34934,), (34927, 50001)
+_DECODED = frozenset(
+    {1, 5, 8, 32773, 32946, 34887, 34925, 34926, 34933, 50000, 50002, 52546, *_JPEG2000, *_JPEG_XR, *_WEBP}
+)
 """Compressions that are left to tifffile. Not 33003, Aperio's JPEG 2000 in YCbCr, of which it would give YCbCr."""
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _PREMULTIPLIED, _STRAIGHT = 1, 2  # ExtraSamples: what a sample of transparency has done to the colours
@@ -131,7 +135,7 @@ def checked(page: TiledPage, data: bytes) -> bytes:
         ValueError: it is no image of the tile's size, or plainly damaged.
     """
     if page.tiles.codec == "jpeg2000":
-        jpeg2000.check(data)
+        check_jpeg2000(data)
         return data
     header = jpeg.header(data)
     _check_size(page, header.width, header.height)
@@ -160,7 +164,7 @@ def decoded(page: TiledPage, parts: Sequence[bytes], number: int, out: RGB) -> R
     else:
         import imagecodecs  # 0.1 s, which slides without JPEG 2000 need not pay
 
-        jpeg2000.check(parts[0])
+        check_jpeg2000(parts[0])
         pixels = imagecodecs.jpeg2k_decode(parts[0])
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"its pixels are {pixels.dtype} of shape {pixels.shape}")
@@ -203,7 +207,7 @@ def _codec(
         return None, ()
     if compression == _JPEG:
         return "other", (partial(_by_simplejpeg, page),) * (samples if separate else 1)
-    if compression in _JPEG2000 or compression in _DECODED:
+    if compression in _DECODED:
         return "other", (partial(_by_tifffile, page),) * (samples if separate else 1)
     return None, ()
 
@@ -223,8 +227,13 @@ def _is_plain(page: tifffile.TiffPage, order: tuple[int, ...] | None) -> bool:
 
 
 def _by_tifffile(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
-    if int(page.compression) in _JPEG2000:
-        jpeg2000.check(data)
+    compression = int(page.compression)
+    if compression in _JPEG2000:
+        check_jpeg2000(data)
+    elif compression in _JPEG_XR:
+        check_jpegxr(data)
+    elif compression in _WEBP:
+        check_webp(data, math.prod(_tile_size(page)))
     samples: Samples = page.decode(data, number, _fullsize=True)[0][0]  # of a volume that is one plane deep
     return samples
 

@@ -21,7 +21,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import store_slide
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from tests.pipeline.tiled import PATCH, RGB, SPEC, row
-from tests.synth import overwrite, write_pyramid, write_tiles
+from tests.synth import overwrite, tile_span, write_pyramid, write_tiles
 
 Picture = npt.NDArray[np.uint8]
 
@@ -47,6 +47,10 @@ def check_patches(path: Path, spec: TilingConfig = SPEC, picture: Picture = RGB,
     assert slide is not None, status.reason
     assert (slide.mpp, slide.n_bad_tiles) == (MPP, 0)
     assert slide.n_patches > 18
+    check_colours(slide, picture)
+
+
+def check_colours(slide: StoredSlide, picture: Picture = RGB) -> None:
     index = slide.index()
     for number, data in enumerate(slide.payloads(range(slide.n_patches))):
         x, y = int(index.x[number]), int(index.y[number])
@@ -79,6 +83,23 @@ def test_tiles_of_every_codec(tmp_path: Path, codec: str, *, predictor: bool) ->
         tiff.write(RGB, compression=codec, **TILES, **PER_CM, **options)
         tiff.write(RGB[::2, ::2].copy(), compression=codec, subfiletype=1, metadata=None, **TILES, **options)
     check_patches(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("damage", ["zeros", "half"])
+@pytest.mark.parametrize("codec", [codec for codec in LOSSLESS if codec != "none"])
+def test_a_damaged_tile_of_any_codec_costs_itself(tmp_path: Path, codec: str, damage: str) -> None:
+    """Uncompressed px show no damage, nor do the last 5 kB of a JPEG XR that were read as zeros."""
+    if (codec, damage) == ("jpegxr", "half"):
+        pytest.skip("it does not show")
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, RGB, compression=codec, **TILES, **PER_CM)
+    offset, length = tile_span(path, 0, 33)  # of row 3, column 3: tissue
+    start = 0 if damage == "zeros" else length // 2
+    overwrite(path, offset + start, bytes(length - start))
+    _, slide = stored(path)
+    assert slide is not None
+    assert slide.n_bad_tiles == 1
+    check_colours(slide)
 
 
 def as_jfif(tile: Picture) -> bytes:

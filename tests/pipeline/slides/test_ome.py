@@ -67,3 +67,40 @@ def test_what_is_no_ome_xml() -> None:
     for wrong in (('SizeX="313"', 'SizeX="wide"'), ('IFD="7"', 'IFD="-7"'), ("XYCZT", "XXXXX")):
         with pytest.raises(ValueError, match=r"wide|IFD|XXXXX"):
             parse_ome(TWO.format("").replace(*wrong))
+
+
+@pytest.mark.parametrize(
+    ("unit", "microns"),
+    [
+        ("\u00b5m", 0.5),
+        ("\u03bcm", 0.5),
+        ("um", 0.5),
+        ("micron", 0.5),
+        ("nm", 0.0005),
+        ("pm", 5e-7),
+        ("mm", 500.0),
+        ("cm", 5000.0),
+        ("m", 500_000.0),
+        ("in", 12_700.0),
+        ("inch", 12_700.0),
+        ("\u00c5", 5e-5),
+        ("\u212b", 5e-5),
+        (" nm ", 0.0005),
+        ("pixel", None),
+        ("reference frame", None),
+        ("Mm", None),
+        ("", None),
+    ],
+)
+def test_units(unit: str, microns: float | None) -> None:
+    found = Length(0.5, unit).microns
+    assert found == (None if microns is None else pytest.approx(microns))
+
+
+@pytest.mark.parametrize(
+    ("stated", "colour"),
+    [("-16776961", 0xFF0000FF), ("16711935", 0x00FF00FF), ("65535", 0x0000FFFF), ("", None), ("red", None)],
+)
+def test_colours_of_channels_are_signed_numbers(stated: str, colour: int | None) -> None:
+    xml = TWO.format("").replace('Name="CD3"', f'Name="CD3" Color="{stated}"')
+    assert parse_ome(xml).images[1].channels == (Channel("DAPI", 1), Channel("CD3", 1, colour))
