@@ -79,7 +79,7 @@ class TilingConfig(Section):
     """Edge of a patch, in px, at `mpp`. native: that of the tiles that the slide itself is cut into, so that patches
     keep their bytes (see `codec`); slides that are trained on together must then agree in it."""
     mpp: Annotated[float, Field(gt=0)] | None = 0.5
-    """Microns per px of a patch. null: level 0 as it is, whatever its mpp (plain images)."""
+    """Microns per px of a patch. null: level 0 as it is, whatever its mpp, and square or not (plain images)."""
     mpp_tolerance: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     """A level whose mpp is within this share of the target is used unchanged; else a finer one is resized."""
     default_mpp: Annotated[float, Field(gt=0)] | None = None

@@ -24,6 +24,7 @@ from pipeline.errors import SlideError
 from pipeline.ingest.tiler import quarantined, version_of
 from pipeline.results.quality_pictures import SlidePicture, picture
 from pipeline.results.tables import table_csv
+from pipeline.slides.reader import square_mpp
 from pipeline.storage import files
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.tiling.evidence import OUTLINE
@@ -208,13 +209,12 @@ def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
 
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    mpp, stated = facts["mpp"], facts["stated_mpp"]
     width, height = facts["dimensions"]
     return {
         "scanner": facts["vendor"],
         "image": _image(facts["image"]),
-        "mpp": mpp,
-        "mpp_source": "none" if mpp is None else "file" if mpp == stated else "cohort or config",
+        "mpp": facts["mpp"],
+        "mpp_source": _mpp_source(facts["mpp"], facts["stated_mpp"]),
         "width": width,
         "height": height,
         "level": facts["level"],
@@ -230,6 +230,17 @@ def _image(picked: Mapping[str, Any] | None) -> str | None:
     name = f" ({picked['name']})" if picked["name"] else ""
     plane = f", {picked['plane']}" if picked["plane"] else ""
     return f"series {picked['series']}{name}{plane}"
+
+
+def _mpp_source(mpp: float | None, stated: Sequence[float] | None) -> str:
+    """Who said so; where somebody overrode a file whose px are not square, what it says."""
+    if mpp is None or stated is None:
+        return "none" if mpp is None else "cohort or config"
+    x, y = stated
+    square = square_mpp((x, y))
+    if square is None:
+        return f"cohort or config; not square in the file, {x:g} x {y:g}"
+    return "file" if mpp == square else "cohort or config"
 
 
 def _scanners(rows: Sequence[QualityRow]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ EIGHTH = 8  # px along a JPEG's blocks, whose means stand in its data: a decoder
 BLOCK_PX = 1024  # edge of the blocks an overview is read in: 4 MB of RGBA, whatever the slide's size
 SMALLEST_PX = 128  # a block that fails is quartered down to this edge, so a bad tile costs about itself
 SHAPE = 0.02  # how far the width to height of a level may be from the slide's
+NOT_SQUARE = 0.02  # share by which px may be longer than wide: real scanners state x and y with other rounding
 UPRIGHT = 1  # the orientation of TIFF and EXIF that needs no turn
 UNREAD = 128  # grey of what an overview could not read: neither glass nor tissue
 
@@ -271,6 +272,11 @@ def has_shape_of(size: tuple[int, int], whole: tuple[int, int]) -> bool:
 def stated_mpp(x: float, y: float) -> Mpp | None:
     """What a file states along x and y, where both are microns that a px can have."""
     return (x, y) if x > 0 and y > 0 and math.isfinite(x * y) else None
+
+
+def square_mpp(stated: Mpp) -> float | None:
+    """The geometric mean of what a file states along x and y; None where its px are not square, but for rounding."""
+    return None if max(stated) > min(stated) * (1 + NOT_SQUARE) else math.sqrt(stated[0] * stated[1])
 
 
 def profile_name(data: bytes | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, SlideError
 from pipeline.slides.open import SlideReader
-from pipeline.slides.reader import Mpp
+from pipeline.slides.reader import Mpp, square_mpp
 from pipeline.tiling.candidates import NothingFoundError, find_candidates
 from pipeline.tiling.cutting import Cutter
 from pipeline.tiling.evidence import THUMBNAIL_PX, gather_evidence, thumbnail
@@ -23,7 +22,6 @@ from pipeline.tiling.guide import Guide
 
 MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
 MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
-NOT_SQUARE = 0.02  # share by which px may be longer than wide: real scanners state x and y with other rounding
 ANNOUNCED = 4096  # patches that the reader is told of at a time: it fetches their bytes together
 MASK_PX = 2048
 """Longer edge of the largest mask: beyond 256 patches a side shares are known less finely, but a slide of 100,000 px of
@@ -202,7 +200,9 @@ def effective_mpp(stated: Mpp | None, spec: TilingConfig, override: float | None
     """
     if spec.mpp is None:
         return None
-    mpp = (_square(stated) or spec.default_mpp) if override is None else override
+    mpp = override
+    if mpp is None:
+        mpp = spec.default_mpp if stated is None else _square(stated)
     if mpp is None:
         raise SlideError(
             "missing-mpp",
@@ -218,17 +218,16 @@ def effective_mpp(stated: Mpp | None, spec: TilingConfig, override: float | None
     return mpp
 
 
-def _square(stated: Mpp | None) -> float | None:
-    """The geometric mean of what a file states along x and y, which differ by rounding on real scanners."""
-    if stated is None:
-        return None
-    (x, y), coarser = stated, max(stated)
-    if coarser > min(stated) * (1 + NOT_SQUARE):
+def _square(stated: Mpp) -> float:
+    """Microns along either side of a px; SlideError "mpp-not-square"."""
+    mpp = square_mpp(stated)
+    if mpp is None:
+        (x, y), coarser = stated, max(stated)
         raise SlideError(
             "mpp-not-square",
-            f"the file states {x:g} microns per px along x and {y:g} along y, and patches of px that are not square "
-            f"would show squeezed tissue; resample it (`vips resize IN OUT.tiff[tile,pyramid] {x / coarser:g} --vscale "
-            f"{y / coarser:g}`) and give {coarser:g} in the cohort's mpp column, which says that px are square; where "
-            "the file is wrong, give the right value there",
+            f"the file states {x:g} microns per px along x and {y:g} along y, and patches of such px would show tissue "
+            f"squeezed; resample it (`vips resize IN OUT.tiff[tile,pyramid] {x / coarser:g} --vscale {y / coarser:g}`) "
+            f"and give {coarser:g} in the cohort's mpp column, which says that px are square; where the file is wrong, "
+            "give the right value there",
         )
-    return math.sqrt(x * y)
+    return mpp

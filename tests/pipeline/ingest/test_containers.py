@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import simplejpeg
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import store_slide
@@ -358,3 +358,22 @@ def test_cmyk_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tile": (PATCH, PATCH), "photometric": "separated", "compression": "lzw"}
     tifffile.imwrite(tmp_path / "a.tif", cmyk, **options, **PER_CM)
     assert refusal(tmp_path / "a.tif").startswith("pixel-type: a.tif: CMYK")
+
+
+@pytest.mark.parametrize("reader", ["ours", "openslide"])
+def test_what_a_file_states_is_recorded(tmp_path: Path, reader: str) -> None:
+    """Microns along both axes, and the colour profile, which is not applied."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kind: dict[str, Any] = {"resolution": (2e4, 2.01e4), "resolutionunit": 3, "metadata": None, "iccprofile": srgb}
+    if reader == "ours":
+        tifffile.imwrite(tmp_path / "a.tif", RGB, **TILES, **kind)
+    else:
+        greys = np.stack([np.arange(256, dtype=np.uint16) * 257] * 3)
+        options: dict[str, Any] = {"tile": (PATCH, PATCH), "photometric": "palette", "colormap": greys}
+        tifffile.imwrite(tmp_path / "a.tif", PLANES[1], **options, **kind)
+    spec = SPEC.model_copy(update={"tissue": "none"})
+    status, _ = stored(tmp_path / "a.tif", spec)
+    facts = PatchStore(str(tmp_path / "store"), spec.fingerprint()).facts(str(status.key))
+    assert facts["stated_mpp"] == pytest.approx([0.5, 0.497512], abs=1e-6)
+    assert facts["mpp"] == pytest.approx((0.5 * 0.497512) ** 0.5, abs=1e-6)
+    assert facts["icc_profile"] == "sRGB built-in"

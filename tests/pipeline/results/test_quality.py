@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pipeline.ingest.tiler import store_slide
 from pipeline.results.quality import (
     PICTURES,
     ROWS,
+    _mpp_source,
     chosen,
     look_up,
     quality_csv,
@@ -81,6 +83,21 @@ def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tm
     (feature,) = json.loads(outlines[0].read_text())["features"]
     xs = [x for x, _ in feature["geometry"]["coordinates"][0]]
     assert (min(xs), max(xs)) == (pytest.approx(5, abs=2), pytest.approx(170, abs=2))
+
+
+@pytest.mark.parametrize(
+    ("mpp", "stated", "source"),
+    [
+        (None, [0.5, 0.5], "none"),
+        (0.5, [0.5, 0.5], "file"),
+        (math.sqrt(0.5 * 0.501), [0.5, 0.501], "file"),
+        (0.25, [0.5, 0.5], "cohort or config"),
+        (0.5, None, "cohort or config"),
+        (0.5, [0.25, 0.5], "cohort or config; not square in the file, 0.25 x 0.5"),
+    ],
+)
+def test_who_stated_the_microns(mpp: float | None, stated: list[float] | None, source: str) -> None:
+    assert _mpp_source(mpp, stated) == source
 
 
 def test_a_thousand_slides_are_a_page_of_bounded_size(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:

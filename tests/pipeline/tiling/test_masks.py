@@ -12,7 +12,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.errors import SlideError
 from pipeline.tiling.masks import ExternalMask
@@ -163,6 +163,18 @@ def test_any_kind_of_image_with_tissue_above_0(mode: str) -> None:
     found = mask(image(mode), "a.png")
     assert found[:, :67].all()
     assert not found[:, 69:].any()
+
+
+@pytest.mark.parametrize("stored", [3, 6, 8])
+def test_a_mask_that_is_stored_turned_is_read_upright(stored: int) -> None:
+    """As each program shows it that follows EXIF."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = stored
+    upright = Image.open(io.BytesIO(image("L")))
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[stored]
+    sink = io.BytesIO()
+    upright.transpose(back).save(sink, format="PNG", exif=exif)
+    assert np.array_equal(mask(sink.getvalue(), "a.png"), mask(image("L"), "a.png"))
 
 
 def test_the_page_of_a_pyramid_that_suffices_is_read() -> None:
