@@ -205,8 +205,9 @@ def _codec(
             return "jpeg2000", ()
     if not _is_plain(page, order):
         return None, ()
-    if compression == _JPEG:
-        return "other", (partial(_by_simplejpeg, page),) * (samples if separate else 1)
+    if compression == _JPEG and (separate or samples in (1, 3)):  # four would be taken for CMYK
+        decoder: Decoder = partial(_by_simplejpeg, page, jpeg.tables_segments(page.jpegtables))
+        return "other", (decoder,) * (samples if separate else 1)
     if compression in _DECODED:
         return "other", (partial(_by_tifffile, page),) * (samples if separate else 1)
     return None, ()
@@ -238,13 +239,14 @@ def _by_tifffile(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
     return samples
 
 
-def _by_simplejpeg(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
+def _by_simplejpeg(page: tifffile.TiffPage, tables: bytes, data: bytes, number: int) -> Samples:
     """Stricter than tifffile, which lets libjpeg fill damage with grey."""
     header = jpeg.header(data)
-    whole = jpeg.standalone(data, jpeg.tables_segments(page.jpegtables), int(page.photometric) == _RGB, header)
+    whole = jpeg.standalone(data, tables, int(page.photometric) == _RGB, header)
     samples: Samples = simplejpeg.decode_jpeg(whole, colorspace="GRAY" if len(header.components) == 1 else "RGB")
-    missing = 0 if page.is_tiled else page.rowsperstrip - len(samples)
-    if missing > 0 and (number + 1) * page.rowsperstrip - missing == page.imagelength:  # the last strip is shorter
+    height = _tile_size(page)[1]
+    missing = height - len(samples)
+    if not page.is_tiled and missing > 0 and (number + 1) * height - missing == page.imagelength:  # the last strip
         samples = np.pad(samples, ((0, missing), (0, 0), (0, 0)))
     return samples
 

@@ -142,3 +142,41 @@ def test_tiles_of_no_file_of_their_own_are_not_passed_on(tmp_path: Path) -> None
         assert found is not None
         assert (found.width, found.height, found.columns, found.rows, found.codec) == (80, 64, 4, 5, "other")
         assert not reader.has_eighths(0)
+
+
+def test_grey_jpegs_whose_tables_stand_in_the_directory(tmp_path: Path) -> None:
+    pyvips = pytest.importorskip("pyvips")
+    path, grey = tmp_path / "a.tif", np.ascontiguousarray(RGB[..., 1])
+    written = pyvips.Image.new_from_array(grey)
+    written.tiffsave(str(path), tile=True, tile_width=64, tile_height=80, compression="jpeg", Q=95, pyramid=True)
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages.first.jpegtables is not None
+    with open_slide(path) as reader:
+        found = reader.read(0, 0, 0, 313, 271)
+        assert len(reader.levels) > 1
+    assert np.array_equal(found, np.stack([tifffile.imread(path)] * 3, -1))
+    assert np.abs(found.astype(int)[..., 0] - grey).mean() < 4
+
+
+@pytest.mark.parametrize("compression", ["zlib", "jpeg"])
+def test_one_strip_of_more_rows_than_there_are(tmp_path: Path, compression: str) -> None:
+    """2^32 - 1 of them is TIFF's default."""
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, RGB, photometric="rgb", compression=compression, rowsperstrip=271)
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages.first.tags["RowsPerStrip"]
+        at, size = tag.valueoffset, {3: 2, 4: 4}[int(tag.dtype)]
+    overwrite(path, at, b"\xff" * size)
+    with open_slide(path) as reader:
+        assert isinstance(reader, TiffReader)
+        assert np.abs(reader.read(0, 0, 0, 313, 271).astype(int) - RGB).mean() < 9
+
+
+def test_jpegs_of_colours_with_transparency_are_not_taken_for_cmyk(tmp_path: Path) -> None:
+    path, pixels = tmp_path / "a.tif", np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["unassalpha"], compression="zlib", **TILE)
+    assert taken(path) is not None
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages.first.tags["Compression"].valueoffset
+    overwrite(path, at, b"\7\0")
+    assert taken(path) is None
