@@ -25,7 +25,7 @@ import numpy.typing as npt
 import tifffile
 
 from pipeline.errors import NodeError, SlideError, StorageError
-from pipeline.slides.dicom import PREAMBLE, series_uid
+from pipeline.formats.dicom import PREAMBLE, series_uid
 from pipeline.slides.layout import BROKEN
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion

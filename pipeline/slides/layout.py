@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 
 from pipeline.errors import SlideError
-from pipeline.slides.channels import Order, check_alone, check_samples, find_colours
+from pipeline.formats.channels import Order, check_alone, check_samples, find_colours
 from pipeline.slides.reader import UPRIGHT, Level, Mpp, Picked, profile_name, stated_mpp
 from pipeline.slides.series import Planes, Series, aperio_fields, description, is_beside, is_ome, pick_series
 from pipeline.slides.tiles import TiledPage, joined, tiled_page

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from tifffile import TiffFile, TiffPage
 
 from pipeline.errors import SlideError
-from pipeline.slides.ome import Channel, Length, Ome, OmeImage, Plane, parse_ome
+from pipeline.formats.ome import Channel, Length, Ome, OmeImage, Plane, parse_ome
 from pipeline.slides.reader import Picked, has_shape_of
 
 RIVAL = 0.3  # an image of this share of the largest one's px may be the slide; each halving leaves 0.25

@@ -22,8 +22,8 @@ import tifffile
 from PIL import Image
 
 from pipeline.errors import SlideError
-from pipeline.slides import jpeg
-from pipeline.slides.damage import check_jpeg2000, check_jpegxr, check_webp
+from pipeline.formats import jpeg
+from pipeline.formats.damage import check_jpeg2000, check_jpegxr, check_webp
 from pipeline.slides.reader import EIGHTH, RGB, NativeTiles, on_background
 from pipeline.storage.ranges import ByteSource
 

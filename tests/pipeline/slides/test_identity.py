@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SlideError, StorageError
-from pipeline.slides import dicom, identity
+from pipeline.formats import dicom
+from pipeline.slides import identity
 from pipeline.slides.identity import reading_source, slide_digest, slide_files, slide_version
 from pipeline.storage import files
 from pipeline.storage.staging import Staging
-from tests.pipeline.slides.test_dicom import dicom_file, referenced
+from tests.pipeline.formats.test_dicom import dicom_file, referenced
 from tests.s3 import S3Server, serve_s3
 from tests.synth import overwrite, tile_span, tissue_rgb, write_pyramid
 

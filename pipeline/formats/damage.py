@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from pipeline.slides.jpeg import ZERO_RUN
+from pipeline.formats.jpeg import ZERO_RUN
 
 _START, _END, _DATA = b"\xff\x4f\xff\x51", b"\xff\xd9", b"\xff\x93"  # SOC and SIZ, EOC, SOD
 _PX_PER_ZERO = 8192  # of a blank WebP: 400 zeros in a row at 2048 x 2048 px, 104 at 1024 x 1024, else under 10

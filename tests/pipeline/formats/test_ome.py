@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.slides.ome import Channel, Length, Plane, TiffData, parse_ome
+from pipeline.formats.ome import Channel, Length, Plane, TiffData, parse_ome
 
 HEAD = (
     '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="u:1">'

@@ -10,8 +10,8 @@ import pytest
 import tifffile
 
 from pipeline.errors import SlideError
-from pipeline.slides.channels import check_alone, check_samples, colour_order, find_colours
-from pipeline.slides.ome import Channel
+from pipeline.formats.channels import check_alone, check_samples, colour_order, find_colours
+from pipeline.formats.ome import Channel
 from tests.synth import tissue_rgb
 
 RGB = tissue_rgb(131, 97)

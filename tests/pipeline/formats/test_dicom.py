@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pipeline.slides.dicom import MAX_WINDOWS, PREAMBLE, WINDOW, series_uid
+from pipeline.formats.dicom import MAX_WINDOWS, PREAMBLE, WINDOW, series_uid
 
 SERIES = "1.2.826.0.1.3680043.8.498.1"
 _LONG = ("SQ", "OB", "UN")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.slides.damage import check_jpeg2000, check_jpegxr, check_webp
+from pipeline.formats.damage import check_jpeg2000, check_jpegxr, check_webp
 from tests.synth import tissue_rgb
 
 RGB = np.ascontiguousarray(tissue_rgb(613, 487)[100:356, 100:356])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tifffile
 
 from pipeline.errors import SlideError
-from pipeline.slides.ome import Channel
+from pipeline.formats.ome import Channel
 
 _COLOURS = ("red", "green", "blue")
 _NAMES = {name: number for number, colour in enumerate(_COLOURS) for name in (colour, colour[0])}

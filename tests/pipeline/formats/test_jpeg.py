@@ -9,7 +9,7 @@ import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.slides import jpeg
+from pipeline.formats import jpeg
 from tests.synth import split_tables, tissue_rgb
 
 RGB = np.ascontiguousarray(tissue_rgb(211, 157)[:112, :80])
