@@ -4,18 +4,21 @@
 memory that does not depend on the image; `gather`, the model and a loss, or `bounded_backward`, train on those.
 """
 
-from ips.bag import Bag, Batch, Certificate, Chunk, Selection, TensorBag
+from ips.bag import Bag, Batch, Certificate, Chunk, Selection, TensorBag, collate
 from ips.learning.gradient import bounded_backward
 from ips.learning.losses import mean_loss, task_loss
-from ips.learning.schedule import parameter_groups, warmup_cosine
+from ips.learning.processes import average_gradients, average_statistics
+from ips.learning.schedule import parameter_groups, warmup_cosine, warmup_cosine_scheduler
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder
-from ips.network.heads import probabilities
+from ips.network.heads import Head, linear_head, probabilities
 from ips.network.model import IPSModel
 from ips.network.official import load_official
+from ips.network.part import PatchEncoder, Positions
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
 from ips.selection.baselines import every_patch, random_selection
+from ips.selection.predict import Prediction, predict
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 
@@ -28,24 +31,34 @@ __all__ = [
     "FeatureProjector",
     "GatedAttention",
     "GridPositions",
+    "Head",
     "IPSModel",
     "IndexPositions",
     "MaxPool",
     "MeanPool",
+    "PatchEncoder",
+    "Positions",
+    "Prediction",
     "ResNet",
     "Scorer",
     "Selection",
     "TensorBag",
     "WrappedEncoder",
+    "average_gradients",
+    "average_statistics",
     "bounded_backward",
+    "collate",
     "every_patch",
     "gather",
+    "linear_head",
     "load_official",
     "mean_loss",
     "parameter_groups",
+    "predict",
     "probabilities",
     "random_selection",
     "select",
     "task_loss",
     "warmup_cosine",
+    "warmup_cosine_scheduler",
 ]

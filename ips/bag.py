@@ -6,12 +6,14 @@ embedding, H attention heads, T tasks (query tokens), J = H*T logits of a patch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,24 @@ class Selection:
     mask: Tensor
     """(B, M) bool, True where a real patch stands (a bag may be shorter than M)."""
     scores: Tensor
-    """(B, M) float32, softmax weight averaged over heads and tasks; 0 where masked."""
+    """(B, M) float32, softmax weight averaged over heads and tasks; 0 where masked. The softmax runs over `scored`
+    patches of the image: only where those are all is this its attention."""
     attention: tuple[Tensor, ...] | None = None
-    """Per image (N,) float32: the mean over H*T of the softmax over the whole image; sums to 1."""
+    """Per image (N,) float32: the mean over H*T of the softmax over the whole image; sums to 1. Or, where each head and
+    task was asked for, (N, H, T), each of which sums to 1."""
     certificates: tuple[Certificate, ...] | None = None
     """Per image, when asked for."""
+    scored: Tensor | None = None
+    """(B,) int64, patches that the softmax of `scores` runs over: all N; in `window` those of the last pool, at most
+    M + I."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The winners' patches, padded to M.
+    """The winners' patches, padded to M; a pytree, for `torch.export` and whatever else maps over tensors.
 
     Raises:
-        ValueError: the parts are not of one B and M.
+        ValueError: the parts are not of one B and M, or an image has no patch.
     """
 
     patches: Tensor
@@ -128,6 +135,8 @@ class Batch:
     """(B, M) int64."""
     mask: Tensor
     """(B, M) bool."""
+    real: Tensor = field(init=False)
+    """(n,) int64, where the mask is True: b * M + m. Found once, so that a model need not wait for its device."""
 
     def __post_init__(self) -> None:
         needed = {"index": tuple(self.mask.shape), "patches": (*self.mask.shape, *self.patches.shape[2:])}
@@ -137,3 +146,63 @@ class Batch:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"{name} has shape {found}; with mask {tuple(self.mask.shape)} it needs {shape}")
+        check_mask(self.mask)
+        object.__setattr__(self, "real", self.mask.flatten().nonzero().squeeze(1))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same on `device`."""
+        moved: Batch = pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=non_blocking), self)
+        return moved
+
+
+_PARTS = ("patches", "positions", "index", "mask", "real")
+
+
+def _unflatten(parts: Any, _context: Any) -> Batch:
+    """Parts may be anything that stands for a tensor, so nothing is checked."""
+    batch = object.__new__(Batch)
+    for name, part in zip(_PARTS, parts, strict=True):
+        object.__setattr__(batch, name, part)
+    return batch
+
+
+pytree.register_pytree_node(
+    Batch,
+    lambda batch: ([getattr(batch, name) for name in _PARTS], None),
+    _unflatten,
+    serialized_type_name="ips.bag.Batch",
+    flatten_with_keys_fn=lambda batch: ([(pytree.GetAttrKey(name), getattr(batch, name)) for name in _PARTS], None),
+)
+
+
+torch.serialization.add_safe_globals([Batch])  # an exported program carries the one that it was made with
+
+
+def check_mask(mask: Tensor) -> None:
+    """Refuse, by ValueError, a mask (B, M) in which an image has no patch."""
+    if not mask.any(dim=1).all():
+        raise ValueError(
+            f"mask: image {int((~mask.any(dim=1)).nonzero()[0])} of {len(mask)} has no patch; each needs one"
+        )
+
+
+def collate(items: Sequence[tuple[Bag, Mapping[str, Any]]]) -> tuple[list[Bag], dict[str, Tensor]]:
+    """(bag, task -> label) pairs -> bags, and targets task -> (B, ...) for `task_loss`: a DataLoader's `collate_fn`.
+
+    A label is a number, or several, or a tensor; None or an absent task is a missing label, NaN.
+
+    Raises:
+        ValueError: labels of one task that have different shapes, or are no numbers.
+    """
+    tasks = dict.fromkeys(task for _, labels in items for task in labels)
+    targets = {task: _stacked(task, [labels.get(task) for _, labels in items]) for task in tasks}
+    return [bag for bag, _ in items], targets
+
+
+def _stacked(task: str, labels: Sequence[Any]) -> Tensor:
+    try:
+        known = [None if label is None else torch.as_tensor(label) for label in labels]
+        shape = next((label.shape for label in known if label is not None), torch.Size())
+        return torch.stack([torch.full(shape, math.nan) if label is None else label for label in known])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"labels of task {task!r} cannot be stacked: {error}; give numbers of one shape") from error

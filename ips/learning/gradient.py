@@ -15,23 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ips.bag import Bag, Chunk, Selection
-from ips.network.model import IPSModel
+from ips.learning.processes import average_gradients, average_statistics
+from ips.network.model import IPSModel, layers, unwrapped
 from ips.selection.intake import check_count, take
 from ips.selection.scorer import BATCH_NORMS, check_statistics
+from ips.selection.select import placed
 from ips.selection.transfer import arrived
+from ips.selection.unique import row_hashes
 
 Norm = Literal["frozen", "group"]
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
 def bounded_backward(
-    model: IPSModel,
+    model: nn.Module,
     bags: Sequence[Bag],
     selection: Selection,
     loss: Loss,
@@ -42,7 +46,9 @@ def bounded_backward(
     """Add the gradient of the loss on the selected patches to the parameters' `grad`.
 
     Args:
-        model: in training mode, or not: its modes hold, but for `norm`.
+        model: an `IPSModel`, in training mode or not: its modes hold, but for `norm`. In DistributedDataParallel too:
+            then all processes call this together, and the gradients are averaged over them at the end (not in its
+            `no_sync`), as are the running statistics with `group`.
         bags: B bags; `take` must give the same patches twice.
         selection: of these bags.
         loss: task -> logits (B, K) to a scalar.
@@ -58,8 +64,29 @@ def bounded_backward(
     Raises:
         ValueError: `chunk` < 1 or one that leaves a patch alone with `group`, another `norm`, a selection of other
             bags, `frozen` norms without running statistics, an image without patches, patches and positions that the
-            model cannot take, or a loss that does not depend on them.
+            model cannot take, a loss that does not depend on them, or a bag that gives other patches the second time
+            (the gradients are of no use then).
     """
+    wrappers = layers(model)
+    value, outputs = _backward(unwrapped(model), bags, selection, loss, chunk, norm, dtype)
+    for wrapper in wrappers:
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.require_backward_grad_sync:
+            average_gradients(wrapper, wrapper.process_group)
+            if norm == "group":
+                average_statistics(wrapper, wrapper.process_group)
+    return value, outputs
+
+
+def _backward(
+    model: IPSModel,
+    bags: Sequence[Bag],
+    selection: Selection,
+    loss: Loss,
+    chunk: int,
+    norm: Norm,
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`bounded_backward` of this process."""
     _check(model.encoder, bags, selection, chunk, norm)
     device = model.mean.device
     parts = _parts(selection, chunk)
@@ -68,12 +95,13 @@ def bounded_backward(
     twice = any(parameter.requires_grad for parameter in model.encoder.parameters())
     with _norms(model.encoder, norm):
         with _statistics_held(model.encoder) if twice else nullcontext():
-            embeddings, positions, states = _embed_all(model, bags, parts, dtype)
+            embeddings, positions, before = _embed_all(model, bags, parts, dtype)
         leaf = embeddings.requires_grad_()
-        places = model.places(selection.index, _place(positions, selection))
+        places = model.places(selection.index, placed(positions, selection))
         places = None if places is None else places.to(device)
+        real = selection.mask.flatten().nonzero().squeeze(1).to(device)
         with _autocast(device, dtype):
-            outputs = model.pool(leaf, selection.mask.to(device), places)
+            outputs = model.pool(leaf, selection.mask.to(device), places, real)
             value = loss(outputs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
@@ -82,7 +110,7 @@ def bounded_backward(
                 "loss: it does not depend on the patches; compute it from the logits, without detaching them"
             )
         if twice:
-            _backward_all(model, bags, parts, leaf.grad, states, dtype)
+            _backward_all(model, bags, parts, leaf.grad, before, dtype)
     return value.detach(), {task: logits.detach() for task, logits in outputs.items()}
 
 
@@ -131,18 +159,18 @@ def _take(bags: Sequence[Bag], part: _Part, device: torch.device) -> tuple[Tenso
 
 def _embed_all(
     model: IPSModel, bags: Sequence[Bag], parts: list[_Part], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor], list[_RngState]]:
-    """Embeddings (n, D) of all winners, their positions, and the RNG state before each chunk."""
+) -> tuple[Tensor, list[Tensor], list[_Before]]:
+    """Embeddings (n, D) of all winners, their positions, and what the second pass needs to know of each chunk."""
     device = model.mean.device
-    embeddings, positions, states = [], [], []
+    embeddings, positions, before = [], [], []
     with torch.no_grad():
         for part in parts:
             patches, chunks = _take(bags, part, device)
-            states.append(_RngState(device))
+            before.append(_Before(_RngState(device), row_hashes(patches)))
             with _autocast(device, dtype):
                 embeddings.append(model.embed(patches))
             positions += [chunk.positions for chunk in chunks if chunk.positions is not None]
-    return torch.cat(embeddings), positions, states
+    return torch.cat(embeddings), positions, before
 
 
 def _backward_all(
@@ -150,15 +178,17 @@ def _backward_all(
     bags: Sequence[Bag],
     parts: list[_Part],
     gradient: Tensor,
-    states: list[_RngState],
+    before: list[_Before],
     dtype: torch.dtype,
 ) -> None:
     device, after = model.mean.device, _RngState(model.mean.device)
     start = 0
+    same = []
     try:
-        for part, state in zip(parts, states, strict=True):
+        for part, first in zip(parts, before, strict=True):
             patches, _ = _take(bags, part, device)
-            state.restore()
+            same.append(row_hashes(patches) == first.hashes)
+            first.rng.restore()
             with _autocast(device, dtype):
                 embeddings = model.embed(patches)
             stop = start + len(patches)
@@ -166,15 +196,27 @@ def _backward_all(
             start = stop
     finally:
         after.restore()
+    _check_same(parts, torch.cat(same))
 
 
-def _place(positions: list[Tensor], selection: Selection) -> Tensor | None:
-    """Positions (n, 2) of the winners -> (B, M, 2) on the host, zeros where masked; None where bags have none."""
-    if sum(map(len, positions)) < int(selection.mask.sum()):
-        return None
-    placed = torch.zeros(*selection.mask.shape, 2)
-    placed[selection.mask] = torch.cat(positions).to("cpu", torch.float32)
-    return placed
+def _check_same(parts: list[_Part], same: Tensor) -> None:
+    """Refuse what no chain rule holds for: patches (n,) that were others in the second pass. The one read of a step."""
+    if same.all():
+        return
+    rows = [(number, row) for part in parts for number, rows in part for row in rows.tolist()]
+    number, row = rows[int((~same).nonzero()[0])]
+    raise ValueError(
+        f"bags[{number}].take gave another patch of row {row} the second time, and the gradients added are of no use; "
+        "draw an augmentation by the row and the epoch, not anew each time"
+    )
+
+
+class _Before(NamedTuple):
+    """A chunk in the first pass."""
+
+    rng: _RngState
+    hashes: Tensor
+    """(n,) of its patches."""
 
 
 class _RngState:

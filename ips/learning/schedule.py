@@ -1,12 +1,14 @@
-"""Learning rate as a pure function of the step, and which parameters decay."""
+"""Learning rate as a pure function of the step, and as a scheduler of torch; and which parameters decay."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 1e-3) -> float:
@@ -27,6 +29,21 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warmup_cosine_scheduler(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 1e-3) -> LambdaLR:
+    """`warmup_cosine` as a scheduler of torch; call its `step` after each step of the optimiser.
+
+    A group's rate is the optimiser's times its `lr_scale`, where it has one (see `parameter_groups`).
+
+    Raises:
+        ValueError: where `warmup_cosine` raises it.
+    """
+
+    def scaled(scale: float) -> Callable[[int], float]:
+        return lambda step: scale * warmup_cosine(step, warmup_steps, total_steps, floor)
+
+    return LambdaLR(optimizer, [scaled(group.get("lr_scale", 1.0)) for group in optimizer.param_groups])
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
@@ -37,8 +54,8 @@ def parameter_groups(
     Args:
         model: of any kind.
         weight_decay: of the groups that decay.
-        lr_scales: prefix of names -> multiplier of the learning rate, which the group has as `lr_scale` for whoever
-            sets `lr`; parameters without such a prefix have 1.
+        lr_scales: prefix of names -> multiplier of the learning rate, which the group has as `lr_scale` for
+            `warmup_cosine_scheduler`, or whoever else sets `lr`; parameters without such a prefix have 1.
 
     Returns:
         For every multiplier, in the order of the model, a group that decays and one that does not.

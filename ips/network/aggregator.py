@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ips.bag import check_mask
 from ips.network.attention import CrossAttention
+from ips.network.part import Part, can_be_read
 
 
-class Aggregator(nn.Module):
+class Aggregator(Part):
     """One layer: cross-attention, then an MLP, each with a residual and a layer norm after it.
 
     The residual of the attention is the query, not the patches, and keys and values are not normed, as in the
@@ -50,13 +52,14 @@ class Aggregator(nn.Module):
         """Pool x (B, M, D) where mask (B, M) is True -> tokens (B, T, D).
 
         Raises:
-            ValueError: another D, a mask of another shape or not of bool, an image of which nothing is unmasked.
+            ValueError: another D, a mask of another shape or not of bool; on a CPU, an image of which nothing is
+                unmasked (elsewhere its tokens are NaN: to look would be to wait for the device).
         """
         if x.ndim != 3 or x.shape[2] != self.dim or mask.shape != x.shape[:2] or mask.dtype != torch.bool:
             found = f"x has shape {tuple(x.shape)}, mask {tuple(mask.shape)} and {mask.dtype}"
             raise ValueError(f"{found}; needs (B, M, {self.dim}) and (B, M) bool")
-        if not mask.any(dim=1).all():
-            raise ValueError("mask: an image has no patch; each needs one")
+        if can_be_read(mask):
+            check_mask(mask)
         tokens: Tensor = self.dropout(self.attention(x, mask)) + self.attention.queries
         tokens = self.attention_norm(tokens)
         out: Tensor = self.mlp_norm(self.dropout(self.mlp(tokens)) + tokens)

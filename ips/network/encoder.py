@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ips.network.strided import Strided, guard
+from ips.network.part import PatchEncoder
+from ips.network.strided import Strided, guarded
 from ips.network.tensors import read_tensors
 
 _BLOCKS: Mapping[str, tuple[int, int, int, int]] = {
@@ -83,7 +84,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-class ResNet(nn.Module):
+class ResNet(PatchEncoder):
     """A ResNet trunk with global average pooling; `dim` is the width of its embeddings.
 
     Args:
@@ -161,8 +162,10 @@ def _initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-class FeatureProjector(nn.Module):
+class FeatureProjector(PatchEncoder):
     """Encoder for precomputed features (the paper's CAMELYON16 setting): layer norm, linear, batch norm, ReLU."""
+
+    inputs: int
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
@@ -178,25 +181,26 @@ class FeatureProjector(nn.Module):
         return torch.relu(self.bn(nn.functional.linear(x, weight, self.linear.bias)))
 
 
-class WrappedEncoder(nn.Module):
+class WrappedEncoder(PatchEncoder):
     """Any network of (n, C, h, w) -> (n, D) as an encoder, checked when it is used.
 
     Args:
-        network: in training it may use batch norm and dropout; the selection runs it in evaluation mode. Its strided
-            convolutions become `ips.network.strided.Strided`, as in `IPSModel`: it may be used without one, to make
-            features.
+        network: in training it may use batch norm and dropout; the selection runs it in evaluation mode. It may be
+            used without a model, to make features.
         dim: D.
         channels: C; chunks of other patches are refused.
     """
 
+    channels: int
+
     def __init__(self, network: nn.Module, dim: int, channels: int) -> None:
         super().__init__()
-        guard(network)
         self.network, self.dim, self.channels = network, dim, channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, C, h, w) -> (n, D); ValueError where the network gives something else."""
-        out: Tensor = self.network(x)
+        with guarded(x):
+            out: Tensor = self.network(x)
         if out.shape != (len(x), self.dim):
             raise ValueError(
                 f"network: {type(self.network).__name__} gives shape {tuple(out.shape)} for {tuple(x.shape)}; an "

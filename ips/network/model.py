@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from ips.bag import Batch
-from ips.network.aggregator import Aggregator
-from ips.network.positions import IndexPositions, check_positions
-from ips.network.strided import guard
+from ips.bag import Batch, check_mask
+from ips.network.heads import Heads, Kind
+from ips.network.part import Part, PatchEncoder, Positions, Scores, can_be_read
+from ips.network.positions import check_positions
+from ips.network.strided import guarded
 
 
 class IPSModel(nn.Module):
     """Patches of an image -> logits of every task (paper section 3).
 
     Args:
-        encoder: (n, C, h, w) or (n, F) -> (n, D); where it says `dim`, that is D, and other patches than its
-            `channels` or `inputs` say are refused. Its strided convolutions become `ips.network.strided.Strided`.
-        aggregator: `Aggregator`, or one of `ips.network.pooling` with the same `forward` and `tasks`.
-        heads: task -> head (B, D) -> (B, K); the i-th head reads the i-th token.
-        position: `GridPositions`, `IndexPositions` or None; added to embeddings after the encoder.
+        encoder: (n, C, h, w) or (n, F) -> (n, D). Where it is a `PatchEncoder`, what it says of itself is held to;
+            of other modules no attribute is read.
+        aggregator: `Aggregator`, or another with its `forward` and `tasks`; with its `folded` it can select, too.
+        heads: task -> head (B, D) -> (B, K), `linear_head` or another; the i-th head reads the i-th token.
+        position: `GridPositions`, `IndexPositions`, other `Positions` or None; added to embeddings after the encoder.
         mean: per channel, of pixels scaled to 0..1. Features are never normalised.
         std: per channel.
 
     Raises:
         ValueError: as many heads as the aggregator has tasks are needed; encoder, aggregator, position and heads are
-            of different widths; `mean` and `std` differ in length.
+            of different widths; `mean` and `std` differ in length; a part is wrapped for several processes.
     """
 
     mean: Tensor
@@ -45,27 +47,39 @@ class IPSModel(nn.Module):
         std: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
-        if len(heads) != aggregator.tasks:
-            raise ValueError(f"heads has {len(heads)} tasks {list(heads)}, the aggregator {aggregator.tasks} tokens")
         parts = {"encoder": encoder, "aggregator": aggregator, "position": position}
-        widths: dict[str, Any] = {
-            name: part.dim for name, part in parts.items() if part is not None and hasattr(part, "dim")
-        }
+        for name, part in parts.items():
+            if isinstance(part, DistributedDataParallel | DataParallel):
+                raise ValueError(  # noqa: TRY004
+                    f"{name} is a {type(part).__name__}, whose every call waits for the other processes, while each "
+                    "has its own patches; wrap the whole model instead"
+                )
+        if (tokens := getattr(aggregator, "tasks", None)) != len(heads):
+            raise ValueError(f"heads has {len(heads)} tasks {list(heads)}, the aggregator {tokens} tokens")
+        widths: dict[str, Any] = {name: part.dim for name, part in parts.items() if isinstance(part, Part)}
         for task, head in heads.items():
-            if width := getattr(head, "in_features", 0):  # a lazy layer says 0 until it is used
-                widths[f"heads[{task!r}]"] = width
+            if isinstance(head, nn.Linear) and head.in_features:  # a lazy layer says 0 until it is used
+                widths[f"heads[{task!r}]"] = head.in_features
         if len(set(widths.values())) > 1:
             raise ValueError(f"encoder, aggregator, position and heads need one width D, found {widths}")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} need equal lengths and std > 0")
         self.dim: int | None = next(iter(widths.values()), None)
         """D, where a part says it."""
-        guard(encoder)
         self.encoder, self.aggregator, self.position = encoder, aggregator, position
-        self.tasks = tuple(heads)
-        self.heads = nn.ModuleList(heads.values())  # a list: task names may hold dots, module names may not
+        self.heads = Heads(heads)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """In the order of their tokens."""
+        return self.heads.tasks
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Task -> kind, of the heads that say it: for `task_loss`."""
+        return self.heads.kinds
 
     def normalise(self, patches: Tensor) -> Tensor:
         """Pixels (n, C, h, w), uint8 or float in 0..1 -> (x - mean) / std in the model's dtype. Features pass."""
@@ -80,12 +94,14 @@ class IPSModel(nn.Module):
             raise ValueError(f"{found}; features must be float")
         if min(patches.shape[1:]) < 1:
             raise ValueError(f"{found}; every size but n must be at least 1")
-        width = getattr(self.encoder, "inputs", None)
+        width = channels = None
+        if isinstance(self.encoder, PatchEncoder):
+            width, channels = self.encoder.inputs, self.encoder.channels
         if width is not None and patches.shape[1:] != (width,):
             raise ValueError(f"{found}; the encoder needs features (n, {width})")
-        channels = getattr(self.encoder, "channels", None if patches.ndim == 2 else patches.shape[1])
         if patches.ndim == 2 and channels is not None:
             raise ValueError(f"{found}; the encoder needs pixels, (n, {channels}, h, w)")
+        channels = channels or patches.shape[1]
         if patches.ndim == 4 and (patches.shape[1] != channels or len(self.mean) not in (1, channels)):
             raise ValueError(f"{found}; the encoder needs {channels} channels, mean and std give {len(self.mean)}")
 
@@ -96,9 +112,15 @@ class IPSModel(nn.Module):
             ValueError: where `check_patches` or `check_embeddings` raises it.
         """
         self.check_patches(patches)
-        embeddings: Tensor = self.encoder(self.normalise(patches))
+        embeddings = self.encode(self.normalise(patches))
         self.check_embeddings(embeddings, patches)
         return embeddings
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Normalised patches -> what the encoder makes of them, unchecked."""
+        with guarded(x):
+            out: Tensor = self.encoder(x)
+        return out
 
     def check_embeddings(self, embeddings: object, patches: Tensor) -> None:
         """Refuse, by ValueError, what the encoder made of patches (n, ...) if it is not (n, D)."""
@@ -117,48 +139,101 @@ class IPSModel(nn.Module):
         """What the position encoding reads: the index, the grid positions, or nothing.
 
         Raises:
-            ValueError: the model encodes grid positions, and the bag has none or has some that are out of range.
+            ValueError: the model encodes grid positions, and the bag has none or has some that are out of range
+                (values are not looked at in a graph that is recorded; `select` has seen them).
         """
         if self.position is None:
             return None
-        if isinstance(self.position, IndexPositions):
+        if isinstance(self.position, Positions) and self.position.reads_index:
             return index
         if positions is None:
             raise ValueError("positions: the model encodes grid positions, but the bag gives none; add them to it")
-        check_positions(positions, getattr(self.position, "limit", math.inf), "positions")
+        if not torch.compiler.is_compiling():
+            check_positions(positions, self.position_limit, "positions")
         return positions
+
+    @property
+    def position_limit(self) -> float:
+        """Grid positions from there on are refused."""
+        return self.position.limit if isinstance(self.position, Positions) else Positions.limit
 
     def logits(self, embeddings: Tensor, places: Tensor | None) -> Tensor:
         """Attention logits of embeddings (n, D) at `places` (see `places`) -> (n, J), J = H*T."""
         if self.position is not None and places is not None:
             embeddings = embeddings + self.position(places)
         aggregator = self.aggregator
-        if not isinstance(aggregator, Aggregator):
+        if not isinstance(aggregator, Scores):
             raise ValueError(f"aggregator: {type(aggregator).__name__} has no attention logits; use Aggregator")  # noqa: TRY004
         return nn.functional.linear(embeddings, aggregator.folded())
 
-    def pool(self, embeddings: Tensor, mask: Tensor, places: Tensor | None) -> dict[str, Tensor]:
+    def pool(
+        self, embeddings: Tensor, mask: Tensor, places: Tensor | None, real: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Embeddings (n, D) of the real winners, in the order of mask (B, M) -> task -> logits (B, K).
 
-        `places` (B, M, ...) is what `places` gives. Masked embeddings become zeros and are never attended to.
+        `places` (B, M, ...) is what `places` gives; `real` (n,) is `Batch.real`, which without it is read off the mask,
+        and a device waited for. Masked embeddings become zeros and are never attended to.
 
         Raises:
-            ValueError: an image of which nothing is unmasked.
+            ValueError: on a CPU, an image of which nothing is unmasked.
         """
         B, M = mask.shape
-        if not mask.any(dim=1).all():
-            raise ValueError(f"mask: image {int((~mask.any(dim=1)).nonzero()[0])} of {B} has no patch; each needs one")
+        if can_be_read(mask):
+            check_mask(mask)
+        real = mask.flatten().nonzero().squeeze(1) if real is None else real
         padded = embeddings.new_zeros(B * M, embeddings.shape[-1])
-        embeddings = padded.index_copy(0, mask.flatten().nonzero().squeeze(1), embeddings).view(B, M, -1)
+        embeddings = padded.index_copy(0, real, embeddings).view(B, M, -1)
         if self.position is not None and places is not None:
             embeddings = embeddings + self.position(places)
-        tokens = self.aggregator(embeddings, mask)
-        return {task: head(tokens[:, i]) for i, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
+        outputs: dict[str, Tensor] = self.heads(self.aggregator(embeddings, mask))
+        return outputs
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Winners -> task -> logits (B, K). Masked places are never encoded, so they touch no batch statistics."""
+        """Winners -> task -> logits (B, K). Masked places are never encoded, so they touch no batch statistics.
+
+        Raises:
+            TypeError: something else than a `Batch`.
+            ValueError: where `places` and `embed` raise it.
+        """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"batch is a {type(batch).__name__}; a model reads what `gather(bags, select(model, bags, memory, "
+                "chunk), device)` gives. Patches of one image are a bag: TensorBag(patches)"
+            )
         places = self.places(batch.index, batch.positions)  # checked before a device has work to be waited for
-        return self.pool(self.embed(batch.patches[batch.mask]), batch.mask, places)
+        patches = batch.patches.flatten(0, 1).index_select(0, batch.real)
+        return self.pool(self.embed(patches), batch.mask, places, batch.real)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """A model and what it wraps, outermost first, an `IPSModel` last: DDP, an average of weights, `torch.compile`.
+
+    Raises:
+        ValueError: it wraps no `IPSModel`, or in a way that leaves this process a part of the weights.
+    """
+    found = [model]
+    while not isinstance(found[-1], IPSModel):
+        wraps = isinstance(found[-1], DistributedDataParallel | DataParallel | AveragedModel)
+        inner = found[-1].module if wraps else getattr(found[-1], "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(  # noqa: TRY004
+                f"model is a {type(found[-1]).__name__}; needs an IPSModel with all its weights, or one in "
+                "DistributedDataParallel, AveragedModel or torch.compile"
+            )
+        found.append(inner)
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # DTensor loads for a second
+        raise ValueError(
+            "model: this process holds a part of its weights (fully_shard), and selects with all; use "
+            "DistributedDataParallel, or average_gradients"
+        )
+    return found
+
+
+def unwrapped(model: nn.Module) -> IPSModel:
+    """The `IPSModel` in `layers(model)`."""
+    inner = layers(model)[-1]
+    assert isinstance(inner, IPSModel)
+    return inner
 
 
 def normalised(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ips.network.encoder import load_weights
+from ips.network.heads import Kind, head_path
 from ips.network.model import IPSModel
 
 _ATTENTION = {"q_w": "query_proj", "k_w": "key_proj", "v_w": "value_proj", "fc": "out_proj"}
@@ -19,7 +20,11 @@ _HEAD = re.compile(r"output_layers\.(.+)\.0\.(weight|bias)")
 
 
 def convert_official(
-    state: Mapping[str, Tensor], tasks: Sequence[str], tokens: Sequence[str] | None = None
+    state: Mapping[str, Tensor],
+    tasks: Sequence[str],
+    tokens: Sequence[str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    ignore: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Rename an official `IPSNet.state_dict()` for an `IPSModel` with the same sizes.
 
@@ -32,6 +37,8 @@ def convert_official(
         tasks: names of the tasks in the order wanted here.
         tokens: their names in the order of the official tokens (the official `id`), where that is another; the state
             does not hold it. None: as `tasks`, and as the output layers stand in the state.
+        kinds: `IPSModel.kinds`, of the heads that say theirs.
+        ignore: names in the state to leave out, such as what a fork has for training alone.
 
     Raises:
         ValueError: names that the official network does not have, all of them listed; another number of tokens; an
@@ -39,14 +46,18 @@ def convert_official(
     """
     convolutional = "encoder.0.weight" in state
     converted, unknown = {}, []
+    state = {name: value for name, value in state.items() if name not in ignore}
     for name, value in state.items():
-        ours = _rename(name, tasks, convolutional=convolutional)
+        ours = _rename(name, tasks, kinds or {}, convolutional=convolutional)
         if ours is None:
             unknown.append(name)
         else:
             converted[ours] = value
     if unknown:
-        raise ValueError(f"state: not names of the official network with tasks {list(tasks)}: {', '.join(unknown)}")
+        raise ValueError(
+            f"state: not names of the official network with tasks {list(tasks)}: {', '.join(unknown)}; "
+            "ignore=(...) leaves out what is not needed"
+        )
     if _QUERIES in state:
         queries = state[_QUERIES]
         if queries.ndim != 3 or queries.shape[:2] != (1, len(tasks)):
@@ -70,19 +81,25 @@ def _order(state: Mapping[str, Tensor], tasks: Sequence[str], tokens: Sequence[s
     return [list(tokens).index(task) for task in tasks]
 
 
-def load_official(model: IPSModel, state: Mapping[str, Tensor], tokens: Sequence[str] | None = None) -> None:
+def load_official(
+    model: IPSModel,
+    state: Mapping[str, Tensor],
+    tokens: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+) -> None:
     """Load an official state dict into `model`, all or nothing; its normalisation stays as it is.
 
-    `tokens` are the tasks in the order of the official ids, where that is not the model's (see `convert_official`).
+    `tokens` are the tasks in the order of the official ids, where that is not the model's, and `ignore` names to leave
+    out (see `convert_official`).
 
     Raises:
         ValueError: names or shapes that do not fit, all of them listed; an order of tokens that has to be told.
     """
-    converted = convert_official(state, model.tasks, tokens)
+    converted = convert_official(state, model.tasks, tokens, model.kinds, ignore)
     load_weights(model, {"mean": model.mean, "std": model.std, **converted})
 
 
-def _rename(name: str, tasks: Sequence[str], *, convolutional: bool) -> str | None:
+def _rename(name: str, tasks: Sequence[str], kinds: Mapping[str, Kind], *, convolutional: bool) -> str | None:
     if name == _QUERIES:
         return "aggregator.attention.queries"
     if match := re.fullmatch(r"encoder\.(\d+)\.(.+)", name):
@@ -97,5 +114,6 @@ def _rename(name: str, tasks: Sequence[str], *, convolutional: bool) -> str | No
     if match := re.fullmatch(r"transf\.mlp\.(\w+)\.(\w+)", name):
         return f"aggregator.{_MLP[match[1]]}.{match[2]}" if match[1] in _MLP else None
     if (match := _HEAD.fullmatch(name)) and match[1] in tasks:
-        return f"heads.{list(tasks).index(match[1])}.{match[2]}"
+        path = head_path(list(tasks).index(match[1]), match[1], kinds.get(match[1]))
+        return f"heads.{path}.{match[2]}"
     return None

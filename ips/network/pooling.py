@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ips.network.part import Part
+
 
 class MeanPool(nn.Module):
     """The mean embedding, for every task."""
@@ -37,7 +39,7 @@ class MaxPool(nn.Module):
         return kept.amax(dim=1).unsqueeze(1).expand(-1, self.tasks, -1)
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Part):
     """Gated attention pooling (ABMIL; Ilse et al. 2018, equation 9), one attention a task.
 
     a_n = softmax_n(w^T (tanh(V x_n) * sigmoid(U x_n))) and the token is sum_n a_n x_n.

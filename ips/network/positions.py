@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ips.network.part import Positions
 
 BASE = 10_000.0
 """The longest wavelength is 2*pi*BASE grid units; positions from BASE on are refused."""
@@ -29,14 +31,14 @@ def check_positions(positions: Tensor, limit: float, name: str) -> None:
         raise ValueError(f"{name} reach from {low:g} to {high:g}; they must be finite, >= 0 and < {limit:g}")
 
 
-class IndexPositions(nn.Module):
+class IndexPositions(Positions):
     """1-D encoding of the row index of a patch (the paper's).
 
     Raises:
         ValueError: `dim` is odd.
     """
 
-    limit = math.inf
+    reads_index = True
     like: Tensor
     """Empty; its dtype, which follows the module's, is that of the codes."""
 
@@ -52,7 +54,7 @@ class IndexPositions(nn.Module):
         return sinusoid(index, self.dim, self.like.dtype)
 
 
-class GridPositions(nn.Module):
+class GridPositions(Positions):
     """2-D encoding: the first half of D encodes the column, the second the row.
 
     Raises:

@@ -17,14 +17,15 @@ def random_selection(bags: Sequence[Bag], memory: int, generator: torch.Generato
     """M different patches of each image, drawn uniformly; every score is 1 / N. ValueError where `select` raises it."""
     check_bags(bags, memory)
     draws = [torch.randperm(len(bag), generator=generator)[:memory] for bag in bags]
-    return assemble([(rows, _uniform(rows, len(bag))) for rows, bag in zip(draws, bags, strict=True)], memory)
+    sizes = [len(bag) for bag in bags]
+    return assemble([(rows, _uniform(rows, N)) for rows, N in zip(draws, sizes, strict=True)], memory, sizes)
 
 
 def every_patch(bags: Sequence[Bag]) -> Selection:
     """All patches of each image, in order: full attention, where it fits. ValueError for no bags and for empty ones."""
     check_bags(bags, memory=1)
-    longest = max(len(bag) for bag in bags)
-    return assemble([(rows, _uniform(rows, len(rows))) for rows in map(torch.arange, map(len, bags))], longest)
+    sizes = [len(bag) for bag in bags]
+    return assemble([(torch.arange(N), _uniform(torch.arange(N), N)) for N in sizes], max(sizes), sizes)
 
 
 def _uniform(rows: Tensor, N: int) -> Tensor:

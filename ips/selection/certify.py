@@ -1,8 +1,8 @@
 """How far a low-precision selection can be trusted: the doubtful patches are scored again in float32.
 
 The largest error of a log score is measured on a sample. A patch further than twice that from the M-th score cannot
-change sides unless its own error is larger than any seen, so only the band within is scored again. The normalisers
-stay those of the first pass. Measured, not proven.
+change sides unless its own error is larger than any seen, so only the band within is scored again. Winners, scores and
+attention are those of the logits as they are then. Measured, not proven.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SAMPLE = 256
 
 def certified(
     cache: LogitCache, bags: Sequence[Bag], number: int, memory: int, chunk: int, reference: Scorer
-) -> tuple[tuple[Tensor, Tensor], Certificate]:
-    """Winners of one image after the second scoring: ((rows, log scores), certificate).
+) -> Certificate:
+    """Put the float32 logits of one image's doubtful patches into its cache, which then says who wins.
 
     Args:
         cache: of the low-precision pass over the image; complete.
@@ -41,17 +41,15 @@ def certified(
     """
     log_z = log_normalisers(cache.logits)
     keys = log_scores(cache.logits, log_z)
-    index = torch.arange(len(keys))
-    first = best(keys, index, memory)
+    first = best(keys, torch.arange(len(keys)), memory)
     sample = torch.linspace(0, len(keys) - 1, min(SAMPLE, len(keys)), dtype=torch.float64).round().long()
-    found = log_scores(_score(reference, bags, number, sample, chunk), log_z)
-    error = float((found - keys[sample]).abs().max())
+    found = _score(reference, bags, number, sample, chunk)
+    error = float((log_scores(found, log_z) - keys[sample]).abs().max())
     band = ((keys - keys[first[-1]]).abs() <= 2 * error).nonzero().squeeze(1)
-    keys[sample] = found
-    keys[band] = log_scores(_score(reference, bags, number, band, chunk), log_z)
-    second = best(keys, index, memory)
-    changed = int((~torch.isin(second, first)).sum())
-    return (second, keys[second]), Certificate(error, len(band), changed)
+    cache.add(sample, found)
+    cache.add(band, _score(reference, bags, number, band, chunk))
+    second, _ = cache.winners(memory)
+    return Certificate(error, len(band), int((~torch.isin(second, first)).sum()))
 
 
 def _score(scorer: Scorer, bags: Sequence[Bag], number: int, rows: Tensor, size: int) -> Tensor:

@@ -27,6 +27,14 @@ def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return type(module) in kinds and not hooked and not parametrize.is_parametrized(module)
 
 
+def is_copied_whole(encoder: nn.Module) -> bool:
+    """Whether parameters and buffers are all that its modules keep: other tensors cannot be followed in a copy.
+
+    Hooks keep some: the `weight` of the old `torch.nn.utils.weight_norm`, which torch refuses to copy, too.
+    """
+    return not any(isinstance(kept, Tensor) for module in encoder.modules() for kept in vars(module).values())
+
+
 def strip_norms(encoder: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
     """Give each convolution a bias and make its batch norm an identity."""
     for conv_name, norm_name in pairs:

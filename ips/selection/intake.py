@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 
@@ -12,6 +13,13 @@ from torch import Tensor
 from ips.bag import Bag, Chunk
 from ips.network.model import IPSModel
 from ips.network.positions import check_positions
+
+_BRIGHTEST = 1.5
+"""Of float pixels, which count to 1: augmentation and resampling go a little further."""
+_TOO_BRIGHT = (
+    "float pixels above 1.5 are taken as they are, though they should lie in 0..1; divide those of 0..255 by 255, or "
+    "give uint8 (a model of mean 0 and std 1 may take pixels that are normalised already)"
+)
 
 
 def check_count(name: str, value: object) -> None:
@@ -98,10 +106,14 @@ def _check_alike(name: str, patches: Tensor, first: Tensor) -> None:
 
 def _check_finite(name: str, chunk: Chunk) -> None:
     patches = chunk.patches
-    # one cheap pass: a sum that is finite had finite terms; only where it is not, each is looked at
-    if patches.is_floating_point() and not patches.sum().isfinite() and not patches.isfinite().all():
+    if not patches.is_floating_point() or not patches.numel():
+        return
+    low, high = torch.stack(torch.aminmax(patches)).tolist()  # one pass, which NaN and infinity come through
+    if not math.isfinite(low) or not math.isfinite(high):
         bad = (~patches.isfinite()).flatten(1).any(dim=1).nonzero()[0].item()
         raise ValueError(f"{name}: patches: row {int(chunk.index[int(bad)])} holds NaN or infinity")
+    if patches.ndim == 4 and high > _BRIGHTEST:
+        warnings.warn(_TOO_BRIGHT, stacklevel=1)  # the same words at one place: once, by Python's own filter
 
 
 def _check_index(name: str, chunk: Chunk) -> None:
@@ -117,7 +129,7 @@ def _check_rows(name: str, model: IPSModel, chunk: Chunk, N: int) -> None:
     _check_index(name, chunk)
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < N:
         raise ValueError(f"{name}: index reaches from {int(index.min())} to {int(index.max())}; rows are 0..{N - 1}")
-    _check_positions(name, chunk, getattr(model.position, "limit", math.inf))
+    _check_positions(name, chunk, model.position_limit)
 
 
 def _check_positions(name: str, chunk: Chunk, limit: float = math.inf) -> None:

@@ -21,6 +21,11 @@ class Pool(Protocol):
         """Rows (<= M,) and their log scores, best first."""
         ...
 
+    @property
+    def scored(self) -> int:
+        """Patches that the softmax of those scores runs over."""
+        ...
+
 
 class LogitCache:
     """All logits of one image, (N, J) on the host."""
@@ -36,11 +41,23 @@ class LogitCache:
         """(N,) float64 over the whole image."""
         return log_scores(self.logits, log_normalisers(self.logits))
 
+    def attention(self, tasks: int | None = None) -> Tensor:
+        """The softmax over the whole image: (N,) float32, the mean over heads and tasks, or of each, (N, H, T)."""
+        if tasks is None:
+            return self.log_scores().exp().float()
+        each = (self.logits.double() - log_normalisers(self.logits)).exp().float()
+        return each.view(len(each), -1, tasks)
+
     def winners(self, memory: int) -> tuple[Tensor, Tensor]:
         """Rows and log scores of the best."""
         keys = self.log_scores()
         rows = best(keys, torch.arange(len(keys)), memory)
         return rows, keys[rows]
+
+    @property
+    def scored(self) -> int:
+        """All N."""
+        return len(self.logits)
 
 
 class Window:
@@ -64,6 +81,11 @@ class Window:
         """Rows and log scores of the best of the last pool."""
         keep, keys = self._rank(self._index, self._logits, memory)
         return self._index[keep], keys
+
+    @property
+    def scored(self) -> int:
+        """Those of the last pool."""
+        return len(self._index)
 
     @staticmethod
     def _rank(index: Tensor, logits: Tensor, memory: int) -> tuple[Tensor, Tensor]:

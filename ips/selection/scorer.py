@@ -19,8 +19,11 @@ padded to a multiple of 16; an encoder that ends in matrix products keeps the pr
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +31,11 @@ from torch import Tensor, nn
 from ips.bag import Chunk
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import ResNet
-from ips.network.model import IPSModel, normalised
-from ips.selection.fusing import fusable, fuse, strip_norms
+from ips.network.model import IPSModel, normalised, unwrapped
+from ips.network.part import Scores
+from ips.network.strided import guarded
+from ips.selection.changes import Look, look
+from ips.selection.fusing import fusable, fuse, is_copied_whole, strip_norms
 from ips.selection.transfer import arrived, prepared, to_device
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -53,13 +59,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class Scorer:
-    """Scores patches with `model` as it is at the last `refresh`.
+    """Scores patches with `model` as it is when a selection begins: what has changed since is taken over by then.
 
-    A `ResNet` is copied and fused, so its modes and statistics are never touched; other encoders run in place, in
-    evaluation mode and, for bfloat16, under autocast. The caller's autocast does not reach inside.
+    A `ResNet` is copied and fused, so its modes and statistics are never touched; other encoders, and one that keeps
+    tensors which are neither parameters nor buffers, as the old `weight_norm` does, run in place, in evaluation mode
+    and, for bfloat16, under autocast. The caller's autocast does not reach inside.
 
     Args:
-        model: with an `Aggregator`.
+        model: with an `Aggregator`, or another that has `folded`.
         dtype: of the encoder: bfloat16 or the model's own, which None means. Logits have the model's.
         batch: patches the encoder sees at once, a multiple of 8; by default 32 on a CPU, where more only leaves the
             cache, and 256 elsewhere.
@@ -76,10 +83,9 @@ class Scorer:
             running statistics, so that a logit would depend on its neighbours.
     """
 
-    @torch.inference_mode(mode=False)  # or a copy made in that mode could only be refreshed in it
     def __init__(
         self,
-        model: IPSModel,
+        model: nn.Module,
         *,
         dtype: torch.dtype | None = None,
         batch: int | None = None,
@@ -91,47 +97,74 @@ class Scorer:
         side_stream: bool = True,
         device_normalise: bool = True,
     ) -> None:
-        if not isinstance(model.aggregator, Aggregator):
-            raise ValueError(f"model: its {type(model.aggregator).__name__} has no attention logits; use Aggregator")  # noqa: TRY004
+        self.model, self.dedupe, self.fold = unwrapped(model), dedupe, fold
+        self.side_stream, self._device_normalise = side_stream, device_normalise
+        if not isinstance(self.model.aggregator, Scores):
+            raise ValueError(  # noqa: TRY004
+                f"model: its {type(self.model.aggregator).__name__} has no attention logits; use Aggregator"
+            )
+        if batch is not None and (batch < 8 or batch % 8):
+            raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
+        self._asked = dtype, batch
+        self._fuse, self._compile = fuse, compile
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._build()
+
+    @torch.inference_mode(mode=False)  # or a copy made in that mode could only be refreshed in it
+    def _build(self) -> None:
+        """For the modules and tensors that the model has now."""
+        model, (dtype, batch) = self.model, self._asked
         check_statistics(model.encoder)
         self.device, self.logit_dtype = model.mean.device, model.mean.dtype
-        dtype = dtype or self.logit_dtype
-        if dtype not in (self.logit_dtype, torch.bfloat16):
+        self.dtype = dtype or self.logit_dtype
+        if self.dtype not in (self.logit_dtype, torch.bfloat16):
             raise ValueError(f"dtype={dtype} must be torch.bfloat16 or the model's own, {self.logit_dtype}")
-        if batch is None:
-            batch = 32 if self.device.type == "cpu" else 256
-        if batch < 8 or batch % 8:
-            raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
-        self.model, self.dtype, self.batch, self.dedupe, self.fold = model, dtype, batch, dedupe, fold
-        self.side_stream, self._device_normalise = side_stream, device_normalise
+        self.batch = batch or (32 if self.device.type == "cpu" else 256)
         self._pairs: list[tuple[str, str]] = []
         self._encoder = model.encoder
-        self._layout = torch.contiguous_format
-        if isinstance(model.encoder, ResNet):
-            self._encoder = copy.deepcopy(model.encoder).requires_grad_(False).eval()
-            if self.device.type == "cpu":
-                self._encoder.stem_bytes = _STEM_BYTES
-            if fuse:
-                self._pairs = fusable(model.encoder)
-                strip_norms(self._encoder, self._pairs)
-            if channels_last:
-                self._layout = torch.channels_last
-            for parameter in self._encoder.to(dtype).parameters():
-                parameter.grad = None  # deepcopy brings gradients along
-                if parameter.ndim == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        if isinstance(model.encoder, ResNet) and is_copied_whole(model.encoder):
+            self._encoder = self._copy(model.encoder)
         self._products = [_pad_width(matrix) for matrix in self._matrices()]
         self.width = len(self._products[-1])
         """J, logits of a patch."""
         self._embed: Callable[[Tensor], Tensor] = (
-            torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if compile else self._plain_embed
+            torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if self._compile else self._plain_embed
         )
         self.refresh()
+
+    def _copy(self, encoder: ResNet) -> ResNet:
+        """With the weights that `refresh` will overwrite."""
+        copied = copy.deepcopy(encoder).requires_grad_(False).eval()
+        if self.device.type == "cpu":
+            copied.stem_bytes = _STEM_BYTES
+        if self._fuse:
+            self._pairs = fusable(encoder)
+            strip_norms(copied, self._pairs)
+        for parameter in copied.to(self.dtype).parameters():
+            parameter.grad = None  # deepcopy brings gradients along
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        return copied
+
+    def follow(self) -> None:
+        """Take over what has changed of the model since the last time, as every `select` does first.
+
+        What nobody counts, writes through `parameter.data` and by collectives of torch.distributed, needs `refresh`.
+        """
+        now = self._look()
+        if now.structure != self._seen.structure:
+            self._build()
+        elif now.content != self._seen.content:
+            self.refresh()
+
+    def _look(self) -> Look:
+        return look((self.model.encoder, self.model.aggregator))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the model's present weights, in place: nothing is compiled again."""
         encoder = self.model.encoder
+        self._seen = self._look()
         for product, matrix in zip(self._products, self._matrices(), strict=True):
             product.copy_(_pad_width(matrix))
         if self._encoder is encoder:
@@ -149,9 +182,11 @@ class Scorer:
     def _matrices(self) -> list[Tensor]:
         """What embeddings are multiplied by, one after the other, to give logits."""
         aggregator = self.model.aggregator
-        assert isinstance(aggregator, Aggregator)
         with self._own_precision():
-            return [aggregator.folded()] if self.fold else list(aggregator.attention.unfolded())
+            if not self.fold and isinstance(aggregator, Aggregator):
+                return list(aggregator.attention.unfolded())
+            assert isinstance(aggregator, Scores)
+            return [aggregator.folded()]
 
     def _product(self, x: Tensor) -> Tensor:
         """(batch, D) -> (batch, J)."""
@@ -190,7 +225,8 @@ class Scorer:
         x = self.model.normalise(patches) if self._device_normalise else patches
         if self._encoder is not self.model.encoder:
             x = x.to(dtype=self.dtype, memory_format=self._layout if x.ndim == 4 else torch.contiguous_format)
-        embeddings: Tensor = self._encoder(x)
+        with guarded(x):
+            embeddings: Tensor = self._encoder(x)
         return embeddings
 
     @torch.no_grad()
@@ -208,6 +244,18 @@ class Scorer:
         """What the passes run in: nothing for a copy, evaluation mode for an encoder used in place."""
         in_place = self._encoder is self.model.encoder
         return evaluating(self._encoder) if in_place else nullcontext()
+
+
+_kept: WeakKeyDictionary[IPSModel, dict[tuple[torch.dtype | None, int | None], Scorer]] = WeakKeyDictionary()
+
+
+def kept_scorer(model: IPSModel, dtype: torch.dtype | None, batch: int | None = None) -> Scorer:
+    """A `Scorer` that lives as long as its model: an encoder is copied once, not for every selection."""
+    scorers = _kept.setdefault(model, {})
+    if (dtype, batch) not in scorers:
+        alone: Any = weakref.proxy(model)  # or none would ever be let go
+        scorers[dtype, batch] = Scorer(alone, dtype=dtype, batch=batch)
+    return scorers[dtype, batch]
 
 
 def check_statistics(encoder: nn.Module) -> None:

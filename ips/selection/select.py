@@ -14,14 +14,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ips.bag import Bag, Batch, Certificate, Chunk, Selection
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
 from ips.selection.intake import check_bags, check_count, check_logits, checked, take
 from ips.selection.pools import LogitCache, Pool, Window
-from ips.selection.scorer import Scorer
+from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
 from ips.selection.stream import Stream
 from ips.selection.transfer import arrived
@@ -31,13 +31,13 @@ Mode = Literal["exact", "window"]
 
 @torch.no_grad()
 def select(
-    model: IPSModel,
+    model: nn.Module,
     bags: Sequence[Bag],
     memory: int,
     chunk: int,
     mode: Mode = "exact",
     *,
-    attention: bool = False,
+    attention: bool | Literal["each"] = False,
     dtype: torch.dtype | None = None,
     scorer: Scorer | None = None,
     certify: bool = False,
@@ -46,66 +46,94 @@ def select(
     """Choose the M best patches of each of B images, without gradient and in evaluation mode.
 
     Args:
-        model: its modes are as before when this returns or raises.
+        model: an `IPSModel`, also in DistributedDataParallel, AveragedModel or torch.compile, all of which are passed
+            by: nothing is exchanged. Its modes are as before when this returns or raises.
         bags: B bags, of any lengths.
         memory: M. Shorter bags are masked.
         chunk: I, patches read at a time.
         mode: `exact` or `window`, see the module.
-        attention: also return each image's full attention, (N,) on the host.
+        attention: also return each image's full attention, on the host: (N,), or with `each` (N, H, T).
         dtype: precision of the encoder in this pass: bfloat16, or the model's own, which None means.
-        scorer: of this model, reused between calls, then `dtype` is its own; call its `refresh` after each optimiser
-            step.
+        scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
+            which keeps a copy of a `ResNet` as long as the model lives.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
-        group: split the rows of every bag over these processes, which all call with the same bags and all get the
-            whole answer; exact only.
+        group: split the rows of every bag over these processes, which all call with the same bags and weights and all
+            get the whole answer; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
-            finite; what a bag itself raises passes through.
+            finite, processes with different bags; what a bag itself raises passes through.
         RuntimeError: the selection failed on another process of `group`.
     """
-    _check_arguments(bags, memory, chunk, mode, exact_only=certify or group is not None)
-    scorer = scorer or Scorer(model, dtype=dtype)
-    _check_scorer(scorer, model, dtype, certify=certify)
+    inner = unwrapped(model)
+    _check_modes(mode, attention, exact_only=certify or group is not None)
+    shares = None if group is None else strips(group)
+    with nullcontext() if shares is None else shares.together():
+        check_bags(bags, memory)
+        check_count("chunk", chunk)
+        scorer = _scorer(inner, dtype, scorer, certify=certify)
+    if shares is not None:
+        shares.check_alike(bags, {"logits a patch": scorer.width, "bytes a logit": scorer.logit_dtype.itemsize})
     kind = scorer.width, scorer.logit_dtype
     caches = [LogitCache(len(bag), *kind) for bag in bags] if attention or mode == "exact" else []
     pools: Sequence[Pool] = caches if mode == "exact" else [Window(memory, chunk, *kind) for _ in bags]
     sinks: list[tuple[Pool, ...]] = [(pool,) for pool in pools]
     if attention and mode == "window":
         sinks = list(zip(pools, caches, strict=True))
-    shares = None if group is None else strips(group)
     _score(scorer, bags, chunk, sinks, shares)
     if shares is not None:
         for cache in caches:
             shares.merge(cache.logits)
-    certificates: tuple[Certificate, ...] | None = None
-    if certify:
-        reference = Scorer(model, batch=scorer.batch)
-        with nullcontext() if shares is None else shares.together():
-            pairs = [certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches)]
-        winners, certificates = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
-    else:
-        winners = [pool.winners(memory) for pool in pools]
-    maps = tuple(cache.log_scores().exp().float() for cache in caches) if attention else None
-    return assemble(winners, memory, maps, certificates)
+    certificates = _certificates(inner, scorer, bags, caches, memory, chunk, shares) if certify else None
+    each = len(inner.tasks) if attention == "each" else None
+    maps = tuple(cache.attention(each) for cache in caches) if attention else None
+    return assemble(
+        [pool.winners(memory) for pool in pools], memory, [pool.scored for pool in pools], maps, certificates
+    )
 
 
-def _check_scorer(scorer: Scorer, model: IPSModel, dtype: torch.dtype | None, *, certify: bool) -> None:
-    if scorer.model is not model:
+def _certificates(
+    model: IPSModel,
+    scorer: Scorer,
+    bags: Sequence[Bag],
+    caches: Sequence[LogitCache],
+    memory: int,
+    chunk: int,
+    shares: Strips | None,
+) -> tuple[Certificate, ...]:
+    """Of every image; its cache is mended."""
+    reference = _scorer(model, None, None, batch=scorer.batch)
+    with nullcontext() if shares is None else shares.together():
+        return tuple(certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches))
+
+
+def _scorer(
+    model: IPSModel,
+    dtype: torch.dtype | None,
+    given: Scorer | None,
+    *,
+    batch: int | None = None,
+    certify: bool = False,
+) -> Scorer:
+    """The one given, or the model's own, as fresh as the model."""
+    scorer = given or kept_scorer(model, dtype, batch)
+    if given is not None and given.model is not model:
         raise ValueError("scorer scores another model than `model`; build a Scorer for each")
+    scorer.follow()
     if dtype not in (None, scorer.dtype):
         raise ValueError(f"dtype={dtype}, but the scorer given encodes in {scorer.dtype}; leave dtype out")
     if certify and scorer.dtype != torch.bfloat16:
         raise ValueError("certify=True needs a bfloat16 selection; a float32 one has no doubtful patches")
     if certify and scorer.logit_dtype.itemsize < 4:
         raise ValueError(f"certify=True scores again with the model, which is in {scorer.logit_dtype}; needs float32")
+    return scorer
 
 
-def _check_arguments(bags: Sequence[Bag], memory: int, chunk: int, mode: str, *, exact_only: bool) -> None:
-    check_bags(bags, memory)
-    check_count("chunk", chunk)
+def _check_modes(mode: str, attention: object, *, exact_only: bool) -> None:
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
+    if attention not in (False, True, "each"):
+        raise ValueError(f"attention={attention!r} must be False, True or 'each'")
     if exact_only and mode != "exact":
         raise ValueError(f"mode={mode!r}: certify and group need mode='exact', whose answer no order can change")
 
@@ -149,16 +177,17 @@ def _fill(
 def assemble(
     winners: Sequence[tuple[Tensor, Tensor]],
     memory: int,
+    scored: Sequence[int],
     maps: tuple[Tensor, ...] | None = None,
     certificates: tuple[Certificate, ...] | None = None,
 ) -> Selection:
-    """Rows and log scores of each image -> a padded `Selection`."""
+    """Rows and log scores of each image, over so many patches -> a padded `Selection`."""
     index = torch.full((len(winners), memory), -1, dtype=torch.int64)
     scores = torch.zeros(len(winners), memory)
     for number, (rows, keys) in enumerate(winners):
         index[number, : len(rows)] = rows
         scores[number, : len(rows)] = keys.exp()
-    return Selection(index, index >= 0, scores, maps, certificates)
+    return Selection(index, index >= 0, scores, maps, certificates, torch.tensor(scored))
 
 
 def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str) -> Batch:
@@ -175,12 +204,22 @@ def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str
     taken = take(bags, list(enumerate(rows)))
     target = torch.device(device)
     places = [_padded(chunk.positions, M) for chunk in taken if chunk.positions is not None]
-    return Batch(
+    batch = Batch(  # masks are read here, on the host
         patches=torch.stack([_padded(arrived(chunk, target), M) for chunk in taken]),
-        positions=torch.stack(places).to(target) if len(places) == B else None,
-        index=selection.index.to(target),
-        mask=selection.mask.to(target),
+        positions=torch.stack(places) if len(places) == B else None,
+        index=selection.index,
+        mask=selection.mask,
     )
+    return batch.to(target)
+
+
+def placed(positions: Sequence[Tensor], selection: Selection) -> Tensor | None:
+    """Positions (n, 2) of the winners -> (B, M, 2) on the host, zeros where masked; None where bags have none."""
+    if sum(map(len, positions)) < int(selection.mask.sum()):
+        return None
+    whole = torch.zeros(*selection.mask.shape, 2)
+    whole[selection.mask] = torch.cat(list(positions)).to("cpu", torch.float32)
+    return whole
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

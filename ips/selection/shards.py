@@ -5,7 +5,7 @@ Logits are gathered, normalisers are never reduced, so the answer is that of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,6 +78,23 @@ class Strips:
         dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
         if flag.item() and not failed:
             raise RuntimeError("the selection failed on another process of the group; see its error")
+
+    def check_alike(self, bags: Sequence[Bag], also: Mapping[str, int]) -> None:
+        """Refuse, by ValueError on every process, bags of other lengths, or other numbers `also`, than theirs."""
+        self._check_equal({"bags": len(bags), **also})
+        self._check_equal({f"patches in bags[{number}]": len(bag) for number, bag in enumerate(bags)})
+
+    def _check_equal(self, numbers: Mapping[str, int]) -> None:
+        mine = torch.tensor(list(numbers.values()), device=self._device())
+        extremes = torch.cat((mine, -mine))
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group)
+        high, low = extremes[: len(mine)].tolist(), (-extremes[len(mine) :]).tolist()
+        for name, least, most in zip(numbers, low, high, strict=True):
+            if least != most:
+                raise ValueError(
+                    f"group: its processes have {least} to {most} {name}; all must pass the same bags, in the same "
+                    "order, and the same model"
+                )
 
     def merge(self, logits: Tensor) -> None:
         """Fill logits (N, J), of which this process holds its strip, with the other processes' strips."""

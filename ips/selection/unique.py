@@ -65,6 +65,11 @@ def _first_of_kind(words: Tensor) -> Tensor:
     return first
 
 
+def row_hashes(patches: Tensor) -> Tensor:
+    """A 64-bit hash of each of patches (n, ...), (n,) int64, on their device."""
+    return _hashes(_words(patches.flatten(1)))
+
+
 def _hashes(words: Tensor) -> Tensor:
     """(n, k) -> (n,) int64."""
     mixed = words ^ (words.long() >> 32)  # or patches that differ in high bits alone would share their low hash bits

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ips.network.model import IPSModel
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 
@@ -37,11 +38,21 @@ def read_config(folder: Path) -> Config:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load `weights.safetensors` into a model; StageError names missing and unexpected keys."""
+    """Load `weights.safetensors` into a model; StageError names missing and unexpected keys.
+
+    Heads that an earlier version saved by number get their names by the order of the tasks in the config beside.
+    """
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise StageError(f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or train again") from error
+    if isinstance(model, IPSModel) and (named := model.heads.named(weights)).keys() != weights.keys():
+        if (order := tuple(task.name for task in read_config(folder).tasks)) != model.tasks:
+            raise StageError(
+                f"{folder / WEIGHTS}: its heads are those of {order} by number, the model has {model.tasks}; build it "
+                f"by {folder / CONFIG}"
+            )
+        weights = named
     own = set(model.state_dict())
     missing, unexpected = sorted(own - set(weights)), sorted(set(weights) - own)
     if missing or unexpected:

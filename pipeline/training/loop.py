@@ -122,7 +122,6 @@ def train_steps(
             where = f"{moment(epoch, step + 1, lr)[:-1]}, slides {', '.join(slides.named(taken))})"
             loss = turn.gradients(hands, epoch, where)
             optimizer.step()
-            turn.refresh()
             patches = sum(slides.sizes[index] for index in taken)
             seconds = time.perf_counter() - began
             last, waited = number + 1 == len(plan), turn.waits.seconds - waited
@@ -174,11 +173,6 @@ class _Turn:
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
             self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
-
-    def refresh(self) -> None:
-        """Score with the new weights from now on."""
-        if self.scorer is not None:
-            self.scorer.refresh()
 
     def sharing(self, epoch: int) -> ShardAbove:
         """Which slides all ranks select together: only an exact selection is the same however it is shared."""

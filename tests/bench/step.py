@@ -106,7 +106,6 @@ def our_step(images: Tensor, targets: dict[str, Tensor], measures: Measures) -> 
 
     def step(count: int) -> None:
         optimizer.zero_grad()
-        scorer.refresh()
         batch = gather(bags[:count], select(model, bags[:count], _M, _I, scorer=scorer), images.device)
         with torch.autocast(images.device.type, compute, enabled=compute == torch.bfloat16):
             outputs = model(batch)

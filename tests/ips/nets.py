@@ -12,11 +12,14 @@ from ips.bag import Chunk, TensorBag
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import ResNet
 from ips.network.model import IPSModel
+from ips.network.part import PatchEncoder
 from ips.network.positions import GridPositions
 
 
-class TinyEncoder(nn.Module):
+class TinyEncoder(PatchEncoder):
     """(n, C, h, w) -> (n, D): pooled pixels through one linear layer, batch norm and dropout."""
+
+    channels: int
 
     def __init__(self, dim: int, channels: int = 3) -> None:
         super().__init__()

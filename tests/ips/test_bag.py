@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from ips.bag import Batch, TensorBag
+from ips.bag import Batch, TensorBag, collate
 from tests.ips.nets import bag_of
 
 
@@ -50,3 +53,45 @@ def test_a_batch_is_of_one_size(shapes: tuple[tuple[int, ...], ...], message: st
     assert mask is not None
     with pytest.raises(ValueError, match=message):
         Batch(patches, positions, index, mask)
+
+
+def _batch() -> Batch:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    return Batch(torch.rand(2, 3, 4), torch.rand(2, 3, 2), torch.arange(6).view(2, 3), mask)
+
+
+def test_a_batch_knows_where_its_patches_are() -> None:
+    assert _batch().real.tolist() == [0, 1, 3]
+
+
+def test_a_batch_moves_whole() -> None:
+    moved = _batch().to("meta")
+    assert {name: x.device.type for name, x in vars(moved).items()} == dict.fromkeys(vars(_batch()), "meta")
+    without = _batch()
+    assert Batch(without.patches, None, without.index, without.mask).to("cpu").positions is None
+
+
+def test_a_batch_is_mapped_over() -> None:
+    batch = _batch()
+    leaves, spec = pytree.tree_flatten({"x": batch})
+    assert len(leaves) == 5
+    (again,) = pytree.tree_unflatten(leaves, spec).values()
+    assert all(again_part is part for again_part, part in zip(vars(again).values(), leaves, strict=True))
+    assert isinstance(pytree.tree_map(type, batch), Batch)
+
+
+def test_labels_are_collated_by_task() -> None:
+    items = [
+        (bag_of(5), {"er": 1, "survival": (3, 0), "age": 61.5}),
+        (bag_of(3), {"er": None, "survival": torch.tensor([2.0, 1.0])}),
+    ]
+    loader: Any = torch.utils.data.DataLoader(items, batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    ((bags, targets),) = loader
+    assert [len(bag) for bag in bags] == [5, 3]
+    assert targets["er"].isnan().tolist() == [False, True]
+    assert targets["survival"].tolist() == [[3, 0], [2, 1]]
+    assert targets["age"][0] == 61.5
+    assert targets["age"].isnan().tolist() == [False, True]
+    for labels in ([1, (1, 2)], ["yes", "no"]):
+        with pytest.raises(ValueError, match="labels of task 'er' cannot be stacked"):
+            collate([(bag_of(2), {"er": label}) for label in labels])

@@ -9,7 +9,7 @@ _README = Path(__file__).resolve().parents[2] / "ips" / "README.md"
 
 
 def test_the_example_runs_as_printed() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(code, names)
     attention, loss = names["attention"], names["loss"]

@@ -267,7 +267,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="loss: it does not depend on the patches"):
         bounded_backward(model, bags, selection, lambda _: torch.tensor(3.0), 2)
     with pytest.raises(ValueError, match="loss: it does not depend on the patches"):
-        bounded_backward(model, bags, selection, lambda _: model.heads[0].get_parameter("weight").sum(), 2)
+        bounded_backward(model, bags, selection, lambda _: model.heads["task.0"].get_parameter("weight").sum(), 2)
     model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
     with pytest.raises(ValueError, match="without running statistics"):
         bounded_backward(model, bags, selection, _loss, 1)
@@ -277,3 +277,24 @@ def test_bad_arguments_are_named() -> None:
         bounded_backward(model, two, every_patch(two), _loss, 20, "group")
     with pytest.raises(ValueError, match="bags has 2 images, the selection 1"):
         bounded_backward(model, bags * 2, selection, _loss, 1)
+
+
+class _Restless(TensorBag):
+    """Draws its augmentation anew each time, for one row."""
+
+    def __init__(self, patches: Tensor, row: int) -> None:
+        super().__init__(patches.clone())
+        self._row = row
+
+    def take(self, rows: Tensor) -> Chunk:
+        self.patches[self._row, 0, 0, 0] += 1
+        return super().take(rows)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_a_bag_that_gives_another_patch_the_second_time_is_named(norm: Norm) -> None:
+    model, bags = tiny_model().train(), [bag_of(4), _Restless(bag_of(9).patches, 6)]
+    with pytest.raises(ValueError, match=r"bags\[1\].take gave another patch of row 6 the second time"):
+        bounded_backward(model, bags, every_patch(bags), _loss, 4, norm)
+    model.encoder.requires_grad_(False)
+    bounded_backward(model, bags, every_patch(bags), _loss, 4, norm)  # taken once

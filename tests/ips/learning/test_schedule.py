@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
-from ips.learning.schedule import parameter_groups, warmup_cosine
+from ips.learning.schedule import parameter_groups, warmup_cosine, warmup_cosine_scheduler
 from tests.ips.nets import resnet_model
 
 
@@ -30,13 +31,18 @@ def test_edges_and_bad_lengths() -> None:
 
 def test_only_matrices_decay() -> None:
     model = resnet_model()
-    model.heads[0].requires_grad_(False)
+    model.heads["task.0"].requires_grad_(False)
     decay, keep = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, kept = ([names[id(p)] for p in group["params"]] for group in (decay, keep))
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
-    assert {"encoder.conv1.weight", "aggregator.attention.key_proj.weight", "heads.1.weight"} <= set(decayed)
-    assert {"encoder.bn1.weight", "aggregator.attention.queries", "aggregator.mlp.0.bias", "heads.1.bias"} <= set(kept)
+    assert {"encoder.conv1.weight", "aggregator.attention.key_proj.weight", "heads.1:task%2E1.weight"} <= set(decayed)
+    assert {
+        "encoder.bn1.weight",
+        "aggregator.attention.queries",
+        "aggregator.mlp.0.bias",
+        "heads.1:task%2E1.bias",
+    } <= set(kept)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(decayed + kept) == sorted(trainable)
     torch.optim.AdamW([decay, keep])
@@ -51,3 +57,23 @@ def test_groups_have_their_own_rate() -> None:
     scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert scales[id(parameter)] == (0.25 if name.startswith("encoder.") else 1.0), name
+
+
+def test_the_scheduler_is_the_schedule() -> None:
+    """Group by group, and after a restart from its state."""
+    model = resnet_model()
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.1, {"encoder.": 0.25}), lr=0.5)
+    scheduler = warmup_cosine_scheduler(optimizer, 3, 11, 0.01)
+    for step in range(13):
+        if step == 5:
+            states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+            scheduler = warmup_cosine_scheduler(optimizer, 3, 11, 0.01)
+            optimizer.load_state_dict(states[0])
+            scheduler.load_state_dict(states[1])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        rate = 0.5 * warmup_cosine(step, 3, 11, 0.01)
+        assert rates == pytest.approx([0.25 * rate, 0.25 * rate, rate, rate])
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ValueError, match="warmup_steps=5"):
+        warmup_cosine_scheduler(torch.optim.SGD(model.parameters(), lr=1.0), 5, 4)

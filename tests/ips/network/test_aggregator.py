@@ -41,7 +41,7 @@ def test_order_of_patches_does_not_matter_and_masks_cut() -> None:
         (torch.zeros(5, 8), torch.ones(5).bool(), r"x has shape \(5, 8\)"),
         (torch.zeros(2, 5, 8), torch.ones(2, 5), r"mask \(2, 5\) and torch.float32; needs"),
         (torch.zeros(2, 5, 8), torch.ones(2, 4).bool(), r"mask \(2, 4\)"),
-        (torch.zeros(2, 5, 8), torch.arange(2)[:, None].repeat(1, 5).bool(), r"mask: an image has no patch"),
+        (torch.zeros(2, 5, 8), torch.arange(2)[:, None].repeat(1, 5).bool(), r"mask: image 0 of 2 has no patch"),
     ],
 )
 def test_what_cannot_be_pooled_is_named(x: torch.Tensor, mask: torch.Tensor, message: str) -> None:

@@ -2,20 +2,31 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from ips.bag import Batch
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector
-from ips.network.model import IPSModel
+from ips.network.heads import linear_head
+from ips.network.model import IPSModel, unwrapped
+from ips.network.part import PatchEncoder, Positions
 from ips.network.pooling import GatedAttention, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
 from ips.selection.baselines import every_patch
 from ips.selection.select import gather, select
-from tests.ips.nets import TinyEncoder, bag_of, model_of, tiny_model
+from tests.ips.nets import TinyEncoder, bag_of, model_of, resnet_model, tiny_model
 
 
 def test_uint8_and_float_pixels_are_the_same_pixels() -> None:
@@ -37,7 +48,7 @@ def test_logits_by_task_in_the_order_of_tokens() -> None:
     out = model(batch)
     assert {task: tuple(logits.shape) for task, logits in out.items()} == {"task.0": (2, 1), "task.1": (2, 2)}
     tokens = model.aggregator(model.embed(batch.patches.flatten(0, 1)).view(2, 5, -1), batch.mask)
-    torch.testing.assert_close(out["task.1"], model.heads[1](tokens[:, 1]))
+    torch.testing.assert_close(out["task.1"], model.heads["task.1"](tokens[:, 1]))
 
 
 def _cut(batch: Batch, image: int, kept: int) -> Batch:
@@ -186,3 +197,145 @@ def test_patches_that_the_encoder_cannot_take(encoder: nn.Module, patches: Tenso
     model = IPSModel(encoder, Aggregator(12, 1, 2, 3, 3, 5), {"a": nn.Linear(12, 1)})
     with pytest.raises(ValueError, match=message):
         model(Batch(patches, None, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)))
+
+
+class _Own(nn.Module):
+    """An encoder of somebody's, in which names mean something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.channels, self.inputs = 1, 24, ("rgb",)
+        self.conv = nn.Conv2d(3, self.channels, 3)
+        self.linear = nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.conv(x).mean(dim=(2, 3)))
+        return out
+
+
+def test_attributes_of_a_users_parts_are_not_read() -> None:
+    class Softmax(MeanPool):
+        dim = 1
+
+    class Head(nn.Module):
+        in_features = 5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :1]
+
+    class Places(nn.Module):
+        dim, limit = 2, 3
+
+        def forward(self, positions: Tensor) -> Tensor:
+            return positions.sum(dim=-1, keepdim=True)
+
+    bags = [bag_of(5, grid=True)]
+    assert model_of(_Own(), 12)(gather(bags, every_patch(bags), "cpu"))["task.1"].shape == (1, 2)
+    model = IPSModel(_Own(), Softmax(1), {"a": Head()}, Places())
+    assert model(gather(bags, every_patch(bags), "cpu"))["a"].shape == (1, 1)
+
+
+def test_what_an_encoder_declares_is_held_to() -> None:
+    class Declared(PatchEncoder, _Own):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.dim, self.channels, self.inputs = 12, 3, None
+
+    with pytest.raises(ValueError, match="the encoder needs 3 channels"):
+        model_of(Declared(), 12).check_patches(torch.rand(2, 4, 9, 9))
+    with pytest.raises(ValueError, match="need one width D, found .*'encoder': 12, 'aggregator': 16"):
+        model_of(Declared(), 16)
+
+
+def test_positions_of_ones_own_may_read_the_index_and_have_a_limit() -> None:
+    class Early(Positions):
+        def __init__(self, *, reads_index: bool) -> None:
+            super().__init__()
+            self.dim, self.limit, self.reads_index = 12, 50, reads_index
+
+        def forward(self, places: Tensor) -> Tensor:
+            return places.new_zeros(*places.shape[: 2 if self.reads_index else -1], 12).float()
+
+    bags = [bag_of(9, grid=True)]
+    for reads_index in (True, False):
+        model = tiny_model()
+        model.position = Early(reads_index=reads_index)
+        if reads_index:
+            model(gather(bags, every_patch(bags), "cpu"))
+        else:
+            with pytest.raises(ValueError, match=r"they must be finite, >= 0 and < 50"):
+                model(gather(bags, every_patch(bags), "cpu"))
+
+
+def test_an_aggregator_of_ones_own_can_select() -> None:
+    class First(MeanPool):
+        def folded(self) -> Tensor:
+            return torch.eye(12)[:2]
+
+    model, bag = IPSModel(TinyEncoder(12), First(2), {"a": nn.Linear(12, 1), "b": nn.Linear(12, 1)}).eval(), bag_of(9)
+    logits = model.embed(bag.patches)[:, :2]
+    expected = logits.softmax(dim=0).mean(dim=1).argsort(descending=True)[:3]
+    assert torch.equal(select(model, [bag], 3, 4).index[0], expected)
+
+
+def test_a_part_wrapped_for_several_processes_is_refused(group_of_one: dist.ProcessGroup) -> None:
+    encoder = DistributedDataParallel(TinyEncoder(12), process_group=group_of_one)
+    with pytest.raises(ValueError, match="encoder is a DistributedDataParallel, .* wrap the whole model instead"):
+        model_of(encoder, 12)
+
+
+def test_patches_in_place_of_a_batch_get_advice() -> None:
+    with pytest.raises(TypeError, match=r"batch is a Tensor; .*`gather\(bags, select\(.* TensorBag\(patches\)"):
+        tiny_model()(bag_of(5).patches)
+
+
+def test_heads_that_say_their_kinds_say_it_to_the_loss() -> None:
+    heads = {"er": linear_head("binary", 12, 2), "grade": linear_head("multiclass", 12, 3), "x": nn.Linear(12, 1)}
+    assert IPSModel(TinyEncoder(12), MeanPool(3), heads).kinds == {"er": "binary", "grade": "multiclass"}
+
+
+def _batch(model: IPSModel, *sizes: int) -> Batch:
+    bags = [bag_of(n, n, h=37, w=29, grid=True) for n in sizes]
+    return gather(bags, select(model, bags, 5, 4), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize(
+    "make", [tiny_model, partial(tiny_model, grid=True), resnet_model], ids=["tiny", "grid", "res"]
+)
+def test_the_model_is_one_graph(make: Callable[[], IPSModel]) -> None:
+    """For bags longer and shorter than M."""
+    model = make().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for sizes in ((9, 8), (3, 8)):
+        batch = _batch(model, *sizes)
+        for task, logits in compiled(batch).items():
+            torch.testing.assert_close(logits, model(batch)[task])
+    compiled(batch)["task.1"].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+def test_the_model_is_exported_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny_model(grid=True).eval()
+    batch = _batch(model, 9, 8)
+    torch.export.save(torch.export.export(model, (batch,)), tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(_batch(model, 7, 6))
+    assert all(torch.equal(logits, found[task]) for task, logits in model(_batch(model, 7, 6)).items())
+
+
+def test_the_model_inside_is_found(group_of_one: dist.ProcessGroup) -> None:
+    model = tiny_model()
+    inner = AveragedModel(model)
+    assert unwrapped(inner) is inner.module
+    wrapped: Any = torch.compile(DistributedDataParallel(tiny_model(), process_group=group_of_one), backend="eager")
+    assert unwrapped(model) is model
+    assert isinstance(unwrapped(wrapped), IPSModel)
+    with pytest.raises(ValueError, match="model is a Linear; needs an IPSModel"):
+        unwrapped(nn.Linear(3, 3))
+
+
+def test_a_model_in_parts_is_refused(group_of_one: dist.ProcessGroup) -> None:
+    mesh = DeviceMesh.from_group(group_of_one, "cpu")
+    with pytest.raises(ValueError, match="holds a part of its weights"):
+        unwrapped(fully_shard(tiny_model(), mesh=mesh))  # type: ignore[arg-type]

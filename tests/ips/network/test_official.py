@@ -9,6 +9,7 @@ from torch import nn
 from ips.bag import TensorBag
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector, ResNet
+from ips.network.heads import linear_head
 from ips.network.model import IPSModel
 from ips.network.official import convert_official, load_official
 from ips.network.positions import IndexPositions
@@ -114,5 +115,25 @@ def test_other_sizes_are_refused() -> None:
         load_official(_ours(channels=3), state)
     with pytest.raises(ValueError, match=r"missing encoder\.layer3"):
         load_official(_ours(stages=4), state)
-    with pytest.raises(ValueError, match=r"heads\.0\.weight has shape"):
+    with pytest.raises(ValueError, match=r"heads\.0:majority\.weight has shape"):
         load_official(_ours(classes=4), state)
+
+
+def test_what_a_fork_has_for_training_alone_is_left_out_when_told() -> None:
+    official, model = _official(), _ours()
+    state = {**official.state_dict(), "transf.crs_attn.fb.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"transf\.crs_attn\.fb\.weight; ignore=\(\.\.\.\) leaves out"):
+        load_official(model, state)
+    load_official(model, state, ignore=("transf.crs_attn.fb.weight",))
+    assert torch.equal(model.aggregator.get_parameter("attention.queries"), state["transf.crs_attn.q"][0])
+    with pytest.raises(ValueError, match=r"missing aggregator\.attention\.key_proj\.weight"):
+        load_official(model, state, ignore=("transf.crs_attn.fb.weight", "transf.crs_attn.k_w.weight"))
+
+
+def test_heads_may_say_their_kinds() -> None:
+    trunk = ResNet("resnet18", 2, 1)
+    heads = {task: linear_head("multiclass", trunk.dim, 10) for task in _TASKS}
+    model = IPSModel(trunk, Aggregator(trunk.dim, 4, 8, 16, 16, 64), heads, IndexPositions(trunk.dim))
+    state = _official().state_dict()
+    load_official(model, state)
+    assert torch.equal(model.heads["top"].get_parameter("weight"), state["output_layers.top.0.weight"])

@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ips.network.aggregator import Aggregator
-from ips.network.encoder import WrappedEncoder
+from ips.network.encoder import ResNet, WrappedEncoder
 from ips.network.model import IPSModel
-from ips.network.strided import Strided, guard
+from ips.network.strided import Strided
+from ips.selection.select import select
+from tests.ips.nets import bag_of
 
 MAPS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (9, 2), (13, 1), (2, 5), (5, 3), (13, 4), (33, 7)]
 CONVOLUTIONS = [
@@ -64,24 +67,91 @@ def test_padding_may_have_a_name() -> None:
     assert torch.allclose(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, (1, 2)))
 
 
-def test_any_network_is_guarded_as_an_encoder() -> None:
-    """Same values, names and hooks; convolutions without stride and classes of their own are left alone."""
+class _Own(nn.Conv2d):
+    pass
 
-    class Own(nn.Conv2d):
-        pass
 
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), Own(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, (2, 1), 1),
-        nn.Conv2d(8, 16, 3, 2, 1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+class _Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(input=x, weight=self.weight, stride=2, padding=1)
+
+
+def _network() -> nn.Sequential:
+    """Of 29 px, the maps are 15, 15, 8, 4 and 2 wide, then a single column."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), _Own(8, 8, 3, 2, 1), _Functional(),
+        nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )  # fmt: skip
-    before, x = copy.deepcopy(network), torch.rand(2, 3, 37, 29)
-    calls: list[int] = []
-    network[0].register_forward_hook(lambda _m, _i, out: calls.append(out.shape[3]))
-    model = IPSModel(network, Aggregator(16, 1), {"t": nn.Linear(16, 1)})
-    assert [type(part) for part in list(network)[:5]] == [Strided, nn.Conv2d, Own, nn.Conv2d, nn.Conv2d]
-    assert torch.equal(model.embed((x * 255).byte()), before((x * 255).byte() / 255))
-    assert calls == [15]
+
+
+class _Widths(TorchFunctionMode):
+    """Columns of what every convolution gives, of the outputs that oneDNN is asked for."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
+        out = func(*args, **(kwargs or {}))
+        self.found += [out.shape[-1]] if func is torch.conv2d else []
+        return out
+
+
+def _model(network: nn.Module) -> IPSModel:
+    return IPSModel(network, Aggregator(16, 1, 2, 4, 4, 8), {"t": nn.Linear(16, 1)})
+
+
+def test_a_network_of_the_users_stays_as_it_is() -> None:
+    network, x = _network(), (torch.rand(2, 3, 37, 29) * 255).byte()
+    before, kinds = copy.deepcopy(network), [type(part) for part in network]
+    model = _model(network)
+    WrappedEncoder(network, 16, 3)
+    assert [type(part) for part in network] == kinds
     assert list(network.state_dict()) == list(before.state_dict())
-    guard(network)  # again: nothing more to do
-    assert type(WrappedEncoder(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1)), 8, 3).network[0]) is Strided  # type: ignore[index]
-    assert type(copy.deepcopy(network)[0]) is Strided
+    assert torch.equal(model.embed(x), before(x / 255))
+    assert type(ResNet("resnet18").conv1) is Strided
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "wrapped"])
+def test_no_convolution_of_any_network_is_asked_for_a_single_column(kind: str) -> None:
+    network, seen = _network(), _Widths()
+    model = _model(WrappedEncoder(network, 16, 3) if kind == "wrapped" else network)
+    x = (torch.rand(2, 3, 37, 29) * 255).byte()
+    expected = model.embed(x)
+    if kind == "bfloat16":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind != "bfloat16"), seen:
+        found = model.embed(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    assert len(seen.found) == 6
+    assert seen.found[-1] == 2
+    assert min(seen.found) == 2
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nor_is_one_in_the_selection(*, in_place: bool) -> None:
+    if in_place:
+        model = _model(_network())
+    else:
+        encoder = ResNet("resnet18", 4)
+        encoder.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)  # type: ignore[assignment]
+        model = IPSModel(encoder, Aggregator(512, 1, 2, 4, 4, 8), {"t": nn.Linear(512, 1)})
+    seen, bag = _Widths(), bag_of(9, h=37, w=2 if not in_place else 29)
+    with seen:
+        select(model, [bag], 3, 8, dtype=torch.bfloat16)
+    assert min(width for width in seen.found if width) == (2 if in_place else 1)  # of stride 1, one column is right
+    first = seen.found[0]
+    assert first == (15 if in_place else 2)
+
+
+def test_in_float32_a_single_column_is_asked_for_as_it_is() -> None:
+    seen = _Widths()
+    with seen:
+        _model(_network()).embed((torch.rand(2, 3, 37, 29) * 255).byte())
+    assert seen.found[-1] == 1

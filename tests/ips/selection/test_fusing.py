@@ -78,3 +78,19 @@ def test_changed_layers_are_scored_as_they_are(change: Callable[[ResNet], None],
             parameter.add_(0.01 * torch.randn_like(parameter))
     scorer.refresh()
     torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_the_old_weight_norm_is_scored_in_place() -> None:
+    model, patches = resnet_model(), bag_of(8, h=37, w=29).patches
+    conv = nn.utils.weight_norm(model.encoder.get_submodule("layer1.0.conv1"))
+    for _ in range(2):
+        with torch.no_grad():
+            conv.get_parameter("weight_g").mul_(1.7)
+        scorer = Scorer(model, batch=8)
+        assert scorer._encoder is model.encoder
+        with scorer.evaluating():
+            found = scorer.content_logits(patches)
+        torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
+    model.train().embed(patches).sum().backward()  # type: ignore[no-untyped-call]
+    assert conv.get_parameter("weight_g").grad is not None

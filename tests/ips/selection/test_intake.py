@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from ips.bag import Chunk, TensorBag
 from ips.network.encoder import FeatureProjector
+from ips.selection.baselines import every_patch
 from ips.selection.intake import checked
-from ips.selection.select import select
+from ips.selection.select import gather, select
 from tests.ips.nets import bag_of, model_of, tiny_model
 
 
@@ -98,7 +100,25 @@ def test_patches_have_pixels() -> None:
 def test_huge_but_finite_pixels_pass() -> None:
     """Their sum is infinite, they are not."""
     chunk = Chunk(torch.full((5, 3, 4, 4), 3e38), torch.arange(5))
-    assert list(checked(tiny_model(), [(0, chunk)], [5])) == [(0, chunk)]
+    with pytest.warns(UserWarning, match="float pixels above 1.5"):
+        assert list(checked(tiny_model(), [(0, chunk)], [5])) == [(0, chunk)]
+
+
+@pytest.mark.parametrize("brightest", [1.0, 1.4])
+def test_float_pixels_may_go_a_little_beyond_one(brightest: float) -> None:
+    select(tiny_model(), [TensorBag(bag_of(9).patches / 255 * brightest)], 3, 4)
+
+
+def test_float_pixels_that_count_to_255_are_told_of_once() -> None:
+    bag = TensorBag(bag_of(9).patches.float())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            gather([bag], select(tiny_model(), [bag], 3, 4), "cpu")
+    (warning,) = caught
+    assert "divide those of 0..255 by 255" in str(warning.message)
+    features = TensorBag(torch.rand(9, 5) * 255)
+    assert len(gather([features], every_patch([features]), "cpu").patches[0]) == 9  # they have no range
 
 
 def test_one_call_takes_one_patch_shape() -> None:

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import copy
+import gc
 import random
-from collections.abc import Iterator
-from typing import Literal
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from ips.bag import Chunk, Selection, TensorBag
 from ips.network.aggregator import Aggregator
@@ -16,7 +23,8 @@ from ips.network.encoder import FeatureProjector, ResNet
 from ips.network.model import IPSModel
 from ips.network.official import load_official
 from ips.network.positions import IndexPositions
-from ips.selection.scorer import Scorer
+from ips.selection.baselines import every_patch
+from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.select import Mode, gather, select
 from tests.ips.nets import LooseBag, bag_of, model_of, resnet_model, tiny_model
 from tests.oracle import OfficialNet, exact_selection
@@ -253,15 +261,129 @@ def test_modes_and_statistics_survive_a_selection_and_an_error(model: IPSModel) 
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_reused_scorer_is_as_fresh_as_its_refresh() -> None:
-    model, bag = resnet_model(), bag_of(30, h=37, w=29)
-    scorer = Scorer(model)
+def _flip(model: IPSModel) -> None:
     with torch.no_grad():
-        model.encoder.get_parameter("conv1.weight").mul_(-1)
-    fresh = select(model, [bag], 5, 9)
-    assert not torch.equal(select(model, [bag], 5, 9, scorer=scorer).scores, fresh.scores)
-    scorer.refresh()
-    assert torch.equal(select(model, [bag], 5, 9, scorer=scorer).scores, fresh.scores)
+        next(model.encoder.parameters()).mul_(-1)
+
+
+def _fused_step(model: IPSModel) -> None:
+    """Of an optimiser whose writes autograd does not count."""
+    before = next(model.encoder.parameters())._version
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    assert next(model.encoder.parameters())._version == before
+
+
+def _load(model: IPSModel) -> None:
+    model.load_state_dict({name: x * 1.5 if x.is_floating_point() else x for name, x in model.state_dict().items()})
+
+
+def _train(model: IPSModel) -> None:
+    """Moves the running statistics alone."""
+    model.train().embed(bag_of(9, 5).patches)
+
+
+def _replace(model: IPSModel) -> None:
+    fresh = type(model.encoder)(*(("resnet18", 2) if isinstance(model.encoder, ResNet) else (12,)))
+    model.encoder = fresh
+
+
+def _queries(model: IPSModel) -> None:
+    with torch.no_grad():
+        model.aggregator.get_parameter("attention.queries").mul_(-1)
+
+
+def _hook(model: IPSModel) -> None:
+    next(model.encoder.children()).register_forward_hook(lambda _m, _i, out: -out)
+
+
+def _point_elsewhere(model: IPSModel) -> None:
+    parameter = next(model.encoder.parameters())
+    parameter.data = -parameter.data
+
+
+def _double(model: IPSModel) -> None:
+    model.double()
+
+
+CHANGES = [_flip, _fused_step, _load, _train, _replace, _queries, _hook, _point_elsewhere, _double]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [tiny_model, resnet_model])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_reused_scorer_is_as_fresh_as_its_model(
+    change: Callable[[IPSModel], None],
+    make: Callable[[], IPSModel],
+    given: bool,  # noqa: FBT001
+) -> None:
+    model, bags = make(), [bag_of(12)]
+    scorer = Scorer(model) if given else None
+    before = select(model, bags, 5, 9, scorer=scorer)
+    change(model)
+    found = select(model, bags, 5, 9, scorer=scorer)
+    fresh = select(model, bags, 5, 9, scorer=Scorer(model))
+    assert torch.equal(found.index, fresh.index)
+    assert torch.equal(found.scores, fresh.scores)
+    assert not torch.equal(found.scores, before.scores)
+
+
+def test_a_model_keeps_one_copy_of_its_encoder_and_lets_it_go() -> None:
+    model, bags = resnet_model(), [bag_of(9)]
+    with mock.patch.object(Scorer, "_build", autospec=True, side_effect=Scorer._build) as built:
+        for _ in range(3):
+            select(model, bags, 5, 9)
+            select(model, bags, 5, 9, dtype=torch.bfloat16, certify=True)
+    count = built.call_count
+    built.reset_mock()  # it holds what it was called with
+    assert count == 3  # float32, bfloat16, and what certifies that, in its batch
+    scorer = weakref.ref(kept_scorer(model, None))
+    assert len(copy.deepcopy(model).state_dict()) == len(model.state_dict())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert scorer() is None
+
+
+def test_a_wrapped_model_selects_as_it_does_alone(group_of_one: dist.ProcessGroup) -> None:
+    model, bags = tiny_model(), [bag_of(30)]
+    alone = select(model, bags, 5, 9)
+    wrappers: tuple[Any, ...] = (
+        DistributedDataParallel(model, process_group=group_of_one),
+        torch.compile(model, backend="eager"),
+        AveragedModel(model),
+    )
+    for wrapped in wrappers:
+        assert torch.equal(select(wrapped, bags, 5, 9).scores, alone.scores)
+        scorer = Scorer(wrapped)
+        assert torch.equal(select(wrapped, bags, 5, 9, scorer=scorer).scores, alone.scores)
+
+
+def test_each_head_and_task_has_its_attention() -> None:
+    model, bag = tiny_model(tasks=2, heads=3).eval(), bag_of(23)
+    with torch.no_grad():
+        expected = model.logits(model.embed(bag.patches), None).view(23, 3, 2).softmax(dim=0)
+    for mode in ("exact", "window"):
+        found = select(model, [bag, bag_of(4)], 5, 7, mode, attention="each").attention
+        assert found is not None
+        assert [tuple(one.shape) for one in found] == [(23, 3, 2), (4, 3, 2)]
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attention='heads' must be False, True or 'each'"):
+        select(model, [bag], 5, 7, attention="heads")  # type: ignore[arg-type]
+
+
+def test_scores_say_over_how_many_patches_they_are() -> None:
+    model, bags = tiny_model(), [bag_of(23), bag_of(4)]
+    exact, window = (select(model, bags, 5, 7, mode, attention=True) for mode in ("exact", "window"))
+    for found, scored in ((exact, [23, 4]), (window, [9, 4])):  # 5 stay of 12, then 7 come, then 4
+        assert found.scored is not None
+        assert found.scored.tolist() == scored
+        assert found.attention is not None
+        whole = torch.allclose(found.scores[0], found.attention[0][found.index[0]])
+        assert whole == (found is exact)
+    assert every_patch(bags).scored.tolist() == [23, 4]  # type: ignore[union-attr]
 
 
 def test_gather_takes_the_winners_and_pads() -> None:

@@ -85,6 +85,33 @@ def test_a_strip_of_too_much_is_refused(group_of_one: dist.ProcessGroup) -> None
         select(tiny_model(), [Long(bag_of(23).patches)], 3, 4, group=group_of_one)
 
 
+def _uneven(rank: int, folder: str, what: str) -> None:
+    bags = [bag_of(9, 1), bag_of(5 + (rank if what == "length" else 0), 2)]
+    model = tiny_model(heads=3 + (rank if what == "model" else 0))
+    if what == "count":
+        bags = bags[: 1 + rank]
+    if what == "empty" and rank == 1:
+        bags = []
+    with _one_of_two(rank, folder):
+        select(model, bags, 3, 4, group=dist.group.WORLD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "messages"),
+    [
+        ("length", ["ValueError: group: its processes have 5 to 6 patches in bags[1]"] * 2),
+        ("count", ["ValueError: group: its processes have 1 to 2 bags; all must pass the same bags"] * 2),
+        ("model", ["ValueError: group: its processes have 6 to 8 logits a patch"] * 2),
+        ("empty", ["RuntimeError: the selection failed on another process", "ValueError: bags holds no image"]),
+    ],
+)
+def test_processes_with_different_bags_all_say_so(tmp_path: Path, what: str, messages: list[str]) -> None:
+    spawn(_uneven, args=(str(tmp_path), what), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank, message in enumerate(messages):
+        assert message in (tmp_path / f"{rank}.txt").read_text()
+
+
 def _worker(rank: int, folder: str, broken: int) -> None:
     bags = _bags()
     if rank == broken:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ips.selection.unique
-from ips.selection.unique import constant_rows, distinct_rows, unique_rows
+from ips.selection.unique import constant_rows, distinct_rows, row_hashes, unique_rows
 from tests.ips.nets import bag_of
 
 
@@ -89,3 +89,14 @@ def test_distinct_rows_stand_for_all_with_one_colours_last(which: list[int]) -> 
     assert torch.equal(patches[rows][inverse], patches)
     assert flat == len(set(which) & {3, 4})
     assert constant_rows(patches[rows]).tolist() == [False] * (len(rows) - flat) + [True] * flat
+
+
+def test_a_row_has_the_hash_of_its_bytes() -> None:
+    patches = torch.rand(9, 3, 5, 3)
+    hashes = row_hashes(patches)
+    assert torch.equal(row_hashes(patches.flip(0)), hashes.flip(0))
+    for place in (0, -1):
+        other = patches.clone().flatten(1)
+        other[4, place] += 1e-3
+        assert (row_hashes(other) == hashes).tolist() == [row != 4 for row in range(9)]
+    assert (row_hashes(patches.flip(-1)) != hashes).all()

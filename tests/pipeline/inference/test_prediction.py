@@ -52,7 +52,7 @@ def test_a_bag_prediction_is_the_model_in_evaluation_mode_and_modes_come_back(fo
     model.eval()
     with torch.inference_mode():
         tokens = model.aggregator(model.embed(bag.patches[found.selected])[None], torch.ones(1, 4, dtype=torch.bool))
-        positive = torch.sigmoid(model.heads[0](tokens[:, 0])).item()
+        positive = torch.sigmoid(model.heads["tumour"](tokens[:, 0])).item()
     assert found.values["tumour"][1] == pytest.approx(positive, abs=1e-6)
 
 

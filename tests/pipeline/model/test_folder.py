@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ips.bag import TensorBag
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.model.folder import load_weights, read_config, save_model
+from pipeline.inference.prediction import BagPrediction, load_model, predict_bag
+from pipeline.model.build import build_model
+from pipeline.model.folder import WEIGHTS, load_weights, read_config, save_model
+from tests.pipeline.small import PATCH, small_config, write_model
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
 
@@ -26,3 +33,44 @@ def test_absent_or_damaged_files_are_stage_errors(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"\x08\x00")
     with pytest.raises(StageError, match="weights.safetensors: cannot be read"):
         load_weights(nn.Linear(3, 2), tmp_path)
+
+
+TASKS = [
+    {"name": "pr.status", "column": "a", "classes": ["no", "yes"]},
+    {"name": "er", "column": "b", "classes": ["no", "yes"]},
+    {"name": "1", "column": "c", "kind": "multiclass", "classes": ["x", "y", "z"]},
+]
+
+
+def _number_heads(folder: Path) -> None:
+    """As they were saved before they had names."""
+    weights = load_file(folder / WEIGHTS)
+    numbered = {re.sub(r"^heads\.(\d+):[^.]*\.", r"heads.\1.", name): value for name, value in weights.items()}
+    assert sorted(name for name in numbered if name.startswith("heads.")) == [
+        f"heads.{place}.{leaf}" for place in range(3) for leaf in ("bias", "weight")
+    ]
+    save_file(numbered, folder / WEIGHTS)
+
+
+def _predicted(folder: Path, bag: TensorBag) -> BagPrediction:
+    model, config = load_model(folder)
+    return predict_bag(model, bag, config)
+
+
+def test_a_model_saved_before_heads_had_names_predicts_the_same_bits(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config(tasks=TASKS))
+    bag = TensorBag(torch.randint(0, 256, (11, 3, PATCH, PATCH), dtype=torch.uint8))
+    before = _predicted(tmp_path, bag)
+    _number_heads(tmp_path)
+    after = _predicted(tmp_path, bag)
+    assert after.selected.tolist() == before.selected.tolist()
+    for task in ("pr.status", "er", "1"):
+        assert after.logits[task].tolist() == before.logits[task].tolist()
+
+
+def test_numbered_heads_are_not_taken_for_those_of_another_order(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config(tasks=TASKS))
+    _number_heads(tmp_path)
+    model = build_model(small_config(tasks=TASKS[::-1]))
+    with pytest.raises(StageError, match=r"those of \('pr.status', 'er', '1'\) by number, the model has \('1', 'er'"):
+        load_weights(model, tmp_path)

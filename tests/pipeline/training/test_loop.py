@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_slides_and_rate() -> None:
     slides = Slides([len(b) for b in bags], targets, {"spot": "binary"}, partial(_open, bags))
     model = _model()
     with torch.no_grad():
-        model.heads[0].weight.fill_(float("inf"))  # type: ignore[operator]
+        model.heads["spot"].weight.fill_(float("inf"))  # type: ignore[operator]
     settings = TrainConfig(epochs=1, batch_size=4, warmup_epochs=0)
     with pytest.raises(
         StageError, match=r"loss became nan at step 1 \(epoch 1, lr 0.001, slides 3, 2, 1, 0\).*train.lr"

@@ -95,7 +95,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_thaws_when_it_should() -> None:
         after = model.encoder.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items()) != thawed
         assert after["norm.num_batches_tracked"] == int(thawed)
-        assert not torch.equal(model.heads[0].weight, _model().heads[0].weight)  # type: ignore[arg-type]
+        assert not torch.equal(model.heads["spot"].weight, _model().heads["spot"].weight)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("changes", [{"bounded": True, "norm": "frozen"}, {"freeze_encoder": True}])
@@ -242,7 +242,7 @@ def test_patches_are_scored_as_many_at_a_time_as_asked_for() -> None:
 def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:
     model = _model()
     before = copy.deepcopy(model.state_dict())
-    model.get_parameter("heads.0.weight").register_hook(lambda gradient: gradient / 0)  # type: ignore[no-untyped-call]
+    model.get_parameter("heads.0:spot:binary.weight").register_hook(lambda gradient: gradient / 0)  # type: ignore[no-untyped-call]
     slides = Slides(
         _slides().sizes, _slides().targets, {"spot": "binary"}, _slides().bag, names=[f"s-{i}" for i in range(11)]
     )
