@@ -2,7 +2,7 @@
 
 Hues are measured as optical density (Beer-Lambert), which adds up where things lie over each other: the share of red
 and of blue light that is absorbed, over that of green. Stains lie between haematoxylin (0.93, 0.41), eosin (0.07,
-0.11) and DAB (0.47, 1.37) (Ruifrok and Johnston, 2001); on seven overviews of H&E 98% of the tissue is within 0.06 to
+0.11) and DAB (0.47, 1.37) (Ruifrok and Johnston, 2001); on nine overviews of H&E 98% of the tissue is within 0.06 to
 0.90 and 0.22 to 0.84, that of one IHC section reaches 1.18. Real inks stand apart: teal, green and blue absorb red at
 1.3 to 4.5 times green, red ink green and blue alike (0.7 to 1.2) and hardly any red (0.07 to 0.26), and black ink
 with its brown rim everything alike (0.86 to 0.97, 1.08 to 1.21).
