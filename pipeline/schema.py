@@ -64,6 +64,8 @@ SLIDE_LEDGER = pa.schema(
         pa.field("n_patches", pa.int64(), nullable=False),
         pa.field("n_bad_tiles", pa.int64(), nullable=False),
         pa.field("rejects", pa.string(), nullable=False),  # JSON: reason -> places that are no patches
+        pa.field("tissue", pa.float64()),  # share of the slide
+        pa.field("tissue_beyond", pa.float64()),  # share of the tissue that lies beyond the last patches
     ],
     metadata=_META,
 )

@@ -29,6 +29,15 @@ def shared_slides() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_overviews() -> Path:
+    """Folder of real slides in small, some with pen; it never is part of the repo."""
+    folder = SHARED_DATA / "tissue"
+    if not folder.is_dir():
+        pytest.skip(f"overviews of real slides are not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_mnist() -> Path:
     """Folder of the MNIST idx files; it never is part of the repo."""
     folder = SHARED_DATA / "mnist"

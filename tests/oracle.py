@@ -1,11 +1,14 @@
-"""Slow and obvious references, written apart from `ips`: they share its modules' weights, none of its algorithms."""
+"""Slow and obvious references, written apart from the product: of `ips` they share the weights, and no algorithm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ips.network.aggregator import Aggregator
@@ -182,3 +185,23 @@ class OfficialNet(nn.Module):
             x = x + self.pos_enc[rows]
         tokens = self.transf(x)
         return {task: layer(tokens[:, i]) for i, (task, layer) in enumerate(self.output_layers.items())}
+
+
+def patch_of(picture: Image.Image, corner: tuple[int, int], extent: float, edge: int) -> npt.NDArray[np.uint8]:
+    """A patch by its definition: the square of `extent` px at a corner, area-averaged; white beyond the slide."""
+    x, y = corner
+    canvas = Image.new("RGB", (math.ceil(x + extent), math.ceil(y + extent)), "white")
+    canvas.paste(picture)
+    return np.asarray(canvas.resize((edge, edge), Image.Resampling.BOX, (x, y, x + extent, y + extent)))
+
+
+def uncovered(mask: npt.NDArray[np.bool_], scale: int, boxes: npt.NDArray[np.float64]) -> float:
+    """Share of the tissue that lies in none of the boxes (left, top, right, bottom: whole level-0 px).
+
+    Every level-0 px is looked at; one px of the mask stands for scale x scale of them.
+    """
+    tissue = np.kron(mask, np.ones((scale, scale), np.bool_))
+    left = tissue.copy()
+    for x0, y0, x1, y1 in boxes.astype(int).tolist():
+        left[y0:y1, x0:x1] = False
+    return float(left.sum() / tissue.sum())

@@ -55,5 +55,5 @@ class FeatureBag:
 
     def _load(self, rows: Ints) -> Chunk:
         vectors = torch.from_numpy(self._slide.vectors(rows).copy())  # torch wants memory that may be written
-        positions = torch.from_numpy(self._slide.positions()[rows].astype(np.float32))
+        positions = torch.from_numpy(self._slide.positions(rows).astype(np.float32))
         return Chunk(vectors, torch.from_numpy(rows), positions)

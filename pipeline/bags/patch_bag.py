@@ -38,8 +38,7 @@ class JpegSlide(Protocol):
     def n_patches(self) -> int: ...  # noqa: D102
     @property
     def patch_px(self) -> int: ...  # noqa: D102
-    @property
-    def stride(self) -> float: ...  # noqa: D102
+    def positions(self, rows: Rows) -> Rows: ...  # noqa: D102
     def index(self) -> PatchIndex: ...  # noqa: D102
     def payloads(self, rows: Rows) -> list[bytes]:
         """The JPEGs of `rows`, in their order."""
@@ -121,8 +120,7 @@ class PatchBag:
         pixels = torch.from_numpy(loading.patches).permute(0, 3, 1, 2)
         positions, changes = np.empty((len(loading.rows), 2), np.float32), []
         for slide, members, own in self._by_slide(loading.rows):
-            index = slide.index()
-            positions[members] = np.rint(np.stack([index.x[own], index.y[own]], axis=1) / slide.stride)
+            positions[members] = slide.positions(own)
             if self._augment is not None:
                 changes.append((members, replace(self._augment, key=slide.key).changes(own)))
         prepare = joined(changes) if changes else None

@@ -74,11 +74,6 @@ class StreamedSlide:
         return self.plan.patch_px
 
     @property
-    def stride(self) -> float:
-        """Level-0 px from one grid column or row to the next."""
-        return self.plan.stride
-
-    @property
     def extent(self) -> float:
         """Edge of a patch, level-0 px."""
         return self.plan.extent
@@ -96,6 +91,10 @@ class StreamedSlide:
     def index(self) -> PatchIndex:
         """Where the patches stand."""
         return self.plan.index()
+
+    def positions(self, rows: Ints) -> Ints:
+        """See `StoredSlide.positions`."""
+        return self.plan.positions(rows)
 
     def thumbnail(self) -> bytes:
         """The slide as a JPEG of at most 512 px."""
@@ -145,7 +144,7 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     plan, origins = streamed.plan, _origins(streamed.plan.uri, streamed.n_patches)[rows]
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
-    grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches)
+    grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
     with reading_source():
         cutter = Cutter(reader, grid, streamed.spec)
         cutter.expect(origins)

@@ -124,13 +124,17 @@ class _Passing:
     """A slide during one pass through its rows: its patches come once, in order."""
 
     def __init__(self, slide: StreamedSlide, rows: Iterator[bytes]) -> None:
-        self.uri, self.key, self.stride = slide.uri, slide.key, slide.stride
+        self.uri, self.key = slide.uri, slide.key
         self.n_patches, self.patch_px = slide.n_patches, slide.patch_px
         self._slide, self._rows, self._next = slide, rows, 0
 
     def index(self) -> PatchIndex:
         """Where the patches stand."""
         return self._slide.index()
+
+    def positions(self, rows: Ints) -> Ints:
+        """See `StoredSlide.positions`."""
+        return self._slide.positions(rows)
 
     def payloads(self, rows: Ints) -> list[bytes]:
         """The JPEGs of `rows`, which go on where the last call ended."""

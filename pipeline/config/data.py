@@ -86,13 +86,25 @@ class TilingConfig(Section):
     """Level-0 mpp of slides that state none and have no override in the cohort. null: they are rejected."""
     overlap_px: Annotated[int, Field(ge=0)] = 0
     """Overlap of neighbouring patches, in px at `mpp`."""
+    edge: Literal["inside", "pad", "drop"] = "inside"
+    """What becomes of the last column and row, where the slide does not end with a patch. inside: they are shifted
+    inwards and end where the slide does, over a part of the ones before. pad: they reach over its edge, where they show
+    background; slides smaller than a patch are padded with `inside` too. drop: there are none, which loses the tissue
+    there; its share is in `slide.json`, the ledger and the quality page."""
     tissue: Literal["otsu", "none"] = "otsu"
     """otsu: Otsu's threshold on the saturation of a thumbnail. none: every patch counts as tissue. A slide whose
     cohort row names a `mask` takes that instead."""
     artefacts: Literal["remove", "keep"] = "remove"
-    """remove: colour without texture (pen, tinted glass, blurred dust) is no tissue. For `tissue: otsu`."""
+    """remove: ink by its hue, and colour without texture (tinted glass, blurred dust), is no tissue. For
+    `tissue: otsu`."""
+    tissue_threshold: Annotated[float, Field(gt=0, lt=255)] | None = None
+    """Saturation above which a px of the thumbnail is tissue, of 255; what is fainter is then none. null: Otsu's, kept
+    in 12 to 30, which the quality page shows of each slide, and faint px around those. For `tissue: otsu`."""
+    tissue_closing_px: Annotated[int, Field(ge=0)] = 0
+    """Gaps in the tissue narrower than this are tissue too (morphological closing), in px at `mpp`: fat cells are 50 to
+    150 microns wide, of which the mask shows the walls alone. 0: none are. For `tissue: otsu`."""
     min_tissue: Fraction = 0.25
-    """Share of a patch's area that must be tissue."""
+    """Share of a patch's area that must be tissue; of what lies on the slide, where a patch reaches over its edge."""
     codec: Literal["checked", "original", "encoded"] = "checked"
     """checked: a patch that is exactly one JPEG tile of the slide keeps the slide's own bytes, and is lost where they
     cannot be decoded; all others are encoded anew. original: such tiles are not decoded, which is faster by what that

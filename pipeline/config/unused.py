@@ -51,6 +51,7 @@ UNUSED: tuple[Unused, ...] = (
             "storage.patches",
             *_paths("cohort.split", "train", "val", "test"),
             *_paths("tiling", "mpp_tolerance", "default_mpp", "artefacts", "min_tissue", "codec", "jpeg_quality"),
+            *_paths("tiling", "edge", "tissue_threshold", "tissue_closing_px"),
             *_paths("tiling", "max_bad_tiles", "cpus", "cache", "cache_gib", "coords"),
         ),
         lambda c: c.cohort.megapixel_mnist is not None,
@@ -66,13 +67,13 @@ UNUSED: tuple[Unused, ...] = (
     Unused(("storage.features",), lambda c: c.embed is None, "without features", "set embed.encoder.name"),
     Unused(("tiling.default_mpp",), lambda c: c.tiling.mpp is None, "where level 0 is read as it is", "set tiling.mpp"),
     Unused(
-        ("tiling.artefacts",),
+        ("tiling.artefacts", "tiling.tissue_threshold", "tiling.tissue_closing_px"),
         lambda c: c.tiling.tissue == "none",
         "with tiling.tissue=none",
         "set tiling.tissue=otsu",
     ),
     Unused(
-        ("tiling.min_tissue", "tiling.overlap_px"),
+        ("tiling.min_tissue", "tiling.overlap_px", "tiling.edge"),
         lambda c: c.tiling.coords is not None,
         "with tiling.coords, which say where the patches are",
         "remove tiling.coords",

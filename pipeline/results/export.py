@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import CohortSlide, read_cohort
@@ -43,12 +45,27 @@ def export_coordinates(config: Config, tool: Tool, folder: str) -> dict[str, str
 
     def write(slide: CohortSlide) -> tuple[str, str]:
         grid = stored_grid(store.slide(keys[slide.slide_id]), stems[slide.slide_id])
+        whole = wholly_inside(grid)
+        if not whole.all():
+            log.warning(
+                "export: %s: %d patches that reach over the slide's edge are left out: %s shows other pixels there",
+                slide.slide_id,
+                int((~whole).sum()),
+                tool,
+            )
+            grid = replace(grid, corners=grid.corners[whole])
         uri = files.join(folder, file_name(tool, grid.name))
         files.write_bytes(uri, coordinates_h5(grid, tool, folder, config.tiling.mpp))
         return slide.slide_id, uri
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(pool.map(write, [slide for slide in slides if slide.slide_id in keys]))
+
+
+def wholly_inside(grid: StoredGrid) -> npt.NDArray[np.bool_]:
+    """Which patches (n,) show nothing beyond the slide: the tools paint that otherwise than `tiling.edge=pad` does."""
+    ends = np.rint(grid.corners / grid.level_downsample) + grid.read_px
+    return np.asarray((ends <= grid.level_size).all(axis=1))
 
 
 def stored_grid(stored: StoredSlide, name: str) -> StoredGrid:

@@ -29,11 +29,13 @@ from pipeline.storage import files
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.tiling.evidence import OUTLINE
 from pipeline.tiling.interchange import file_stems
+from pipeline.tiling.tissue import BIN
 
 PICTURES = 36  # slides: about 150 KB each
 ROWS = 1000
 BINS = 24
 THREADS = 16  # they wait on the storage
+PAGE_ALONE = frozenset({"picture", "saturations"})  # no columns of the table
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class QualityRow:
     patches: int = 0
     tissue: float | None = None
     """Share of the slide."""
+    tissue_threshold: float | None = None
+    """Saturation above which a px is tissue, of 255; None where it was not looked for."""
+    tissue_beyond: float | None = None
+    """Share of the tissue beyond the last patches; None for imported ones."""
     rejected_tissue: int = 0
     """Places with too little tissue."""
     rejected_artefact: int = 0
@@ -72,6 +78,8 @@ class QualityRow:
     key: str | None = None
     picture: str | None = field(default=None, repr=False)
     """A quarantined slide in small, a JPEG in base64; on the page alone."""
+    saturations: tuple[int, ...] = field(default=(), repr=False)
+    """Px of the slide in small by saturation, in bins of `tissue.BIN`; on the page alone."""
 
     @property
     def category(self) -> str:
@@ -145,7 +153,7 @@ def write_quality(
 
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     """One row a slide, in the cohort's order."""
-    names = [column.name for column in fields(QualityRow) if column.name != "picture"]
+    names = [column.name for column in fields(QualityRow) if column.name not in PAGE_ALONE]
     return table_csv(pa.table({name: [getattr(row, name) for row in rows] for name in names}))
 
 
@@ -166,6 +174,7 @@ def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, finge
         seen=[row.slide_id for row in quarantined if row.picture is not None][:PICTURES],
         n_quarantined=len(quarantined),
         reasons=Counter(row.category for row in quarantined).most_common(),
+        bin_width=BIN,
         imported=any(row.rejected_outside or row.rejected_twice for row in rows),
         absent=sum(row.status == "absent" for row in rows),
         scanners=_scanners(committed),
@@ -210,6 +219,7 @@ def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     width, height = facts["dimensions"]
+    mask = facts["evidence"]["mask"]
     return {
         "scanner": facts["vendor"],
         "image": _image(facts["image"]),
@@ -218,7 +228,10 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "height": height,
         "level": facts["level"],
-        "tissue": facts["evidence"]["mask"]["share"],
+        "tissue": mask["share"],
+        "tissue_threshold": mask.get("threshold"),
+        "tissue_beyond": mask["beyond"],
+        "saturations": tuple(mask.get("histogram", ())),
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }

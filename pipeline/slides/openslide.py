@@ -43,7 +43,8 @@ class OpenSlideReader(SlideReader):
         self.profile = _profile(self._handle)
         self._bounds = _bounds(properties, self.dimensions)
         colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
-        self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
+        red, green, blue = bytes.fromhex(colour)
+        self.background = red, green, blue
 
     @property
     def bounds(self) -> Box:
@@ -70,7 +71,7 @@ class OpenSlideReader(SlideReader):
             raise system_error(self._path.name, error) or BadTileError(
                 "bad-tile", f"{self._path.name}: level {level}, x {x}, y {y}, {w} x {h} px: {error}"
             ) from error
-        return on_background(rgba, self._background)
+        return on_background(rgba, np.array(self.background, np.uint8))
 
     def close(self) -> None:
         """Free the handle and its cache."""

@@ -99,6 +99,8 @@ class SlideReader(ABC):
     vendor: str
     profile: str | None
     """Description of the file's ICC profile, which says how its colours are meant. It is not applied."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour of glass where there is no data."""
     picked: Picked | None = None
     """Which of the file's images this is; None where the library that reads it picks, or there is but one."""
 
@@ -125,6 +127,16 @@ class SlideReader(ABC):
             BadTileError: the data there cannot be decoded; the reader stays usable.
             SlideError: the slide is gone or broken as a whole.
         """
+
+    def read_over(self, level: int, x: int, y: int, w: int, h: int) -> RGB:
+        """As `read`, of a box that may reach over the right and lower edge, where it is background."""
+        size = self.levels[level]
+        inside = self.read(level, x, y, min(w, size.width - x), min(h, size.height - y))
+        if inside.shape[:2] == (h, w):
+            return inside
+        pixels = np.full((h, w, 3), self.background, np.uint8)
+        pixels[: inside.shape[0], : inside.shape[1]] = inside
+        return pixels
 
     @abstractmethod
     def close(self) -> None:

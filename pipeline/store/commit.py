@@ -26,6 +26,7 @@ from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_cou
 from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
 from pipeline.tiling.cutting import codec_fingerprint
 from pipeline.tiling.evidence import THUMBNAIL
+from pipeline.tiling.grid import PlacedGrid
 from pipeline.tiling.slide import SlideTiling
 
 RECORD_THREADS = 16  # requests of some KB each, which wait on the storage
@@ -265,7 +266,7 @@ def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
         "patch_px": grid.patch_px,
         "downsample": grid.scale,
         "stride": grid.stride_px * grid.downsample,
-        "grid": [grid.columns, grid.rows],
+        "grid": None if isinstance(grid, PlacedGrid) else [grid.columns, grid.rows],
         "rejects": dict(tiling.rejects),
         "evidence": dict(tiling.evidence.facts),
         "thumbnail": {**_file_facts(THUMBNAIL, thumbnail.jpeg), **size},

@@ -82,9 +82,9 @@ class FeatureSlide:
         """Position of every patch, and place of its vector."""
         return self._vectors.index()
 
-    def positions(self) -> Ints:
-        """(n, 2) grid column and row of every patch."""
-        return self._vectors.positions()
+    def positions(self, rows: Ints) -> Ints:
+        """See `StoredSlide.positions`."""
+        return self._vectors.positions(rows)
 
     def vectors(self, rows: Ints) -> Features:
         """(n, D) of `rows`, in their order.

@@ -76,6 +76,7 @@ def write_ledger(
 def _slide(entry: _Entry) -> dict[str, Any]:
     status, facts = entry.status, entry.facts
     width, height = facts.get("dimensions", (None, None))
+    mask = facts["evidence"]["mask"] if facts else {}
     return {
         "slide_id": entry.slide.slide_id,
         "patient_id": entry.slide.patient_id,
@@ -94,6 +95,8 @@ def _slide(entry: _Entry) -> dict[str, Any]:
         "n_patches": status.n_patches,
         "n_bad_tiles": status.n_bad_tiles,
         "rejects": json.dumps(facts.get("rejects", {}), sort_keys=True),
+        "tissue": mask.get("share"),
+        "tissue_beyond": mask.get("beyond"),
     }
 
 

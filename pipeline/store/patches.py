@@ -30,6 +30,7 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.tree import delete_folder
 from pipeline.store.parts import file_name
+from pipeline.tiling.grid import cells_at
 
 SOURCES, UNFINISHED = "sources", "unfinished"
 """Folders beside those of the slides."""
@@ -95,6 +96,8 @@ class StoredSlide:
     """Width and height of the slide, level-0 px."""
     thumbnail_scale: float
     """Level-0 px per px of the thumbnail."""
+    imported: bool
+    """Its patches stand where a file said, not on a grid."""
 
     @property
     def extent(self) -> float:
@@ -105,10 +108,14 @@ class StoredSlide:
         """Position and place of every patch; the last few slides' are kept in memory."""
         return _read_index(self.uri, self.n_patches)[0]
 
-    def positions(self) -> Ints:
-        """(n, 2) grid column and row of every patch."""
+    def positions(self, rows: Ints) -> Ints:
+        """(n, 2) grid column and row of `rows` (n,); of imported patches in strides from the corner, rounded."""
         index = self.index()
-        return np.rint(np.stack([index.x, index.y], axis=1) / self.stride).astype(np.int64)
+        corners = np.stack([index.x[rows], index.y[rows]], axis=1)
+        if not self.imported:
+            return cells_at(corners, self.stride)
+        nearest: Ints = np.rint(corners / self.stride).astype(np.int64)
+        return nearest
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
@@ -216,6 +223,7 @@ class PatchStore:
             key=key,
             dimensions=tuple(facts["dimensions"]),
             thumbnail_scale=facts["thumbnail"]["scale"],
+            imported=facts["grid"] is None,
             **values,
         )
 

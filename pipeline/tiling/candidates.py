@@ -11,10 +11,11 @@ import numpy.typing as npt
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.slides.open import Overview
+from pipeline.tiling.artefacts import artefact_mask
 from pipeline.tiling.grid import Cells, Grid, LevelSize, placed_grid, plan_grid
 from pipeline.tiling.guide import Guide
 from pipeline.tiling.masks import Mask
-from pipeline.tiling.tissue import artefact_mask, integral_image, tissue_fraction, tissue_mask
+from pipeline.tiling.tissue import Tissue, closed, find_tissue, integral_image, tissue_fraction
 from pipeline.units import Box
 
 EXAMPLES = 6  # rejected patches that are kept to be looked at
@@ -56,6 +57,10 @@ class Candidates:
     """Reason -> places: tissue (too little of it), artefact, and of imported ones outside and twice."""
     examples: tuple[Rejected, ...]
     """At most 6: artefacts, then those that missed the least."""
+    beyond: float | None
+    """Share of the tissue that lies beyond the last column and row; None for imported places."""
+    tissue: Tissue | None
+    """How it was looked for; None where it was not."""
 
     @property
     def considered(self) -> int:
@@ -87,48 +92,76 @@ def find_candidates(
     """
     if guide.coords is not None:
         placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
-        coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
-        return Candidates(placed, placed.cells(), coloured & ~artefact, rejects, ())
+        seen = _look(overview, placed, spec, guide, levels[0], bounds)
+        return Candidates(placed, placed.cells(), seen.mask, rejects, (), None, seen.tissue)
     grid = plan_grid(levels, spec, mpp)
-    coloured, artefact = _masks(overview, spec, guide, levels[0], bounds)
-    mask = coloured & ~artefact
-    cells = grid.cells()
+    seen = _look(overview, grid, spec, guide, levels[0], bounds)
+    mask, cells = seen.mask, grid.cells()
     share = _shares(mask, overview, grid, cells)
     kept = _enough(share, spec)
-    with_artefacts = _shares(coloured, overview, grid, cells) if artefact.any() else share
+    with_artefacts = _shares(seen.coloured, overview, grid, cells) if seen.artefact.any() else share
     spoilt = _enough(with_artefacts, spec) & ~kept
     rejects = {"tissue": int((~kept & ~spoilt).sum())}
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
     if not kept.any():
-        nothing = _nothing(share, spec, guide, mask=mask, artefact=artefact, spoilt=spoilt)
-        nothing.coloured = coloured
+        nothing = _nothing(share, spec, guide, mask=mask, artefact=seen.artefact, spoilt=spoilt)
+        nothing.coloured = seen.coloured
         raise nothing
-    return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt))
+    examples, beyond = _examples(cells, share, kept, spoilt), _beyond(mask, grid, levels[grid.level])
+    return Candidates(grid, cells[kept], mask, rejects, examples, beyond, seen.tissue)
 
 
-def _masks(
-    overview: Overview, spec: TilingConfig, guide: Guide, level0: LevelSize, bounds: Box | None
-) -> tuple[Mask, Mask]:
-    """What may be tissue, and which of it is none. What could not be read is tried, so that its loss is counted."""
+@dataclass(frozen=True)
+class _Seen:
+    """What an overview shows; masks (h, w)."""
+
+    mask: Mask
+    """The tissue."""
+    coloured: Mask
+    """What may be tissue."""
+    artefact: Mask
+    """Which of that is none."""
+    tissue: Tissue | None
+
+
+def _look(
+    overview: Overview, grid: Grid, spec: TilingConfig, guide: Guide, level0: LevelSize, bounds: Box | None
+) -> _Seen:
+    """Look for the tissue. What could not be read is tried, so that its loss is counted."""
     height, width = overview.unread.shape
     nothing = np.zeros((height, width), np.bool_)
-    if guide.mask is not None:
-        return guide.mask.at(width, height, (level0.width, level0.height), bounds) | overview.unread, nothing
-    if spec.tissue == "none":
-        return ~nothing, nothing
-    coloured = tissue_mask(overview.rgb)
-    artefact = artefact_mask(overview.rgb, coloured) if spec.artefacts == "remove" else nothing
-    return coloured | overview.unread, artefact & ~overview.unread
+    if guide.mask is not None or spec.tissue == "none":
+        given = ~nothing
+        if guide.mask is not None:
+            given = guide.mask.at(width, height, (level0.width, level0.height), bounds) | overview.unread
+        return _Seen(given, given, nothing, None)
+    tissue = find_tissue(overview.rgb, spec.tissue_threshold)
+    coloured = tissue.mask | overview.unread
+    artefact = nothing
+    if spec.artefacts == "remove":
+        artefact = artefact_mask(overview.rgb, tissue.mask) & ~overview.unread
+    mask = coloured & ~artefact
+    if spec.tissue_closing_px:
+        mask = closed(mask, overview.rgb, spec.tissue_closing_px * grid.scale / overview.scale)
+    return _Seen(mask, coloured, artefact, tissue)
 
 
 def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
+    """Share of each cell (n, 2) that is tissue, of what lies on the slide."""
     edges, table = np.array([*mask.shape[::-1], *mask.shape[::-1]]), integral_image(mask)
     shares = [
         tissue_fraction(table, np.minimum(grid.level0_boxes(some) / overview.scale, edges))
         for some in np.split(cells, range(_AT_ONCE, len(cells), _AT_ONCE))
     ]
     return np.asarray(np.round(np.concatenate(shares), _DECIMALS), np.float64)
+
+
+def _beyond(mask: Mask, grid: Grid, level: LevelSize) -> float:
+    """Share of the tissue that lies beyond the patches of the last column and row."""
+    covered = np.minimum((np.array(grid.last) + grid.read_px) / (level.width, level.height), 1) * mask.shape[::-1]
+    within = tissue_fraction(integral_image(mask), np.array([[0.0, 0.0, *covered]]))[0] * np.prod(covered)
+    return max(0.0, round(1 - float(within / mask.sum()), _DECIMALS))
 
 
 def _enough(share: Shares, spec: TilingConfig) -> Mask:
@@ -160,8 +193,8 @@ def _nothing(
         rest = f"; of what else is coloured the best has {share.max():.1%}" if mask.any() else ""
         return NothingFoundError(
             "artefact",
-            f"{none}: what is coloured has no texture, as pen marks and tinted glass have none{rest}; look at the "
-            "slide, or set tiling.artefacts=keep",
+            f"{none}: what is coloured is ink by its hue, or has no texture, as tinted glass has none{rest}; look at "
+            "the slide, or set tiling.artefacts=keep",
         )
     if mask.any():
         return NothingFoundError(

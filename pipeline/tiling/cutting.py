@@ -36,7 +36,8 @@ class Cutter:
 
     def expect(self, origins: Cells) -> None:
         """Announce the patches to come, by their upper left corners (n, 2) in px of the level, in this order."""
-        size = np.full_like(origins, self._grid.read_px)
+        level = self._reader.levels[self._grid.level]
+        size = np.minimum(self._grid.read_px, np.array([level.width, level.height]) - origins)
         self._reader.expect(self._grid.level, np.concatenate([origins, size], axis=1))
 
     def cut(self, x: int, y: int) -> bytes:
@@ -50,13 +51,18 @@ class Cutter:
         if original is not None:
             return original
         edge = self._grid.read_px
-        rgb = self._reader.read(self._grid.level, x, y, edge, edge)
+        rgb = self._reader.read_over(self._grid.level, x, y, edge, edge)
         return encode(_resized(rgb, int(self._grid.patch_px)), self._spec.jpeg_quality)
 
     def _original(self, x: int, y: int) -> bytes | None:
-        """The slide's own JPEG of the patch; None where the patch is not one tile, or there is no data."""
-        tiles = self._tiles
+        """The slide's own JPEG of the patch; None where the patch is not one tile, or there is no data.
+
+        What a tile shows beyond the slide's edge is the scanner's filling, so there its bytes are not the patch's.
+        """
+        tiles, level = self._tiles, self._reader.levels[self._grid.level]
         if tiles is None or x % tiles.width or y % tiles.height:
+            return None
+        if x + tiles.width > level.width or y + tiles.height > level.height:
             return None
         column, row = x // tiles.width, y // tiles.height
         data = self._reader.raw_tile(self._grid.level, column, row)

@@ -48,7 +48,8 @@ class Evidence:
     """mask.png, one bit a px over the whole slide; tissue.geojson, its outlines, which count from the corner of the
     slide's bounds as QuPath does; rejected.jpg, squares of 128 px from left to right, if any."""
     facts: Mapping[str, Any]
-    """`mask`: level-0 px per px, and share of tissue; `rejected`: x, y (level 0), reason and tissue of each square."""
+    """`mask`: level-0 px per px, share of tissue, share of that beyond the last patches, and where it was looked for
+    the threshold and histogram of saturation; `rejected`: x, y (level 0), reason and tissue of each square."""
 
 
 def thumbnail(overview: Overview, mask: Mask | None = None) -> Thumbnail:
@@ -83,7 +84,13 @@ def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) 
     files = {MASK: mask_png(found.mask), OUTLINE: tissue_geojson(found.mask, reader.dimensions, reader.bounds[:2])}
     if squares:
         files[REJECTED] = _jpeg(np.concatenate(squares, axis=1))
-    mask = {"scale": overview.scale, "share": round(float(found.mask.mean()), 6)}
+    mask: dict[str, Any] = {
+        "scale": overview.scale,
+        "share": round(float(found.mask.mean()), 6),
+        "beyond": found.beyond,
+    }
+    if found.tissue is not None:
+        mask |= {"threshold": found.tissue.threshold, "histogram": list(found.tissue.histogram)}
     return Evidence(files, {"mask": mask, "rejected": listed})
 
 
@@ -102,7 +109,7 @@ def read_mask_png(data: bytes) -> Mask:
 def _square(reader: SlideReader, found: Candidates, example: Rejected) -> RGB:
     grid = found.grid
     ((x, y),) = grid.level_origins(_cell(example)).tolist()
-    pixels = Image.fromarray(reader.read(grid.level, x, y, grid.read_px, grid.read_px))
+    pixels = Image.fromarray(reader.read_over(grid.level, x, y, grid.read_px, grid.read_px))
     return np.asarray(pixels.resize((EXAMPLE_PX, EXAMPLE_PX), Image.Resampling.BOX))
 
 

@@ -41,7 +41,7 @@ class LevelSize(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """Whole patches only, from the upper left corner, in rows of columns."""
+    """Patches from the upper left corner, in rows of columns."""
 
     level: int
     downsample: float
@@ -52,6 +52,8 @@ class Grid:
     patch_px: PatchPx
     columns: int
     rows: int
+    last: tuple[int, int]
+    """x, y of the last patch's corner, px of `level`: nearer than a stride where it was shifted inwards."""
 
     @property
     def scale(self) -> float:
@@ -70,16 +72,16 @@ class Grid:
 
     def level_origins(self, cells: Cells) -> Cells:
         """(n, 2) x, y of the patches' upper left corners, in px of `level`."""
-        return cells * self.stride_px
+        return np.minimum(cells * self.stride_px, self.last)
 
     def level0_origins(self, cells: Cells) -> Cells:
         """(n, 2) x, y of the patches' upper left corners, in level-0 px."""
-        corners: Cells = np.rint(cells * (self.stride_px * self.downsample)).astype(np.int64)
+        corners: Cells = np.rint(self.level_origins(cells) * self.downsample).astype(np.int64)
         return corners
 
     def level0_boxes(self, cells: Cells) -> npt.NDArray[np.float64]:
         """(n, 4) left, top, right, bottom of the patches, in level-0 px, not rounded."""
-        corner = cells * (self.stride_px * self.downsample)
+        corner = self.level_origins(cells) * self.downsample
         return np.concatenate([corner, corner + self.extent], axis=1)
 
     def only(self, cells: Cells) -> Grid:
@@ -95,20 +97,39 @@ def plan_grid(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None
     size that covers `patch_px` at `spec.mpp`. With `spec.mpp` null it is level 0 as it is, and `mpp` unused.
 
     Raises:
-        SlideError: "too-coarse" (even level 0 is coarser than `spec.mpp`), "too-small" (no whole patch fits).
+        SlideError: "too-coarse" (even level 0 is coarser than `spec.mpp`), "too-small" (with `spec.edge` drop: no whole
+            patch fits).
     """
     number, factor = choose_level(levels, spec, mpp)
     level = levels[number]
     read = round(spec.edge_px * factor)
     stride = max(1, round((spec.edge_px - spec.overlap_px) * factor))
-    if level.width < read or level.height < read:
+    sizes = (level.width, level.height)
+    if spec.edge == "drop" and min(sizes) < read:
         raise SlideError(
             "too-small",
             f"{level.width} x {level.height} px at level {number} hold no patch of {read} px "
-            f"(tiling.patch_px={spec.patch_px}); lower tiling.patch_px or leave the slide out",
+            f"(tiling.patch_px={spec.patch_px}); lower tiling.patch_px, set tiling.edge=pad, or leave the slide out",
         )
-    columns, rows = ((size - read) // stride + 1 for size in (level.width, level.height))
-    return Grid(number, level.downsample, LevelPx(read), LevelPx(stride), PatchPx(spec.edge_px), columns, rows)
+    (columns, right), (rows, bottom) = (_axis(size, read, stride, spec) for size in sizes)
+    edges = LevelPx(read), LevelPx(stride), PatchPx(spec.edge_px)
+    return Grid(number, level.downsample, *edges, columns, rows, (right, bottom))
+
+
+def _axis(size: int, read: int, stride: int, spec: TilingConfig) -> tuple[int, int]:
+    """How many patches stand along an axis of a level, and where the last one does."""
+    whole, rest = divmod(max(0, size - read), stride)
+    count = whole + 1 + (rest > 0 and spec.edge != "drop")
+    return count, max(0, size - read) if spec.edge == "inside" else (count - 1) * stride
+
+
+def cells_at(corners: Cells, stride: float) -> Cells:
+    """(n, 2) grid column and row of patches by their corners (n, 2), as `Grid.level0_origins` gives them.
+
+    The last column and row may stand nearer than a stride (level-0 px) to the one before, and still count as the next.
+    """
+    cells: Cells = np.ceil((corners - 0.5) / stride).astype(np.int64)  # corners are rounded up by half a px at most
+    return cells
 
 
 def choose_level(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | None) -> tuple[int, float]:
@@ -200,6 +221,7 @@ def placed_grid(
         PatchPx(spec.edge_px),
         len(corners),
         1,
+        (int(last[0]), int(last[1])),
         corners=corners.astype(np.int32),
     )
     return placed, {"outside": int((~inside).sum()), "twice": len(coords.corners) - len(first)}

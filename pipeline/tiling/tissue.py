@@ -1,6 +1,9 @@
-"""Where the tissue is: a mask from a low-resolution image, what in it is no tissue, and its share of any box."""
+"""Where the tissue is: a mask from a low-resolution image, and its share of any box."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -8,48 +11,149 @@ from scipy import ndimage
 
 FLOOR = 12  # of 255: glass, scanner noise and JPEG error stay below; Otsu on blank glass would split noise
 CEILING = 30  # of 255: where tissue fills the image Otsu splits stain from stain, and pale stroma is lost
-SMOOTH = 1.5  # of 255: at 1.4 to 35 um per px 99.5% of real H&E varies by more than 4.5, glass and ink by less than 1
-_WINDOW = 5  # px: edge of the square that a texture is measured in
-_ENOUGH = 9  # coloured px in it; over fewer, a small deviation is chance
-_RIM = 4  # px: how far a verdict reaches to the px around, which are too few or too mixed for one of their own
+FAINT = 4  # of 255: saturation of a px and of the mean over 7 x 7; pale stroma has 7 to 20, glass 0 to 2
+FAINT_TEXTURE = (
+    2.0  # of 255: standard deviation in 5 x 5 px; glass and its rims stay below 1.5, pale tissue has 3 to 10
+)
+GLASS = 170  # of 255: the darkest channel of glass; stitched scans dim it to 217
+GAP = 200  # of 255: the darkest channel of what may be a gap
+BIN = 4  # of 255: width of the histogram's bins
+BINS = 32  # the last one holds all above
+
+BAND = 256  # lines that are looked at together: of 2048 x 2048 px all at once would take 270 MB
+HALO = 32  # lines around them that count too; the farthest look is 16, over squares of 3, 5, 7, 7 and 15 px
 
 Boxes = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Colour = tuple[int, int, int]
 Table = npt.NDArray[np.int32]
 
 
-def tissue_mask(rgb: npt.NDArray[np.uint8]) -> Mask:
-    """Pixels of rgb (h, w, 3) that are coloured: saturation above Otsu's threshold.
+@dataclass(frozen=True)
+class Tissue:
+    """What of a picture is coloured."""
 
-    The saturation is max - min of the channels (HSV's S times V, so that black borders do not count),
-    averaged over 3 x 3 px. The threshold is kept in [12, 30] of 255.
+    mask: Mask
+    """(h, w)."""
+    threshold: float
+    """Saturation from which a px counts, of 255."""
+    histogram: tuple[int, ...]
+    """Px by saturation, in `BINS` bins of `BIN`."""
+
+
+def find_tissue(rgb: npt.NDArray[np.uint8], threshold: float | None = None) -> Tissue:
+    """Pixels of rgb (h, w, 3) that are coloured: saturation above a threshold, and what is faint around them.
+
+    The saturation is max - min of the channels (HSV's S times V, so that black borders do not count) after the glass
+    was made white, averaged over 3 x 3 px. The threshold is Otsu's, kept in [12, 30] of 255. Faint px are those with
+    texture and a stain's hue in the mean of 7 x 7 px; they count where they hang together with some that are above the
+    threshold (hysteresis).
+
+    Args:
+        rgb: the picture.
+        threshold: to take instead of Otsu's; only what is above it counts then.
     """
-    saturation = _mean3(rgb.max(axis=2).astype(np.float32) - rgb.min(axis=2))
-    threshold = np.clip(otsu(saturation), FLOOR, CEILING)
-    return np.asarray(saturation > threshold)
+    glass = glass_colour(rgb)
+    saturation = mean_filter(_saturation(transmittance(rgb, glass)), 3)
+    histogram = np.bincount(np.minimum(saturation.ravel() // BIN, BINS - 1).astype(np.int64), minlength=BINS)
+    taken = float(np.clip(otsu(saturation), FLOOR, CEILING)) if threshold is None else threshold
+    mask = saturation > taken
+    if threshold is None:
+        (faint,) = in_bands(lambda band: [_faint(band, glass)], rgb)
+        mask = reached(mask, faint, 1)
+    return Tissue(mask, taken, tuple(histogram.tolist()))
 
 
-def artefact_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
-    """Pixels of `coloured` (h, w) that are colour without texture: pen marks, tinted glass, blurred dust.
+def transmittance(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Floats]:
+    """Red, green and blue (h, w) of rgb (h, w, 3), 0..255, after the glass was made white."""
+    return [_light(white)[rgb[..., channel]] for channel, white in enumerate(glass)]
 
-    There the brightness of the coloured px in 5 x 5 px varies by less than `SMOOTH` (standard deviation; the
-    outermost coloured px are mixed with glass and do not count). What is too thin to be judged, such as a stroke's
-    edge, goes with what it touches, else it is kept. Black ink and
-    black dust have no colour: they are not in `coloured` at all.
+
+def optical_density(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Floats]:
+    """How much red, green and blue (h, w) rgb (h, w, 3) absorbs: -log10 of the share of light that is left."""
+    return [
+        (-np.log10((_light(white) + 1) / np.float32(256)))[rgb[..., channel]] for channel, white in enumerate(glass)
+    ]
+
+
+def _light(white: int) -> Floats:
+    """(256,) what each value of a channel is, where glass has `white` of 255."""
+    return np.asarray(np.minimum(np.arange(256) * (255 / white), 255), np.float32)
+
+
+def in_bands(work: Callable[[npt.NDArray[np.uint8]], Sequence[Mask]], rgb: npt.NDArray[np.uint8]) -> list[Mask]:
+    """The masks (h, w) that `work` gives of rgb (h, w, 3), in less memory; it looks no farther than `HALO` px."""
+    height, bands = len(rgb), []
+    for top in range(0, height, BAND):
+        first, end = max(0, top - HALO), min(height, top + BAND)
+        found = work(rgb[first : min(height, end + HALO)])
+        bands.append([mask[top - first : end - first] for mask in found])
+    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
+
+
+def glass_colour(rgb: npt.NDArray[np.uint8]) -> Colour:
+    """The commonest red, green and blue among the bright px of rgb (h, w, 3) that no stain colours, else white.
+
+    H&E and haematoxylin let less green through than blue or red; glass, tinted or not, does not.
     """
-    inner = ndimage.binary_erosion(coloured, border_value=1)
-    share = ndimage.uniform_filter(inner.astype(np.float32), _WINDOW, mode="constant")
-    judged = inner & (share * _WINDOW**2 > _ENOUGH - 0.5)
-    grey = np.where(inner, rgb.mean(axis=2, dtype=np.float32), np.float32(0))
-    share = np.maximum(share, np.float32(1 / _WINDOW**2))
-    mean = ndimage.uniform_filter(grey, _WINDOW, mode="constant") / share
-    square = ndimage.uniform_filter(grey * grey, _WINDOW, mode="constant") / share
-    smooth = judged & (square - mean * mean < SMOOTH**2)
-    if not smooth.any():
-        return np.zeros_like(coloured)
-    near = ndimage.maximum_filter(smooth, 2 * _RIM + 1)
-    textured = ndimage.maximum_filter(ndimage.minimum_filter(judged & ~smooth, _WINDOW), _WINDOW)
-    return np.asarray(smooth | (coloured & near & ~textured))
+    green = rgb[..., 1].astype(np.int16)
+    glass = (rgb.min(axis=2) > GLASS) & (green + 3 >= np.minimum(rgb[..., 0], rgb[..., 2]))
+    if glass.sum() * 100 < glass.size:
+        return 255, 255, 255
+    red, green_, blue = (int(np.bincount(rgb[..., channel][glass]).argmax()) for channel in range(3))
+    return red, green_, blue
+
+
+def closed(mask: Mask, rgb: npt.NDArray[np.uint8], gap: float) -> Mask:
+    """The mask (h, w) with its gaps of light narrower than `gap` px: morphological closing with a disc.
+
+    Args:
+        mask: the tissue.
+        rgb: (h, w, 3), of which only light px are filled in: ink across the tissue is no gap.
+        gap: px.
+    """
+    outside = ndimage.distance_transform_edt(~mask) if mask.any() else np.full(mask.shape, np.inf)
+    wide = outside > gap / 2
+    near = ndimage.distance_transform_edt(~wide) > gap / 2 if wide.any() else np.ones_like(mask)
+    light = np.minimum.reduce(transmittance(rgb, glass_colour(rgb))) > GAP
+    return np.asarray(mask | (near & light & (outside <= gap / 2)))
+
+
+def reached(seeds: Mask, wide: Mask, fewest: int) -> Mask:
+    """Hysteresis: the pieces (8-connected) of `seeds | wide` with at least `fewest` seeds; all (h, w)."""
+    labels, count = ndimage.label(seeds | wide, np.ones((3, 3)))
+    found = np.bincount(labels[seeds], minlength=count + 1) >= fewest
+    found[0] = False
+    return np.asarray(found[labels])
+
+
+def deviation(rgb: npt.NDArray[np.uint8], edge: int) -> Floats:
+    """(h, w) standard deviation of the brightness in edge x edge px around each."""
+    grey = rgb.mean(axis=2, dtype=np.float32)
+    mean = mean_filter(grey, edge)
+    return np.asarray(np.sqrt(np.maximum(mean_filter(grey * grey, edge) - mean * mean, 0)), np.float32)
+
+
+def mean_filter(values: Floats, edge: int) -> Floats:
+    """(h, w) means of edge x edge px; beyond the rim the outermost px go on."""
+    return np.asarray(ndimage.uniform_filter(values, edge, mode="nearest"), np.float32)
+
+
+def _faint(rgb: npt.NDArray[np.uint8], glass: Colour) -> Mask:
+    """Px with texture whose surroundings have a stain's hue: green absorbed more than blue, and red not much more."""
+    light = transmittance(rgb, glass)
+    wide = [mean_filter(channel, 7) for channel in light]
+    red, green, blue = (mean_filter(channel, 7) for channel in optical_density(rgb, glass))
+    floor = np.maximum(green, np.float32(0.002))
+    hue = (blue < np.float32(0.95) * floor) & (red < np.float32(1.2) * floor)
+    faint = hue & (_saturation(wide) > FAINT) & (mean_filter(deviation(rgb, 5), 3) > FAINT_TEXTURE)
+    tinted = faint & (_saturation(light) > FAINT)
+    return np.asarray(tinted | (faint & (mean_filter(tinted.astype(np.float32), 3) > 0.5)))  # no rim of glass around
+
+
+def _saturation(channels: list[Floats]) -> Floats:
+    return np.asarray(np.maximum.reduce(channels) - np.minimum.reduce(channels), np.float32)
 
 
 def otsu(values: npt.NDArray[np.float32]) -> float:
@@ -98,13 +202,3 @@ def _integral(table: Table, x: Boxes, y: Boxes) -> Boxes:
     upper = table[line, column] * (1 - u) + table[line, column + 1] * u
     lower = table[line + 1, column] * (1 - u) + table[line + 1, column + 1] * u
     return np.asarray(upper * (1 - v) + lower * v)
-
-
-def _mean3(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    padded = np.pad(values, 1, mode="edge")
-    height, width = values.shape
-    total = np.zeros_like(values)
-    for dy in range(3):
-        for dx in range(3):
-            total += padded[dy : dy + height, dx : dx + width]
-    return total / np.float32(9)

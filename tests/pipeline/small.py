@@ -25,7 +25,7 @@ def small_config(**changes: object) -> Config:
         "name": "small",
         "cohort": {"uri": "cohort.csv"},
         "tasks": [{"name": "tumour", "column": "label", "classes": ["no", "yes"]}],
-        "tiling": {"patch_px": PATCH, "mpp": None, "min_tissue": 0.5},
+        "tiling": {"patch_px": PATCH, "mpp": None, "min_tissue": 0.5, "edge": "drop"},
         "model": {
             "encoder": {"stages": 2},
             "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16},

@@ -19,7 +19,7 @@ from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
 
 RGB = tissue_rgb(613, 487)
 PATCH = 64
-SPEC = TilingConfig(patch_px=PATCH, min_tissue=0.4)
+SPEC = TilingConfig(patch_px=PATCH, min_tissue=0.4, edge="drop")  # 9 x 7 whole patches
 
 
 def row(path: Path | str, mpp: float | None = None) -> CohortSlide:

@@ -37,7 +37,7 @@ from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
 
 PICTURE = tissue_rgb(313, 271)
-SPEC = TilingConfig(patch_px=19, mpp=None, tissue="none")  # 211 x 157 px: a grid of 11 x 8
+SPEC = TilingConfig(patch_px=19, mpp=None, tissue="none", edge="drop")  # 211 x 157 px: a grid of 11 x 8
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_memory_of_chunks_goes_round_once_nobody_holds_them(slides: list[StoredS
 def test_patches_of_any_subsampling(tmp_path: Path, store: str) -> None:
     for subsampling in ("444", "422", "420"):
         path = write_pyramid(tmp_path / f"{subsampling}.tiff", PICTURE, tile=64, subsampling=subsampling, shared=True)
-        spec = TilingConfig(patch_px="native", tissue="none")
+        spec = TilingConfig(patch_px="native", tissue="none", edge="drop")
         status = store_slide(CohortSlide(path.stem, str(path), path.stem, None, None, {}, {}), spec, store)
         slide = PatchStore(store, spec.fingerprint()).slide(str(status.key))
         with open_slide(path) as reader:

@@ -15,7 +15,7 @@ from pipeline.demo.cohort import DemoSlide, plan_cohort, write_demo
 from pipeline.demo.picture import SITES, draw_slide
 from pipeline.errors import StorageError
 from pipeline.slides.open import open_slide
-from pipeline.tiling.tissue import tissue_mask
+from pipeline.tiling.tissue import find_tissue
 
 F64 = npt.NDArray[np.float64]
 
@@ -91,7 +91,7 @@ def _colours(slide: DemoSlide, seed: int) -> F64:
     height, width = (edge // 8 * 8 for edge in picture.rgbx.shape[:2])
     blocks = picture.rgbx[:height, :width, :3].reshape(height // 8, 8, width // 8, 8, 3)
     thumbnail = blocks.mean((1, 3), dtype=np.float32).astype(np.uint8)
-    every, tissue = thumbnail.reshape(-1, 3), thumbnail[tissue_mask(thumbnail)]
+    every, tissue = thumbnail.reshape(-1, 3), thumbnail[find_tissue(thumbnail).mask]
     return np.concatenate([every.mean(0), every.std(0), tissue.mean(0), tissue.std(0)]).astype(np.float64)
 
 

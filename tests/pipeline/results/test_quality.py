@@ -100,6 +100,37 @@ def test_who_stated_the_microns(mpp: float | None, stated: list[float] | None, s
     assert _mpp_source(mpp, stated) == source
 
 
+def test_the_threshold_is_shown_with_the_histogram(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    store, statuses = tiled
+    (row,) = quality_rows(store, statuses[:1])
+    assert sum(row.saturations) == 211 * 157
+    page = quality_page(store, [row], "study", "abc")
+    assert f"tissue from <b>{row.tissue_threshold:.3g}</b> of 255 (tiling.tissue_threshold)" in page
+    assert page.count("<rect") == 1 + sum(count > 0 for count in row.saturations)  # and one bar of patches a slide
+    (read,) = csv.DictReader(io.StringIO(quality_csv([row]).decode()))
+    assert float(read["tissue_threshold"]) == row.tissue_threshold
+    assert "saturations" not in read
+
+
+@pytest.mark.parametrize("edge", ["inside", "pad", "drop"])
+def test_tissue_beyond_the_last_patches_is_told(tmp_path: Path, edge: str) -> None:
+    rgb = tissue_rgb(613, 487)
+    rgb[440:487, 300:500] = rgb[150:197, 150:350]  # tissue at the lower edge: whole patches of 64 px end at 448
+    path = write_pyramid(tmp_path / "s.tiff", rgb, levels=1)
+    spec = TilingConfig.model_validate({"patch_px": 64, "edge": edge, "min_tissue": 0.1})
+    status = store_slide(slides.row(path), spec, str(tmp_path / "store"))
+    store = PatchStore(str(tmp_path / "store"), spec.fingerprint())
+    (row,) = rows = quality_rows(store, [status])
+    page = quality_page(store, rows, "study", "abc")
+    (read,) = csv.DictReader(io.StringIO(quality_csv(rows).decode()))
+    assert float(read["tissue_beyond"]) == row.tissue_beyond
+    lost = np.ptp(rgb.astype(int), axis=2) > 20
+    share = lost[448:].sum() / lost.sum()
+    assert row.tissue_beyond == (pytest.approx(share, abs=0.02) if edge == "drop" else 0)
+    assert ("of it beyond the last patches" in page) == (edge == "drop")
+    assert ("Tissue beyond the last patches" in page) == (edge == "drop")
+
+
 def test_a_thousand_slides_are_a_page_of_bounded_size(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
     store, statuses = tiled
     (some, *_, bad) = quality_rows(store, statuses)

@@ -132,3 +132,15 @@ def test_a_finer_level_is_read_block_by_block(tmp_path: Path, monkeypatch: pytes
         overview = reader.overview(500)
     assert not overview.unread.any()
     assert 200 < largest <= 257
+
+
+def test_beyond_the_edge_is_background(slide: Path) -> None:
+    with open_slide(slide) as reader:
+        inside = reader.read(0, 1000, 700, 13, 87)
+        over = reader.read_over(0, 1000, 700, 64, 100)
+        assert np.array_equal(over[:87, :13], inside)
+        assert (over[87:] == 255).all()
+        assert (over[:, 13:] == 255).all()
+        assert np.array_equal(reader.read_over(0, 900, 600, 64, 64), reader.read(0, 900, 600, 64, 64))
+        reader.background = (10, 20, 30)
+        assert reader.read_over(0, 1000, 700, 64, 100)[99, 63].tolist() == [10, 20, 30]

@@ -24,7 +24,7 @@ from pipeline.slides.openslide import OpenSlideReader
 from pipeline.slides.reader import RGB, SlideReader
 from pipeline.slides.tiff import TiffReader
 from pipeline.slides.tiles import TiledPage
-from pipeline.tiling.tissue import tissue_mask
+from pipeline.tiling.tissue import find_tissue
 from tests.synth import cut, overwrite, philips_xml, tile_span, tissue_rgb, write_pyramid, zero_tile
 
 PICTURE = tissue_rgb(613, 487)
@@ -214,7 +214,7 @@ def test_the_mask_of_one_level_is_that_of_a_full_read_to_a_thousandth(tmp_path: 
         assert np.array_equal(found.rgb, again.overview(130).rgb)
     assert found.scale == full.scale
     assert np.abs(found.rgb.astype(int) - full.rgb).max() <= 8
-    ours, theirs = tissue_mask(found.rgb), tissue_mask(full.rgb)
+    ours, theirs = find_tissue(found.rgb).mask, find_tissue(full.rgb).mask
     assert 0.2 < theirs.mean() < 0.5
     assert (ours != theirs).mean() < 0.001
 

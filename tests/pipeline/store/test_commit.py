@@ -27,7 +27,9 @@ from pipeline.tiling.slide import SlideTiling, tile_slide
 from tests.pipeline.tiled import contents
 from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
-SPEC = TilingConfig(patch_px=32, tissue="none", max_bad_tiles=0.2)  # 31 x 24 cells, of which a bad tile costs 64
+SPEC = TilingConfig(
+    patch_px=32, tissue="none", max_bad_tiles=0.2, edge="drop"
+)  # 31 x 24 cells, of which a bad tile costs 64
 RGB = tissue_rgb(1013, 787)
 
 

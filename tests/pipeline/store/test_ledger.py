@@ -65,6 +65,9 @@ def test_every_row_of_the_cohort_has_one_status(ledgers: dict[str, pa.Table]) ->
     assert (rows[0]["width"], rows[0]["height"], rows[0]["mpp"]) == (613, 487, 0.5)
     assert rows[1]["n_bad_tiles"] > 0
     assert json.loads(rows[1]["rejects"])["bad-tile"] == rows[1]["n_bad_tiles"]
+    assert 0.25 < rows[0]["tissue"] < 0.4
+    assert 0 < rows[0]["tissue_beyond"] < 0.1  # whole patches alone
+    assert (rows[3]["tissue"], rows[3]["tissue_beyond"]) == (None, None)
 
 
 def test_every_file_is_there_with_its_digest(ledgers: dict[str, pa.Table]) -> None:

@@ -94,7 +94,7 @@ def test_reads_are_exact_and_coalesced(stored: StoredSlide, monkeypatch: pytest.
 
 
 def test_positions_are_grid_cells(stored: StoredSlide) -> None:
-    positions, index = stored.positions(), stored.index()
+    positions, index = stored.positions(np.arange(stored.n_patches)), stored.index()
     assert (positions * 32 == np.stack([index.x, index.y], axis=1)).all()
     assert positions[:, 0].max() > positions[:, 1].max()
 

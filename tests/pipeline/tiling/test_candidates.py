@@ -6,6 +6,8 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config.data import TilingConfig
@@ -15,6 +17,7 @@ from pipeline.tiling.candidates import EXAMPLES, Candidates, find_candidates
 from pipeline.tiling.guide import Guide
 from pipeline.tiling.interchange import Coordinates
 from pipeline.tiling.masks import ExternalMask
+from tests.oracle import uncovered
 from tests.pipeline.tiling.test_masks import geojson, polygon
 
 WIDTH, HEIGHT = 4001, 3203  # level-0 px; the overview shows 8 of them in one
@@ -56,7 +59,7 @@ def test_patches_that_are_all_tissue_have_enough_of_it(scale: float) -> None:
 def test_every_place_is_a_patch_or_has_a_reason() -> None:
     view = overview(("tissue", (640, 640, 1920, 1600)), ("pen", (2560, 640, 3840, 1280)))
     result = found(view)
-    assert result.considered == 62 * 50
+    assert result.considered == 63 * 51
     corners = result.grid.level0_origins(result.cells)
     assert corners.min(axis=0).tolist() == [640, 640]
     assert corners.max(axis=0).tolist() == [1920 - 64, 1600 - 64]
@@ -94,7 +97,7 @@ def test_half_a_percent_of_tissue_on_a_blank_slide_is_found() -> None:
         ([], {}, "no-tissue"),
         ([("pen", (640, 640, 1920, 1600))], {}, "artefact"),
         ([("tissue", (640, 640, 680, 680))], {"patch_px": 512}, "too-little-tissue"),
-        ([("tissue", (640, 640, 1920, 1600))], {"patch_px": 3300}, "too-small"),
+        ([("tissue", (640, 640, 1920, 1600))], {"patch_px": 3300, "edge": "drop"}, "too-small"),
     ],
 )
 def test_nothing_has_its_reason(areas: list[Area], fields: dict[str, object], reason: str) -> None:
@@ -157,3 +160,68 @@ def test_imported_patches_of_another_size_or_slide() -> None:
         found(overview(), coordinates([[0, 0]], 128))
     with pytest.raises(SlideError, match="another slide"):
         found(overview(), coordinates([[WIDTH, 0]]))
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[np.ndarray, int, TilingConfig]:
+    """A mask with tissue, level-0 px along one of its px, and a tiling."""
+    height, width = draw(st.integers(3, 23)), draw(st.integers(3, 29))
+    mask = np.random.default_rng(draw(st.integers(0, 999))).random((height, width)) < draw(st.floats(0.02, 0.9))
+    mask[-1, -1] = True
+    patch = draw(st.integers(8, 40))
+    fields = spec(patch_px=patch, overlap_px=draw(st.integers(0, patch - 1)), mpp=None, min_tissue=0)
+    return mask, draw(st.sampled_from([3, 4, 7])), fields
+
+
+def find_on(mask: np.ndarray, scale: int, fields: TilingConfig) -> Candidates:
+    sink = io.BytesIO()
+    Image.fromarray(mask).save(sink, format="PNG")
+    height, width = mask.shape
+    view = Overview(np.full((height, width, 3), 240, np.uint8), np.zeros(mask.shape, bool), float(scale))
+    levels = (Level(width * scale, height * scale, 1.0),)
+    return find_candidates(view, levels, fields, None, Guide(mask=ExternalMask("a.png", sink.getvalue())))
+
+
+@given(scene=scenes(), edge=st.sampled_from(["inside", "pad"]))
+def test_every_px_of_tissue_lies_in_a_patch(scene: tuple[np.ndarray, int, TilingConfig], edge: str) -> None:
+    mask, scale, fields = scene
+    found = find_on(mask, scale, fields.model_copy(update={"edge": edge}))
+    assert uncovered(mask, scale, found.grid.level0_boxes(found.cells)) == 0
+    assert found.beyond == 0
+
+
+@given(scene=scenes())
+def test_what_is_dropped_at_the_edge_is_counted(scene: tuple[np.ndarray, int, TilingConfig]) -> None:
+    mask, scale, fields = scene
+    mask[0, 0] = True
+    assume(min(mask.shape) * scale >= fields.edge_px)
+    found = find_on(mask, scale, fields.model_copy(update={"edge": "drop"}))
+    assert found.beyond == pytest.approx(uncovered(mask, scale, found.grid.level0_boxes(found.grid.cells())), abs=1e-6)
+    whole = find_on(mask, scale, fields.model_copy(update={"edge": "inside"}))
+    assert found.considered <= whole.considered
+
+
+def test_a_threshold_is_taken_as_it_is_and_told_with_the_histogram() -> None:
+    view = overview(("tissue", (640, 640, 1920, 1600)))
+    own = found(view)
+    assert own.tissue is not None
+    assert 12 <= own.tissue.threshold <= 30
+    assert sum(own.tissue.histogram) == view.rgb.shape[0] * view.rgb.shape[1]
+    given_ = found(view, tissue_threshold=55.0)
+    assert given_.tissue is not None
+    assert given_.tissue.threshold == 55.0
+    with pytest.raises(SlideError, match="no-tissue|nothing on it is coloured"):
+        found(view, tissue_threshold=200.0)
+    assert found(view, tissue="none").tissue is None
+
+
+def test_closing_fills_gaps_of_glass_and_no_ink() -> None:
+    pieces = [("tissue", (640, top, 1920, top + 160)) for top in range(640, 1600, 224)]  # 64 level-0 px between them
+    view = overview(*pieces, ("pen", (1200, 640, 1296, 1536)))
+    plain, closed = (found(view, tissue_closing_px=px) for px in (0, 96))
+    gap, pen = np.s_[104:106, 90:140], np.s_[84:98, 152:160]
+    assert not plain.mask[gap].any()
+    assert closed.mask[gap].all()
+    assert not closed.mask[pen].any()
+    assert not closed.mask[:70].any()
+    assert (closed.mask >= plain.mask).all()

@@ -25,7 +25,9 @@ def rows(path: Path, **fields: object) -> list[PatchRow]:
 
 
 def spec(**fields: object) -> TilingConfig:
-    return TilingConfig.model_validate({"patch_px": 64, "tissue": "none", "max_bad_tiles": 0.5, **fields})
+    return TilingConfig.model_validate(
+        {"patch_px": 64, "tissue": "none", "max_bad_tiles": 0.5, "edge": "drop", **fields}
+    )
 
 
 @pytest.fixture(scope="module")

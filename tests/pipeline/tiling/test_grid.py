@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.slides.open import Level
-from pipeline.tiling.grid import placed_grid, plan_grid
+from pipeline.tiling.grid import Grid, cells_at, choose_level, placed_grid, plan_grid
 from pipeline.tiling.interchange import Coordinates
 
 PYRAMID = (Level(5003, 3001, 1.0), Level(1250, 750, 4.0016), Level(312, 187, 16.04))
@@ -52,15 +54,34 @@ def test_patches_are_never_enlarged() -> None:
 
 def test_too_small() -> None:
     with pytest.raises(SlideError, match=r"312 x 187 px at level 0 hold no patch of 200 px") as caught:
-        plan_grid(PYRAMID[2:], spec(mpp=None, patch_px=200), None)
+        plan_grid(PYRAMID[2:], spec(mpp=None, patch_px=200, edge="drop"), None)
     assert caught.value.reason == "too-small"
 
 
-def test_cells_are_row_by_row() -> None:
-    grid = plan_grid((Level(350, 201, 1.0),), spec(mpp=None), None)
-    assert (grid.columns, grid.rows) == (3, 2)
-    assert grid.cells().tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
-    assert grid.level0_origins(grid.cells())[-1].tolist() == [200, 100]
+EDGES = [
+    ("inside", [0, 100, 200, 250], [0, 100, 101]),
+    ("pad", [0, 100, 200, 300], [0, 100, 200]),
+    ("drop", [0, 100, 200], [0, 100]),
+]
+
+
+@pytest.mark.parametrize(("edge", "lefts", "tops"), EDGES)
+def test_cells_are_row_by_row(edge: str, lefts: list[int], tops: list[int]) -> None:
+    grid = plan_grid((Level(350, 201, 1.0),), spec(mpp=None, edge=edge), None)
+    assert (grid.columns, grid.rows) == (len(lefts), len(tops))
+    assert grid.cells().tolist() == [[column, row] for row in range(len(tops)) for column in range(len(lefts))]
+    assert grid.level0_origins(grid.cells()).tolist() == [[x, y] for y in tops for x in lefts]
+    assert grid.level0_boxes(grid.cells())[-1].tolist() == [lefts[-1], tops[-1], lefts[-1] + 100, tops[-1] + 100]
+
+
+@pytest.mark.parametrize("edge", ["inside", "pad"])
+@pytest.mark.parametrize("size", [(71, 201), (350, 13), (1, 1), (100, 100)])
+def test_where_a_slide_is_smaller_than_a_patch_one_stands_at_its_corner(edge: str, size: tuple[int, int]) -> None:
+    grid = plan_grid((Level(*size, 1.0),), spec(mpp=None, edge=edge), None)
+    origins = grid.level_origins(grid.cells())
+    assert origins.min(axis=0).tolist() == [0, 0]
+    assert (origins < size).all()
+    assert (origins.max(axis=0) + 100 >= size).all()
 
 
 def test_planes() -> None:
@@ -108,25 +129,64 @@ def test_imported_patches_of_another_size(extent: float, target: float | None, m
     assert caught.value.reason == "coords"
 
 
+def along(grid: Grid, axis: int) -> np.ndarray:
+    """Corners of the patches of the first row (axis 0) or column, px of the level."""
+    cells = np.zeros(((grid.columns, grid.rows)[axis], 2), np.int64)
+    cells[:, axis] = np.arange(len(cells))
+    return grid.level_origins(cells)
+
+
 @given(
     width=st.integers(1, 700),
     height=st.integers(1, 700),
     patch=st.integers(8, 90),
     share=st.floats(0, 0.99),
     mpp=st.floats(0.1, 0.5),
+    edge=st.sampled_from(["inside", "pad", "drop"]),
 )
-def test_every_patch_lies_inside_and_none_is_left_out(
-    width: int, height: int, patch: int, share: float, mpp: float
+def test_every_px_has_a_patch_and_every_patch_a_place_of_its_own(
+    width: int, height: int, patch: int, share: float, mpp: float, edge: str
 ) -> None:
-    fields = spec(patch_px=patch, overlap_px=int(share * patch), mpp=0.5)
+    fields = spec(patch_px=patch, overlap_px=int(share * patch), mpp=0.5, edge=edge)
     level = Level(width, height, 1.0)
-    if min(width, height) < round(patch * 0.5 / mpp) and mpp < 0.475:
+    if edge == "drop" and min(width, height) < choose_level((level,), fields, mpp)[1] * patch - 0.5:
         with pytest.raises(SlideError, match="hold no patch"):
             plan_grid((level,), fields, mpp)
         return
-    assume(min(width, height) >= patch)
+    assume(edge != "drop" or min(width, height) >= patch)
     grid = plan_grid((level,), fields, mpp)
-    last = grid.level_origins(np.array([[grid.columns - 1, grid.rows - 1]]))[0] + grid.read_px
-    assert (last <= [width, height]).all()
-    assert (last + grid.stride_px > [width, height]).all()
+    for axis, size in enumerate((width, height)):
+        starts = along(grid, axis)[:, axis]
+        assert starts[0] == 0
+        assert (np.diff(starts) > 0).all()
+        assert (starts < size).all()
+        assert (np.diff(starts) <= grid.read_px).all()  # none between two patches
+        end = starts[-1] + grid.read_px
+        match edge:
+            case "inside":
+                assert end == max(size, grid.read_px)
+            case "pad":
+                assert size <= end < size + grid.read_px
+                assert set(np.diff(starts)) <= {grid.stride_px}
+            case _:
+                assert size - grid.stride_px < end <= size
     assert grid.read_px >= patch
+
+
+@given(
+    size=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+    patch=st.integers(8, 90),
+    share=st.floats(0, 0.99),
+    downsample=st.floats(1.0, 17.3),
+    edge=st.sampled_from(["inside", "pad"]),
+)
+def test_column_and_row_are_known_from_the_corner(
+    size: tuple[int, int], patch: int, share: float, downsample: float, edge: str
+) -> None:
+    """Of every patch, the last ones too, which may stand nearer than a stride: no two have one position."""
+    fields = spec(patch_px=patch, overlap_px=int(share * patch), mpp=None, edge=edge)
+    grid = replace(plan_grid((Level(*size, 1.0),), fields, None), downsample=downsample)
+    for axis in (0, 1):
+        corners = np.rint(along(grid, axis) * downsample).astype(np.int64)
+        found = cells_at(corners, grid.stride_px * downsample)[:, axis]
+        assert found.tolist() == list(range((grid.columns, grid.rows)[axis]))

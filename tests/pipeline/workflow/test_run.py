@@ -54,7 +54,7 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
 
     first = run(config, "tile")
     assert (first.outcome, first.stages["tile"].outcome) == ("done", "done")
-    assert first.stages["tile"].record.metrics == {"slides": 3, "slides_quarantined": 0, "patches": 18, "bad_tiles": 0}
+    assert first.stages["tile"].record.metrics == {"slides": 3, "slides_quarantined": 0, "patches": 36, "bad_tiles": 0}
     assert config.tracking.uri is not None
     client = MlflowClient(config.tracking.uri)
     child = client.get_run(str(first.stages["tile"].record.run_id))
@@ -63,7 +63,7 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert parent.metrics == first.stages["tile"].record.metrics
     assert parent.params["tiling.patch_px"] == "64"
     assert child.data.tags["cohort_digest"]
-    assert child.data.metrics["patches"] == 18
+    assert child.data.metrics["patches"] == 36
     assert {item.path for item in client.list_artifacts(child.info.run_id)} == {"slides.csv", "quality.html"}
     assert {client.get_run(str(first.parent_run_id)).info.status, child.info.status} == {"FINISHED"}
 
