@@ -80,6 +80,7 @@ def train(
             "train: train.patience and train.keep_best need validation slides, and no slide of the val split is "
             "committed; see the tile stage's ledger, give the split slides, or turn both off"
         )
+    _warn_of_threads(config)
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
         job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
@@ -88,6 +89,18 @@ def train(
         send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
     kept = done.best or done.name
     return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
+
+
+def _warn_of_threads(config: Config) -> None:
+    threads, cpus = config.train.threads, max(1, int(config.cluster.cpus_per_worker))
+    if threads != cpus and not config.cluster.gpus_per_worker:
+        log.warning(
+            "train.threads=%d compute on the %d CPUs that cluster.cpus_per_worker gives a worker: set train.threads=%d "
+            "for speed. That is another recipe, whose sums round otherwise",
+            threads,
+            cpus,
+            cpus,
+        )
 
 
 def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
@@ -143,7 +156,7 @@ def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
             name="run",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),  # see `restarts`
-            worker_runtime_env={"env_vars": _worker_environment(cluster)},
+            worker_runtime_env={"env_vars": _worker_environment(job.config.train.threads)},
             callbacks=[
                 Failures(job.folder, step, cluster.max_failures),
                 Room(cluster.wait_minutes, f"{cluster.fewest_workers} x ({worker})"),
@@ -157,10 +170,10 @@ def _process_group(cluster: ClusterConfig) -> TorchConfig:
     return TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=_WAIT_S)
 
 
-def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Threads as many as CPUs; and patience with a storage that is away, for a worker loses work when it gives up."""
+def _worker_environment(threads: int) -> dict[str, str]:
+    """Threads of OpenMP; and patience with a storage that is away, for a worker loses work when it gives up."""
     return {
-        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `cluster.prepare_environment`
         "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),
     }

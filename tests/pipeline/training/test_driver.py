@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
-from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.model.checkpoint import WEIGHTS, Progress, take_snapshot
 from pipeline.storage.files import write_bytes
 from pipeline.store.patches import StoredSlide
 from pipeline.tracking.tracker import Row, Tracker, open_tracking
@@ -73,6 +73,20 @@ def test_a_run_resumes_from_its_last_checkpoint_as_if_uninterrupted(
 
     with pytest.raises(StageError, match="another plan"):
         train(_config(tmp_path / "whole"), slides[:4], slides[5:], "aa", tracker, tracker.start_run("train"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_weights_do_not_depend_on_the_cpus_that_a_worker_has(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
+) -> None:
+    found = []
+    for cpus in (1, 2):
+        config = _config(tmp_path / str(cpus))
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
+        found.append(load_file(Path(_train(config, slides, tracker)[0].checkpoint) / WEIGHTS))
+    assert [name for name, value in found[0].items() if not torch.equal(value, found[1][name])] == []
 
 
 @pytest.mark.slow
@@ -151,7 +165,7 @@ def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried
 
 def test_workers_ask_a_storage_that_is_away_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a write gives up: the pauses of the real client, not waited for."""
-    environment = _worker_environment(_config(tmp_path).cluster)
+    environment = _worker_environment(1)
     with socket.socket() as taken:  # nobody answers there
         taken.bind(("127.0.0.1", 0))
         environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
