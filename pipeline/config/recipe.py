@@ -62,6 +62,8 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     readers_per_worker: Positive = 1
     """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
+    connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long Ray may take to start here, or the cluster to answer, before the command gives up with exit code 5."""
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long to wait until there are nodes that could ever hold what is asked for, before giving up with exit code 5;
     `wait_minutes` is for what others use at the moment."""

@@ -144,8 +144,19 @@ class Tracker:
 
     def latest_metrics(self, run_id: str) -> dict[str, float]:
         """The last value of every metric of a run."""
+        return self.latest(run_id)[0]
+
+    def latest(self, run_id: str) -> tuple[dict[str, float], dict[str, str]]:
+        """The last value of every metric of a run, and its tags."""
         with reported(self.uri):
-            return dict(self.client.get_run(run_id).data.metrics)
+            data = self.client.get_run(run_id).data
+        return dict(data.metrics), dict(data.tags)
+
+    def log_event(self, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], step: int) -> None:
+        """Tags, and metrics at one step, without patience: TrackingError soon where a server is down."""
+        with _impatient():
+            self.set_tags(run_id, tags)
+            self.log_metrics(run_id, metrics, step)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Tags of a run; values are cut at MLflow's 8,000 characters."""

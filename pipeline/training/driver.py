@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ray.exceptions import ActorDiedError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -28,9 +29,10 @@ from pipeline.model.checkpoint import Progress, check_plan
 from pipeline.storage.files import join
 from pipeline.storage.lease import Lease
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.headroom import host_advice
 from pipeline.training.journal import Journal, send_unsent
 from pipeline.training.plan import plan_digest
-from pipeline.training.restarts import Failures, Room
+from pipeline.training.restarts import Failures, Room, Tally, controller_died
 from pipeline.training.saver import newest, progress_of
 from pipeline.training.session import Job
 from pipeline.training.worker import train_worker
@@ -114,16 +116,25 @@ def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progres
 
 
 def _fit(job: Job, step: int) -> Progress:
-    """Run the workers, from `step` on, with Ray's restarts."""
+    """Run the workers, from `step` on, with Ray's restarts of them and ours of its controller."""
+    config = job.config
+    tally = Tally(job.tracker, job.run_id, job.folder, step, config.cluster.max_failures)
+    advice = host_advice(config.train, config.model.select)
     with (
-        _progress(job.tracker, job.run_id, job.config.train.epochs),
+        _progress(job.tracker, job.run_id, config.train.epochs) as told,
         tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
     ):
-        try:
-            result: Progress = _trainer(job, step, scratch).fit().return_value
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-    return result
+        while True:
+            try:
+                result: Progress = _trainer(job, Failures(tally, advice), scratch).fit().return_value
+            except TrainingFailedError as error:
+                raise _cause(error) from error
+            except ActorDiedError as error:
+                line = controller_died(error, tally, advice)
+                told.add(line)
+                log.warning("train: %s", line)
+            else:
+                return result
 
 
 class _Trainer(TorchTrainer):
@@ -136,7 +147,7 @@ class _Trainer(TorchTrainer):
         pass
 
 
-def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
+def _trainer(job: Job, failures: Failures, scratch: str) -> TorchTrainer:
     """Ray Train's part: the workers and their restarts. It keeps no checkpoint, so its folder is a scratch one."""
     cluster = job.config.cluster
     worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
@@ -158,7 +169,7 @@ def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),  # see `restarts`
             worker_runtime_env={"env_vars": _worker_environment(job.config.train.threads)},
             callbacks=[
-                Failures(job.folder, step, cluster.max_failures),
+                failures,
                 Room(cluster.wait_minutes, f"{cluster.fewest_workers} x ({worker})"),
             ],
         ),
@@ -191,21 +202,26 @@ def _cause(error: TrainingFailedError) -> PipelineError:
 
 
 @contextmanager
-def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[None]:
-    """Log each epoch as rank 0 records it in MLflow; workers may be on other machines."""
+def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[set[str]]:
+    """Log each epoch, as rank 0 records it in MLflow, and each restart that is not told yet; both may be elsewhere."""
     stop = threading.Event()
+    told: set[str] = set()
 
     def watch() -> None:
         shown, away = 0.0, False
         while not stop.wait(_POLL_S):
             try:
-                latest = tracker.latest_metrics(run_id)
+                latest, tags = tracker.latest(run_id)
             except TrackingError as error:
                 if not away:
                     log.warning("train: goes on without MLflow for now (%s)", str(error).splitlines()[0])
                 away = True
                 continue
             away = False
+            restart = tags.get("restart")
+            if restart is not None and restart not in told:
+                told.add(restart)
+                log.warning("train: %s", restart)
             if latest.get("epoch", 0.0) > shown:
                 shown = latest["epoch"]
                 log.info("train: epoch %d/%d, loss %.4f", shown, epochs, latest["train_loss"])
@@ -213,7 +229,7 @@ def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[None]:
     thread = threading.Thread(target=watch, name="train-progress", daemon=True)
     thread.start()
     try:
-        yield
+        yield told
     finally:
         stop.set()
         thread.join()

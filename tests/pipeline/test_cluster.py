@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +91,89 @@ def test_the_user_s_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "http://127.0.0.1:8265",
+            r"^RAY_ADDRESS=http://127.0.0.1:8265 is where .*submit.* unset it here",
+        ),
+        ("head", r"^RAY_ADDRESS=head is no address of a Ray cluster; write auto, HOST:6379 or ray://HOST:10001"),
+        ("grpc://head:1", "is no address of a Ray cluster"),
+        ("head:x", "is no address of a Ray cluster"),
+        ("{gone}", r"^RAY_ADDRESS=\S+ no Ray cluster answers there \(.*refused\); .* unset RAY_ADDRESS and"),
+        ("ray://{gone}", r"^RAY_ADDRESS=ray://\S+ no Ray cluster answers there \(.*refused\)"),
+        ("head.invalid:6379", r"^RAY_ADDRESS=\S+ no Ray cluster answers there \("),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "auto"])
+def test_an_address_where_no_ray_can_be_is_refused_at_once(
+    given: str | None, address: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as taken:  # nobody answers there
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(gone=f"127.0.0.1:{taken.getsockname()[1]}"))
+        with pytest.raises(ResourceError, match=words) as caught, connected(ClusterConfig(address=given)):
+            pass
+    assert caught.value.exit_code == 5
+
+
+RUN = """
+import ray, typer
+from pipeline.cli.console import errors
+from pipeline.cluster import connected
+from pipeline.config.recipe import ClusterConfig
+def main(seconds: float) -> None:
+    with errors(as_json=False), connected(ClusterConfig(connect_timeout_s=seconds)):
+        print(ray.get(ray.remote(lambda: 41).remote()) + 1)
+typer.run(main)
+"""
+
+
+def _connect(seconds: float, **environment: str) -> tuple[int, str, float]:
+    """Exit code, stderr and seconds of a process that joins or starts Ray."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(seconds)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stderr + done.stdout, time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_long_folder_for_temporary_files_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    code, said, _ = _connect(60, TMPDIR=str(folder))
+    assert code == 5, said
+    assert f"error: TMPDIR={folder} is too long a path" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_who_listens_and_is_no_ray_is_given_up_in_time() -> None:
+    """The kernel takes the connection, and nobody ever says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        code, said, seconds = _connect(5, RAY_ADDRESS=f"127.0.0.1:{mute.getsockname()[1]}")
+    assert code == 5, said
+    assert "Ray has not answered within cluster.connect_timeout_s=5; start it, correct the address" in said
+    assert "Traceback" not in said
+    assert seconds < 40
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_start_that_takes_too_long_is_given_up_in_time_and_one_in_time_works() -> None:
+    code, said, seconds = _connect(0.3)
+    assert code == 5, said
+    assert "error: Ray could not be started on this machine: TimeoutError" in said
+    assert "raise cluster.connect_timeout_s=0.3" in said
+    assert "Traceback" not in said
+    assert seconds < 40
+    code, said, _ = _connect(120)
+    assert (code, said.strip()) == (0, "42")
