@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import socket
 import threading
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 
 from pipeline.config.recipe import ClusterConfig
-from pipeline.errors import PipelineError, ResourceError
+from pipeline.errors import PipelineError, ResourceError, StageError
 
 _POLL_S = 1.0
 _SHORT = "running low on memory"  # in whatever Ray raises when its memory monitor ended a process
@@ -51,30 +52,32 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         yield
         return
     prepare_environment()
+    over = threading.Event()
     given, found = cluster.address, os.environ.get("RAY_ADDRESS")
     if found and given in (None, "auto"):
         address, named = found, f"RAY_ADDRESS={found}"
     else:
         address, named = given or "local", f"cluster.address={given}"
     if address == "local":
-        _start(cluster.connect_timeout_s)
+        _start(over, cluster.connect_timeout_s)
     else:
         _check(address, named, cluster.connect_timeout_s)
-        failure = _attempt(cluster.connect_timeout_s, address=address)
+        failure = _attempt(over, cluster.connect_timeout_s, address=address)
         if failure is not None:
             raise ResourceError(f"{named}: {_first_line(failure)}; {_ELSEWHERE}") from failure
     try:
         yield
     finally:
         ray.shutdown()
+        over.set()
 
 
-def _start(seconds: float) -> None:
+def _start(over: threading.Event, seconds: float) -> None:
     """A Ray on this machine. Ray gives up after 30 s of its own, so on a busy machine it is begun anew."""
     deadline = time.monotonic() + seconds
     while True:
         here = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
-        failure = _attempt(deadline - time.monotonic(), address="local", **here)
+        failure = _attempt(over, deadline - time.monotonic(), address="local", **here)
         if failure is None:
             return
         if "AF_UNIX" in str(failure):
@@ -110,26 +113,33 @@ def _check(address: str, named: str, seconds: float) -> None:
         raise ResourceError(f"{named}: no Ray cluster answers there ({error}); {_ELSEWHERE}") from error
 
 
-def _attempt(seconds: float, **arguments: Any) -> BaseException | None:
-    """Let Ray connect, in a thread that is left behind when the time is over; why it could not."""
-    failures: list[BaseException] = []
+def _attempt(over: threading.Event, seconds: float, **arguments: Any) -> BaseException | None:
+    """Let Ray connect, in a thread that is left behind when the time is over; why it could not.
+
+    The thread waits until Ray is `over`: the kernel ends what a thread started together with it (PR_SET_PDEATHSIG,
+    which Ray sets), and a local Ray's processes are to live.
+    """
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def connect() -> None:
         try:
             ray.init(logging_level=logging.WARNING, log_to_driver=False, **arguments)
         except BaseException as error:
-            failures.append(error)
+            outcome.put(error)
+        else:
+            outcome.put(None)
+            over.wait()
 
     # It warns that it sets no handler of SIGTERM here. That one aborts with a stack trace; ours is to stay.
     hush = logging.getLogger("ray._private.worker")
     hush.addFilter(_is_not_of_sigterm)
-    thread = threading.Thread(target=connect, name="ray-init", daemon=True)
-    thread.start()
-    thread.join(max(0.0, seconds))
-    hush.removeFilter(_is_not_of_sigterm)
-    if thread.is_alive():
+    threading.Thread(target=connect, name="ray-init", daemon=True).start()
+    try:
+        return outcome.get(timeout=max(0.0, seconds))
+    except queue.Empty:
         return TimeoutError(f"timed out: Ray has not answered within cluster.connect_timeout_s={seconds:.3g}")
-    return failures[0] if failures else None
+    finally:
+        hush.removeFilter(_is_not_of_sigterm)
 
 
 def _is_not_of_sigterm(record: logging.LogRecord) -> bool:
@@ -223,8 +233,13 @@ def call(
     cpus: float,
     gpus: float,
     timeout_s: float,
+    advice: str,
 ) -> Result:
-    """Run a function as one Ray task and return its result; an error of ours comes back as itself."""
+    """Run a function as one Ray task and return its result; an error of ours comes back as itself.
+
+    Raises:
+        StageError: its process was ended twice; with the `advice` for where memory is short.
+    """
     require([Bundle(cpus, gpus)], timeout_s, function.__name__)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_with_threads)
     try:
@@ -233,6 +248,11 @@ def call(
         if isinstance(error.cause, PipelineError):
             raise error.cause from error
         raise
+    except RayError as error:
+        said = ended(error)
+        if said is None:
+            raise
+        raise StageError(f"{function.__name__}: {said}; {advice}, and run again") from error
     return result
 
 

@@ -173,7 +173,10 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
         with attempt(name) as attempts:
             if attempts <= MAX_ATTEMPTS:
                 return _row(number, work)
-            killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
+            killed = RuntimeError(
+                f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs "
+                "out; raise tiling.cpus, so that fewer tasks share a node's memory"
+            )
             return _row(number, lambda: quarantined(slide, "crash", killed))
     except NodeError as error:
         return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from pipeline.errors import PipelineError, ResourceError, StageError, TrackingEr
 from pipeline.model.checkpoint import Progress, check_plan
 from pipeline.storage.files import join
 from pipeline.storage.lease import Lease
+from pipeline.storage.scratch import scratch_folder
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.headroom import host_advice
 from pipeline.training.journal import Journal, send_unsent
@@ -122,11 +122,11 @@ def _fit(job: Job, step: int) -> Progress:
     advice = host_advice(config.train, config.model.select)
     with (
         _progress(job.tracker, job.run_id, config.train.epochs) as told,
-        tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
+        scratch_folder() as scratch,
     ):
         while True:
             try:
-                result: Progress = _trainer(job, Failures(tally, advice), scratch).fit().return_value
+                result: Progress = _trainer(job, Failures(tally, advice), str(scratch)).fit().return_value
             except TrainingFailedError as error:
                 raise _cause(error) from error
             except ActorDiedError as error:

@@ -312,6 +312,7 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
             timeout_s=config.cluster.start_timeout_s,
+            advice=f"where memory is short, lower model.select.chunk={config.model.select.chunk} or train.score_batch",
         )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
     origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}

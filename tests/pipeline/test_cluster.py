@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.cluster import Bundle, call, connected, prepare_environment, require
 from pipeline.config.recipe import ClusterConfig
-from pipeline.errors import ResourceError, SlideError
+from pipeline.errors import ResourceError, SlideError, StageError
 
 
 def _double(number: int) -> int:
@@ -24,10 +25,20 @@ def _fail(name: str) -> None:
 
 @pytest.mark.ray
 def test_a_call_returns_its_result_or_its_own_error(ray_session: None) -> None:
-    assert call(_double, (21,), cpus=1, gpus=0, timeout_s=5) == 42
+    assert call(_double, (21,), cpus=1, gpus=0, timeout_s=5, advice="") == 42
     with pytest.raises(SlideError, match=r"^a.svs: nothing on it$") as caught:
-        call(_fail, ("a.svs",), cpus=1, gpus=0, timeout_s=5)
+        call(_fail, ("a.svs",), cpus=1, gpus=0, timeout_s=5, advice="")
     assert caught.value.reason == "no-tissue"
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_a_call_whose_process_is_killed_says_memory_and_what_to_lower(ray_session: None) -> None:
+    with pytest.raises(StageError, match=r"^_die: its process was killed, .* memory runs out.*; lower x=3, and run"):
+        call(_die, (), cpus=1, gpus=0, timeout_s=5, advice="lower x=3")
 
 
 @pytest.mark.ray
