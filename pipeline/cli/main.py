@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline.cli.console import Chosen, JsonOption, errors, print_json, print_t
 from pipeline.config.data import DemoConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DataBudgetError
+from pipeline.progress import progress
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -71,7 +72,8 @@ def demo(
 
         _must_be_local(folder)
 
-        cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), _progress("demo"))
+        with progress("demo", slides, "slides") as done:
+            cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), done.to)
         print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
 
 
@@ -211,7 +213,8 @@ def verify(
     with errors(as_json=as_json):
         from pipeline.store.verify import verify_store
 
-        report = verify_store(store, threads, _progress("verify"))
+        with progress("verify", 0, "files") as done:
+            report = verify_store(store, threads, done.to)
         if as_json:
             print_json({"whole": not report.damage, **asdict(report)})
         else:
@@ -270,16 +273,6 @@ def _told(facts: Mapping[str, Any]) -> str:
 def _must_be_local(folder: Path) -> None:
     if folder.parts[:1] == ("s3:",):
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """A callback that logs every tenth of the work."""
-
-    def on_progress(done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
-            log.info("%s: %d/%d", what, done, total)
-
-    return on_progress
 
 
 for _command in (data.qc, data.export, data.gc, data.erase):

@@ -25,13 +25,14 @@ from pipeline.cluster import Bundle, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
 from pipeline.model.checkpoint import Progress, check_plan
+from pipeline.progress import progress
 from pipeline.storage.files import join
 from pipeline.storage.lease import Lease
 from pipeline.storage.scratch import scratch_folder
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.headroom import host_advice
 from pipeline.training.journal import Journal, send_unsent
-from pipeline.training.plan import plan_digest
+from pipeline.training.plan import plan_digest, steps_per_epoch
 from pipeline.training.restarts import Failures, Room, Tally, controller_died
 from pipeline.training.saver import newest, progress_of
 from pipeline.training.session import Job
@@ -121,7 +122,7 @@ def _fit(job: Job, step: int) -> Progress:
     tally = Tally(job.tracker, job.run_id, job.folder, step, config.cluster.max_failures)
     advice = host_advice(config.train, config.model.select)
     with (
-        _progress(job.tracker, job.run_id, config.train.epochs) as told,
+        _watched(job, step) as told,
         scratch_folder() as scratch,
     ):
         while True:
@@ -202,16 +203,18 @@ def _cause(error: TrainingFailedError) -> PipelineError:
 
 
 @contextmanager
-def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[set[str]]:
-    """Log each epoch, as rank 0 records it in MLflow, and each restart that is not told yet; both may be elsewhere."""
+def _watched(job: Job, step: int) -> Iterator[set[str]]:
+    """Show steps and epochs, as rank 0 records them in MLflow, and restarts not told yet; workers may be elsewhere."""
     stop = threading.Event()
     told: set[str] = set()
+    settings = job.config.train
+    steps = settings.epochs * steps_per_epoch(len(job.train), settings.batch_size)
 
     def watch() -> None:
         shown, away = 0.0, False
         while not stop.wait(_POLL_S):
             try:
-                latest, tags = tracker.latest(run_id)
+                latest, tags = job.tracker.latest(job.run_id)
             except TrackingError as error:
                 if not away:
                     log.warning("train: goes on without MLflow for now (%s)", str(error).splitlines()[0])
@@ -224,12 +227,15 @@ def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[set[str]]:
                 log.warning("train: %s", restart)
             if latest.get("epoch", 0.0) > shown:
                 shown = latest["epoch"]
-                log.info("train: epoch %d/%d, loss %.4f", shown, epochs, latest["train_loss"])
+                log.info("train: epoch %d/%d, loss %.4f", shown, settings.epochs, latest["train_loss"])
+            if "steps" in latest:
+                done.to(int(latest["steps"]))
 
     thread = threading.Thread(target=watch, name="train-progress", daemon=True)
-    thread.start()
-    try:
-        yield told
-    finally:
-        stop.set()
-        thread.join()
+    with progress("train", steps, "steps", start=step) as done:
+        thread.start()
+        try:
+            yield told
+        finally:
+            stop.set()
+            thread.join()
