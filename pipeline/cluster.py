@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import PipelineError, ResourceError, StageError
@@ -241,18 +241,24 @@ def call(
         StageError: its process was ended twice; with the `advice` for where memory is short.
     """
     require([Bundle(cpus, gpus)], timeout_s, function.__name__)
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_with_threads)
-    try:
-        result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PipelineError):
-            raise error.cause from error
-        raise
-    except RayError as error:
-        said = ended(error)
-        if said is None:
+    # Of a task that its memory monitor ended, Ray's own retries have no end.
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_with_threads)
+    for last in (False, True):
+        try:
+            result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))
+        except RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from error
             raise
-        raise StageError(f"{function.__name__}: {said}; {advice}, and run again") from error
+        except RayError as error:
+            said = ended(error)
+            if said is None:
+                raise
+            if last:
+                raise StageError(f"{function.__name__}: {said}, twice; {advice}, and run again") from error
+            log.warning("%s: %s; it is tried once more", function.__name__, said)
+        else:
+            break
     return result
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
 from pipeline.bags.sources import LabelledSource
-from pipeline.cluster import Bundle, require
+from pipeline.cluster import Bundle, ended, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
 from pipeline.model.checkpoint import Progress, check_plan
@@ -134,6 +134,8 @@ def _fit(job: Job, step: int) -> Progress:
                 line = controller_died(error, tally, advice)
                 told.add(line)
                 log.warning("train: %s", line)
+            except RayError as error:  # the driver lost its cluster
+                raise StageError(f"train: {ended(error) or str(error).strip().splitlines()[0]}; run again") from error
             else:
                 return result
 

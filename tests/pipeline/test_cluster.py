@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,7 +38,7 @@ def _die() -> None:
 
 @pytest.mark.ray
 def test_a_call_whose_process_is_killed_says_memory_and_what_to_lower(ray_session: None) -> None:
-    with pytest.raises(StageError, match=r"^_die: its process was killed, .* memory runs out.*; lower x=3, and run"):
+    with pytest.raises(StageError, match=r"^_die: its process was killed, .* memory runs out.*, twice; lower x=3, and"):
         call(_die, (), cpus=1, gpus=0, timeout_s=5, advice="lower x=3")
 
 
@@ -143,6 +144,37 @@ def main(seconds: float) -> None:
         print(ray.get(ray.remote(lambda: 41).remote()) + 1)
 typer.run(main)
 """
+
+
+SHORT = """
+import os, time, typer
+os.environ.update(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
+from pipeline.cli.console import errors
+from pipeline.cluster import call, connected
+from pipeline.config.recipe import ClusterConfig
+def slow() -> None:
+    time.sleep(600)
+def main() -> None:
+    with errors(as_json=False), connected(ClusterConfig()):
+        call(slow, (), cpus=1, gpus=0, timeout_s=30, advice="lower x=3")
+typer.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_call_that_ray_ends_for_want_of_memory_says_how_much_there_was() -> None:
+    """Ray's own retries would never end."""
+    done = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: slow: Ray ended its process, for its node ran out of memory \([\d.]+GB used / [\d.]+GB limit\), "
+        "twice; lower x=3, and run again",
+        last,
+    ), done.stderr
 
 
 def _connect(seconds: float, **environment: str) -> tuple[int, str, float]:

@@ -55,7 +55,8 @@ def test_lines_are_few_however_long_it_takes(clock: _Clock, caplog: pytest.LogCa
             steps.advance(10)
     assert 2880 <= len(caplog.messages) <= 3000
     (half,) = [line for line in caplog.messages if "120.0 h left" in line]
-    assert half.startswith("train: 43") and "/864,000 steps, 1 a second, " in half
+    assert half.startswith("train: 43")
+    assert "/864,000 steps, 1 a second, " in half
 
 
 def test_all_items_are_done_in_order_and_counted(clock: _Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -224,6 +224,7 @@ def test_workers_that_find_no_room_on_a_busy_cluster_end_with_exit_code_5(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_controller_that_is_killed_after_a_worker_is_started_anew_and_the_weights_are_the_same(
