@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
-from pipeline.model.checkpoint import WEIGHTS, Progress, take_snapshot
+from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.model.folder import WEIGHTS
 from pipeline.storage.files import write_bytes
 from pipeline.store.patches import StoredSlide
 from pipeline.tracking.tracker import Row, Tracker, open_tracking
