@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,7 +122,7 @@ def _fit(job: Job, step: int) -> Progress:
     tally = Tally(job.tracker, job.run_id, job.folder, step, config.cluster.max_failures)
     advice = host_advice(config.train, config.model.select)
     with (
-        _watched(job, step) as told,
+        _watched(job, step) as tell,
         scratch_folder() as scratch,
     ):
         while True:
@@ -131,9 +131,7 @@ def _fit(job: Job, step: int) -> Progress:
             except TrainingFailedError as error:
                 raise _cause(error) from error
             except ActorDiedError as error:
-                line = controller_died(error, tally, advice)
-                told.add(line)
-                log.warning("train: %s", line)
+                tell(controller_died(error, tally, advice))
             except RayError as error:  # the driver lost its cluster
                 raise StageError(f"train: {ended(error) or str(error).strip().splitlines()[0]}; run again") from error
             else:
@@ -205,10 +203,20 @@ def _cause(error: TrainingFailedError) -> PipelineError:
 
 
 @contextmanager
-def _watched(job: Job, step: int) -> Iterator[set[str]]:
-    """Show steps and epochs, as rank 0 records them in MLflow, and restarts not told yet; workers may be elsewhere."""
-    stop = threading.Event()
+def _watched(job: Job, step: int) -> Iterator[Callable[[str], None]]:
+    """Show steps and epochs, as rank 0 records them in MLflow, and restarts; workers may be elsewhere.
+
+    Yields what tells of a restart, once, whoever knows of it first.
+    """
+    stop, lock = threading.Event(), threading.Lock()
     told: set[str] = set()
+
+    def tell(restart: str) -> None:
+        with lock:
+            if restart not in told:
+                log.warning("train: %s", restart)
+            told.add(restart)
+
     settings = job.config.train
     steps = settings.epochs * steps_per_epoch(len(job.train), settings.batch_size)
 
@@ -223,10 +231,8 @@ def _watched(job: Job, step: int) -> Iterator[set[str]]:
                 away = True
                 continue
             away = False
-            restart = tags.get("restart")
-            if restart is not None and restart not in told:
-                told.add(restart)
-                log.warning("train: %s", restart)
+            if "restart" in tags:
+                tell(tags["restart"])
             if latest.get("epoch", 0.0) > shown:
                 shown = latest["epoch"]
                 log.info("train: epoch %d/%d, loss %.4f", shown, settings.epochs, latest["train_loss"])
@@ -237,7 +243,7 @@ def _watched(job: Job, step: int) -> Iterator[set[str]]:
     with progress("train", steps, "steps", start=step) as done:
         thread.start()
         try:
-            yield told
+            yield tell
         finally:
             stop.set()
             thread.join()

@@ -59,13 +59,19 @@ def test_lines_are_few_however_long_it_takes(clock: _Clock, caplog: pytest.LogCa
     assert "/864,000 steps, 1 a second, " in half
 
 
-def test_all_items_are_done_in_order_and_counted(clock: _Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_items_are_done_in_order_and_counted(
+    clock: _Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.progress._FIRST_S", 0)
+    monkeypatch.setattr("pipeline.progress._GROWTH", 0)
+
     def double(number: int) -> int:
-        clock.now += 11
+        clock.now += 1
         return 2 * number
 
     assert each(double, range(7), "plan", "slides", threads=3) == [0, 2, 4, 6, 8, 10, 12]
-    assert caplog.messages[-1].startswith("plan: 7/7 slides, ")
+    shown = [line.partition(" slides, ")[0] for line in caplog.messages]
+    assert shown == [f"plan: {number}/7" for number in range(1, 8)]
 
 
 def test_a_terminal_gets_bars_of_all_steps_at_once_and_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
