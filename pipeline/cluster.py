@@ -64,7 +64,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         _check(address, named, cluster.connect_timeout_s)
         failure = _attempt(over, cluster.connect_timeout_s, address=address)
         if failure is not None:
-            raise ResourceError(f"{named}: {_first_line(failure)}; {_ELSEWHERE}") from failure
+            longer = f"or raise cluster.connect_timeout_s={cluster.connect_timeout_s:g}"
+            raise ResourceError(f"{named}: {_first_line(failure)}; {_ELSEWHERE}; {longer}") from failure
     try:
         yield
     finally:
@@ -137,7 +138,7 @@ def _attempt(over: threading.Event, seconds: float, **arguments: Any) -> BaseExc
     try:
         return outcome.get(timeout=max(0.0, seconds))
     except queue.Empty:
-        return TimeoutError(f"timed out: Ray has not answered within cluster.connect_timeout_s={seconds:.3g}")
+        return TimeoutError(f"timed out: Ray has not answered in {seconds:.3g} s")
     finally:
         hush.removeFilter(_is_not_of_sigterm)
 

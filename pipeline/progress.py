@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ Found = TypeVar("Found")
 
 def on_terminal() -> bool:
     """Whether a person watches."""
-    return sys.stderr.isatty()
+    return CONSOLE.file.isatty()  # sys.stderr is another one while bars are drawn
 
 
 class Steps:
@@ -83,7 +82,7 @@ class _Bars:
             if self._shown is None:
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
                 rate = TextColumn("{task.fields[rate]}")
-                self._shown = Progress(*columns, rate, console=CONSOLE, transient=True)
+                self._shown = Progress(*columns, rate, console=CONSOLE, transient=True, redirect_stdout=False)
                 self._shown.start()
             return self._shown.add_task(what, total=total, completed=start, rate="")
 

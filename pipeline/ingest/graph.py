@@ -121,7 +121,7 @@ def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, 
     items = (pickle.dumps((number, large[number].share(parts), parts)) for number in cut for parts in cut[number])
     final: dict[int, SlideStatus] = {}
     patches = {number: len(slide.planned.tiling.cells) for number, slide in large.items()}
-    with progress("tile", sum(patches.values()), f"patches of {len(large)} large slides") as done:
+    with progress("tile", sum(patches.values()), "patches of large slides") as done:
         for number, outcome in _run(_tile_share, items, job):
             assert not isinstance(outcome, LargeSlide)
             open_shares[number] -= 1
