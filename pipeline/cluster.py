@@ -285,7 +285,10 @@ def release(actor_id: str) -> None:
     Ray itself does when the whole job ends; Ray Train's own cleaner asks the dashboard whether the actor lives, and
     where there is none it asks for ever.
     """
-    ray.get(ray.remote(num_cpus=0)(_remove_groups).remote(actor_id))
+    try:
+        ray.get(ray.remote(num_cpus=0)(_remove_groups).remote(actor_id))
+    except RayError as error:
+        log.warning("what a lost process had reserved could not be given back: %s", _first_line(error))
 
 
 def _remove_groups(actor_id: str) -> None:

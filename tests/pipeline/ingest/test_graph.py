@@ -144,6 +144,7 @@ def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=False) for _ in range(4)]
     assert [run.returncode for run in runs] == [-9, -9, -9, 0], runs[-1].stderr
     assert runs[-1].stdout.startswith("quarantined crash: /data/s.svs: its process was killed 3 times")
+    assert "where memory runs out; raise tiling.cpus" in runs[-1].stdout
     assert not list(tmp_path.iterdir())
 
 
