@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import socket
 import threading
 import time
@@ -52,7 +53,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         yield
         return
     prepare_environment()
-    over = threading.Event()
+    over, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
     given, found = cluster.address, os.environ.get("RAY_ADDRESS")
     if found and given in (None, "auto"):
         address, named = found, f"RAY_ADDRESS={found}"
@@ -66,6 +67,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         if failure is not None:
             longer = f"or raise cluster.connect_timeout_s={cluster.connect_timeout_s:g}"
             raise ResourceError(f"{named}: {_first_line(failure)}; {_ELSEWHERE}; {longer}") from failure
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's core has replaced it by one that aborts with a stack trace
     try:
         yield
     finally:
@@ -131,7 +134,7 @@ def _attempt(over: threading.Event, seconds: float, **arguments: Any) -> BaseExc
             outcome.put(None)
             over.wait()
 
-    # It warns that it sets no handler of SIGTERM here. That one aborts with a stack trace; ours is to stay.
+    # It warns that it sets no Python handler of SIGTERM here; ours is to stay.
     hush = logging.getLogger("ray._private.worker")
     hush.addFilter(_is_not_of_sigterm)
     threading.Thread(target=connect, name="ray-init", daemon=True).start()

@@ -186,6 +186,31 @@ def _connect(seconds: float, **environment: str) -> tuple[int, str, float]:
     return done.returncode, done.stderr + done.stdout, time.monotonic() - began
 
 
+TERM = """
+import os, signal, typer
+from pipeline.cli.console import errors
+from pipeline.cluster import connected
+from pipeline.config.recipe import ClusterConfig
+def main() -> None:
+    with errors(as_json=False), connected(ClusterConfig(connect_timeout_s=300)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+typer.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_signal_is_an_interruption_while_ray_is_up() -> None:
+    """Its core would abort with a stack trace."""
+    done = subprocess.run([sys.executable, "-c", TERM], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (
+        143,
+        "error: interrupted by SIGTERM; run the same command to go on",
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_long_folder_for_temporary_files_is_named(tmp_path: Path) -> None:
