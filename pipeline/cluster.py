@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
+import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from pipeline.config.recipe import ClusterConfig
-from pipeline.errors import PipelineError, ResourceError
+from pipeline.errors import PipelineError, ResourceError, StageError
 
 _POLL_S = 1.0
+_SHORT = "running low on memory"  # in whatever Ray raises when its memory monitor ended a process
+_USED = re.compile(r"[\d.]+GB used / [\d.]+GB limit")
+_FORMS = "auto, HOST:6379 or ray://HOST:10001"
+_ELSEWHERE = (
+    f"start it, correct the address ({_FORMS}), or unset RAY_ADDRESS and set cluster.address=null for a Ray on this "
+    "machine alone"
+)
 _DUST = 1e-9  # CPUs: 0.1 goes three times into 0.3
 _LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; only references and status rows travel through it
 
+
+log = logging.getLogger(__name__)
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -32,32 +45,117 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     """Ray, for the duration: the address given, else RAY_ADDRESS (a Ray job sets it), else a local cluster.
 
     A session that is up already is used and left up.
+
+    Raises:
+        ResourceError: there is none within `cluster.connect_timeout_s`.
     """
     if ray.is_initialized():
         yield
         return
     prepare_environment()
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address == "local":
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_LOCAL_OBJECT_STORE,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-        else:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except ConnectionError as error:
-        raise ResourceError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
+    over, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
+    given, found = cluster.address, os.environ.get("RAY_ADDRESS")
+    if found and given in (None, "auto"):
+        address, named = found, f"RAY_ADDRESS={found}"
+    else:
+        address, named = given or "local", f"cluster.address={given}"
+    if address == "local":
+        _start(over, cluster.connect_timeout_s)
+    else:
+        _check(address, named, cluster.connect_timeout_s)
+        failure = _attempt(over, cluster.connect_timeout_s, address=address)
+        if failure is not None:
+            longer = f"or raise cluster.connect_timeout_s={cluster.connect_timeout_s:g}"
+            raise ResourceError(f"{named}: {_first_line(failure)}; {_ELSEWHERE}; {longer}") from failure
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray replaces it by one that aborts with a stack trace
+        signal.signal(signal.SIGTERM, handler)  # Ray's core has replaced it by one that aborts with a stack trace
     try:
         yield
     finally:
         ray.shutdown()
+        over.set()
+
+
+def _start(over: threading.Event, seconds: float) -> None:
+    """A Ray on this machine. Ray gives up after 30 s of its own, so on a busy machine it is begun anew."""
+    deadline = time.monotonic() + seconds
+    while True:
+        here = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
+        failure = _attempt(over, deadline - time.monotonic(), address="local", **here)
+        if failure is None:
+            return
+        if "AF_UNIX" in str(failure):
+            name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+            raise ResourceError(
+                f"{name}={os.environ.get(name)} is too long a path: Ray's sockets lie below it, and may have paths of "
+                "107 bytes; set RAY_TMPDIR=/tmp, or another short folder on this machine's disk"
+            ) from failure
+        if "timed out" not in str(failure).lower() or time.monotonic() >= deadline:
+            raise ResourceError(
+                f"Ray could not be started on this machine: {_first_line(failure)}; where it is busy, raise "
+                f"cluster.connect_timeout_s={seconds:g}; Ray's own logs are below {_sessions()}"
+            ) from failure
+        log.warning("Ray's start takes long: %s; it is tried again", _first_line(failure))
+
+
+def _check(address: str, named: str, seconds: float) -> None:
+    """Refuse an address where no Ray can be, before Ray asks there for a quarter of an hour."""
+    if address == "auto":
+        return  # Ray looks for one on this machine
+    scheme, _, rest = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ResourceError(
+            f"{named} is where Ray's dashboard answers, as `ray job submit` needs it; unset it here, or submit this "
+            f"command as a job; or name the cluster as {_FORMS}"
+        )
+    host, _, port = (rest if ":" in rest or not scheme else f"{rest}:10001").rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdigit():
+        raise ResourceError(f"{named} is no address of a Ray cluster; write {_FORMS}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"{named}: no Ray cluster answers there ({error}); {_ELSEWHERE}") from error
+
+
+def _attempt(over: threading.Event, seconds: float, **arguments: Any) -> BaseException | None:
+    """Let Ray connect, in a thread that is left behind when the time is over; why it could not.
+
+    The thread waits until Ray is `over`: the kernel ends what a thread started together with it (PR_SET_PDEATHSIG,
+    which Ray sets), and a local Ray's processes are to live.
+    """
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **arguments)
+        except BaseException as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+            over.wait()
+
+    # It warns that it sets no Python handler of SIGTERM here; ours is to stay.
+    hush = logging.getLogger("ray._private.worker")
+    hush.addFilter(_is_not_of_sigterm)
+    threading.Thread(target=connect, name="ray-init", daemon=True).start()
+    try:
+        return outcome.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        return TimeoutError(f"timed out: Ray has not answered in {seconds:.3g} s")
+    finally:
+        hush.removeFilter(_is_not_of_sigterm)
+
+
+def _is_not_of_sigterm(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("SIGTERM handler is not set")
+
+
+def _first_line(failure: BaseException) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+
+
+def _sessions() -> str:
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
 
 
 def prepare_environment() -> None:
@@ -139,17 +237,72 @@ def call(
     cpus: float,
     gpus: float,
     timeout_s: float,
+    advice: str,
 ) -> Result:
-    """Run a function as one Ray task and return its result; an error of ours comes back as itself."""
+    """Run a function as one Ray task and return its result; an error of ours comes back as itself.
+
+    Raises:
+        StageError: its process was ended twice; with the `advice` for where memory is short.
+    """
     require([Bundle(cpus, gpus)], timeout_s, function.__name__)
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_with_threads)
-    try:
-        result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PipelineError):
-            raise error.cause from error
-        raise
+    # Of a task that its memory monitor ended, Ray's own retries have no end.
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_with_threads)
+    for last in (False, True):
+        try:
+            result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))
+        except RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from error
+            raise
+        except RayError as error:
+            said = ended(error)
+            if said is None:
+                raise
+            if last:
+                raise StageError(f"{function.__name__}: {said}, twice; {advice}, and run again") from error
+            log.warning("%s: %s; it is tried once more", function.__name__, said)
+        else:
+            break
     return result
+
+
+def ended(error: Exception) -> str | None:
+    """Why a process of ours ended, in a line of Ray's error about it; None where the error is of another kind.
+
+    Where the kernel ends one for want of memory nobody is told, so what is killed unsaid is told as that, too.
+    """
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or _SHORT in text:
+        found = _USED.search(text)
+        return "Ray ended its process, for its node ran out of memory" + (f" ({found[0]})" if found else "")
+    if isinstance(error, NodeDiedError) or "node has died" in text:
+        return "its node was lost"
+    if isinstance(error, WorkerCrashedError) or "worker process has died" in text:
+        return "its process was killed, as the kernel does where memory runs out, or crashed"
+    return text.strip().rpartition("\n")[2] if isinstance(error, RayActorError) else None
+
+
+def release(actor_id: str) -> None:
+    """Give back what an actor that died had reserved for others.
+
+    Ray itself does when the whole job ends; Ray Train's own cleaner asks the dashboard whether the actor lives, and
+    where there is none it asks for ever.
+    """
+    try:
+        ray.get(ray.remote(num_cpus=0)(_remove_groups).remote(actor_id))
+    except RayError as error:
+        log.warning("what a lost process had reserved could not be given back: %s", _first_line(error))
+
+
+def _remove_groups(actor_id: str) -> None:
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        if group.creator_actor_id.hex() == actor_id and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def _with_threads(function: Callable[[*Arguments], Result], arguments: tuple[*Arguments], threads: int) -> Result:

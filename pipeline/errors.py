@@ -10,7 +10,7 @@ PipelineError                exit 1
 │   ├── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
 │   └── PlanError            exit 1   a slide's plan names a patch that cannot be decoded; it is planned anew
 ├── DataBudgetError          exit 3   more bad slides or tiles than the config allows (`verify`: a damaged store)
-├── ResourceError            exit 5   the cluster can never give what was asked for
+├── ResourceError            exit 5   the cluster can never give what was asked for, or does not answer
 ├── TrackingError            exit 1   MLflow cannot be reached or refuses
 ├── StageError               exit 1   a stage cannot run: an earlier one is missing, or training diverged
 └── Interrupted              exit 128 + signal (130 for SIGINT, 143 for SIGTERM)
@@ -121,7 +121,7 @@ class DataBudgetError(PipelineError):
 
 
 class ResourceError(PipelineError):
-    """The cluster can never give what was asked for."""
+    """The cluster can never give what was asked for, or does not answer."""
 
     exit_code = 5
 

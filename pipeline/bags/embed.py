@@ -168,7 +168,10 @@ class _Actor:
 
     def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:
         if attempts > MAX_ATTEMPTS:
-            killed = f"its process was killed {MAX_ATTEMPTS} times; is memory short? Lower embed.batch"
+            killed = (
+                f"its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs out; lower "
+                f"embed.batch={self._embedder.config.batch}"
+            )
             return StageError(f"embed: {stored.uri}: {killed}")
         try:
             embed_slide(self._embedder, stored, self._store, self._threads)

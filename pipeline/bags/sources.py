@@ -11,7 +11,6 @@ gradient pass takes again what the selection has scored.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
 from pipeline.ingest.tiler import store_slide
+from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 
@@ -202,7 +202,8 @@ def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
     if config.cohort.megapixel_mnist is not None:
         yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as folder:
+        scratch = str(folder)
         status = store_slide(slide, config.tiling, scratch)
         if status.key is None:
             reason, _, message = str(status.reason).partition(": ")

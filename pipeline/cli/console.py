@@ -25,6 +25,7 @@ from rich.text import Text
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import Interrupted, PipelineError
+from pipeline.progress import CONSOLE, on_terminal
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="Which file of conf/ to start from, without .yaml: demo, default, ...")
@@ -118,8 +119,8 @@ def errors(*, as_json: bool) -> Iterator[None]:
 
 def _log_to_stderr() -> None:
     """Coloured for a person, one plain line an event for a file."""
-    if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+    if on_terminal():
+        handler: logging.Handler = RichHandler(console=CONSOLE, show_path=False)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     else:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline.cli.console import Chosen, JsonOption, errors, print_json, print_t
 from pipeline.config.data import DemoConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DataBudgetError
+from pipeline.progress import progress
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -30,8 +31,8 @@ app = typer.Typer(
             "Try it on made slides: python -m pipeline run --config demo",
             "Your own: python -m pipeline run cohort.uri=cohort.csv name=mystudy, with columns slide_id, uri and label",
             "What can be set: conf/README.md, and pipeline/config/ for every field",
-            "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides or a damaged "
-            "store, 5 resources that can never be met, 130 or 143 interrupted",
+            "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides, a damaged store "
+            "or slides without prediction, 5 resources that can never be met, 130 or 143 interrupted",
         )
     ),
 )
@@ -71,7 +72,8 @@ def demo(
 
         _must_be_local(folder)
 
-        cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), _progress("demo"))
+        with progress("demo", slides, "slides") as done:
+            cohort = write_demo(str(folder.resolve()), DemoConfig(slides=slides, seed=seed), done.to)
         print_json({"cohort": cohort, "slides": slides}) if as_json else print(cohort)
 
 
@@ -174,7 +176,10 @@ def predict(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each."""
+    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each.
+
+    Exit 3 where some slides have no prediction (the tables say why) and the others have, 1 where none has.
+    """
     with errors(as_json=as_json):
         from pipeline.results.predict import predict as make_predictions
 
@@ -186,6 +191,11 @@ def predict(
             print_json(result)
         else:
             print(out.resolve() / "predictions.csv")
+        if failed := result["failed"]:
+            log.error(
+                "predict: %d of %d slides have no prediction: %s", len(failed), result["slides"], ", ".join(failed)
+            )
+            raise typer.Exit(DataBudgetError.exit_code)
 
 
 @app.command(rich_help_panel=_TILED)
@@ -203,7 +213,8 @@ def verify(
     with errors(as_json=as_json):
         from pipeline.store.verify import verify_store
 
-        report = verify_store(store, threads, _progress("verify"))
+        with progress("verify", 0, "files") as done:
+            report = verify_store(store, threads, done.to)
         if as_json:
             print_json({"whole": not report.damage, **asdict(report)})
         else:
@@ -247,26 +258,21 @@ def _print_summary(summary: dict[str, Any], config: Config) -> None:
     for stage, done in summary["stages"].items():
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in done["metrics"].items())
         paths = "\n".join(done["outputs"].values())
-        rows.append((stage, done["outcome"], f"{done['seconds']:.0f}", f"{numbers}\n{paths}".strip()))
+        result = f"{numbers}\n{paths}".strip() or _told(done["facts"])
+        rows.append((stage, done["outcome"], f"{done['seconds']:.0f}", result))
     print_table(("stage", "outcome", "seconds", "result"), rows)
     if summary["outcome"] == "nothing to do":
         print("Nothing to do: every stage is done and unchanged.")
     print(f"mlflow ui --backend-store-uri {config.tracking.uri}")
 
 
+def _told(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+
+
 def _must_be_local(folder: Path) -> None:
     if folder.parts[:1] == ("s3:",):
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """A callback that logs every tenth of the work."""
-
-    def on_progress(done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
-            log.info("%s: %d/%d", what, done, total)
-
-    return on_progress
 
 
 for _command in (data.qc, data.export, data.gc, data.erase):

@@ -172,6 +172,9 @@ class TrainConfig(Section):
     """Precision (autocast) of the gradient pass."""
     compile: bool = False
     """Compile the selection pass (torch.compile): a minute at the start, then faster steps."""
+    threads: Positive = 2
+    """With which a worker computes on CPUs. Sums that are cut otherwise round otherwise, so the weights depend on this
+    and not on `cluster.cpus_per_worker`: what Ray reserves, and how many threads decode."""
 
     @property
     def keeps_best(self) -> bool:

@@ -58,9 +58,12 @@ class ClusterConfig(Section):
     and, looked at once a minute, when nodes come. A step takes the same slides however many workers there are; sums in
     another order round otherwise, so weights are bit-identical at a fixed number only."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0
+    """That Ray reserves, and threads that decode patches; with how many it computes, `train.threads` says."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     readers_per_worker: Positive = 1
     """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
+    connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long Ray may take to start here, or the cluster to answer, before the command gives up with exit code 5."""
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long to wait until there are nodes that could ever hold what is asked for, before giving up with exit code 5;
     `wait_minutes` is for what others use at the moment."""
@@ -199,8 +202,13 @@ class Config(Section):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """What determines the trained model, as plain data."""
+        """What determines the trained model, as plain data; `train.threads` where it is not its default.
+
+        So trainings from before that setting keep their names.
+        """
         dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
+        if self.train.threads == TrainConfig.model_fields["threads"].default:
+            del dump["train"]["threads"]
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,6 +21,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, NodeError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
 from pipeline.ingest.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
+from pipeline.progress import each, progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
@@ -70,8 +70,7 @@ def tile_cohort(
             credentials, server down).
     """
     patches = PatchStore(store, spec.fingerprint())
-    with ThreadPoolExecutor(STATUS_THREADS) as pool:
-        found = list(pool.map(lambda slide: _look_up(slide, spec, patches), slides))
+    found = each(lambda slide: _look_up(slide, spec, patches), slides, "tile", "slides looked up", STATUS_THREADS)
     statuses = {number: status for number, status in enumerate(found) if isinstance(status, SlideStatus)}
     sizes = {number: size for number, size in enumerate(found) if isinstance(size, int)}
     unreachable = [s for s in statuses.values() if s.reason is not None and s.reason.startswith("source: ")]
@@ -108,7 +107,8 @@ def _tile(slides: Sequence[CohortSlide], sizes: dict[int, int], job: _Job) -> It
         else:
             assert outcome is not None
             yield number, outcome
-    yield from _tile_large(large, job)
+    if large:
+        yield from _tile_large(large, job)
 
 
 def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, SlideStatus]]:
@@ -120,13 +120,17 @@ def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, 
     open_shares = {number: len(parts) for number, parts in cut.items()}
     items = (pickle.dumps((number, large[number].share(parts), parts)) for number in cut for parts in cut[number])
     final: dict[int, SlideStatus] = {}
-    for number, outcome in _run(_tile_share, items, job):
-        assert not isinstance(outcome, LargeSlide)
-        open_shares[number] -= 1
-        if outcome is not None:
-            final.setdefault(number, outcome)
-        if not open_shares[number]:
-            yield number, final.get(number) or finish_slide(large[number], job.spec, job.store)
+    patches = {number: len(slide.planned.tiling.cells) for number, slide in large.items()}
+    with progress("tile", sum(patches.values()), "patches of large slides") as done:
+        for number, outcome in _run(_tile_share, items, job):
+            assert not isinstance(outcome, LargeSlide)
+            open_shares[number] -= 1
+            total, count, ended = patches[number], len(cut[number]), len(cut[number]) - open_shares[number]
+            done.advance(total * ended // count - total * (ended - 1) // count)
+            if outcome is not None:
+                final.setdefault(number, outcome)
+            if not open_shares[number]:
+                yield number, final.get(number) or finish_slide(large[number], job.spec, job.store)
 
 
 def _slots(cpus: float) -> float:
@@ -173,7 +177,10 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
         with attempt(name) as attempts:
             if attempts <= MAX_ATTEMPTS:
                 return _row(number, work)
-            killed = RuntimeError(f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times; is memory short?")
+            killed = RuntimeError(
+                f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs "
+                "out; raise tiling.cpus, so that fewer tasks share a node's memory"
+            )
             return _row(number, lambda: quarantined(slide, "crash", killed))
     except NodeError as error:
         return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}

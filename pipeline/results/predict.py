@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipeline.model.folder import WEIGHTS
 from pipeline.results.tables import table_csv
 from pipeline.schema import ATTENTION
 from pipeline.storage.files import absolute
+from pipeline.storage.scratch import scratch_folder
 from pipeline.tiling.guide import check_environment
 from pipeline.tracking.registry import fetch
 from pipeline.tracking.tracker import connect
@@ -136,8 +136,8 @@ def _loaded(model: str, tracking_uri: str) -> Iterator[tuple[str, IPSModel, Conf
     if (Path(model) / WEIGHTS).is_file():
         yield str(Path(model).absolute()), *load_model(Path(model))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        version, folder = fetch(connect(tracking_uri), model, Path(scratch))
+    with scratch_folder() as scratch:
+        version, folder = fetch(connect(tracking_uri), model, scratch)
         log.info("predict: %s is version %s", model, version.version)
         yield version.uri, *load_model(folder)
 

@@ -111,8 +111,11 @@ class Staging:
         return Path(self.folder or Path(tempfile.gettempdir(), f"ips-slides-{os.getuid()}"))
 
     def _root(self) -> Path:
+        """Made so that nobody else may read the slides in it; a folder that is named and there keeps its mode."""
         root = self._place()
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder is None and root.stat().st_mode & 0o077:  # of an earlier release; PermissionError: another's
+            root.chmod(0o700)
         return root
 
     def _grip(self, entry: Path, size: int) -> int:

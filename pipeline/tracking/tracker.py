@@ -34,6 +34,7 @@ Row = tuple[int, int, dict[str, float]]
 """A step, the time in ms since 1970, and metrics. MLflow stores an equal row that is sent twice once."""
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page takes it for an evaluation of LLMs
+_UNSAID = "a signal ended it (Ctrl-C, SIGTERM, `ray job stop`); the same command goes on"  # KeyboardInterrupt is empty
 _PARAM_CHARS = 6000  # MLflow's limits: characters of a value, and entries of one request
 _TAG_CHARS = 8000
 _PARAM_BATCH = 100
@@ -84,7 +85,7 @@ class Tracker:
         except BaseException as error:
             status: RunStatus = "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
             try:
-                self.set_tags(run_id, {"error": f"{type(error).__name__}: {error}"})
+                self.set_tags(run_id, {"error": f"{type(error).__name__}: {str(error) or _UNSAID}"})
                 self.end_run(run_id, status)
             except TrackingError as unreachable:
                 error.add_note(f"The run {run_id} could not be marked {status}: {unreachable}")
@@ -144,8 +145,19 @@ class Tracker:
 
     def latest_metrics(self, run_id: str) -> dict[str, float]:
         """The last value of every metric of a run."""
+        return self.latest(run_id)[0]
+
+    def latest(self, run_id: str) -> tuple[dict[str, float], dict[str, str]]:
+        """The last value of every metric of a run, and its tags."""
         with reported(self.uri):
-            return dict(self.client.get_run(run_id).data.metrics)
+            data = self.client.get_run(run_id).data
+        return dict(data.metrics), dict(data.tags)
+
+    def log_event(self, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], step: int) -> None:
+        """Tags, and metrics at one step, without patience: TrackingError soon where a server is down."""
+        with _impatient():
+            self.set_tags(run_id, tags)
+            self.log_metrics(run_id, metrics, step)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Tags of a run; values are cut at MLflow's 8,000 characters."""
@@ -190,6 +202,7 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
     """
     uri = _absolute_sqlite(uri)
     with _impatient(), reported(uri), _one_by_one(uri):
+        _make_sqlite(uri, artifact_root)
         client = MlflowClient(uri, uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -210,6 +223,14 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
     if kept != _location(artifact_root) and (gone := missing(uri, kept)) is not None:
         raise TrackingError(f"experiment {experiment!r}: {gone}, or set tracking.experiment to another name")
     return Tracker(uri, found.experiment_id)
+
+
+def _make_sqlite(uri: str, artifact_root: str) -> None:
+    """MLflow's own experiment, Default, would else lie in the working directory, which a Ray job throws away."""
+    if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).exists():
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # loads for a second
+
+        SqlAlchemyStore(uri, _location(artifact_root))
 
 
 @contextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -21,16 +21,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
 from pipeline.bags.sources import LabelledSource
-from pipeline.cluster import Bundle, require
+from pipeline.cluster import Bundle, ended, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
 from pipeline.model.checkpoint import Progress, check_plan
+from pipeline.progress import progress
 from pipeline.storage.files import join
 from pipeline.storage.lease import Lease
+from pipeline.storage.scratch import scratch_folder
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.headroom import host_advice
 from pipeline.training.journal import Journal, send_unsent
-from pipeline.training.plan import plan_digest
-from pipeline.training.restarts import Failures, Room
+from pipeline.training.plan import plan_digest, steps_per_epoch
+from pipeline.training.restarts import Failures, Room, Tally, controller_died
 from pipeline.training.saver import newest, progress_of
 from pipeline.training.session import Job
 from pipeline.training.worker import train_worker
@@ -80,6 +83,7 @@ def train(
             "train: train.patience and train.keep_best need validation slides, and no slide of the val split is "
             "committed; see the tile stage's ledger, give the split slides, or turn both off"
         )
+    _warn_of_threads(config)
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
         job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
@@ -88,6 +92,18 @@ def train(
         send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
     kept = done.best or done.name
     return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
+
+
+def _warn_of_threads(config: Config) -> None:
+    threads, cpus = config.train.threads, max(1, int(config.cluster.cpus_per_worker))
+    if threads != cpus and not config.cluster.gpus_per_worker:
+        log.warning(
+            "train.threads=%d compute on the %d CPUs that cluster.cpus_per_worker gives a worker: set train.threads=%d "
+            "for speed. That is another recipe, whose sums round otherwise",
+            threads,
+            cpus,
+            cpus,
+        )
 
 
 def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progress | None:
@@ -101,16 +117,25 @@ def _earlier(folder: str, digest: str, tracker: Tracker, run_id: str) -> Progres
 
 
 def _fit(job: Job, step: int) -> Progress:
-    """Run the workers, from `step` on, with Ray's restarts."""
+    """Run the workers, from `step` on, with Ray's restarts of them and ours of its controller."""
+    config = job.config
+    tally = Tally(job.tracker, job.run_id, job.folder, step, config.cluster.max_failures)
+    advice = host_advice(config.train, config.model.select)
     with (
-        _progress(job.tracker, job.run_id, job.config.train.epochs),
-        tempfile.TemporaryDirectory(prefix="ips-ray-") as scratch,
+        _watched(job, step) as tell,
+        scratch_folder() as scratch,
     ):
-        try:
-            result: Progress = _trainer(job, step, scratch).fit().return_value
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-    return result
+        while True:
+            try:
+                result: Progress = _trainer(job, Failures(tally, advice), str(scratch)).fit().return_value
+            except TrainingFailedError as error:
+                raise _cause(error) from error
+            except ActorDiedError as error:
+                tell(controller_died(error, tally, advice))
+            except RayError as error:  # the driver lost its cluster
+                raise StageError(f"train: {ended(error) or str(error).strip().splitlines()[0]}; run again") from error
+            else:
+                return result
 
 
 class _Trainer(TorchTrainer):
@@ -123,7 +148,7 @@ class _Trainer(TorchTrainer):
         pass
 
 
-def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
+def _trainer(job: Job, failures: Failures, scratch: str) -> TorchTrainer:
     """Ray Train's part: the workers and their restarts. It keeps no checkpoint, so its folder is a scratch one."""
     cluster = job.config.cluster
     worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
@@ -143,9 +168,9 @@ def _trainer(job: Job, step: int, scratch: str) -> TorchTrainer:
             name="run",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),  # see `restarts`
-            worker_runtime_env={"env_vars": _worker_environment(cluster)},
+            worker_runtime_env={"env_vars": _worker_environment(job.config.train.threads)},
             callbacks=[
-                Failures(job.folder, step, cluster.max_failures),
+                failures,
                 Room(cluster.wait_minutes, f"{cluster.fewest_workers} x ({worker})"),
             ],
         ),
@@ -157,10 +182,10 @@ def _process_group(cluster: ClusterConfig) -> TorchConfig:
     return TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=_WAIT_S)
 
 
-def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Threads as many as CPUs; and patience with a storage that is away, for a worker loses work when it gives up."""
+def _worker_environment(threads: int) -> dict[str, str]:
+    """Threads of OpenMP; and patience with a storage that is away, for a worker loses work when it gives up."""
     return {
-        "OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker))),
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `cluster.prepare_environment`
         "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),
     }
@@ -178,29 +203,47 @@ def _cause(error: TrainingFailedError) -> PipelineError:
 
 
 @contextmanager
-def _progress(tracker: Tracker, run_id: str, epochs: int) -> Iterator[None]:
-    """Log each epoch as rank 0 records it in MLflow; workers may be on other machines."""
-    stop = threading.Event()
+def _watched(job: Job, step: int) -> Iterator[Callable[[str], None]]:
+    """Show steps and epochs, as rank 0 records them in MLflow, and restarts; workers may be elsewhere.
+
+    Yields what tells of a restart, once, whoever knows of it first.
+    """
+    stop, lock = threading.Event(), threading.Lock()
+    told: set[str] = set()
+
+    def tell(restart: str) -> None:
+        with lock:
+            if restart not in told:
+                log.warning("train: %s", restart)
+            told.add(restart)
+
+    settings = job.config.train
+    steps = settings.epochs * steps_per_epoch(len(job.train), settings.batch_size)
 
     def watch() -> None:
         shown, away = 0.0, False
         while not stop.wait(_POLL_S):
             try:
-                latest = tracker.latest_metrics(run_id)
+                latest, tags = job.tracker.latest(job.run_id)
             except TrackingError as error:
                 if not away:
                     log.warning("train: goes on without MLflow for now (%s)", str(error).splitlines()[0])
                 away = True
                 continue
             away = False
+            if "restart" in tags:
+                tell(tags["restart"])
             if latest.get("epoch", 0.0) > shown:
                 shown = latest["epoch"]
-                log.info("train: epoch %d/%d, loss %.4f", shown, epochs, latest["train_loss"])
+                log.info("train: epoch %d/%d, loss %.4f", shown, settings.epochs, latest["train_loss"])
+            if "steps" in latest:
+                done.to(int(latest["steps"]))
 
     thread = threading.Thread(target=watch, name="train-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with progress("train", steps, "steps", start=step) as done:
+        thread.start()
+        try:
+            yield tell
+        finally:
+            stop.set()
+            thread.join()

@@ -58,6 +58,17 @@ def _settings(train: TrainConfig, selecting: SelectConfig, part: Part) -> str:
     return f"{memory} or {slides}, or set train.bounded=true with train.norm=group (or frozen, for pretrained weights)"
 
 
+def host_advice(train: TrainConfig, selecting: SelectConfig) -> str:
+    """What to lower where a worker's process was ended for want of memory, with the values."""
+    batch = f"train.batch_size={train.batch_size}"
+    if train.micro_batch is not None:
+        batch = f"train.micro_batch={train.micro_batch}"
+    return (
+        f"where memory is short, lower model.select.chunk={selecting.chunk}, model.select.memory={selecting.memory} or "
+        f"{batch}, or put fewer of cluster.workers on a node"
+    )
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Inside, a step may be tried: random numbers, running statistics and gradients are as before afterwards."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from pipeline.storage.files import (
     upload,
     write_json,
 )
+from pipeline.storage.scratch import scratch_folder
 from pipeline.storage.tree import delete_folder
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def newest(folder: str, *, read: bool = False) -> Progress | None:
         StageError: it was written by another version of the pipeline, or the best one that it names is gone.
         StorageError: the folder cannot be read.
     """
+    harmed: list[str] = []
     for name in sorted(_names(folder), reverse=True):
         commit = _commit(folder, name)
         if commit is None:
@@ -103,9 +104,16 @@ def newest(folder: str, *, read: bool = False) -> Progress | None:
         if harm is None:
             progress = _progress(folder, name, commit)
             _check_best(folder, progress, read=read)
+            _warn(harmed, f"{name}, the checkpoint before it, is used")
             return progress
-        log.warning("%s: %s; the checkpoint before it is used", join(folder, name), harm)
+        harmed.append(f"{join(folder, name)}: {harm}")
+    _warn(harmed, "there is no whole checkpoint before it, so the training begins anew")
     return None
+
+
+def _warn(harmed: Sequence[str], what: str) -> None:
+    for harm in harmed:
+        log.warning("%s; %s", harm, what)
 
 
 def progress_of(folder: str, name: str) -> Progress:
@@ -125,15 +133,15 @@ def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Opt
         StageError: it follows another plan, or is no training state.
         StorageError: it cannot be read, or was damaged since `newest` read it: begun again, that finds another.
     """
-    with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
+    with scratch_folder() as scratch:
         try:
-            _fetch(join(folder, name), _read(folder, name), _FILES, Path(scratch))
+            _fetch(join(folder, name), _read(folder, name), _FILES, scratch)
         except DamagedError as error:
             raise StorageError(str(error)) from error
         try:
-            return load_checkpoint(Path(scratch), model, optimizer, plan_digest)
+            return load_checkpoint(scratch, model, optimizer, plan_digest)
         except StageError as error:
-            raise StageError(str(error).replace(scratch, join(folder, name))) from error
+            raise StageError(str(error).replace(str(scratch), join(folder, name))) from error
 
 
 @contextmanager
@@ -151,12 +159,12 @@ def model_folder(checkpoint: str) -> Iterator[Path]:
     commit = _commit(folder, name)
     if commit is None:
         raise StageError(f"{join(checkpoint, COMMIT)} is gone; {remedy}")
-    with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
+    with scratch_folder() as scratch:
         try:
-            _fetch(checkpoint, commit, (WEIGHTS, CONFIG), Path(scratch))
+            _fetch(checkpoint, commit, (WEIGHTS, CONFIG), scratch)
         except DamagedError as error:
             raise StageError(f"{error}; {remedy}") from error
-        yield Path(scratch)
+        yield scratch
 
 
 def _fetch(uri: str, commit: dict[str, Any], names: Sequence[str], target: Path) -> None:
@@ -172,8 +180,7 @@ def _save(folder: str, snapshot: Snapshot, allowed: Callable[[], None]) -> None:
     uri = join(folder, name)
     allowed()
     delete(join(uri, COMMIT))  # there where a damaged checkpoint is written again: it must not vouch for half of both
-    with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
-        local = Path(scratch)
+    with scratch_folder() as local:
         write_snapshot(local, snapshot)
         for file in _FILES:
             upload(local / file, join(uri, file))
@@ -241,9 +248,9 @@ def _harm(folder: str, name: str, commit: dict[str, Any], *, read: bool) -> str 
         if version is None or version.size != facts["bytes"]:
             return f"{file} is gone or truncated"
     if read:
-        with tempfile.TemporaryDirectory(prefix="ips-") as scratch:
+        with scratch_folder() as scratch:
             try:
-                _fetch(join(folder, name), commit, _FILES, Path(scratch))
+                _fetch(join(folder, name), commit, _FILES, scratch)
             except DamagedError as error:
                 return str(error)
     return None

@@ -165,7 +165,7 @@ class _Keeper:
 
     def note(self, done: StepDone) -> None:
         """Log the step."""
-        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr})
+        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr, "steps": float(done.step)})
 
     def after(
         self, done: StepDone, progress: Progress, looked: Mapping[str, float] | None, *, leaving: bool

@@ -25,6 +25,7 @@ def train_worker(loop_config: Mapping[str, Job]) -> Progress:
     the same one.
     """
     job, ranks = loop_config["job"], joined_ranks()
+    torch.set_num_threads(job.config.train.threads)  # MKL's too; whatever the environment of the node says
     found = newest(job.folder, read=True) if ranks.rank == 0 else None
     start: str | None = broadcast_from_rank_zero(found.name if found else None)
     return run_session(job, ranks, get_device(), start, Notices(ranks, get_device()).seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,10 @@ from pipeline.bags.embed import embed_slides
 from pipeline.bags.sources import feature_store, patch_store
 from pipeline.config.recipe import Config
 from pipeline.model.build import check_encoder
+from pipeline.progress import progress
 from pipeline.store.features import stored_slides
 from pipeline.workflow.stage import Record, Stage, Workspace
 from pipeline.workflow.stages import STAGES, gone_from
-
-log = logging.getLogger(__name__)
 
 
 def stages_for(config: Config, last: str) -> list[Stage]:
@@ -42,18 +40,17 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     cpus, gpus = config.cluster.cpus_per_worker, config.cluster.gpus_per_worker
     space.ray()
     cluster.require([cluster.Bundle(cpus, gpus)] * least, config.cluster.start_timeout_s, "embed")
-    done = 0
+    made: list[str] = []
+    with progress("embed", len(slides), "slides") as done:
 
-    def on_done(_key: str) -> None:
-        nonlocal done
-        done += 1
-        if done % max(1, len(slides) // 10) == 0:
-            log.info("embed: %d slides", done)
+        def on_done(key: str) -> None:
+            made.append(key)
+            done.advance()
 
-    embed_slides(slides, settings, store, actors=(least, most), cpus=cpus, gpus=gpus, on_done=on_done)
+        embed_slides(slides, settings, store, actors=(least, most), cpus=cpus, gpus=gpus, on_done=on_done)
     metrics = {"slides": float(len(slides)), "features": float(sum(slide.n_patches for slide in slides))}
     space.tracker().log_metrics(run_id, metrics, 0)
-    return Record("embed", stage_fingerprint, {"features": store.uri}, metrics, {"made": done})
+    return Record("embed", stage_fingerprint, {"features": store.uri}, metrics, {"made": len(made)})
 
 
 def _outdated(space: Workspace, _record: Record) -> str | None:

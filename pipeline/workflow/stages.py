@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
 from pipeline.ingest.tiler import TRANSIENT, version_of
 from pipeline.model.folder import WEIGHTS
+from pipeline.progress import each, progress
 from pipeline.results.tables import table_csv
 from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_THREADS = 16  # look-ups wait on the storage, not on the CPU
 _DEFAULT_BAD_SHARE = 0.05  # of the cohort's slides, at least one, when tiling.max_bad_slides is null
 
 
@@ -58,8 +59,7 @@ def _tile_identity(space: Workspace) -> Mapping[str, Any]:
 
 def _versions(slides: Sequence[CohortSlide], spec: TilingConfig) -> list[SourceVersion | None]:
     """Each source's version; None where it cannot be read, which the tile stage then reports by slide."""
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda slide: _version(slide, spec), slides))
+    found = each(lambda slide: _version(slide, spec), slides, "tile", "files looked at", _THREADS)
     by_reason: defaultdict[str, list[SlideError]] = defaultdict(list)
     for error in found:
         if isinstance(error, SlideError):
@@ -125,11 +125,10 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
     config, slides = space.config, space.cohort.slides
     space.ray()
     cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
-    done, bad = 0, Counter[str]()
+    bad = Counter[str]()
 
     def on_status(status: SlideStatus) -> None:
-        nonlocal done
-        done += 1
+        done.advance()
         if status.status == "quarantined":
             kind = str(status.reason).partition(":")[0]
             bad[kind] += 1
@@ -137,12 +136,11 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
                 log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason)
             if bad[kind] == SHOWN:
                 log.warning("tile: further slides that are quarantined as %s are counted; %s lists all", kind, ledger)
-        if done % max(1, len(slides) // 10) == 0:
-            log.info("tile: %d/%d slides", done, len(slides))
 
     pixels = config.train.source == "store"
     root, cpus = patch_root(config), config.tiling.cpus
-    statuses = tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
+    with progress("tile", len(slides), "slides") as done:
+        statuses = tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
     if bad:
         log.warning("tile: quarantined: %s", ", ".join(f"{count:,} {kind}" for kind, count in bad.most_common()))
     return statuses
@@ -166,16 +164,14 @@ def _plans_outdated(space: Workspace, keys: Mapping[str, str]) -> str | None:
         version = _version(slide, spec)
         return not isinstance(version, SlideError) and is_plan_of(plans, keys[slide.slide_id], slide, version)
 
-    with ThreadPoolExecutor(16) as pool:
-        current = list(pool.map(is_current, slides))
+    current = each(is_current, slides, "plan", "slides", _THREADS)
     others = sorted(slide.slide_id for slide, found in zip(slides, current, strict=True) if not found)
     return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
 
 
 def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -> str | None:
     """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
-    with ThreadPoolExecutor(16) as pool:
-        there = list(pool.map(has, keys.values()))
+    there = each(has, list(keys.values()), "plan", f"slides looked for in the {store}", _THREADS)
     gone = sorted(slide for slide, found in zip(keys, there, strict=True) if not found)
     return f"{len(gone)} slides are gone from the {store}: {', '.join(gone[:5])}" if gone else None
 
@@ -312,6 +308,7 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
             timeout_s=config.cluster.start_timeout_s,
+            advice=f"where memory is short, lower model.select.chunk={config.model.select.chunk} or train.score_batch",
         )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
     origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}

@@ -126,6 +126,7 @@ def _job(folder: Path, slides: int) -> Job:
             "train.warmup_epochs=1",
             "train.explore_epochs=0",
             f"cluster.cpus_per_worker={os.cpu_count()}",
+            f"train.threads={os.cpu_count()}",
         ],
     )
     made = [_stored(folder, 384, seed, config) for seed in range(8)]  # 144 patches each

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from pipeline.cluster import Bundle, call, connected, prepare_environment, require
 from pipeline.config.recipe import ClusterConfig
-from pipeline.errors import ResourceError, SlideError
+from pipeline.errors import ResourceError, SlideError, StageError
 
 
 def _double(number: int) -> int:
@@ -19,10 +26,20 @@ def _fail(name: str) -> None:
 
 @pytest.mark.ray
 def test_a_call_returns_its_result_or_its_own_error(ray_session: None) -> None:
-    assert call(_double, (21,), cpus=1, gpus=0, timeout_s=5) == 42
+    assert call(_double, (21,), cpus=1, gpus=0, timeout_s=5, advice="") == 42
     with pytest.raises(SlideError, match=r"^a.svs: nothing on it$") as caught:
-        call(_fail, ("a.svs",), cpus=1, gpus=0, timeout_s=5)
+        call(_fail, ("a.svs",), cpus=1, gpus=0, timeout_s=5, advice="")
     assert caught.value.reason == "no-tissue"
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_a_call_whose_process_is_killed_says_memory_and_what_to_lower(ray_session: None) -> None:
+    with pytest.raises(StageError, match=r"^_die: its process was killed, .* memory runs out.*, twice; lower x=3, and"):
+        call(_die, (), cpus=1, gpus=0, timeout_s=5, advice="lower x=3")
 
 
 @pytest.mark.ray
@@ -86,3 +103,146 @@ def test_the_user_s_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "http://127.0.0.1:8265",
+            r"^RAY_ADDRESS=http://127.0.0.1:8265 is where .*submit.* unset it here",
+        ),
+        ("head", r"^RAY_ADDRESS=head is no address of a Ray cluster; write auto, HOST:6379 or ray://HOST:10001"),
+        ("grpc://head:1", "is no address of a Ray cluster"),
+        ("head:x", "is no address of a Ray cluster"),
+        ("{gone}", r"^RAY_ADDRESS=\S+ no Ray cluster answers there \(.*refused\); .* unset RAY_ADDRESS and"),
+        ("ray://{gone}", r"^RAY_ADDRESS=ray://\S+ no Ray cluster answers there \(.*refused\)"),
+        ("head.invalid:6379", r"^RAY_ADDRESS=\S+ no Ray cluster answers there \("),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "auto"])
+def test_an_address_where_no_ray_can_be_is_refused_at_once(
+    given: str | None, address: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as taken:  # nobody answers there
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(gone=f"127.0.0.1:{taken.getsockname()[1]}"))
+        with pytest.raises(ResourceError, match=words) as caught, connected(ClusterConfig(address=given)):
+            pass
+    assert caught.value.exit_code == 5
+
+
+RUN = """
+import ray, typer
+from pipeline.cli.console import errors
+from pipeline.cluster import connected
+from pipeline.config.recipe import ClusterConfig
+def main(seconds: float) -> None:
+    with errors(as_json=False), connected(ClusterConfig(connect_timeout_s=seconds)):
+        print(ray.get(ray.remote(lambda: 41).remote()) + 1)
+typer.run(main)
+"""
+
+
+SHORT = """
+import os, time, typer
+os.environ.update(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
+from pipeline.cli.console import errors
+from pipeline.cluster import call, connected
+from pipeline.config.recipe import ClusterConfig
+def slow() -> None:
+    time.sleep(600)
+def main() -> None:
+    with errors(as_json=False), connected(ClusterConfig()):
+        call(slow, (), cpus=1, gpus=0, timeout_s=30, advice="lower x=3")
+typer.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_call_that_ray_ends_for_want_of_memory_says_how_much_there_was() -> None:
+    """Ray's own retries would never end."""
+    done = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: slow: Ray ended its process, for its node ran out of memory \([\d.]+GB used / [\d.]+GB limit\), "
+        "twice; lower x=3, and run again",
+        last,
+    ), done.stderr
+
+
+def _connect(seconds: float, **environment: str) -> tuple[int, str, float]:
+    """Exit code, stderr and seconds of a process that joins or starts Ray."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(seconds)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stderr + done.stdout, time.monotonic() - began
+
+
+TERM = """
+import os, signal, typer
+from pipeline.cli.console import errors
+from pipeline.cluster import connected
+from pipeline.config.recipe import ClusterConfig
+def main() -> None:
+    with errors(as_json=False), connected(ClusterConfig(connect_timeout_s=300)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+typer.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_signal_is_an_interruption_while_ray_is_up() -> None:
+    """Its core would abort with a stack trace."""
+    done = subprocess.run([sys.executable, "-c", TERM], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (
+        143,
+        "error: interrupted by SIGTERM; run the same command to go on",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_long_folder_for_temporary_files_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    code, said, _ = _connect(60, TMPDIR=str(folder))
+    assert code == 5, said
+    assert f"error: TMPDIR={folder} is too long a path" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_who_listens_and_is_no_ray_is_given_up_in_time() -> None:
+    """The kernel takes the connection, and nobody ever says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        code, said, seconds = _connect(5, RAY_ADDRESS=f"127.0.0.1:{mute.getsockname()[1]}")
+    assert code == 5, said
+    assert "Ray has not answered in 5 s; start it, correct the address" in said
+    assert "or raise cluster.connect_timeout_s=5" in said
+    assert "Traceback" not in said
+    assert seconds < 40
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_start_that_takes_too_long_is_given_up_in_time_and_one_in_time_works() -> None:
+    code, said, seconds = _connect(0.3)
+    assert code == 5, said
+    assert "error: Ray could not be started on this machine: TimeoutError" in said
+    assert "raise cluster.connect_timeout_s=0.3" in said
+    assert "Traceback" not in said
+    assert seconds < 40
+    code, said, _ = _connect(120)
+    assert (code, said.strip()) == (0, "42")

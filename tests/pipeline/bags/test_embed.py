@@ -61,6 +61,19 @@ def test_a_feature_is_the_same_in_any_company(tmp_path: Path) -> None:
     assert (embedder(pixels[7:8]) == whole[7:8]).all()
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_feature_is_the_same_on_any_number_of_threads(compute: str, tmp_path: Path) -> None:
+    """So `cluster.cpus_per_worker` may say how many an actor computes with: a forward pass cuts no sum."""
+    embedder = Embedder(settings(tmp_path, dtype="float32", batch=16, compute_dtype=compute))
+    pixels = torch.randint(0, 256, (16, 3, 67, 53), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        found.append(embedder(pixels))
+    torch.set_num_threads(threads)
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
 def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path)
     embedder = Embedder(config)

@@ -10,10 +10,11 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from pipeline.cli.main import app
+from pipeline.cli.main import _print_summary, app
 from pipeline.config.compose import load_config
 from pipeline.errors import Interrupted
 from pipeline.workflow.run import plan
+from tests.pipeline.small import small_config, write_model, write_slide
 
 
 def _ips(*arguments: str) -> Result:
@@ -148,3 +149,23 @@ def test_signals_end_with_their_codes(signum: int, code: int, monkeypatch: pytes
     assert "run the same command to go on" in result.stderr
     assert signal.getsignal(signal.SIGTERM) == before
     assert Interrupted(signum).exit_code == code
+
+
+def test_a_slide_without_prediction_is_an_exit_code_and_the_others_are_predicted(tmp_path: Path) -> None:
+    model = write_model(tmp_path, small_config())
+    write_slide(tmp_path / "good.png", 0)
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    slides = [str(tmp_path / name) for name in ("good.png", "bad.svs")]
+    result = _ips("predict", "--model", str(model), "--out", str(tmp_path / "out"), *slides, "--json")
+    assert result.exit_code == 3
+    assert list(json.loads(result.stdout)["failed"]) == ["bad"]
+    assert (tmp_path / "out" / "predictions.csv").read_text().count("good") == 2
+    assert (tmp_path / "out" / "heatmaps" / "good.png").exists()
+    assert _ips("predict", "--model", str(model), "--out", str(tmp_path / "out"), slides[0]).exit_code == 0
+
+
+def test_the_summary_has_a_word_on_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"model": "demo", "version": "3", "alias": "champion", "previous": None}
+    done = {"outcome": "done", "seconds": 2.0, "metrics": {}, "outputs": {}, "facts": facts}
+    _print_summary({"stages": {"register": done}, "outcome": "done"}, load_config("demo", []))
+    assert "model demo, version 3, alias champion " in capsys.readouterr().out

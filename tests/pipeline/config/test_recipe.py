@@ -20,7 +20,12 @@ def test_execution_fields_do_not_enter_fingerprints() -> None:
     plain = TilingConfig()
     assert plain.fingerprint() == TilingConfig(cpus=4, max_bad_slides=7).fingerprint()
     base = fingerprint(_changed().recipe())
-    execution = {"storage": {"root": "elsewhere"}, "tracking": {"uri": "http://x"}, "cluster": {"gpus_per_worker": 1}}
+    assert fingerprint(_changed(train={"threads": 2}).recipe()) == base
+    execution = {
+        "storage": {"root": "elsewhere"},
+        "tracking": {"uri": "http://x"},
+        "cluster": {"gpus_per_worker": 1, "cpus_per_worker": 1},
+    }
     execution["train"] = {"source": "stream"}
     for same in ({section: fields} for section, fields in execution.items()):
         assert fingerprint(_changed(**same).recipe()) == base
@@ -40,11 +45,17 @@ def test_streaming_is_the_store_without_shared_slides() -> None:
         assert recipe("stream", workers) == recipe("store", workers, shard_above=None)
 
 
+def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> None:
+    assert "threads" not in _changed().recipe()["train"]
+    assert _changed(train={"threads": 3}).recipe()["train"]["threads"] == 3
+
+
 @pytest.mark.parametrize(
     "section",
     [
         {"seed": 1},
         {"train": {"lr": 1e-4}},
+        {"train": {"threads": 1}},
         {"model": {"select": {"memory": 3}}},
         {"cluster": {"workers": 2}},
         {"cluster": {"workers": [1, 1]}},

@@ -33,9 +33,9 @@ READ = {
     "model.select": "mode chunk",
     "train": "source epochs batch_size balance_window micro_batch bounded norm lr encoder_lr freeze_encoder "
     "freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best clip_norm augment "
-    "stain_jitter compute_dtype",
-    "cluster": "address workers cpus_per_worker gpus_per_worker start_timeout_s max_failures wait_minutes "
-    "checkpoint_minutes checkpoint_steps",
+    "stain_jitter compute_dtype threads",
+    "cluster": "address workers cpus_per_worker gpus_per_worker connect_timeout_s start_timeout_s max_failures "
+    "wait_minutes checkpoint_minutes checkpoint_steps",
 }
 """Fields that something reads in every valid config: a section's own checks refuse what they do not go with."""
 

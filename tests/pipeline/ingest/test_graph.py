@@ -144,6 +144,7 @@ def test_a_slide_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=False) for _ in range(4)]
     assert [run.returncode for run in runs] == [-9, -9, -9, 0], runs[-1].stderr
     assert runs[-1].stdout.startswith("quarantined crash: /data/s.svs: its process was killed 3 times")
+    assert "where memory runs out; raise tiling.cpus" in runs[-1].stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -234,8 +235,17 @@ def test_tiling_loads_no_torch_and_a_complete_store_no_ray(good: Path, store: Pa
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_tasks_share_a_slide_of_13824_patches(shared_slides: Path, tmp_path: Path, ray_session: None) -> None:
-    """Twice in the cohort, beside a small one; the store is the one that a single task writes."""
+def test_two_tasks_share_a_slide_of_13824_patches(
+    shared_slides: Path,
+    tmp_path: Path,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Twice in the cohort, beside a small one; the store is the one that a single task writes. Its patches show."""
+    monkeypatch.setattr("pipeline.progress._FIRST_S", 0)
+    monkeypatch.setattr("pipeline.progress._GROWTH", 0)
+    caplog.set_level("INFO", "pipeline.progress")
     canvas = write_canvas(tmp_path / "canvas.tiff")
     large = repeat(canvas, tmp_path / "large.tiff", 3, 2)
     twin = Path(shutil.copy(large, tmp_path / "twin.tiff"))
@@ -245,6 +255,8 @@ def test_two_tasks_share_a_slide_of_13824_patches(shared_slides: Path, tmp_path:
     assert [status.status for status in statuses] == ["committed"] * 3, statuses
     assert statuses[0].key == statuses[1].key
     assert statuses[0].n_patches == 13_824
+    shown = [line.partition(" patches of large slides, ")[0] for line in caplog.messages if "large slides" in line]
+    assert shown == [f"tile: {count:,}/27,648" for count in (6912, 13_824, 20_736, 27_648)]
     assert isinstance(begin_slide(slides[0], spec, str(tmp_path / "other"), whole=False), LargeSlide)
     for slide in slides:
         store_slide(slide, spec, str(tmp_path / "whole"))

@@ -76,6 +76,15 @@ def test_a_copy_is_made_once_and_kept(tmp_path: Path, downloads: list[str]) -> N
     assert downloads == [uri("a")]
 
 
+def test_nobody_else_may_read_the_copies(tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"ips-slides-{os.getuid()}"
+    folder.mkdir(mode=0o755)  # of an earlier release
+    for staging, root in ((Staging(), folder), (Staging(str(tmp_path / "named" / "new")), tmp_path / "named" / "new")):
+        with staging.hold(uri("a"), [uri("a")]):
+            assert root.stat().st_mode & 0o777 == 0o700
+
+
 def test_companions_lie_beside(tmp_path: Path, downloads: list[str]) -> None:
     members = ["s3://slides/m.mrxs", "s3://slides/m/Data.dat"]
     with Staging(str(tmp_path)).hold(members[0], members) as path:

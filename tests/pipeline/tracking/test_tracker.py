@@ -50,6 +50,24 @@ def test_all_lies_below_a_root_of_an_odd_name(tmp_path: Path) -> None:
     assert len(list((root / "artifacts").rglob("report.html"))) == 1
 
 
+def test_the_experiment_that_mlflow_makes_lies_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its artifacts would go to the working directory, which a Ray job throws away."""
+    (tmp_path / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "job")
+    made = open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "x", str(tmp_path / "artifacts"))
+    places = [one.artifact_location for one in made.client.search_experiments()]
+    assert len(places) == 2
+    assert all(place.startswith((tmp_path / "artifacts").as_uri()) for place in places), places
+    assert list((tmp_path / "job").iterdir()) == []
+
+
+def test_a_run_that_a_signal_ended_says_so(tracker: Tracker) -> None:
+    with pytest.raises(KeyboardInterrupt), tracker.run("killed") as run_id:
+        raise KeyboardInterrupt  # as it comes out of Ray's waits, without arguments
+    said = tracker.client.get_run(run_id).data.tags["error"]
+    assert said.startswith("KeyboardInterrupt: a signal ended it (Ctrl-C, SIGTERM, `ray job stop`)")
+
+
 def test_opening_again_finds_the_same_experiment(tracker: Tracker) -> None:
     assert open_tracking(tracker.uri, "tracking", "/elsewhere") == tracker
 

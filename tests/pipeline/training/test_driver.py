@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -21,13 +26,15 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
 from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.model.folder import WEIGHTS
 from pipeline.storage.files import write_bytes
 from pipeline.store.patches import StoredSlide
 from pipeline.tracking.tracker import Row, Tracker, open_tracking
 from pipeline.training.driver import Trained, _cause, _process_group, _Trainer, _worker_environment, train
 from pipeline.training.plan import plan_digest
-from pipeline.training.saver import Saver
-from pipeline.training.session import Job
+from pipeline.training.ranks import Ranks
+from pipeline.training.saver import Saver, newest
+from pipeline.training.session import Job, run_session
 from pipeline.training.worker import train_worker
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
@@ -73,6 +80,20 @@ def test_a_run_resumes_from_its_last_checkpoint_as_if_uninterrupted(
 
     with pytest.raises(StageError, match="another plan"):
         train(_config(tmp_path / "whole"), slides[:4], slides[5:], "aa", tracker, tracker.start_run("train"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_weights_do_not_depend_on_the_cpus_that_a_worker_has(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
+) -> None:
+    found = []
+    for cpus in (1, 2):
+        config = _config(tmp_path / str(cpus))
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
+        found.append(load_file(Path(_train(config, slides, tracker)[0].checkpoint) / WEIGHTS))
+    assert [name for name, value in found[0].items() if not torch.equal(value, found[1][name])] == []
 
 
 @pytest.mark.slow
@@ -151,7 +172,7 @@ def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried
 
 def test_workers_ask_a_storage_that_is_away_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a write gives up: the pauses of the real client, not waited for."""
-    environment = _worker_environment(_config(tmp_path).cluster)
+    environment = _worker_environment(1)
     with socket.socket() as taken:  # nobody answers there
         taken.bind(("127.0.0.1", 0))
         environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -201,6 +222,91 @@ def test_workers_that_find_no_room_on_a_busy_cluster_end_with_exit_code_5(
         _train(config, slides, tracker, "cc")
     for other in others:
         ray.kill(other)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_controller_that_is_killed_after_a_worker_is_started_anew_and_the_weights_are_the_same(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With workers that take every CPU, so that the new ones begin when the old ones are gone."""
+    config = _config(tmp_path / "harmed", epochs=30, validate_every=30)
+    often = {"checkpoint_steps": 1, "cpus_per_worker": 2, "max_failures": 1, "start_timeout_s": 30}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=often)})
+    folder = f"{tmp_path}/harmed/train/small-aa"
+
+    def harm() -> None:
+        for step, name in ((6, "RayTrainWorker"), (14, "TrainController")):
+            while (found := newest(folder)) is None or found.step < step:
+                time.sleep(0.02)
+            _process(name).kill()
+
+    with ThreadPoolExecutor(1) as pool, caplog.at_level("INFO", "pipeline"):
+        harming = pool.submit(harm)
+        trained, run_id = _train(config, slides, tracker)
+        harming.result()
+    metrics, tags = tracker.latest(run_id)
+    assert metrics["restarts"] == 2
+    said = [record.message for record in caplog.records if "restart" in record.message]
+    assert len(said) == 2, said
+    who_failed = ("the workers failed", "Ray Train's controller ended")
+    for number, (line, who) in enumerate(zip(said, who_failed, strict=True), 1):
+        assert re.match(
+            rf"train: restart {number}, after step \d+: {who} \(its process was killed, as the kernel", line
+        )
+        assert "failure 1 of 1 allowed" in line
+        assert "lower model.select.chunk=7, model.select.memory=5 or train.batch_size=3" in line
+    assert f"train: {tags['restart']}" == said[1]
+    steps = [metric.step for metric in tracker.client.get_metric_history(run_id, "loss")]
+    assert sorted(steps) == list(range(1, 61))
+
+    job = Job(
+        config, tuple(slides[:5]), tuple(slides[5:]), "", str(tmp_path / "whole"), tracker, tracker.start_run("w")
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads)
+    last = run_session(job, Ranks(), torch.device("cpu"), None)
+    torch.set_num_threads(threads)
+    expected, weights = (load_file(Path(one) / WEIGHTS) for one in (f"{job.folder}/{last.name}", trained.checkpoint))
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_controller_that_dies_again_and_again_ends_the_training(
+    ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
+) -> None:
+    def harm() -> None:
+        while (process := _running("TrainController")) is None:
+            time.sleep(0.02)
+        process.kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        harming = pool.submit(harm)
+        with pytest.raises(
+            StageError, match=r"controller failed 1 times without .* killed, as the kernel .* lower model.select.chunk"
+        ):
+            _train(_config(tmp_path), slides, tracker)
+        harming.result()
+
+
+def _running(name: str) -> psutil.Process | None:
+    """The newest process of an actor of Ray's, where there is one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if name in "".join(process.cmdline()):
+                found.append((process.create_time(), process.pid))
+    return psutil.Process(max(found)[1]) if found else None
+
+
+def _process(name: str) -> psutil.Process:
+    found = _running(name)
+    assert found is not None
+    return found
 
 
 class _Busy:

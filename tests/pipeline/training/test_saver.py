@@ -110,9 +110,12 @@ def test_files_removed_or_cut_by_hand_mean_the_one_before(tmp_path: Path, caplog
     found = newest(str(tmp_path))
     assert found is not None
     assert found.step == 1
-    assert "state.pt is gone or truncated; the checkpoint before it is used" in caplog.text
+    assert "state.pt is gone or truncated; step-00000001, the checkpoint before it, is used" in caplog.text
     shutil.rmtree(tmp_path / "step-00000001")
+    caplog.clear()
     assert newest(str(tmp_path)) is None
+    assert "state.pt is gone or truncated; there is no whole checkpoint before it" in caplog.text
+    assert "is used" not in caplog.text
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -59,7 +59,7 @@ def test_a_killed_worker_and_a_lost_node_do_not_change_the_weights(
     often = {"checkpoint_steps": 1} if how == "killed" else {}
     config = small_config(
         storage={"root": str(tmp_path)},
-        train={"epochs": epochs, "batch_size": 2, "warmup_epochs": 1, "validate_every": 10},
+        train={"epochs": epochs, "batch_size": 2, "warmup_epochs": 1, "validate_every": 10, "threads": 1},
         cluster={"cpus_per_worker": 1, **often},
     )
     slides = store_slides(write_cohort(tmp_path, ["no", "yes"] * 3 + ["no"]), tmp_path / "store", config)
