@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from pipeline.cli.main import app
+from pipeline.cli.main import app, where_runs_are_shown
 from pipeline.config.compose import load_config
 from pipeline.errors import Interrupted
 from pipeline.workflow.run import plan
@@ -148,3 +148,15 @@ def test_signals_end_with_their_codes(signum: int, code: int, monkeypatch: pytes
     assert "run the same command to go on" in result.stderr
     assert signal.getsignal(signal.SIGTERM) == before
     assert Interrupted(signum).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("http://mlflow.example.org", "http://mlflow.example.org"),
+        ("sqlite:////a b/mlflow.db", "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+        ("postgresql://mlflow@db/mlflow", "mlflow ui --backend-store-uri postgresql://mlflow@db/mlflow"),
+    ],
+)
+def test_the_last_line_shows_the_runs_as_it_stands(uri: str, line: str) -> None:
+    assert where_runs_are_shown(uri) == line
