@@ -21,11 +21,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+from pipeline.credentials import masked
+
 
 class PipelineError(Exception):
-    """Base of the tree; the message names the file or field, the reason and the remedy."""
+    """Base of the tree; the message names the file or field, the reason and the remedy, and never a credential."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
     @property
     def may_pass(self) -> bool:
@@ -39,8 +44,8 @@ class _ListedError(PipelineError):
     exit_code = 2
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
+        self.source = masked(source)
+        self.problems = tuple(masked(problem) for problem in problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.credentials import masked, refusal
+from pipeline.errors import ConfigError, Interrupted, PipelineError
 from pipeline.progress import CONSOLE, on_terminal
 
 ConfigOption = Annotated[
@@ -34,6 +37,24 @@ DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 _CHANGES = "Changes to the config: train.epochs=5 sets a field, model=resnet18 takes conf/model/resnet18.yaml."
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_CHANGES)]
+
+
+class Program(TyperGroup):
+    """The commands; none of them sees an argument that holds a credential, which its messages might repeat."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse credentials, then go on as ever."""
+        with errors(as_json="--json" in args):
+            problems = [f"{_place(n, text)}: {why}" for n, text in enumerate(args, start=1) if (why := refusal(text))]
+            if problems:
+                raise ConfigError("command line", problems)
+        return super().parse_args(ctx, args)
+
+
+def _place(number: int, argument: str) -> str:
+    """Which argument, without its value."""
+    key, equals, _ = argument.partition("=")
+    return key if equals and re.fullmatch(r"[\w.-]+", key) else f"argument {number}"
 
 
 @dataclass(frozen=True)
@@ -117,12 +138,19 @@ def errors(*, as_json: bool) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def _without_credentials(record: logging.LogRecord) -> bool:
+    """Mask what a library says, as of an endpoint with a password; always True: the message is shown."""
+    record.msg, record.args = masked(record.getMessage()), ()
+    return True
+
+
 def _log_to_stderr() -> None:
     """Coloured for a person, one plain line an event for a file."""
+    handler: logging.Handler = logging.StreamHandler()
+    form = "%(asctime)s %(levelname)s %(message)s"
     if on_terminal():
-        handler: logging.Handler = RichHandler(console=CONSOLE, show_path=False)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    else:
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+        handler, form = RichHandler(console=CONSOLE, show_path=False), "%(message)s"
+    handler.addFilter(_without_credentials)
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import typer
 from rich.text import Text
 
 from pipeline.cli import data
-from pipeline.cli.console import Chosen, JsonOption, errors, print_json, print_table, with_config
+from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DataBudgetError
@@ -22,6 +23,7 @@ from pipeline.progress import progress
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
+    cls=Program,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -263,7 +265,14 @@ def _print_summary(summary: dict[str, Any], config: Config) -> None:
     print_table(("stage", "outcome", "seconds", "result"), rows)
     if summary["outcome"] == "nothing to do":
         print("Nothing to do: every stage is done and unchanged.")
-    print(f"mlflow ui --backend-store-uri {config.tracking.uri}")
+    print(where_runs_are_shown(str(config.tracking.uri)))
+
+
+def where_runs_are_shown(tracking_uri: str) -> str:
+    """A server's own address; for a database, the command that shows it."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return tracking_uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
 
 def _told(facts: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pipeline.cohort.labels import MISSING, Label, NotAClass, finite, is_missing, other_classes, read_label
 from pipeline.cohort.rows import REQUIRED, parse
 from pipeline.config.data import TaskConfig
+from pipeline.credentials import refusal
 from pipeline.errors import CohortError, StorageError
 from pipeline.storage import files
 
@@ -168,6 +169,10 @@ def _slide(
     for column in ("slide_id", "uri"):
         if not row[column]:
             problems.add(number, f"{column} is empty")
+    if leaks := {column: problem for column, value in row.items() if (problem := refusal(value)) is not None}:
+        for column, problem in leaks.items():
+            problems.add(number, f"column {column!r}: {problem}")
+        row = {**row, **dict.fromkeys(leaks, ""), "slide_id": f"row {number}"}  # nothing else may repeat it
     split = row.get("split", "")
     if split and split not in SPLITS:
         problems.add(number, f"split {split!r} is not one of {_names(SPLITS)}")

@@ -6,12 +6,20 @@ import hashlib
 import json
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pipeline.credentials import refusal
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def credential_in(value: object) -> str | None:
+    """Why a value, or one of those in a list, must not be given; None where it holds no password or token."""
+    texts = [text for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
+    return next((problem for text in texts if (problem := refusal(text)) is not None), None)
 
 
 def fingerprint(value: object) -> str:
@@ -21,6 +29,17 @@ def fingerprint(value: object) -> str:
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, NaN and infinity refused."""
+    """Base of every section: frozen; unknown keys, NaN, infinity and text that holds a credential are refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    So whatever a config is written into, it brings no password there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_credentials(cls, value: object) -> object:
+        """Of any field, since an address may stand in any; inner sections look at their own."""
+        if (problem := credential_in(value)) is not None:
+            raise ValueError(problem)
+        return value

@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.base import credential_in
+from pipeline.config.environment import checked_environment, secrets_copied
 from pipeline.config.recipe import Config
 from pipeline.config.unused import unused
 from pipeline.errors import ConfigError
@@ -47,10 +49,11 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"--config {name}", [f"{folder} has no {name}.yaml; it has: {known}"])
     groups, values, problems = _sort_overrides(overrides, folder)
-    tree = _composed(name, groups, folder)
-    for key, value in values.items():
-        problems += _set(tree, key, value)
-    config, more = _validated(tree, values)
+    with checked_environment():
+        tree = _composed(name, groups, folder)
+        for key, value in values.items():
+            problems += _set(tree, key, value)
+        config, more = _validated(tree, values)
     problems += more
     if config is not None:
         problems += [*_ray_job_problems(config), *_place_problems(config)]
@@ -129,15 +132,19 @@ def _validated(tree: Any, values: Mapping[str, str]) -> tuple[Config | None, lis
     try:
         plain = _without_missing(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
-        return None, [str(error).splitlines()[0]]
-    idle = unused(plain)
+        return None, [f"{error.full_key or 'config'}: {str(error).splitlines()[0]}"]
+    if copied := secrets_copied(plain):
+        return None, copied  # alone: what else is said of a value might repeat it
     try:
-        return Config.model_validate(plain), idle
+        return Config.model_validate(plain), unused(plain)
     except ValidationError as error:
-        problems = [problem for problem in error.errors() if not (problem["type"] == "too_short" and problem["input"])]
+        problems = error.errors()
+    if leaks := [problem for problem in problems if credential_in(problem["input"]) is not None]:
+        return None, [*map(_sentence, leaks)]
+    problems = [problem for problem in problems if not (problem["type"] == "too_short" and problem["input"])]
     typed = {".".join(map(str, problem["loc"])) for problem in problems if _is_no_text(problem)} & values.keys()
     if not typed:
-        return None, [*(_sentence(problem) for problem in problems), *idle]
+        return None, [*(_sentence(problem) for problem in problems), *unused(plain)]
     for key in typed:  # name=2024: what was typed is the text
         OmegaConf.update(tree, key, values[key].strip())
     return _validated(tree, {key: text for key, text in values.items() if key not in typed})
@@ -174,7 +181,7 @@ def _sentence(problem: Any) -> str:
     if problem["type"] in ("tuple_type", "list_type"):
         return f"{path}: must be a list, as in {path}=[A,B] (got {problem['input']!r})"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    is_value = isinstance(problem["input"], str | int | float | bool)
+    is_value = isinstance(problem["input"], str | int | float | bool) and credential_in(problem["input"]) is None
     return f"{path or 'config'}: {message}" + (f" (got {problem['input']!r})" if is_value else "")
 
 

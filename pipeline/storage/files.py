@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from pipeline.credentials import masked_value, refusal
 from pipeline.errors import DamagedError, StorageError
 from pipeline.storage import s3
 
@@ -47,7 +48,9 @@ class SourceVersion:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI lies on S3."""
+    """Whether the URI lies on S3. One that holds a credential is a StorageError, whatever is to be done with it."""
+    if (problem := refusal(uri)) is not None:
+        raise StorageError(f"{masked_value(uri)}: {problem}")
     found = _SCHEME.match(uri)
     if found is None or found[1].lower() == "file":
         return False

@@ -80,7 +80,7 @@ def _signature(config: Config) -> ModelSignature:
         Schema(
             [
                 ColSpec(DataType.string, "uri"),
-                *(ColSpec(DataType.double, name) for name in outputs),
+                *(ColSpec(DataType.double, name, required=False) for name in outputs),
                 ColSpec(DataType.string, "error", required=False),
             ]
         ),

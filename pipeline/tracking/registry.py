@@ -11,16 +11,16 @@ from pathlib import Path
 
 import mlflow
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from pipeline.errors import TrackingError
+from pipeline.errors import PipelineError, TrackingError
 from pipeline.model.folder import read_config
 from pipeline.tracking.package import gather_artifacts, write_package
 from pipeline.tracking.places import missing
-from pipeline.tracking.tracker import Tracker, reported
+from pipeline.tracking.tracker import Store, Tracker, reported
 
 CHAMPION = "champion"
 """Alias of the version that `predict` uses."""
@@ -77,50 +77,82 @@ def register_model(
     client, config = tracker.client, read_config(folder)
     with tempfile.TemporaryDirectory() as scratch:
         artifacts = gather_artifacts(folder, config, Path(scratch))
-        with reported(tracker.uri):
-            logged = client.create_logged_model(
-                tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
-            )
+        with _logged_model(tracker, name, run_id, tags) as logged:
             model = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
-            write_package(Path(scratch) / "model", artifacts, config, example_uri, model)
-            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
-            client.finalize_logged_model(logged.model_id, "READY")
-            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    tracker.log_metrics(run_id, metrics, model_id=logged.model_id)
-    with reported(tracker.uri), _current_store(tracker.uri):
-        if _find_model(tracker, name) is None:
-            client.create_registered_model(name)
-        made = client.create_model_version(
-            name,
-            f"models:/{logged.model_id}",
-            run_id=run_id,
-            tags=dict(tags),
-            model_id=logged.model_id,
-            description=description,
-        )
+            with _place_reported(tracker.uri, "written to", logged.artifact_location):
+                write_package(Path(scratch) / "model", artifacts, config, example_uri, model)
+                client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+            with reported(tracker.uri), _current_store(tracker.uri):
+                client.finalize_logged_model(logged.model_id, "READY")
+                client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+                tracker.log_metrics(run_id, metrics, model_id=logged.model_id)
+                if _find_model(tracker, name) is None:
+                    client.create_registered_model(name)
+                made = client.create_model_version(
+                    name,
+                    f"models:/{logged.model_id}",
+                    run_id=run_id,
+                    tags=dict(tags),
+                    model_id=logged.model_id,
+                    description=description,
+                )
     return RegisteredVersion(name, str(made.version), run_id, dict(tags))
 
 
-def promote(tracker: Tracker, name: str, version: str) -> str | None:
+@contextmanager
+def _logged_model(tracker: Tracker, name: str, run_id: str, tags: Mapping[str, str]) -> Iterator[LoggedModel]:
+    """A new model of a run for the length of a block; FAILED where the block fails, not PENDING for ever."""
+    client = tracker.client
+    with reported(tracker.uri):
+        logged = client.create_logged_model(
+            tracker.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="slide-level IPS"
+        )
+    try:
+        yield logged
+    except BaseException as error:
+        try:
+            with reported(tracker.uri):
+                client.finalize_logged_model(logged.model_id, "FAILED")
+        except TrackingError as unreachable:
+            error.add_note(f"The model {logged.model_id} could not be marked FAILED: {unreachable}")
+        raise
+
+
+@contextmanager
+def _place_reported(uri: str, done: str, place: str) -> Iterator[None]:
+    """Turn what goes wrong with a model's files, not with MLflow's own store, into a TrackingError that says so."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow at {uri}: the model's files cannot be {done} {place}: {type(error).__name__}: {error}\n"
+            "Check that the place can be reached from this machine (AWS_* for S3), read and written, and has room; "
+            "then run the same command again."
+        ) from error
+
+
+def promote(store: Store, name: str, version: str) -> str | None:
     """Make a version the champion and the former champion `previous`; returns the former one's version.
 
     MLflow has no compare-and-set of aliases: the alias is read right before it is written, and callers
     promote from one job at a time.
     """
-    with reported(tracker.uri):
-        former = _aliases(tracker.client.get_registered_model(name)).get(CHAMPION)
+    with reported(store.uri):
+        former = _aliases(store.client.get_registered_model(name)).get(CHAMPION)
         if former is not None and former != version:
-            tracker.client.set_registered_model_alias(name, PREVIOUS, former)
-        tracker.client.set_registered_model_alias(name, CHAMPION, version)
+            store.client.set_registered_model_alias(name, PREVIOUS, former)
+        store.client.set_registered_model_alias(name, CHAMPION, version)
     return former
 
 
-def find_registered(tracker: Tracker, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:
+def find_registered(store: Store, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:
     """The newest version of a model that carries these tags; None where there is none, or no such model."""
-    with reported(tracker.uri):
+    with reported(store.uri):
         found = [
             entry
-            for entry in tracker.client.search_model_versions(f"name='{name}'")
+            for entry in store.client.search_model_versions(f"name='{name}'")
             if tags.items() <= dict(entry.tags).items()
         ]
     if not found:
@@ -129,14 +161,14 @@ def find_registered(tracker: Tracker, name: str, tags: Mapping[str, str]) -> Reg
     return RegisteredVersion(name, str(entry.version), entry.run_id, dict(entry.tags))
 
 
-def champion(tracker: Tracker, name: str) -> str | None:
+def champion(store: Store, name: str) -> str | None:
     """The version that is champion; None where none is, or there is no such model."""
-    with reported(tracker.uri):
-        model = _find_model(tracker, name)
+    with reported(store.uri):
+        model = _find_model(store, name)
     return None if model is None else _aliases(model).get(CHAMPION)
 
 
-def find_version(tracker: Tracker, model_uri: str) -> RegisteredVersion:
+def find_version(store: Store, model_uri: str) -> RegisteredVersion:
     """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now.
 
     Raises:
@@ -146,35 +178,36 @@ def find_version(tracker: Tracker, model_uri: str) -> RegisteredVersion:
     if match is None:
         raise TrackingError(f"{model_uri!r} is no model URI; write models:/NAME@ALIAS or models:/NAME/VERSION")
     name = match["name"]
-    with reported(tracker.uri):
-        model = _find_model(tracker, name)
+    with reported(store.uri):
+        model = _find_model(store, name)
         if model is None:
-            names = [other.name for other in tracker.client.search_registered_models(max_results=50)]
+            names = [other.name for other in store.client.search_registered_models(max_results=50)]
             raise TrackingError(
-                f"{model_uri}: the registry at {tracker.uri} has no model {name!r}, only {names}; register it "
+                f"{model_uri}: the registry at {store.uri} has no model {name!r}, only {names}; register it "
                 "first (`pipeline run`), or correct the name or tracking.uri"
             )
-        entries = {str(entry.version): entry for entry in tracker.client.search_model_versions(f"name='{name}'")}
+        entries = {str(entry.version): entry for entry in store.client.search_model_versions(f"name='{name}'")}
         entry = entries.get(match["version"] or _aliases(model).get(match["alias"], ""))
     if entry is None:
         raise TrackingError(
-            f"{model_uri}: model {name!r} at {tracker.uri} has versions {sorted(map(int, entries))} and aliases "
+            f"{model_uri}: model {name!r} at {store.uri} has versions {sorted(map(int, entries))} and aliases "
             f"{_aliases(model)}; use one of these"
         )
     return RegisteredVersion(name, str(entry.version), entry.run_id, dict(entry.tags))
 
 
-def fetch(tracker: Tracker, model_uri: str, folder: Path) -> tuple[RegisteredVersion, Path]:
+def fetch(store: Store, model_uri: str, folder: Path) -> tuple[RegisteredVersion, Path]:
     """Download a version's files (weights.safetensors, config.json) into `folder`; returns where they lie.
 
     Raises:
         TrackingError: as `find_version`, or the artifacts cannot be read.
     """
-    version = find_version(tracker, model_uri)
-    with reported(tracker.uri), _current_store(tracker.uri):
-        place = tracker.client.get_model_version_download_uri(version.name, version.version)
-        if (gone := missing(tracker.uri, place)) is not None:
-            raise TrackingError(f"{version.uri}: {gone}")
+    version = find_version(store, model_uri)
+    with reported(store.uri):
+        place = store.client.get_model_version_download_uri(version.name, version.version)
+    if (gone := missing(store.uri, place)) is not None:
+        raise TrackingError(f"{version.uri}: {gone}")
+    with _place_reported(store.uri, "read from", place), _current_store(store.uri):
         local = download_artifacts(f"{version.uri}/artifacts", dst_path=str(folder))
     return version, Path(local)
 
@@ -194,9 +227,9 @@ def _aliases(model: RegisteredModel) -> dict[str, str]:
     return {alias: str(version) for alias, version in model.aliases.items()}
 
 
-def _find_model(tracker: Tracker, name: str) -> RegisteredModel | None:
+def _find_model(store: Store, name: str) -> RegisteredModel | None:
     try:
-        return tracker.client.get_registered_model(name)
+        return store.client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise

@@ -26,6 +26,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
+from pipeline.credentials import masked, masked_value, refusal
 from pipeline.errors import Interrupted, PipelineError, TrackingError
 from pipeline.tracking.places import missing
 
@@ -45,26 +46,38 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEO
 
 
 @dataclass(frozen=True)
-class Tracker:
-    """The runs of one experiment. Pickles as its two strings; every process makes its own client."""
+class Store:
+    """An MLflow server or database, with whatever experiments it has. Pickles as text; a process makes its own client.
+
+    The URI holds no password: the client finds one in the environment of its own process.
+    """
 
     uri: str
-    experiment_id: str
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.uri, self.experiment_id)
+        return type(self), (self.uri,)
 
     @cached_property
     def client(self) -> MlflowClient:
         """MLflow's client of this store."""
         return MlflowClient(self.uri, self.uri)
 
+
+@dataclass(frozen=True)
+class Tracker(Store):
+    """The runs of one experiment of a store."""
+
+    experiment_id: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.uri, self.experiment_id)
+
     def start_run(self, name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """Id of a new run in state RUNNING, a child of `parent_run_id` where that is given."""
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         with reported(self.uri):
             run = self.client.create_run(
-                self.experiment_id, tags=resolve_tags({**_tags(tags or {}), **parent}), run_name=name
+                self.experiment_id, tags=_tags(resolve_tags({**(tags or {}), **parent})), run_name=name
             )
         return str(run.info.run_id)
 
@@ -200,7 +213,7 @@ def open_tracking(uri: str, experiment: str, artifact_root: str) -> Tracker:
     Raises:
         TrackingError: the store cannot be reached or refuses; within 20 s when a server is down.
     """
-    uri = _absolute_sqlite(uri)
+    uri = _checked(uri)
     with _impatient(), reported(uri), _one_by_one(uri):
         _make_sqlite(uri, artifact_root)
         client = MlflowClient(uri, uri)
@@ -246,19 +259,20 @@ def _one_by_one(uri: str) -> Iterator[None]:
         yield
 
 
-def connect(uri: str) -> Tracker:
-    """Open a store that exists, to read from it; nothing is made.
+def connect(uri: str) -> Store:
+    """Open a store that exists, to read from it; nothing is made. Models outlive the experiments they come from.
 
     Raises:
         TrackingError: the store is not there or cannot be reached; within 20 s when a server is down.
     """
-    uri = _absolute_sqlite(uri)
+    uri = _checked(uri)
     file = Path(uri.partition(":///")[2])
     if uri.startswith("sqlite") and not file.is_file():
         raise TrackingError(f"MLflow at {uri}: {file} does not exist; name the store of the run that trained the model")
+    store = Store(uri)
     with _impatient(), reported(uri):
-        (first, *_) = MlflowClient(uri, uri).search_experiments(max_results=1)
-    return Tracker(uri, first.experiment_id)
+        store.client.search_experiments(max_results=1)
+    return store
 
 
 @contextmanager
@@ -286,15 +300,18 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {key: str(value)[:_TAG_CHARS] for key, value in tags.items()}
+    """As MLflow takes them; masked, for the URL of git's remote is one of MLflow's own, and may hold a token."""
+    return {key: masked(str(value))[:_TAG_CHARS] for key, value in tags.items()}
 
 
 def _location(root: str) -> str:
     return root if "://" in root else Path(root).absolute().as_uri()
 
 
-def _absolute_sqlite(uri: str) -> str:
-    """A relative SQLite file made absolute: workers run in other directories."""
+def _checked(uri: str) -> str:
+    """The URI, without a credential; a relative SQLite file made absolute, for workers run in other directories."""
+    if (problem := refusal(uri)) is not None:
+        raise TrackingError(f"MLflow's URI {masked_value(uri)} {problem}")
     scheme, _, name = uri.partition(":///")
     return f"{scheme}:///{Path(name).absolute()}" if scheme.startswith("sqlite") else uri
 
@@ -315,7 +332,9 @@ def _remedy(uri: str) -> str:
     if uri.startswith("http"):
         return (
             "Check that the server runs and that this machine may reach it (`mlflow server --host HOST "
-            "--allowed-hosts NAMES`), or correct tracking.uri; tracking.uri=null uses a local SQLite file."
+            "--allowed-hosts NAMES`), or correct tracking.uri; tracking.uri=null uses a local SQLite file. Where the "
+            "server asks for a password, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN."
         )
     return (
         "Check that the file and its folder can be written and the artifact place can be reached; for a store "

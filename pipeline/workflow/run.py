@@ -19,6 +19,7 @@ from pipeline.cohort.splits import check_apart, check_trainable, with_splits
 from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
+from pipeline.credentials import masked
 from pipeline.demo.cohort import write_demo
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
@@ -305,7 +306,7 @@ def lineage(config: Config) -> dict[str, str]:
         "image": lambda: os.environ.get("IPS_IMAGE"),
         "ray_submission_id": lambda: os.environ.get("RAY_SUBMISSION_ID"),
     }
-    return tags | {key: value for key, source in sources.items() if (value := source())}
+    return tags | {key: masked(value) for key, source in sources.items() if (value := source())}
 
 
 def _git_sha() -> str | None:

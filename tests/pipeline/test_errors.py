@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -54,3 +55,21 @@ def test_only_what_is_away_may_pass(error: errors.PipelineError, *, may: bool) -
 def test_a_listed_error_shows_every_problem() -> None:
     text = str(errors.ConfigError("config x", ["a.b: wrong", "c: missing"]))
     assert text == "config x: 2 problems\n  - a.b: wrong\n  - c: missing"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        errors.StorageError,
+        errors.TrackingError,
+        lambda text: errors.SlideError("source", text),
+        lambda text: errors.PlanError("0a1b", text),
+        lambda text: errors.ConfigError(text, [text]),
+        lambda text: errors.CohortError(text, [text]),
+    ],
+)
+def test_no_message_holds_a_credential(make: Callable[[str], errors.PipelineError]) -> None:
+    error = make("the endpoint (http://svc:Pa55@minio:9000) is away")
+    for kept in (error, pickle.loads(pickle.dumps(error))):
+        assert "the endpoint (http://***@minio:9000) is away" in str(kept)
+        assert "Pa55" not in f"{kept!r} {vars(kept)}"

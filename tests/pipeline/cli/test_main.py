@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from pipeline.cli.main import _print_summary, app
+from pipeline.cli.main import _print_summary, app, where_runs_are_shown
 from pipeline.config.compose import load_config
 from pipeline.errors import Interrupted
 from pipeline.workflow.run import plan
@@ -169,3 +169,15 @@ def test_the_summary_has_a_word_on_every_stage(capsys: pytest.CaptureFixture[str
     done = {"outcome": "done", "seconds": 2.0, "metrics": {}, "outputs": {}, "facts": facts}
     _print_summary({"stages": {"register": done}, "outcome": "done"}, load_config("demo", []))
     assert "model demo, version 3, alias champion " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("http://mlflow.example.org", "http://mlflow.example.org"),
+        ("sqlite:////a b/mlflow.db", "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+        ("postgresql://mlflow@db/mlflow", "mlflow ui --backend-store-uri postgresql://mlflow@db/mlflow"),
+    ],
+)
+def test_the_last_line_shows_the_runs_as_it_stands(uri: str, line: str) -> None:
+    assert where_runs_are_shown(uri) == line

@@ -292,3 +292,16 @@ def test_the_digest_follows_what_decides_a_result(tmp_path: Path) -> None:
     assert len({cohort.digest, *(variant.digest for variant in variants)}) == len(changes) + 1
     other = replace(cohort, slides=(replace(cohort.slides[0], extra={"site": "z"}), *cohort.slides[1:]))
     assert other.digest == cohort.digest
+
+
+def test_a_credential_in_any_column_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    rows = [
+        "a,https://h/a.svs?X-Amz-Signature=Pa55,p,0,",
+        "b,s3://KEY:Pa55@b/b.svs,http://u:Pa55@h,0,x",
+        "c,c.svs,p,http://u:my Pa55@h,s3://anonymous@b/m.png",
+    ]
+    uri = write(tmp_path, "slide_id,uri,patient_id,label,mask\n" + "\n".join(rows) + "\n")
+    found = problems(uri, [TUMOR])
+    assert not any("Pa55" in problem for problem in found)
+    starts = ["rows 2, 3: column 'uri': holds", "row 3: column 'patient_id': holds", "row 4: column 'label': holds"]
+    assert all(problem.startswith(start) for problem, start in zip(found, [*starts, "row 4: no label"], strict=True))

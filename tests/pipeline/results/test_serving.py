@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from pipeline.model.build import build_model
+from pipeline.model.folder import save_model
 from tests.pipeline.small import small_config, write_model, write_sections, write_slide
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
+    from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import PythonModelContext
 
     from pipeline.results.serving import SlideModel
@@ -68,3 +72,71 @@ def test_no_rows_give_an_empty_answer(context: PythonModelContext) -> None:
     model = SlideModel()
     model.load_context(context)
     assert model.predict(context, pd.DataFrame({"uri": []})).empty
+
+
+@pytest.fixture
+def model(context: PythonModelContext) -> SlideModel:
+    model = SlideModel()
+    model.load_context(context)
+    return model
+
+
+def test_an_answer_is_json(context: PythonModelContext, model: SlideModel, tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    answer = model.predict(context, pd.DataFrame({"uri": [str(tmp_path / "a.png"), "none.png", None]}))
+    good, bad, missing = json.loads(json.dumps(answer.to_dict(orient="records"), allow_nan=False))
+    assert good["error"] is None
+    assert good["tumour_no"] + good["tumour_yes"] == pytest.approx(1.0)
+    assert (bad["tumour_no"], bad["tumour_yes"]) == (None, None)
+    assert missing["uri"] is None
+
+
+def test_no_answer_holds_a_credential(context: PythonModelContext, model: SlideModel) -> None:
+    uris = ["s3://KEY:my Pa55@b/a.svs", "https://h/a.svs?X-Amz-Signature=Pa55"]
+    answer = model.predict(context, pd.DataFrame({"uri": uris}))
+    assert "Pa55" not in str(answer.to_dict())
+    assert answer["uri"].tolist() == ["s3://***@b/a.svs", "https://h/a.svs?X-Amz-Signature=***"]
+    assert answer["error"].str.contains("AWS_SECRET_ACCESS_KEY").all()
+
+
+def test_numbers_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    config = small_config()
+    weights = build_model(config).state_dict()
+    broken = {name: value * float("nan") if name.startswith("heads") else value for name, value in weights.items()}
+    save_model(tmp_path, broken, config)
+    context = PythonModelContext({"weights": str(tmp_path / "weights.safetensors")}, None)
+    model = SlideModel()
+    model.load_context(context)
+    write_slide(tmp_path / "a.png", 2)
+    (row,) = model.predict(context, pd.DataFrame({"uri": [str(tmp_path / "a.png")]})).to_dict(orient="records")
+    assert row["tumour_yes"] is None
+    assert "no finite numbers" in row["error"]
+
+
+def test_only_allowed_files_are_read(
+    context: PythonModelContext, model: SlideModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.png", 2)
+    write_slide(tmp_path / "out.png", 2)
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    monkeypatch.setenv("IPS_ALLOWED_ROOTS", str(tmp_path / "in"))
+    uris = [str(tmp_path / name) for name in ("in/a.png", "in/link.png", "out.png", "in/../out.png", "absent.png")]
+    answer = model.predict(context, pd.DataFrame({"uri": uris}))
+    assert answer["error"].isna().tolist() == [True, False, False, False, False]
+    assert answer["error"][1:].str.contains("this host does not serve files from there").all()
+
+
+def test_a_request_has_limits(
+    context: PythonModelContext, model: SlideModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    slides = pd.DataFrame({"uri": [str(tmp_path / "a.png")] * 3})
+    monkeypatch.setenv("IPS_MAX_ROWS", "2")
+    with pytest.raises(MlflowException, match=r"3 slides in one request, and 2 are allowed \(IPS_MAX_ROWS\)"):
+        model.predict(context, slides)
+    monkeypatch.setenv("IPS_MAX_ROWS", "3")
+    monkeypatch.setenv("IPS_MAX_SECONDS", "0.001")
+    answer = model.predict(context, slides)
+    assert answer["error"].isna().tolist() == [True, False, False]
+    assert answer["error"][1:].str.contains("not begun: the slides before it took the 0.001 s").all()

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,6 +180,14 @@ def test_uris() -> None:
     for uri, reason in [("gs://b/p", "gs:// is not"), ("s3:///p", "no bucket"), ("file://host/p", "names the host")]:
         with pytest.raises(StorageError, match=reason):
             files.absolute(uri)
+
+
+@pytest.mark.parametrize("act", [files.read_bytes, files.absolute, files.list_names, files.exists, files.delete])
+@pytest.mark.parametrize("uri", ["s3://KEY:Pa55/w@b/k", "s3://b/k?X-Amz-Signature=Pa55", "https://u:a Pa55@h/k"])
+def test_a_uri_with_a_credential_is_refused_and_not_repeated(act: Callable[[str], object], uri: str) -> None:
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        act(uri)
+    assert "Pa55" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

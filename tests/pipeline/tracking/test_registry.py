@@ -1,20 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from pyarrow.parquet import read_table
 
@@ -33,8 +27,9 @@ from pipeline.tracking.registry import (
     promote,
     register_model,
 )
-from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.tracking.tracker import Tracker, connect, open_tracking
 from tests.pipeline.small import small_config, write_model, write_slide
+from tests.processes import serve_mlflow
 
 # MLflow 3.17 on SQLAlchemy 2.1 and pandas 3
 pytestmark = pytest.mark.filterwarnings(
@@ -117,6 +112,52 @@ def test_what_is_absent_is_named_with_what_there_is(
 ) -> None:
     with pytest.raises(TrackingError, match=message):
         find_version(tracker, uri)
+
+
+@pytest.mark.parametrize("broken", ["files", "registry"])
+def test_a_registration_that_fails_leaves_nothing_pending_and_names_what_failed(
+    broken: str, model_folder: Path, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    own = open_tracking(mlflow_uri, tmp_path.name, str(place))
+    if broken == "files":
+        place.write_text("no folder")
+        said = r"files cannot be written to file://.*/place/.*\n.*has room"
+    else:
+        monkeypatch.setattr(type(own.client), "create_model_version", _refuse)
+        said = r"no more versions\n.*mlflow db upgrade"
+    with pytest.raises(TrackingError, match=said):
+        _register(own, tmp_path.name, model_folder)
+    (model,) = own.client.search_logged_models([own.experiment_id])
+    assert str(model.status) == "FAILED"
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise MlflowException("no more versions")
+
+
+def test_files_that_cannot_be_read_are_not_blamed_on_the_database(
+    model_folder: Path, mlflow_uri: str, tmp_path: Path
+) -> None:
+    own = open_tracking(mlflow_uri, tmp_path.name, str(tmp_path / "place"))
+    version = _register(own, tmp_path.name, model_folder)
+    (config,) = (tmp_path / "place").rglob("artifacts/config.json")
+    config.unlink()
+    config.symlink_to("nothing")
+    with pytest.raises(TrackingError, match=r"files cannot be read from .*/place/(.|\n)*AWS_\*") as caught:
+        fetch(connect(mlflow_uri), version.uri, tmp_path / "fetched")
+    assert "db upgrade" not in str(caught.value)
+
+
+def test_a_model_outlives_its_experiment(model_folder: Path, tmp_path: Path) -> None:
+    own = open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "trained", str(tmp_path / "place"))
+    version = _register(own, "kept", model_folder)
+    for experiment in own.client.search_experiments():
+        own.client.delete_experiment(experiment.experiment_id)
+    write_slide(tmp_path / "s.png", 5)
+    slides = [str(tmp_path / "s.png")]
+    said = predict(version.uri, slides, None, tmp_path / "out", tracking_uri=own.uri)
+    assert said["failed"] == {}
 
 
 def test_a_folder_without_a_model_is_refused(tracker: Tracker, tmp_path: Path) -> None:
@@ -215,36 +256,11 @@ assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host nee
     assert "none.png" in bad["error"]
 
 
-@contextmanager
-def _serve_mlflow(folder: Path) -> Iterator[str]:
-    """A real tracking server on a free port; it starts helpers, so the whole session is ended."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "served"),
-    ]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(300):
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                break
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 @pytest.mark.slow
 def test_through_a_tracking_server_and_stdout_stays_free(
     model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with _serve_mlflow(tmp_path) as uri:
+    with serve_mlflow(tmp_path) as uri:
         remote = open_tracking(uri, "served", str(tmp_path / "artifacts"))
         registered = _register(remote, "remote", model_folder)
         promote(remote, "remote", registered.version)

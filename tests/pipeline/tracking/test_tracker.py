@@ -7,9 +7,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.tracking.context import registry as context_registry
 from PIL import Image
 
 from pipeline.errors import Interrupted, StageError, TrackingError
@@ -223,3 +225,35 @@ def test_runs_of_a_killed_process_end_as_killed_with_their_parents(tracker: Trac
     states = {run_id: tracker.client.get_run(run_id).info.status for run_id in (parent, child, other)}
     assert states == {parent: "KILLED", child: "KILLED", other: "RUNNING"}
     assert "its process was killed" in tracker.client.get_run(child).data.tags["error"]
+
+
+def test_models_of_a_store_whose_experiments_are_gone_are_found(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = open_tracking(uri, "trained", str(tmp_path)).client
+    client.create_registered_model("kept")
+    for experiment in client.search_experiments():
+        client.delete_experiment(experiment.experiment_id)
+    assert client.search_experiments() == []
+    assert [model.name for model in connect(uri).client.search_registered_models()] == ["kept"]
+
+
+@pytest.mark.parametrize("opened", [connect, lambda uri: open_tracking(uri, "e", "artifacts")])
+@pytest.mark.parametrize("uri", ["http://svc:Pa55@127.0.0.1:9", "postgresql://u:my Pa55@h/d", "svc:Pa55@h:5"])
+def test_a_uri_with_a_password_is_refused_and_not_repeated(opened: Callable[[str], object], uri: str) -> None:
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        opened(uri)
+    assert "Pa55" not in str(caught.value)
+
+
+def test_tags_are_masked_those_of_git_too(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = "https://x-access-token:Pa55@github.com/a/b.git"
+    monkeypatch.setattr("mlflow.tracking.context.git_context._resolve_git_info", lambda: {
+        "mlflow.source.git.commit": "c0ffee", "mlflow.source.git.repoURL": remote,
+    })  # fmt: skip
+    for provider in context_registry._run_context_provider_registry:
+        monkeypatch.setattr(provider, "_cache", {}, raising=False)
+    with pytest.raises(ValueError, match="Pa55"), tracker.run("masked", tags={"image": remote}) as run_id:
+        raise ValueError(f"cannot clone {remote}")
+    tags = tracker.client.get_run(run_id).data.tags
+    assert tags["mlflow.source.git.repoURL"] == "https://***@github.com/a/b.git"
+    assert "Pa55" not in str(tags)

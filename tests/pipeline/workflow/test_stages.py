@@ -55,7 +55,7 @@ def test_files_that_are_missing_are_told_once_with_their_count(
     slides = tuple(CohortSlide(f"s{n}", f"{tmp_path}/s{n}.svs", f"p{n}", None, None, {}, {}) for n in range(300))
     config = small_config(storage={"root": str(tmp_path), "patches": str(tmp_path / "patches")})
     space = Workspace(config, Cohort("c.csv", slides), lambda: pytest.fail("no MLflow"), lambda: None, {})
-    assert STAGES[0].identity(space)["slides"][7] == ["s7", f"{tmp_path}/s7.svs", None, None]
+    assert STAGES[0].identity(space)["slides"][7] == ["s7", f"{tmp_path}/s7.svs", None, None, None]
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"missing: 300 of 300 slides, such as: cannot read {tmp_path}/s0.svs: it does not exist")
 
