@@ -31,7 +31,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
-from pipeline.ingest.tiler import store_slide
+from pipeline.ingest.isolated import store_slide
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide

@@ -118,6 +118,13 @@ class TilingConfig(Section):
     """Share of a slide's patches that may fail to decode before the slide is quarantined."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs of one tiling task (execution)."""
+    max_seconds: Annotated[float, Field(gt=0)] = 1200.0
+    """Seconds of CPU time that a slide's reading may take before it is quarantined as too-expensive: planning it, with
+    all its patches where they are fewer than some 12,000 of 256 px, and else each share of some 8,000. Such a share
+    takes 9 s (execution: a later run that allows more tries again)."""
+    max_slide_gib: Annotated[float, Field(gt=0)] = 2.0
+    """GiB of memory that the process which reads a slide may hold before the slide is quarantined as too-expensive; it
+    holds 0.1 without one (execution, as `max_seconds`)."""
     cache: str | None = None
     """Folder on each node for copies of slides on S3 that cannot be read where they lie (execution). null: below the
     system's folder for temporary files."""
@@ -147,7 +154,8 @@ class TilingConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the patches, as plain data."""
-        return self.model_dump(mode="json", exclude={"max_bad_slides", "cpus", "cache", "cache_gib", "coords"})
+        execution = {"max_bad_slides", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib", "coords"}
+        return self.model_dump(mode="json", exclude=execution)
 
 
 class TaskConfig(Section):

@@ -52,7 +52,7 @@ UNUSED: tuple[Unused, ...] = (
             *_paths("cohort.split", "train", "val", "test"),
             *_paths("tiling", "mpp_tolerance", "default_mpp", "artefacts", "min_tissue", "codec", "jpeg_quality"),
             *_paths("tiling", "edge", "tissue_threshold", "tissue_closing_px"),
-            *_paths("tiling", "max_bad_tiles", "cpus", "cache", "cache_gib", "coords"),
+            *_paths("tiling", "max_bad_tiles", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib", "coords"),
         ),
         lambda c: c.cohort.megapixel_mnist is not None,
         "on cohort.megapixel_mnist, whose images come with splits and are drawn, not cut out of slides",

@@ -18,8 +18,13 @@ _XR_OFFSET, _XR_LENGTH = 0xBCC0, 0xBCC1  # of the coded image in a JPEG XR
 _SIZ, _COD, _SOT = 0x51, 0x52, 0x90
 
 
-def check_jpeg2000(codestream: bytes) -> None:
-    """Raise where a tile, a codestream or one in boxes, is plainly damaged; nothing is decoded.
+def check_jpeg2000(codestream: bytes, size: tuple[int, int], components: int = 3) -> None:
+    """Raise where a tile, a codestream or one in boxes, is plainly damaged or too large; nothing is decoded.
+
+    Args:
+        codestream: the tile's bytes.
+        size: width and height that it may have: the decoder believes what it says, and sets memory aside for it.
+        components: that it may have.
 
     Raises:
         ValueError: says what is wrong.
@@ -27,6 +32,7 @@ def check_jpeg2000(codestream: bytes) -> None:
     end = codestream.rfind(_END)  # coded data never hold a marker
     if end < 0:
         raise ValueError("it ends before its end marker")
+    _check_size(codestream, size, components)
     longest = _longest_zeros(codestream)
     if longest is not None and codestream.find(bytes(longest + 1), codestream.find(_DATA), end) >= 0:
         raise ValueError(f"over {longest} zeros within its data")
@@ -60,6 +66,20 @@ def check_jpegxr(data: bytes) -> None:
         raise ValueError("it ends before its data do")
     if data.find(bytes(_XR_ZEROS)) >= 0:
         raise ValueError(f"{_XR_ZEROS} zeros within its data")
+
+
+def _check_size(codestream: bytes, size: tuple[int, int], components: int) -> None:
+    """Of the image's own header, which is the first of the codestream: SIZ."""
+    siz = codestream.find(_START) + 8
+    fields = codestream[siz : siz + 34]
+    if siz < 8 or len(fields) < 34:
+        raise ValueError("it ends within its header")
+    right, bottom, left, top = struct.unpack(">IIII", fields[:16])
+    if right - left > size[0] or bottom - top > size[1]:
+        raise ValueError(f"it is an image of {right - left} x {bottom - top} px, not {size[0]} x {size[1]}")
+    (found,) = struct.unpack(">H", fields[32:])
+    if found > components:
+        raise ValueError(f"it has {found} components, not {components}")
 
 
 def _longest_zeros(codestream: bytes) -> int | None:

@@ -20,7 +20,8 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, NodeError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
-from pipeline.ingest.tiler import LargeSlide, begin_slide, finish_slide, quarantined, store_share, version_of
+from pipeline.ingest.isolated import begin_slide, store_share
+from pipeline.ingest.tiler import LargeSlide, finish_slide, known_status, quarantined, version_of
 from pipeline.progress import each, progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.store.parts import part_count
@@ -90,7 +91,7 @@ def _look_up(slide: CohortSlide, spec: TilingConfig, patches: PatchStore) -> Sli
         version = version_of(slide, spec)
     except SlideError as error:
         return quarantined(slide, error.reason, error)
-    return patches.status(slide, version) or version.size
+    return known_status(patches, slide, version, spec) or version.size
 
 
 def _tile(slides: Sequence[CohortSlide], sizes: dict[int, int], job: _Job) -> Iterator[tuple[int, SlideStatus]]:
@@ -159,7 +160,7 @@ def _tile_group(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
     """Small slides to statuses, large ones to plans."""
     work: list[tuple[int, CohortSlide]] = pickle.loads(row["item"])
     for number, slide in work:
-        begin = partial(begin_slide, slide, job.spec, job.store, whole=False, pixels=job.pixels)
+        begin = partial(begin_slide, slide, job.spec, job.store, pixels=job.pixels)
         yield _guarded(number, f"{job.run}-{number}", slide, begin)
 
 

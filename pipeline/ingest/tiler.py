@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 TRANSIENT = frozenset({"missing", "directory", "source", "changed", "cache", "codec", "crash"})
 """Reasons that say nothing about the slide's content: they are not recorded, and tried again by the next run."""
+
+TOO_EXPENSIVE = "too-expensive"
+"""Reason of a slide that took more than `spec` allows; recorded, and tried again where it allows more."""
 
 Result = TypeVar("Result")
 
@@ -79,7 +82,7 @@ def begin_slide(
         version = version_of(slide, spec)
     except SlideError as error:
         return quarantined(slide, error.reason, error)
-    known = patches.status(slide, version)  # another job may have been faster
+    known = known_status(patches, slide, version, spec)  # another job may have been faster
     if known is not None:
         return known
     return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole, pixels=pixels))
@@ -92,7 +95,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         StorageError: the store itself cannot be read or written.
     """
     slide, patches = large.slide, PatchStore(store, spec.fingerprint())
-    known = patches.status(slide, large.version)  # given up by another share, or committed by another job
+    known = known_status(patches, slide, large.version, spec)  # given up by another share, committed by another job
     if known is not None:
         return known
 
@@ -121,6 +124,20 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
             return _committed(large.slide, commit_shares(patches, large.planned))
 
     return _outcome(large.slide, large.version, patches, work)
+
+
+def known_status(
+    patches: PatchStore, slide: CohortSlide, version: SourceVersion, spec: TilingConfig
+) -> SlideStatus | None:
+    """What the store knows of the slide; None also where it was too expensive for less than it may take now."""
+    status = patches.status(slide, version)
+    return None if status is not None and status.limits is not None and allows_more(spec, status.limits) else status
+
+
+def allows_more(spec: TilingConfig, limits: Sequence[float]) -> bool:
+    """Whether a slide may take more now than the seconds and GiB that were not enough."""
+    seconds, gib = limits
+    return spec.max_seconds > seconds or spec.max_slide_gib > gib
 
 
 def quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatus:
@@ -193,7 +210,7 @@ def _outcome(
         status, left = quarantined(slide, error.reason, error), error.left
         if error.reason in TRANSIENT:
             return status
-    except (StorageError, ConfigError):
+    except (StorageError, ConfigError, MemoryError):
         raise  # the store's, or this node's: what concerns the slide is a SlideError by now
     except Exception as error:  # one slide's unforeseen failure must not end the others' run
         return quarantined(slide, "crash", error)

@@ -19,9 +19,10 @@ from ips.network.model import IPSModel
 from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import SlideError, StageError
+from pipeline.errors import DamagedError, SlideError, StageError, StorageError
 from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide, unpredicted
+from pipeline.ingest import child
 from pipeline.model.folder import WEIGHTS
 from pipeline.results.tables import table_csv
 from pipeline.schema import ATTENTION
@@ -84,6 +85,7 @@ def predict(
     rows = [*named, *listed]
     if not rows:
         raise StageError("predict: no slides; name slide URIs or give --cohort")
+    child.start()  # beside the model's loading
     with _loaded(model, tracking_uri) as loaded:
         return _predict(rows, len(named), out, *loaded)
 
@@ -124,10 +126,23 @@ def safe_name(slide_id: str) -> str:
 def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: set[str]) -> Iterator[CohortSlide]:
     """Slides under their file's name, with the first number that makes it another than those `taken`."""
     for uri in uris:
-        stem = PurePosixPath(uri).stem
+        stem = _text(PurePosixPath(uri).stem)
         slide_id = next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name not in taken)
         taken.add(slide_id)
-        yield CohortSlide(slide_id, absolute(uri), slide_id, None, mpp, {}, {}, series=series)
+        yield CohortSlide(slide_id, _place(uri), slide_id, None, mpp, {}, {}, series=series)
+
+
+def _place(uri: str) -> str:
+    """The absolute URI; one that means no place as it is, for its slide's error to say so."""
+    try:
+        return absolute(uri)
+    except StorageError:
+        return uri
+
+
+def _text(name: str) -> str:
+    """A name as Unicode, which those of files need not be."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -154,9 +169,9 @@ def _predict_all(
     for number, slide in enumerate(slides, start=1):
         try:
             found = predict_slide(model, config, slide)
-        except SlideError as error:
+        except (SlideError, DamagedError) as error:
             mpp = "with --mpp, as in --mpp 0.25" if number <= named else "in the cohort's mpp column"
-            reason = unpredicted(error, mpp)
+            reason = _text(unpredicted(error, mpp) if isinstance(error, SlideError) else str(error))
             log.warning("predict: %d/%d %s: %s", number, len(slides), slide.slide_id, reason)
             yield _Outcome(slide, {}, 0, 0, reason)
             continue
@@ -177,7 +192,7 @@ def _heatmap(found: SlidePrediction) -> bytes:
 def _table(outcomes: Sequence[_Outcome], tasks: Sequence[TaskConfig]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "slide_id": pa.array([one.slide.slide_id for one in outcomes], pa.string()),
-        "uri": pa.array([one.slide.uri for one in outcomes], pa.string()),
+        "uri": pa.array([_text(one.slide.uri) for one in outcomes], pa.string()),
     }
     for task in tasks:
         for k, column in enumerate(task.output_columns):

@@ -55,12 +55,12 @@ class SlideModel(PythonModel):
     def _outputs(self) -> list[str]:
         return [column for task in self.config.tasks for column in task.output_columns]
 
-    def _failed(self, uri: str | None, error: str) -> dict[str, Any]:
+    def _failed(self, uri: object, error: str) -> dict[str, Any]:
         shown = masked_value(uri) if isinstance(uri, str) else None
         return {"uri": shown, **dict.fromkeys(self._outputs()), "error": error}
 
-    def _row(self, uri: str | None, mpp: float | None, series: float | None, limits: Limits) -> dict[str, Any]:
-        if pd.isna(uri):
+    def _row(self, uri: object, mpp: float | None, series: float | None, limits: Limits) -> dict[str, Any]:
+        if not isinstance(uri, str):
             return self._failed(None, "uri is missing; give a path or an s3:// URI")
         if not pd.isna(series) and not (series >= 0 and float(series).is_integer()):
             return self._failed(uri, f"series {series:g} is no whole number from 0")

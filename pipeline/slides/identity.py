@@ -39,6 +39,7 @@ WHOLE = 64 * 2**20  # bytes: below, the file is hashed whole
 EDGE = 2**20  # bytes hashed at both ends
 SAMPLES = 64  # tiles a page, or blocks of a file that is no TIFF
 BLOCK = 64 * 2**10
+VMS_BYTES = 2**20  # read of a VMS: some names, whoever gave its suffix to something else
 HEAD_THREADS = 16  # they wait on the storage
 
 _VMS_VALUE = re.compile(r"^\w+(?:\([\d,]+\))?[ \t]*=[ \t]*(.+?)\s*$", re.MULTILINE)  # a name may hold spaces
@@ -127,8 +128,10 @@ def reading_source() -> Iterator[None]:
         raise  # where the slide's copy was to go
     except StorageError as error:
         match error.__cause__:
-            case FileNotFoundError():
+            case FileNotFoundError() | ValueError():  # of a name that no file can have
                 reason = "missing"
+            case files.NoFileError():
+                reason = "not-a-file"
             case IsADirectoryError():
                 reason = "directory"
             case _:
@@ -199,25 +202,28 @@ def _companion_folder(uri: str) -> str:
 def _companion_versions(uri: str) -> dict[str, SourceVersion]:
     """The other files that belong to the slide whose main file is `uri`, by name; that one may be among them.
 
-    A link to nothing among them is an error: without its file this would be another slide.
+    A link to nothing among them is an error: without its file this would be another slide. So is a pipe.
     """
     suffix = _suffix(uri)
     if suffix not in COMPANIONS:
         return {}
     folder = _companion_folder(uri)
-    versions, broken = files.list_versions(folder), files.broken_links(folder)
+    versions, odd = files.list_versions(folder), files.without_file(folder)
     versions = {name: version for name, version in versions.items() if not files.is_temporary(name)}
     if suffix == "vms":
         named = _vms_names(uri)
         versions = {name: version for name, version in versions.items() if name in named}
-        broken = [name for name in broken if name in named]
-    for name in broken:
+        odd = [name for name in odd if name in named]
+    if suffix == "dcm":  # whatever else lies in the folder of a study
+        odd = [name for name in odd if name not in versions]
+    for name in odd:
         versions[name] = files.source_version(files.join(folder, name))  # raises, and says so
     return _series_versions(uri, versions) if suffix == "dcm" else versions
 
 
 def _vms_names(uri: str) -> set[str]:
-    return set(_VMS_VALUE.findall(files.read_bytes(uri).decode("utf-8", "surrogateescape")))
+    (start,) = files.read_ranges(uri, [(0, min(files.source_version(uri).size, VMS_BYTES))])
+    return set(_VMS_VALUE.findall(start.decode("utf-8", "surrogateescape")))
 
 
 def _series_versions(uri: str, versions: Mapping[str, SourceVersion]) -> dict[str, SourceVersion]:

@@ -21,6 +21,7 @@ import tifffile
 
 from pipeline.errors import SlideError
 from pipeline.formats.channels import Order, check_alone, check_samples, find_colours
+from pipeline.slides.limits import check_pages
 from pipeline.slides.reader import UPRIGHT, Level, Mpp, Picked, profile_name, stated_mpp
 from pipeline.slides.series import Planes, Series, aperio_fields, description, is_beside, is_ome, pick_series
 from pipeline.slides.tiles import TiledPage, joined, tiled_page
@@ -99,7 +100,8 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
     Raises:
         SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel, or channels that are no
             colours; "orientation", it is stored turned, and who has to read it does not turn it; "series", nobody can
-            tell which image is the slide; "too-large", a tile is; or the file cannot be reached.
+            tell which image is the slide; "too-large", it declares more than a slide has; "unreadable", its directories
+            lead round; or the file cannot be reached.
     """
     (head,) = source.read([(0, 16)])
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -115,6 +117,7 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
         with tifffile.TiffFile(file, name=source.name) as tiff:
             tiff.pages.cache = True  # each directory is read once
             _check_whole(source, tiff)
+            check_pages(source.name, tiff)
             return _read(source, tiff, series)
     except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.slides.image import ImageReader
 from pipeline.slides.layout import Elsewhere, Layout, read_layout
+from pipeline.slides.limits import check_lengths
 from pipeline.slides.openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
 from pipeline.slides.reader import RGB, UNREAD, Level, NativeTiles, Overview, SlideReader
 from pipeline.slides.tiff import TiffReader
@@ -39,16 +40,18 @@ def open_slide(path: Path, series: int | None = None) -> SlideReader:
         series: number of the file's image to take; None: the one that is the slide.
 
     Raises:
-        SlideError: reasons "missing", "directory", "empty-file", "truncated", "not-a-slide", "unopenable",
-            "unreadable", "too-large" (a plain image or a tile over 268 MPx), "pixel-type" (not 8 bits a channel, or
-            channels that are no colours), "orientation" (it is stored turned and cannot be read upright), "series"
-            (which of several images is the slide cannot be told, or the one that is named not be read), "source" (the
-            disk or this process fails for now).
+        SlideError: reasons "missing", "directory", "not-a-file", "empty-file", "truncated", "not-a-slide",
+            "unopenable", "unreadable", "too-large" (a plain image or a strip over 268 MPx, a tile over 67),
+            "pixel-type" (not 8 bits a channel, or channels that are no colours), "orientation" (it is stored turned and
+            cannot be read upright), "series" (which of several images is the slide cannot be told, or the one that is
+            named not be read), "source" (the disk or this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")
     if path.is_dir():
         raise SlideError("directory", f"{path}: a directory, not a slide; name the slide's main file")
+    if not path.is_file():
+        raise SlideError("not-a-file", f"{path}: a pipe, a device or a socket; name a file")
     if path.stat().st_size == 0:
         raise SlideError("empty-file", f"{path}: zero bytes; copy the slide again")
     found = _tiff(LocalSource(path), series)
@@ -123,11 +126,12 @@ def _tiff(source: ByteSource, series: int | None) -> SlideReader | Elsewhere | N
     """The raw reader where the source is a slide for it; else the source is closed."""
     try:
         layout = read_layout(source, series)
+        if isinstance(layout, Layout):
+            check_lengths(source.name, source.size, [page.lengths for page in layout.pages])
+            return upright_reader(TiffReader(source, layout), layout.orientation)
     except SlideError:
         source.close()
         raise
-    if isinstance(layout, Layout):
-        return upright_reader(TiffReader(source, layout), layout.orientation)
     source.close()
     return layout
 

@@ -135,7 +135,7 @@ def checked(page: TiledPage, data: bytes) -> bytes:
         ValueError: it is no image of the tile's size, or plainly damaged.
     """
     if page.tiles.codec == "jpeg2000":
-        check_jpeg2000(data)
+        check_jpeg2000(data, (page.tiles.width, page.tiles.height))
         return data
     header = jpeg.header(data)
     _check_size(page, header.width, header.height)
@@ -164,7 +164,7 @@ def decoded(page: TiledPage, parts: Sequence[bytes], number: int, out: RGB) -> R
     else:
         import imagecodecs  # 0.1 s, which slides without JPEG 2000 need not pay
 
-        check_jpeg2000(parts[0])
+        check_jpeg2000(parts[0], (page.tiles.width, page.tiles.height))
         pixels = imagecodecs.jpeg2k_decode(parts[0])
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"its pixels are {pixels.dtype} of shape {pixels.shape}")
@@ -230,7 +230,7 @@ def _is_plain(page: tifffile.TiffPage, order: tuple[int, ...] | None) -> bool:
 def _by_tifffile(page: tifffile.TiffPage, data: bytes, number: int) -> Samples:
     compression = int(page.compression)
     if compression in _JPEG2000:
-        check_jpeg2000(data)
+        check_jpeg2000(data, _tile_size(page), int(page.samplesperpixel))
     elif compression in _JPEG_XR:
         check_jpegxr(data)
     elif compression in _WEBP:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -90,14 +91,20 @@ def exists(uri: str) -> bool:
         return True
 
 
+class NoFileError(OSError):
+    """A pipe, a device or a socket: it may have no end, or be opened for ever."""
+
+
 def source_version(uri: str) -> SourceVersion:
-    """The file's size with its etag or mtime; StorageError when it is absent, denied or a folder."""
+    """The file's size with its etag or mtime; StorageError when it is absent, denied, a folder or no file at all."""
     with failures(uri, "read"):
         if is_remote(uri):
             version = _s3_version(s3.call(uri, "info", s3.key(uri)))
         else:
-            path = local_path(uri)
-            version = None if path.is_dir() else _local_version(path.stat())
+            found = local_path(uri).stat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise NoFileError
+            version = None if stat.S_ISDIR(found.st_mode) else _local_version(found)
         if version is None:
             raise IsADirectoryError
         return version
@@ -160,7 +167,7 @@ def read_json(uri: str) -> Any:
 def write_json(uri: str, obj: object) -> None:
     """Write sorted, indented JSON: equal objects give equal bytes."""
     text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(uri, (text + "\n").encode())
+    write_bytes(uri, (text + "\n").encode(errors="backslashreplace"))  # halves of characters, as JSON escapes
 
 
 def list_names(uri: str) -> list[str]:
@@ -195,12 +202,12 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
         return found
 
 
-def broken_links(uri: str) -> list[str]:
-    """Names of the links directly in a folder that lead to nothing, sorted; S3 has none."""
+def without_file(uri: str) -> list[str]:
+    """Names directly in a folder that lead to no file or folder, sorted: links to nothing, pipes; S3 has none."""
     if is_remote(uri) or not local_path(uri).is_dir():
         return []
     with failures(uri, "list"):
-        return sorted(path.name for path in local_path(uri).iterdir() if path.is_symlink() and not path.exists())
+        return sorted(path.name for path in local_path(uri).iterdir() if not path.is_file() and not path.is_dir())
 
 
 def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:
@@ -301,6 +308,8 @@ def failures(uri: str, action: str) -> Iterator[None]:
         reason = s3.reason(error, uri) if is_remote(uri) else None
         if reason is None and isinstance(error, OSError):
             reason = _os_reason(error)
+        if reason is None and isinstance(error, ValueError) and not uri.isprintable():  # a NUL, half a character
+            raise StorageError(f"cannot {action} {uri!a}: no file can have such a name; correct it") from error
         if reason is None:
             raise
         raise StorageError(f"cannot {action} {uri}: {reason}") from error
@@ -312,6 +321,8 @@ def _os_reason(error: OSError) -> str:
             return "it does not exist; check the spelling"
         case IsADirectoryError():
             return "it is a folder; name a file"
+        case NoFileError():
+            return "it is a pipe, a device or a socket; name a file"
         case NotADirectoryError() | FileExistsError():
             return f"a folder of this path is a file ({error.filename}); name another path"
         case PermissionError():

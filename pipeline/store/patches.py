@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -57,6 +58,8 @@ class SlideStatus:
     """Traceback."""
     picture: str | None = None
     """A quarantined slide in small, a JPEG in base64, where it was seen before it was given up."""
+    limits: tuple[float, float] | None = None
+    """Where it was too expensive: the `tiling.max_seconds` and `tiling.max_slide_gib` that were not enough."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,10 @@ class PatchStore:
         record = files.read_json(pointer)
         if record["version"] != asdict(version):
             return None
-        status = SlideStatus(slide.slide_id, slide.uri, **record["status"])
+        outcome = record["status"]
+        if "limits" in outcome:
+            outcome = {**outcome, "limits": tuple(outcome["limits"])}
+        status = SlideStatus(slide.slide_id, slide.uri, **outcome)
         if status.key is not None and not self.has(status.key):
             return None
         return status
@@ -170,10 +176,12 @@ class PatchStore:
     def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus, left: str | None = None) -> None:
         """Remember what became of this version of the source, and the key under which a slide given up left files."""
         outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
-        if status.picture is None:
-            del outcome["picture"]
-        names = ("uri", "mpp", "mask", "coords", "series")
-        source = {name: getattr(slide, name) for name in names}
+        for name in ("picture", "limits"):
+            if outcome[name] is None:
+                del outcome[name]
+        source = {name: getattr(slide, name) for name in ("uri", "mpp", "mask", "coords", "series")}
+        if slide.mpp is not None and not math.isfinite(slide.mpp):  # which JSON has not
+            source["mpp"] = str(slide.mpp)
         record = {"source": source, "version": asdict(version), "status": outcome, "left": left}
         files.write_json(self._pointer(slide), record)
 

@@ -26,7 +26,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
-from pipeline.ingest.tiler import TRANSIENT, version_of
+from pipeline.ingest.tiler import TRANSIENT, allows_more, version_of
 from pipeline.model.folder import WEIGHTS
 from pipeline.progress import each, progress
 from pipeline.results.tables import table_csv
@@ -105,7 +105,8 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
     passing = TRANSIENT - {"missing", "directory"}
     again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
-    return Record("tile", stage_fingerprint, outputs, metrics, {"keys": keys, "try_again": again})
+    facts = {"keys": keys, "try_again": again, "too_expensive": [s.limits for s in statuses if s.limits is not None]}
+    return Record("tile", stage_fingerprint, outputs, metrics, facts)
 
 
 def _review(config: Config, statuses: Sequence[SlideStatus], stage_fingerprint: str) -> dict[str, str]:
@@ -147,10 +148,12 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
 
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
-    """Slides that are not whole in the store any more (no slide.json); those alone are then tiled again."""
+    """Slides that are not whole in the store (no slide.json), or may take more now; those alone are tiled again."""
     config, keys = space.config, record.facts["keys"]
     if config.cohort.megapixel_mnist is not None:
         return None
+    if any(allows_more(config.tiling, limits) for limits in record.facts.get("too_expensive", ())):
+        return "slides that were too expensive may take more now"
     gone = gone_from("store", keys, patch_store(config).has)
     return _plans_outdated(space, keys) if gone is None and config.train.source == "stream" else gone
 

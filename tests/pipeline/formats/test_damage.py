@@ -30,14 +30,15 @@ def written(rgb: np.ndarray, **options: Any) -> bytes:
 
 
 WHOLE = written(RGB)
+SIZE = (RGB.shape[1], RGB.shape[0])
 
 
 @pytest.mark.parametrize("how", WRITTEN)
 @pytest.mark.parametrize("rgb", [RGB, BLANK], ids=["tissue", "blank"])
 def test_sound_data_pass(how: str, rgb: np.ndarray) -> None:
     data = written(rgb, **WRITTEN[how])
-    check_jpeg2000(data)
-    check_jpeg2000(data + bytes(7))  # as tiles are filled up
+    check_jpeg2000(data, SIZE)
+    check_jpeg2000(data + bytes(7), SIZE)  # as tiles are filled up
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
@@ -46,7 +47,7 @@ def test_a_lost_end_shows_where_the_decoder_says_nothing(how: str, kept: float) 
     data = written(RGB, **WRITTEN[how])
     start = data[: int(kept * len(data))]
     with pytest.raises(ValueError, match="before its end marker"):
-        check_jpeg2000(start + bytes(len(data) - len(start)))
+        check_jpeg2000(start + bytes(len(data) - len(start)), SIZE)
     if kept == 0.5:
         assert imagecodecs.jpeg2k_decode(start + bytes(len(data) - len(start))).shape == RGB.shape
 
@@ -56,7 +57,7 @@ def test_a_block_of_zeros_shows(how: str) -> None:
     data = written(RGB, **WRITTEN[how])
     middle = len(data) // 2
     with pytest.raises(ValueError, match="zeros within its data"):
-        check_jpeg2000(data[:middle] + bytes(512) + data[middle + 512 :])
+        check_jpeg2000(data[:middle] + bytes(512) + data[middle + 512 :], SIZE)
 
 
 def test_packets_without_data_are_no_damage() -> None:
@@ -65,18 +66,25 @@ def test_packets_without_data_are_no_damage() -> None:
     at = data.index(b"\xff\x52") + 6
     data[at : at + 2] = (12).to_bytes(2, "big")
     middle = len(data) // 2
-    check_jpeg2000(bytes(data[:middle]) + bytes(216) + bytes(data[middle + 216 :]))
+    check_jpeg2000(bytes(data[:middle]) + bytes(216) + bytes(data[middle + 216 :]), SIZE)
     with pytest.raises(ValueError, match="over 280 zeros"):
-        check_jpeg2000(bytes(data[:middle]) + bytes(281) + bytes(data[middle + 281 :]))
+        check_jpeg2000(bytes(data[:middle]) + bytes(281) + bytes(data[middle + 281 :]), SIZE)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd9", WHOLE[:40] + b"\xff\xd9", WHOLE[40:], b"junk\xff\xd9"])
-def test_what_is_no_codestream_is_a_value_error_or_left_to_the_decoder(data: bytes) -> None:
-    if data.rfind(b"\xff\xd9") < 0:
-        with pytest.raises(ValueError, match="end marker"):
-            check_jpeg2000(data)
-    else:
-        check_jpeg2000(data)
+def test_what_is_no_codestream_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"end marker|within its header|components"):
+        check_jpeg2000(data, SIZE)
+
+
+def test_a_picture_larger_than_the_tile_is_refused_before_the_decoder_makes_room_for_it() -> None:
+    at = WHOLE.index(b"\xff\x51") + 6
+    huge = WHOLE[:at] + (2**31).to_bytes(4, "big") + (2**31 - 1).to_bytes(4, "big") + WHOLE[at + 8 :]
+    with pytest.raises(ValueError, match=r"2147483648 x 2147483647 px, not"):
+        check_jpeg2000(huge, SIZE)
+    many = WHOLE[: at + 32] + (16384).to_bytes(2, "big") + WHOLE[at + 34 :]
+    with pytest.raises(ValueError, match="16384 components"):
+        check_jpeg2000(many, SIZE)
 
 
 PICTURES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -205,13 +205,13 @@ def test_a_link_to_nothing_beside_a_vms_slide_is_none_of_it(tmp_path: Path) -> N
 
 def test_the_list_of_a_vms_slide_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    original = files.read_bytes
+    original = files.read_ranges
 
-    def counted(uri: str) -> bytes:
+    def counted(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         read.append(uri)
-        return original(uri)
+        return original(uri, ranges)
 
-    monkeypatch.setattr(files, "read_bytes", counted)
+    monkeypatch.setattr(files, "read_ranges", counted)
     uri = str(write_vms(tmp_path / "x"))
     assert len(slide_files(uri)) == 3
     assert read == [uri]

@@ -152,8 +152,8 @@ def test_a_broken_link_is_known_and_does_not_hide_the_rest(tmp_path: Path) -> No
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     assert files.list_names(str(tmp_path)) == ["file", "good"]
     assert list(files.list_versions(str(tmp_path))) == ["file", "good"]
-    assert files.broken_links(str(tmp_path)) == ["broken"]
-    assert files.broken_links(str(tmp_path / "absent")) == []
+    assert files.without_file(str(tmp_path)) == ["broken"]
+    assert files.without_file(str(tmp_path / "absent")) == []
 
 
 def test_absent_and_folders(root: str) -> None:

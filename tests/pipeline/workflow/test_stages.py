@@ -144,6 +144,20 @@ def test_another_series_is_another_recipe_for_tiling(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+def test_slides_that_were_too_expensive_are_tried_again_where_they_may_cost_more(tmp_path: Path) -> None:
+    config = small_config(storage={"patches": str(tmp_path / "patches")})
+    record = Record("tile", "f", {}, {}, {"keys": {}, "too_expensive": [[600.0, 2.0]]})
+
+    def outdated(seconds: float, gib: float) -> str | None:
+        tiling = config.tiling.model_copy(update={"max_seconds": seconds, "max_slide_gib": gib})
+        changed = config.model_copy(update={"tiling": tiling})
+        space = Workspace(changed, Cohort("c.csv", ()), lambda: pytest.fail("no tracker"), lambda: None, {})
+        return STAGES[0].outdated(space, record)
+
+    assert outdated(600, 2) is outdated(500, 1) is None
+    assert outdated(601, 2) == outdated(600, 2.1) == "slides that were too expensive may take more now"
+
+
 def test_a_tiled_slide_without_its_commit_is_not_done(tmp_path: Path) -> None:
     config = small_config(storage={"patches": str(tmp_path / "patches")})
     cohort = write_cohort(tmp_path, ["no", "yes"])
