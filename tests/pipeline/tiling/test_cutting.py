@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
@@ -105,8 +106,9 @@ def test_native_takes_the_slides_tiles(slide: Path) -> None:
     assert spec(patch_px="native").fingerprint() != spec().fingerprint()
 
 
-def test_native_needs_tiles(tmp_path: Path, shared_slides: Path) -> None:
-    with open_slide(shared_slides / "boxes.tiff") as reader, pytest.raises(SlideError, match="native") as caught:
+def test_native_needs_tiles(tmp_path: Path) -> None:
+    Image.fromarray(tissue_rgb(211, 157)).save(tmp_path / "plain.png")
+    with open_slide(tmp_path / "plain.png") as reader, pytest.raises(SlideError, match="native") as caught:
         tile_slide(reader, spec(patch_px="native", mpp=None), None)
     assert caught.value.reason == "no-tiles"
 
