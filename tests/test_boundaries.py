@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,18 @@ def _loaded_by(statement: str, candidates: tuple[str, ...]) -> set[str]:
 
 def test_ips_needs_torch_only() -> None:
     assert _loaded_by("import ips", ("ray", "mlflow", "pyarrow", "pandas", "pydantic", "pipeline")) == set()
+
+
+def test_ips_imports_torch_and_the_standard_library_only() -> None:
+    """Functions' own imports too, which `import ips` does not run; the contract can only name packages one by one."""
+    found = set()
+    for path in (Path(__file__).resolve().parents[1] / "ips").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).partition(".")[0])
+    assert found - sys.stdlib_module_names == {"ips", "torch"}
 
 
 @pytest.mark.parametrize(

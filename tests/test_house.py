@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES, MAX_FUNCTION, MAX_FILES, MIN_FILES = 350, 60, 14, 3
+MAX_LINES, MAX_FUNCTION, MAX_FILES, MIN_FILES, WIDTH = 350, 60, 14, 3, 120
 SAY_NOTHING = {"base", "common", "core", "helpers", "misc", "runtime", "shared", "util", "utils"}
 
 
@@ -55,6 +56,23 @@ def _untested(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)}: no {mirrored.relative_to(root)}"
 
 
+def _documents(root: Path) -> list[Path]:
+    return [*root.glob("*.md"), *(path for top in ("conf", "ips", "pipeline") for path in (root / top).rglob("*.md"))]
+
+
+def _is_there(root: Path, name: str) -> bool:
+    """Whether a dotted name is a package or module below the root, or a word of a module, or what a package exports."""
+    place = root
+    for part in name.split("."):
+        if place.is_dir() and ((place / part).is_dir() or (place / f"{part}.py").is_file()):
+            place = place / part if (place / part).is_dir() else place / f"{part}.py"
+        elif place.is_dir():
+            return f'"{part}"' in (place / "__init__.py").read_text()
+        else:
+            return re.search(rf"\b{part}\b", place.read_text()) is not None
+    return True
+
+
 def test_files_and_functions_are_small() -> None:
     assert list(_sizes(ROOT)) == []
 
@@ -63,13 +81,42 @@ def test_rooms_say_what_they_are_for() -> None:
     assert list(_room_faults(ROOT)) == []
 
 
-def test_the_readme_names_every_module_beside_its_room() -> None:
-    rows = (ROOT / "pipeline" / "README.md").read_text().splitlines()
+def test_the_readme_names_the_modules_of_each_room_and_no_others() -> None:
+    text = (ROOT / "pipeline" / "README.md").read_text()
     for room in _rooms(ROOT):
         if room.parent.name == "pipeline":
-            (row,) = [row for row in rows if row.startswith(f"| `{room.name}` ")]
-            missing = [p.stem for p in _modules(ROOT) if p.parent == room and f"`{p.stem}`" not in row]
-            assert missing == [], room
+            (row,) = [row for row in text.splitlines() if row.startswith(f"| `{room.name}` ")]
+            files = row.split("|")[3]
+            assert sorted(re.findall(r"`(\w+)`", files)) == [p.stem for p in _modules(ROOT) if p.parent == room], room
+            assert ("[README]" in row) == (room / "README.md").is_file(), room
+    drawing = text.split("```")[1]
+    assert [p.name for p in _modules(ROOT) if p.parent.name == "pipeline" and p.name not in drawing] == []
+
+
+def test_documents_link_to_what_there_is() -> None:
+    for path in _documents(ROOT):
+        links = re.findall(r"\]\(([^):#]+)\)", path.read_text())
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+
+
+def test_what_texts_name_is_there() -> None:
+    """Dotted names in documents, docstrings and comments: no import fails where they outlive a move."""
+    code = [path for top in ("ips", "pipeline", "tests") for path in (ROOT / top).rglob("*.py")]
+    rooms = "|".join(room.name for room in _rooms(ROOT) if room.parent.name == "pipeline")
+    for path in [*_documents(ROOT), *code]:
+        text = path.read_text()
+        names = re.findall(r"`((?:ips|pipeline|tests)(?:\.\w+)+)", text)
+        names += [f"pipeline.{room}.{file}" for room, file in re.findall(rf"`({rooms})/(\w+)`", text)]
+        assert [name for name in names if not _is_there(ROOT, name)] == [], path
+    assert not _is_there(ROOT, "ips.heads.linear_head")
+    assert not _is_there(ROOT, "ips.network.heads.dense_head")
+
+
+def test_prose_of_documents_is_as_wide_as_code() -> None:
+    """Tables and what is between fences cannot be wrapped."""
+    for path in _documents(ROOT):
+        prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        assert [line for line in prose.splitlines() if len(line) > WIDTH and not line.startswith("|")] == [], path
 
 
 def test_every_module_has_a_test_of_its_name() -> None:

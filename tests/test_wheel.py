@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,26 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = place / "venv" / "bin" / "python"
     _run(*pip, "--python", python, "install", "--no-deps", "--ignore-installed", wheel, cwd=place)
     return python.parent
+
+
+def _files(built: Path) -> set[str]:
+    if built.suffix == ".whl":
+        return set(zipfile.ZipFile(built).namelist())
+    with tarfile.open(built) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_the_archives_hold_what_they_must_and_nothing_else(tmp_path: Path) -> None:
+    _run(sys.executable, "-m", "hatchling", "build", "--directory", tmp_path, cwd=ROOT)
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    tracked = set(_run("git", "ls-files", cwd=ROOT).splitlines())
+    package = {name for name in tracked if name.startswith(("ips/", "pipeline/"))}
+    conf = {name for name in tracked if name.startswith("conf/")}
+    assert {name for name in _files(wheel) if ".dist-info/" not in name} == package | {
+        f"pipeline/{name}" for name in conf
+    }
+    tools = {".dockerignore", ".gitignore", ".pre-commit-config.yaml"}
+    assert _files(source) - {"PKG-INFO"} - tools == tracked - tools
 
 
 @pytest.mark.slow

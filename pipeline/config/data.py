@@ -58,7 +58,8 @@ class CohortConfig(Section):
     """Which slides."""
 
     uri: str
-    """CSV or Parquet with columns slide_id, uri and optionally patient_id, split, mpp and labels."""
+    """CSV or Parquet with columns slide_id, uri, those of the labels, and optionally patient_id, split, mpp, mask,
+    coords and series. Other columns part the report's results into groups (`results.strata`)."""
     split: SplitConfig = SplitConfig()
     demo: DemoConfig | None = None
     """Set: the cohort is the synthetic one and is written to `uri`'s folder when it is absent."""

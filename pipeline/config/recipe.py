@@ -2,7 +2,7 @@
 
 Fields are frozen and unknown keys are refused. Fields marked *execution* say where and how fast, never what:
 they do not enter any fingerprint, so changing them never makes a stage run again. The sections about slides and
-tasks stand in `config_data`, those about the network and its training in `config_model`.
+tasks stand in `data`, those about features in `embed`, those about the network and its training in `model`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The synthetic cohort: slides with a question that only a few patches can answer (see demo_picture.py)."""
+"""The synthetic cohort: slides with a question that only a few patches can answer (`picture`)."""
 
 from __future__ import annotations
 
