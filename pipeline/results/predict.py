@@ -20,10 +20,10 @@ from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import DamagedError, SlideError, StageError, StorageError
-from pipeline.inference.heatmap import Heatmap, highest, overlay_png
-from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide, unpredicted
+from pipeline.inference.prediction import load_model, predict_slide, unpredicted
 from pipeline.ingest import child
 from pipeline.model.folder import WEIGHTS
+from pipeline.results.heatmaps import GROUP_ROWS, Sketchbook, draw
 from pipeline.results.tables import table_csv
 from pipeline.schema import ATTENTION
 from pipeline.storage.files import absolute
@@ -100,8 +100,11 @@ def _predict(
     except (FileExistsError, NotADirectoryError) as error:
         raise StageError(f"predict: --out {out} is no folder ({error.strerror}); name one") from error
     partial = out / "attention.parquet.part"
-    with pq.ParquetWriter(partial, ATTENTION, compression="zstd") as writer:
-        outcomes = list(_predict_all(network, config, rows, named, out / "heatmaps", writer))
+    with scratch_folder() as scratch:
+        book = Sketchbook(scratch, source)
+        with pq.ParquetWriter(partial, ATTENTION, compression="zstd") as writer:
+            outcomes = list(_predict_all(network, config, rows, named, book, writer))
+        draw(book.sketches, partial, out / "heatmaps")
     partial.replace(out / "attention.parquet")
     table = _table(outcomes, config.tasks)
     pq.write_table(table, out / "predictions.parquet", compression="zstd")
@@ -162,7 +165,7 @@ def _predict_all(
     config: Config,
     slides: Sequence[CohortSlide],
     named: int,
-    heatmaps: Path,
+    book: Sketchbook,
     attention: pq.ParquetWriter,
 ) -> Iterator[_Outcome]:
     """Predict slide by slide, so that one slide's patches are held at a time."""
@@ -175,18 +178,16 @@ def _predict_all(
             log.warning("predict: %d/%d %s: %s", number, len(slides), slide.slide_id, reason)
             yield _Outcome(slide, {}, 0, 0, reason)
             continue
-        attention.write_table(found.attention)
-        (heatmaps / f"{safe_name(slide.slide_id)}.png").write_bytes(_heatmap(found))
+        attention.write_table(found.attention, row_group_size=GROUP_ROWS)
         log.info("predict: %d/%d %s: %d patches", number, len(slides), slide.slide_id, len(found.attention))
         values = {task: numbers.tolist() for task, numbers in found.values.items()}
+        told = [
+            f"{column} {value:.3f}"
+            for task in config.tasks
+            for column, value in zip(task.output_columns, values[task.name], strict=True)
+        ]
+        book.add(f"{safe_name(slide.slide_id)}.png", slide.slide_id, told, found)
         yield _Outcome(slide, values, len(found.attention), found.n_bad_tiles, None)
-
-
-def _heatmap(found: SlidePrediction) -> bytes:
-    columns = (found.attention.column(name).to_numpy() for name in ("x", "y", "attention"))
-    x, y, attention = columns
-    slide = Heatmap(found.thumbnail, found.scale, x, y, found.extent, attention, found.mpp)
-    return overlay_png(slide, highest([attention]))
 
 
 def _table(outcomes: Sequence[_Outcome], tasks: Sequence[TaskConfig]) -> pa.Table:
