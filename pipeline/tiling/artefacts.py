@@ -14,16 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from pipeline.tiling.tissue import (
-    Colour,
-    Mask,
-    deviation,
-    glass_colour,
-    in_bands,
-    mean_filter,
-    optical_density,
-    reached,
-)
+from pipeline.tiling.tissue import Colour, brightness, deviation, glass_colour, mean_filter, optical_density, reached
+from pipeline.tiling.windows import Mask, all_of, any_of, in_bands, sums
 
 SMOOTH = 1.5  # of 255: at 1.4 to 35 um per px 99.5% of real H&E varies by more than 4.5, glass and ink by less than 1
 BROWN_SMOOTH = 40.0  # of 255, per density: 95% of an IHC section varies by more than 55, a glass edge by 23
@@ -47,14 +39,15 @@ def ink_mask(rgb: npt.NDArray[np.uint8]) -> Mask:
     tissue. Mean densities of 3 x 3 px are judged, so strokes of two px are found.
     """
     glass = glass_colour(rgb)
-    *rules, brown = in_bands(lambda band: _rules(band, glass), rgb)
+    *rules, brown, flat = in_bands(lambda band: _rules(band, glass), rgb)
+    brown &= _near_flat(flat)
     for narrow, wide in zip(rules[::2], rules[1::2], strict=True):
         brown |= reached(narrow, wide, _FEWEST)
     return brown
 
 
 def _rules(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Mask]:
-    """The narrow and the wide rule for cool, red and black ink, and what is brown and flat."""
+    """The narrow and the wide rule for cool, red and black ink, what is brown, and flat too."""
     red, green, blue = (mean_filter(channel, 3) for channel in optical_density(rgb, glass))
     floor = np.maximum(green, np.float32(_THINNEST))
     of_red, of_blue = red / floor, blue / floor
@@ -63,16 +56,16 @@ def _rules(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Mask]:
     warm = (of_red < 0.22) & (of_blue > 0.75) & (green > 0.5), (of_red < 0.3) & (of_blue > 0.7) & (green > 0.1)
     grey = (of_red > 0.8) & (of_red < 1.15) & (of_blue > 0.95) & (of_blue < 1.35) & (green > 0.03)
     over_tissue = (of_red > 0.75) & (of_red < 1.15) & (of_blue > 0.85) & (of_blue < 1.35) & (green > 0.9)
-    black = ndimage.binary_opening(over_tissue | (grey & (green > 0.5)), np.ones((3, 3))), grey
+    dark = over_tissue | (grey & (green > 0.5))
+    black = any_of(sums(dark.astype(np.int32), 3, "nothing") == 9, 3), grey
     pale = (of_red > 0.35) & (green > 0.02) & (green < 0.1)
     brown = (pale | ((of_red > 0.78) & (green < 0.25))) & (of_red < 1.15) & (of_blue > 0.95) & (green > 0.02)
-    return [*cool, *warm, *black, brown & _near_flat(brown & (deviation(rgb, _WINDOW) < BROWN_SMOOTH * green))]
+    return [*cool, *warm, *black, brown, brown & (deviation(rgb, _WINDOW) < BROWN_SMOOTH * green)]
 
 
 def _near_flat(flat: Mask) -> Mask:
     """Px near a square that is all flat: DAB over haematoxylin has a glass edge's hues, and is never flat so far."""
-    squares = ndimage.maximum_filter(ndimage.minimum_filter(flat, _BROWN_PX), _BROWN_PX)
-    return np.asarray(ndimage.maximum_filter(squares, 2 * _BROWN_PX + 1))
+    return any_of(any_of(all_of(flat, _BROWN_PX), _BROWN_PX), 2 * _BROWN_PX + 1)
 
 
 def smooth_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
@@ -82,16 +75,19 @@ def smooth_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
     outermost coloured px are mixed with glass and do not count). What is too thin to be judged, such as a stroke's
     edge, goes with what it touches, else it is kept.
     """
+    (smooth,) = in_bands(lambda *band: [_smooth(*band)], rgb, coloured)
+    return smooth
+
+
+def _smooth(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
     inner = ndimage.binary_erosion(coloured, border_value=1)
-    share = ndimage.uniform_filter(inner.astype(np.float32), _WINDOW, mode="constant")
-    judged = inner & (share * _WINDOW**2 > _ENOUGH - 0.5)
-    grey = np.where(inner, rgb.mean(axis=2, dtype=np.float32), np.float32(0))
-    share = np.maximum(share, np.float32(1 / _WINDOW**2))
-    mean = ndimage.uniform_filter(grey, _WINDOW, mode="constant") / share
-    square = ndimage.uniform_filter(grey * grey, _WINDOW, mode="constant") / share
-    smooth = judged & (square - mean * mean < SMOOTH**2)
+    px = sums(inner.astype(np.int32), _WINDOW, "nothing")
+    judged = inner & (px >= _ENOUGH)
+    bright = brightness(rgb) * inner
+    total = sums(bright, _WINDOW, "nothing")
+    spread = px * sums(bright * bright, _WINDOW, "nothing") - total * total
+    smooth = judged & (spread < (3 * SMOOTH * px) ** 2)
     if not smooth.any():
         return np.zeros_like(coloured)
-    near = ndimage.maximum_filter(smooth, 2 * _RIM + 1)
-    textured = ndimage.maximum_filter(ndimage.minimum_filter(judged & ~smooth, _WINDOW), _WINDOW)
-    return np.asarray(smooth | (coloured & near & ~textured))
+    textured = any_of(all_of(judged & ~smooth, _WINDOW), _WINDOW)
+    return np.asarray(smooth | (coloured & any_of(smooth, 2 * _RIM + 1) & ~textured))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+
+from pipeline.tiling.windows import Mask, bands, in_bands, sums
 
 FLOOR = 12  # of 255: glass, scanner noise and JPEG error stay below; Otsu on blank glass would split noise
 CEILING = 30  # of 255: where tissue fills the image Otsu splits stain from stain, and pale stroma is lost
@@ -20,12 +21,8 @@ GAP = 200  # of 255: the darkest channel of what may be a gap
 BIN = 4  # of 255: width of the histogram's bins
 BINS = 32  # the last one holds all above
 
-BAND = 256  # lines that are looked at together: of 2048 x 2048 px all at once would take 270 MB
-HALO = 32  # lines around them that count too; the farthest look is 16, over squares of 3, 5, 7, 7 and 15 px
-
 Boxes = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
 Table = npt.NDArray[np.int32]
 
@@ -55,26 +52,37 @@ def find_tissue(rgb: npt.NDArray[np.uint8], threshold: float | None = None) -> T
         threshold: to take instead of Otsu's; only what is above it counts then.
     """
     glass = glass_colour(rgb)
-    saturation = mean_filter(_saturation(transmittance(rgb, glass)), 3)
-    histogram = np.bincount(np.minimum(saturation.ravel() // BIN, BINS - 1).astype(np.int64), minlength=BINS)
-    taken = float(np.clip(otsu(saturation), FLOOR, CEILING)) if threshold is None else threshold
+    saturation = _mean_saturation(rgb, glass)
+    counts = level_counts(saturation)
+    taken = float(np.clip(otsu(counts), FLOOR, CEILING)) if threshold is None else threshold
     mask = saturation > taken
+    del saturation  # 16 MB of 2048 x 2048 px
     if threshold is None:
         (faint,) = in_bands(lambda band: [_faint(band, glass)], rgb)
         mask = reached(mask, faint, 1)
-    return Tissue(mask, taken, tuple(histogram.tolist()))
+    binned = counts.reshape(-1, BIN).sum(axis=1)
+    return Tissue(mask, taken, (*binned[: BINS - 1].tolist(), int(binned[BINS - 1 :].sum())))
+
+
+def _mean_saturation(rgb: npt.NDArray[np.uint8], glass: Colour) -> Floats:
+    """(h, w) saturation of rgb (h, w, 3) in the mean of 3 x 3 px."""
+    saturation = np.empty(rgb.shape[:2], np.float32)
+    for band in bands(len(rgb)):
+        first = max(0, band.start - 1)
+        part = mean_filter(_saturation(transmittance(rgb[first : band.stop + 1], glass)), 3)
+        saturation[band] = part[band.start - first : band.stop - first]
+    return saturation
 
 
 def transmittance(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Floats]:
     """Red, green and blue (h, w) of rgb (h, w, 3), 0..255, after the glass was made white."""
-    return [_light(white)[rgb[..., channel]] for channel, white in enumerate(glass)]
+    return [np.take(_light(white), rgb[..., channel]) for channel, white in enumerate(glass)]
 
 
 def optical_density(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Floats]:
     """How much red, green and blue (h, w) rgb (h, w, 3) absorbs: -log10 of the share of light that is left."""
-    return [
-        (-np.log10((_light(white) + 1) / np.float32(256)))[rgb[..., channel]] for channel, white in enumerate(glass)
-    ]
+    densities = [-np.log10((_light(white) + 1) / np.float32(256)) for white in glass]
+    return [np.take(density, rgb[..., channel]) for channel, density in enumerate(densities)]
 
 
 def _light(white: int) -> Floats:
@@ -82,27 +90,22 @@ def _light(white: int) -> Floats:
     return np.asarray(np.minimum(np.arange(256) * (255 / white), 255), np.float32)
 
 
-def in_bands(work: Callable[[npt.NDArray[np.uint8]], Sequence[Mask]], rgb: npt.NDArray[np.uint8]) -> list[Mask]:
-    """The masks (h, w) that `work` gives of rgb (h, w, 3), in less memory; it looks no farther than `HALO` px."""
-    height, bands = len(rgb), []
-    for top in range(0, height, BAND):
-        first, end = max(0, top - HALO), min(height, top + BAND)
-        found = work(rgb[first : min(height, end + HALO)])
-        bands.append([mask[top - first : end - first] for mask in found])
-    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
-
-
 def glass_colour(rgb: npt.NDArray[np.uint8]) -> Colour:
     """The commonest red, green and blue among the bright px of rgb (h, w, 3) that no stain colours, else white.
 
     H&E and haematoxylin let less green through than blue or red; glass, tinted or not, does not.
     """
-    green = rgb[..., 1].astype(np.int16)
-    glass = (rgb.min(axis=2) > GLASS) & (green + 3 >= np.minimum(rgb[..., 0], rgb[..., 2]))
-    if glass.sum() * 100 < glass.size:
+    counts = np.zeros((3, 256), np.int64)
+    for band in bands(len(rgb)):
+        channels = np.moveaxis(rgb[band], 2, 0)
+        least = np.minimum(channels[0], channels[2])
+        glass = (np.minimum(least, channels[1]) > GLASS) & (channels[1] >= least - 3)
+        for count, channel in zip(counts, channels, strict=True):
+            count += np.bincount(channel[glass], minlength=256)
+    if counts[0].sum() * 100 < rgb.shape[0] * rgb.shape[1]:
         return 255, 255, 255
-    red, green_, blue = (int(np.bincount(rgb[..., channel][glass]).argmax()) for channel in range(3))
-    return red, green_, blue
+    red, green, blue = counts.argmax(axis=1).tolist()
+    return red, green, blue
 
 
 def closed(mask: Mask, rgb: npt.NDArray[np.uint8], gap: float) -> Mask:
@@ -122,43 +125,59 @@ def closed(mask: Mask, rgb: npt.NDArray[np.uint8], gap: float) -> Mask:
 
 def reached(seeds: Mask, wide: Mask, fewest: int) -> Mask:
     """Hysteresis: the pieces (8-connected) of `seeds | wide` with at least `fewest` seeds; all (h, w)."""
+    if np.count_nonzero(seeds) < fewest:
+        return np.zeros_like(seeds)
     labels, count = ndimage.label(seeds | wide, np.ones((3, 3)))
-    found = np.bincount(labels[seeds], minlength=count + 1) >= fewest
-    found[0] = False
-    return np.asarray(found[labels])
+    found = np.zeros(count + 1, np.int64)
+    for band in bands(len(seeds)):  # whole, numpy would make int64 of all labels
+        found += np.bincount(labels[band][seeds[band]], minlength=count + 1)
+    return np.asarray((found >= fewest)[labels])
 
 
 def deviation(rgb: npt.NDArray[np.uint8], edge: int) -> Floats:
     """(h, w) standard deviation of the brightness in edge x edge px around each."""
-    grey = rgb.mean(axis=2, dtype=np.float32)
-    mean = mean_filter(grey, edge)
-    return np.asarray(np.sqrt(np.maximum(mean_filter(grey * grey, edge) - mean * mean, 0)), np.float32)
+    bright = brightness(rgb)
+    total, px = sums(bright, edge), edge**2
+    spread = px * sums(bright * bright, edge) - total * total  # of 5 x 5 px 366 million at most
+    return np.asarray(np.sqrt(spread.astype(np.float32)) / np.float32(3 * px), np.float32)
+
+
+def brightness(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """(h, w) red, green and blue of rgb (h, w, 3) together, 0..765: sums of its squares stay exact."""
+    red, green, blue = np.moveaxis(rgb, 2, 0)
+    return np.asarray(red.astype(np.int32) + green + blue, np.int32)
 
 
 def mean_filter(values: Floats, edge: int) -> Floats:
     """(h, w) means of edge x edge px; beyond the rim the outermost px go on."""
-    return np.asarray(ndimage.uniform_filter(values, edge, mode="nearest"), np.float32)
+    return np.asarray(sums(values, edge) / np.float32(edge**2), np.float32)
 
 
 def _faint(rgb: npt.NDArray[np.uint8], glass: Colour) -> Mask:
     """Px with texture whose surroundings have a stain's hue: green absorbed more than blue, and red not much more."""
     light = transmittance(rgb, glass)
-    wide = [mean_filter(channel, 7) for channel in light]
+    wide = [sums(channel, 7) for channel in light]
     red, green, blue = (mean_filter(channel, 7) for channel in optical_density(rgb, glass))
     floor = np.maximum(green, np.float32(0.002))
     hue = (blue < np.float32(0.95) * floor) & (red < np.float32(1.2) * floor)
-    faint = hue & (_saturation(wide) > FAINT) & (mean_filter(deviation(rgb, 5), 3) > FAINT_TEXTURE)
+    faint = hue & (_saturation(wide) > 49 * FAINT) & (mean_filter(deviation(rgb, 5), 3) > FAINT_TEXTURE)
     tinted = faint & (_saturation(light) > FAINT)
-    return np.asarray(tinted | (faint & (mean_filter(tinted.astype(np.float32), 3) > 0.5)))  # no rim of glass around
+    return np.asarray(tinted | (faint & (sums(tinted.astype(np.int32), 3) > 4)))  # no rim of glass around
 
 
 def _saturation(channels: list[Floats]) -> Floats:
     return np.asarray(np.maximum.reduce(channels) - np.minimum.reduce(channels), np.float32)
 
 
-def otsu(values: npt.NDArray[np.float32]) -> float:
-    """Otsu's threshold (1979) of values in 0..255: it maximises the variance between the two classes."""
-    counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(np.float64)
+def level_counts(values: Floats) -> npt.NDArray[np.int64]:
+    """(256,) how many of values (h, w) in 0..255 have each whole level."""
+    parts = (np.bincount(values[band].astype(np.uint8).ravel(), minlength=256) for band in bands(len(values)))
+    return np.asarray(sum(parts, np.zeros(256, np.int64)))
+
+
+def otsu(levels: npt.NDArray[np.int64]) -> float:
+    """Otsu's threshold (1979) of counts (256,) by level: it maximises the variance between the two classes."""
+    counts = levels.astype(np.float64)
     level = np.arange(256.0)
     below = np.cumsum(counts)
     above = below[-1] - below

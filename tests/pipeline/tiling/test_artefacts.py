@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from pipeline.slides.open import open_slide
-from pipeline.tiling import tissue as tissue_module
+from pipeline.tiling import windows
 from pipeline.tiling.artefacts import artefact_mask, ink_mask, smooth_mask
 from pipeline.tiling.tissue import find_tissue, glass_colour
 from tests.bench.tissue import PICTURES, measure, read
@@ -118,11 +118,13 @@ def test_bands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(8)
     blocks = generator.integers(40, 250, (23, 17, 3)).repeat(9, axis=0).repeat(9, axis=1)
     rgb = np.clip(blocks + generator.normal(0, 2, blocks.shape), 0, 255).astype(np.uint8)
-    whole = ink_mask(rgb), find_tissue(rgb).mask
-    assert all(0.02 < mask.mean() < 0.98 for mask in whole)
-    monkeypatch.setattr(tissue_module, "BAND", 13)
+    coloured = find_tissue(rgb).mask
+    whole = ink_mask(rgb), smooth_mask(rgb, coloured)
+    assert all(0.02 < mask.mean() < 0.98 for mask in (*whole, coloured))
+    monkeypatch.setattr(windows, "BAND", 13)
     assert np.array_equal(ink_mask(rgb), whole[0])
-    assert np.array_equal(find_tissue(rgb).mask, whole[1])
+    assert np.array_equal(smooth_mask(rgb, coloured), whole[1])
+    assert np.array_equal(find_tissue(rgb).mask, coloured)
 
 
 @pytest.mark.parametrize(("ink", "found"), [("teal", 0.9), ("red", 0.9), ("black", 0.9)])
