@@ -256,6 +256,23 @@ def test_an_aperio_slide_whose_macro_is_tiled(tmp_path: Path, said: str, kind: i
             assert is_like(reader, SCAN)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_tiled_macro_larger_than_the_scan_that_nothing_marks(tmp_path: Path, place: int) -> None:
+    """The scan is what has the size that it declares; where none declares any, both could be the slide."""
+    for text, found in ((APERIO, True), ("Aperio Image Library v11.2.1 \r\n{}x{}|MPP = 0.5000", False)):
+        scan = [(small(SCAN, n), JPEG | {"description": text.format(613 // n, 521 // n)}) for n in (1, 4)]
+        macro = np.tile(MACRO, (4, 3, 1)), JPEG | {"description": "Aperio Image Library v11.2.1 \r\n"}
+        path = pages(tmp_path / "a.svs", *scan[:place], macro, *scan[place:])
+        if found:
+            with open_slide(path) as reader:
+                assert levels(reader) == [(613, 521), (153, 130)]
+                assert is_like(reader, SCAN)
+                assert reader.mpp == (MPP, MPP)
+        else:
+            assert "of 613 x 521 px" in refusal(path)
+            assert "of 1191 x 668 px" in refusal(path)
+
+
 @pytest.mark.parametrize("place", [1, 2])
 def test_missing_tiles_and_a_tiled_macro(tmp_path: Path, place: int) -> None:
     """OpenSlide would fill them from the macro before, or end the process where the macro is larger than a level."""
