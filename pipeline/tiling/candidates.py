@@ -199,7 +199,7 @@ def _nothing(
     if mask.any():
         return NothingFoundError(
             "too-little-tissue",
-            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
+            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch; lower tiling.min_tissue or "
             "tiling.patch_px",
         )
     return NothingFoundError(
