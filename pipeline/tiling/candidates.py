@@ -62,11 +62,6 @@ class Candidates:
     tissue: Tissue | None
     """How it was looked for; None where it was not."""
 
-    @property
-    def considered(self) -> int:
-        """Places before any was left out."""
-        return len(self.cells) + sum(self.rejects.values())
-
 
 def find_candidates(
     overview: Overview,
