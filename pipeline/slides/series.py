@@ -109,8 +109,14 @@ def pick_series(tiff: TiffFile, name: str, wanted: int | None) -> tuple[Series, 
 
 
 def find_series(tiff: TiffFile) -> list[Series]:
-    """All images of a file."""
+    """All images of a file.
+
+    Raises:
+        ValueError: a directory is damaged; tifffile raises more kinds.
+    """
     tops = [page for page in tiff.pages if isinstance(page, TiffPage)]
+    if len(tops) < len(tiff.pages):
+        raise ValueError("a directory is damaged")
     first = tops[0]
     if description(first).startswith("Aperio"):
         return _aperio(tops)
