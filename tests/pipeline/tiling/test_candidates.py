@@ -111,6 +111,14 @@ def test_nothing_has_its_reason(areas: list[Area], fields: dict[str, object], re
     assert caught.value.reason == reason
 
 
+def test_tissue_that_lies_beyond_the_last_patches_is_not_called_small() -> None:
+    view = overview(("tissue", (3700, 640, 3990, 1600)))
+    with pytest.raises(SlideError, match=r": 100% of the tissue lies beyond the last column and row; set") as caught:
+        found(view, patch_px=512, edge="drop")
+    assert caught.value.reason == "too-little-tissue"
+    assert len(found(view, patch_px=512, edge="inside").cells) > 0
+
+
 def test_pen_marks_with_a_speck_beside_them_are_artefacts() -> None:
     with pytest.raises(SlideError, match=r"no texture.*; of what else is coloured the best has [1-9]") as caught:
         found(overview(("pen", (640, 640, 1920, 1600)), ("tissue", (3200, 2400, 3232, 2424))))
