@@ -135,12 +135,12 @@ def _read(source: ByteSource, tiff: tifffile.TiffFile, series: int | None) -> La
         if found is None:
             _check_for_library(source, first)
         return found
-    if not is_ome(first):
-        check_alone(source.name, tiff)
     with _damage_told(source.name, tiff):
+        if not is_ome(first):
+            check_alone(source.name, tiff)
         chosen, picked = pick_series(tiff, source.name, series)
-    if is_ome(first) and not chosen.channels:  # its XML is damaged, or says nothing
-        check_alone(source.name, tiff)
+        if is_ome(first) and not chosen.channels:  # its XML is damaged, or says nothing
+            check_alone(source.name, tiff)
     try:
         found = _readable(source, tiff, chosen, picked)
     except BROKEN:  # who reads the same image instead says what is wrong with it
