@@ -39,11 +39,12 @@ def check_apart(cohort: Cohort, keys: Mapping[str, str] | None = None) -> None:
 
     Args:
         cohort: with splits.
-        keys: slide id -> key of its content, where it is known (the tile stage); without, the URIs are compared.
+        keys: slide id -> key of its content, where it is known (the tile stage); without, the URIs are compared, and
+            which of a file's images is named.
     """
-    holders: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    holders: defaultdict[object, dict[str, str]] = defaultdict(dict)
     for slide in cohort.slides:
-        key = slide.uri if keys is None else keys.get(slide.slide_id)
+        key = (slide.uri, slide.series) if keys is None else keys.get(slide.slide_id)
         if key is not None and slide.split is not None:
             holders[key].setdefault(slide.split, slide.slide_id)
     same = "the same file" if keys is None else "copies of one image"

@@ -18,7 +18,7 @@ _COLOURS = ("red", "green", "blue")
 _NAMES = {name: number for number, colour in enumerate(_COLOURS) for name in (colour, colour[0])}
 _RGBA = {0xFF0000FF: 0, 0x00FF00FF: 1, 0x0000FFFF: 2}  # the Color of a Channel
 _NUMBERED = re.compile(r"(channel|ch|c)?[\s:_#-]*[\d:]*", re.IGNORECASE)  # a name that says nothing
-_GREY, _CMYK = (0, 1), 5
+_GREY, _RGB, _CMYK = (0, 1), 2, 5
 _SAMPLES = {0: (1,), 1: (1,), 2: (3,), 3: (1,), 4: (1,), 6: (3,), 8: (1, 3), 9: (3,), 10: (3,)}  # a px of a photometric
 _TRANSPARENT = ((1,), (2,))  # ExtraSamples
 _REMEDY = "convert the slide to RGB of 8 bits a channel"
@@ -74,6 +74,9 @@ def _is_picture(name: str, page: tifffile.TiffPage) -> bool:
     if photometric == _CMYK:
         raise SlideError("pixel-type", f"{name}: CMYK, of which only a printer's profile makes colours; {_REMEDY}")
     colours = samples - 1 if more in _TRANSPARENT else samples
+    if photometric == _RGB and colours > len(_COLOURS):
+        what = "RGB and what it does not call transparency"
+        raise SlideError("pixel-type", f"{name}: {samples} channels, {what}; {_REMEDY}")
     return colours in _SAMPLES.get(photometric, (colours,))
 
 

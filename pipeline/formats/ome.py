@@ -84,7 +84,6 @@ class OmeImage:
     """Dimensions, the fastest first: XYCZT."""
     sizes: Mapping[str, int]
     """Of X, Y, Z, C and T; C counts samples: 3 for RGB in one plane."""
-    pixel_type: str
     physical: tuple[Length | None, Length | None]
     """Of a px along x and y."""
     channels: tuple[Channel, ...]
@@ -157,7 +156,6 @@ def _image(image: ElementTree.Element, pixels: ElementTree.Element) -> OmeImage:
         name=image.get("Name", ""),
         order=order,
         sizes={axis: _number(pixels, f"Size{axis}", 1) for axis in "XYZCT"},
-        pixel_type=pixels.get("Type", ""),
         physical=(_length(pixels, "X"), _length(pixels, "Y")),
         channels=tuple(_channel(node) for node in pixels.iterfind("{*}Channel")),
         tiff_data=tuple(_tiff_data(node) for node in pixels.iterfind("{*}TiffData")),

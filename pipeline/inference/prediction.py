@@ -164,10 +164,22 @@ def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlideP
         )
 
 
+_MPP_REMEDY = {
+    "missing-mpp": "give it",
+    "absurd-mpp": "give it",
+    "too-coarse": "patches are never enlarged; if that is wrong, give the right value",
+}
+
+
 def unpredicted(error: SlideError, mpp: str) -> str:
     """Why a slide has no prediction; `mpp` is what gives its microns per px, for how it is tiled is the model's."""
-    fact = str(error).partition("; ")[0]
-    return f"{fact}; give it {mpp}" if error.reason in ("missing-mpp", "absurd-mpp") else str(error)
+    fact, *remedies = str(error).replace("in the cohort's mpp column", mpp).split("; ")
+    if error.reason in _MPP_REMEDY:
+        return f"{fact}; {_MPP_REMEDY[error.reason]} {mpp}"
+    possible = [remedy for remedy in remedies if "tiling." not in remedy]
+    if len(possible) < len(remedies):
+        possible.append("how it is tiled is the model's and cannot be set here")
+    return "; ".join([fact, *possible])
 
 
 def read_thumbnail(source: PatchSource) -> RGB:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -98,10 +99,10 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
         no sound TIFF at all.
 
     Raises:
-        SlideError: "truncated", the file was cut off; "pixel-type", over 8 bits a channel, or channels that are no
-            colours; "orientation", it is stored turned, and who has to read it does not turn it; "series", nobody can
-            tell which image is the slide; "too-large", it declares more than a slide has; "unreadable", its directories
-            lead round; or the file cannot be reached.
+        SlideError: "truncated", the file was cut off; "unreadable", one of several directories is damaged, or they lead
+            round; "pixel-type", over 8 bits a channel, or channels that are no colours; "orientation", it is stored
+            turned, and who has to read it does not turn it; "series", nobody can tell which image is the slide;
+            "too-large", it declares more than a slide has; or the file cannot be reached.
     """
     (head,) = source.read([(0, 16)])
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -117,7 +118,8 @@ def read_layout(source: ByteSource, series: int | None = None) -> Layout | Elsew
         with tifffile.TiffFile(file, name=source.name) as tiff:
             tiff.pages.cache = True  # each directory is read once
             _check_whole(source, tiff)
-            check_pages(source.name, tiff)
+            with _damage_told(source.name, tiff):
+                check_pages(source.name, tiff)
             return _read(source, tiff, series)
     except (*BROKEN, ElementTree.ParseError):  # OpenSlide says what is wrong with it
         return None
@@ -133,17 +135,42 @@ def _read(source: ByteSource, tiff: tifffile.TiffFile, series: int | None) -> La
         if found is None:
             _check_for_library(source, first)
         return found
-    if not is_ome(first):
-        check_alone(source.name, tiff)
-    chosen, picked = pick_series(tiff, source.name, series)
-    if is_ome(first) and not chosen.channels:  # its XML is damaged, or says nothing
-        check_alone(source.name, tiff)
+    with _damage_told(source.name, tiff):
+        if not is_ome(first):
+            check_alone(source.name, tiff)
+        chosen, picked = pick_series(tiff, source.name, series)
+        if is_ome(first) and not chosen.channels:  # its XML is damaged, or says nothing
+            check_alone(source.name, tiff)
+    try:
+        found = _readable(source, tiff, chosen, picked)
+    except BROKEN:  # who reads the same image instead says what is wrong with it
+        found = None
+    return found or _elsewhere(tiff, chosen, picked)
+
+
+@contextmanager
+def _damage_told(name: str, tiff: tifffile.TiffFile) -> Iterator[None]:
+    """SlideError where one of several directories is damaged: other readers would take an image that is left."""
+    try:
+        yield
+    except BROKEN as error:
+        if len(tiff.pages) == 1:
+            raise
+        raise SlideError(
+            "unreadable",
+            f"{name}: one of its {len(tiff.pages)} directories is damaged, so that nobody can tell which image is the "
+            "slide; copy it again",
+        ) from error
+
+
+def _readable(source: ByteSource, tiff: tifffile.TiffFile, chosen: Series, picked: Picked) -> Layout | None:
+    """The layout of the chosen series; None where its pixels are not for us, but for OpenSlide or Pillow."""
     _check_depth(source, chosen.first)
     order = find_colours(source.name, chosen.levels[0], chosen.channels)
     found = _chosen(source, tiff, chosen, picked, order)
     if found is None and chosen.first.is_tiled:
         _check_for_library(source, chosen.first)
-    return found or _elsewhere(tiff, chosen, picked)
+    return found
 
 
 def _check_whole(source: ByteSource, tiff: tifffile.TiffFile) -> None:

@@ -31,6 +31,7 @@ _REDUCED, _MASK, _MACRO = 1, 4, 8  # bits of NewSubfileType; the last is Aperio'
 _BESIDE = r"(?:label|macro|thumbnail|overview|preview|barcode)(?:[ _](?:image|mask))*"
 _NAME = re.compile(rf"(?:.*[\s:/#-])?{_BESIDE}[\s#]*\d*(?:\.\w+)?", re.IGNORECASE)
 _LINE = re.compile(rf"{_BESIDE}(?: \d+ ?x ?\d+)?", re.IGNORECASE)  # of a description, as Aperio and Philips write it
+_DECLARED = re.compile(r"\[\d+,\d+ (\d+)x(\d+)\]")  # of an Aperio description: the part of the glass that was scanned
 
 Planes = tuple[TiffPage, ...]
 """The directories of one level: one for each channel, or one where all channels share it."""
@@ -108,8 +109,14 @@ def pick_series(tiff: TiffFile, name: str, wanted: int | None) -> tuple[Series, 
 
 
 def find_series(tiff: TiffFile) -> list[Series]:
-    """All images of a file."""
+    """All images of a file.
+
+    Raises:
+        ValueError: a directory is damaged; tifffile raises more kinds.
+    """
     tops = [page for page in tiff.pages if isinstance(page, TiffPage)]
+    if len(tops) < len(tiff.pages):
+        raise ValueError("a directory is damaged")
     first = tops[0]
     if description(first).startswith("Aperio"):
         return _aperio(tops)
@@ -209,15 +216,18 @@ def _joined(series: Sequence[Series]) -> list[Series]:
 def _aperio(tops: Sequence[TiffPage]) -> list[Series]:
     """What is tiled are the levels, of which none is marked; label, picture of the glass and thumbnail are in strips.
 
-    Those may be tiled too in files that other programs wrote.
+    Those may be tiled too in files that other programs wrote: the scan is what has the size that it declares of itself.
     """
     tiled = [page for page in tops if page.is_tiled]
     scans = [page for page in tiled if not is_beside(page)] or tiled or list(tops)
     groups: defaultdict[tuple[int, int], list[TiffPage]] = defaultdict(list)
     for page in scans:
         groups[_size(page)].append(page)
-    planes = groups[max(groups, key=math.prod)]
-    others = [replace(_plain(page), beside=page not in scans, reduced=page in scans) for page in tops]
+    declared = [_size(page) for page in scans if _declared_size(page) == _size(page)]
+    size = max(declared or groups, key=math.prod)
+    planes = groups[size]
+    small = [page for page in scans if declared or has_shape_of(_size(page), size)]
+    others = [replace(_plain(page), beside=page not in scans, reduced=page in small) for page in tops]
     depths = [_aperio_depth(page) for page in planes]
     if len(planes) == 1 or None in depths:
         return _joined([replace(one, reduced=one.reduced and one.first not in planes) for one in others])
@@ -232,6 +242,12 @@ def aperio_fields(page: TiffPage) -> Mapping[str, str]:
     """What an Aperio description states after its first line."""
     parts = (part.split("=", 1) for part in description(page).split("|")[1:] if "=" in part)
     return {key.strip(): value.strip() for key, value in parts}
+
+
+def _declared_size(page: TiffPage) -> tuple[int, int] | None:
+    """Width and height of the scan that an Aperio description says a directory is of."""
+    found = _DECLARED.search(description(page))
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _aperio_depth(page: TiffPage) -> float | None:

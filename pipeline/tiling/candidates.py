@@ -20,6 +20,7 @@ from pipeline.units import Box
 
 EXAMPLES = 6  # rejected patches that are kept to be looked at
 _AT_ONCE = 16384  # cells whose shares are computed together: of 250,000, the boxes alone took 24 MB
+_MOST = 0.5  # of the tissue: where it lies beyond the last patches, that is why there is none
 _DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all tissue would miss `min_tissue: 1`
 Shares = npt.NDArray[np.float64]
 
@@ -62,11 +63,6 @@ class Candidates:
     tissue: Tissue | None
     """How it was looked for; None where it was not."""
 
-    @property
-    def considered(self) -> int:
-        """Places before any was left out."""
-        return len(self.cells) + sum(self.rejects.values())
-
 
 def find_candidates(
     overview: Overview,
@@ -104,12 +100,12 @@ def find_candidates(
     rejects = {"tissue": int((~kept & ~spoilt).sum())}
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
+    beyond = _beyond(mask, grid, levels[grid.level])
     if not kept.any():
-        nothing = _nothing(share, spec, guide, mask=mask, artefact=seen.artefact, spoilt=spoilt)
+        nothing = _nothing(share, spec, guide, mask=mask, artefact=seen.artefact, spoilt=spoilt, beyond=beyond)
         nothing.coloured = seen.coloured
         raise nothing
-    examples, beyond = _examples(cells, share, kept, spoilt), _beyond(mask, grid, levels[grid.level])
-    return Candidates(grid, cells[kept], mask, rejects, examples, beyond, seen.tissue)
+    return Candidates(grid, cells[kept], mask, rejects, _examples(cells, share, kept, spoilt), beyond, seen.tissue)
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def _beyond(mask: Mask, grid: Grid, level: LevelSize) -> float:
     """Share of the tissue that lies beyond the patches of the last column and row."""
     covered = np.minimum((np.array(grid.last) + grid.read_px) / (level.width, level.height), 1) * mask.shape[::-1]
     within = tissue_fraction(integral_image(mask), np.array([[0.0, 0.0, *covered]]))[0] * np.prod(covered)
-    return max(0.0, round(1 - float(within / mask.sum()), _DECIMALS))
+    return max(0.0, round(1 - float(within / mask.sum()), _DECIMALS)) if mask.any() else 0.0
 
 
 def _enough(share: Shares, spec: TilingConfig) -> Mask:
@@ -181,9 +177,12 @@ def _examples(cells: Cells, share: Shares, kept: Mask, spoilt: Mask) -> tuple[Re
 
 
 def _nothing(
-    share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask
+    share: Shares, spec: TilingConfig, guide: Guide, *, mask: Mask, artefact: Mask, spoilt: Mask, beyond: float
 ) -> NothingFoundError:
-    """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some."""
+    """Why a slide has no patch: `spoilt` are the places that had enough tissue if artefacts were some.
+
+    `beyond` is the share of the tissue for which there is no place.
+    """
     none = f"none of {len(share)} patches is at least {spec.min_tissue:.0%} tissue"
     if guide.mask is not None and not mask.any():
         return NothingFoundError(
@@ -196,10 +195,15 @@ def _nothing(
             f"{none}: what is coloured is ink by its hue, or has no texture, as tinted glass has none{rest}; look at "
             "the slide, or set tiling.artefacts=keep",
         )
+    if beyond > _MOST:
+        return NothingFoundError(
+            "too-little-tissue",
+            f"{none}: {beyond:.0%} of the tissue lies beyond the last column and row; set tiling.edge=inside",
+        )
     if mask.any():
         return NothingFoundError(
             "too-little-tissue",
-            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch. Lower tiling.min_tissue or "
+            f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch; lower tiling.min_tissue or "
             "tiling.patch_px",
         )
     return NothingFoundError(

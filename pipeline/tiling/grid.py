@@ -21,6 +21,7 @@ Cells = npt.NDArray[np.int64]
 
 SNAPPED = (0.59, 1.29)  # TRIDENT takes 0.3 to 0.6 um for 0.5 and up to 0.16 for 0.125: its patches against true ones
 SAME = 0.0025  # share by which a patch may miss its size at a level and is read as it is: levels have 1/4.004 of the px
+_DIVISION = 1e-9  # strides: of 250,000 a division errs by up to 1e-10; the nearest other corner is 1e-6 away
 
 
 class LevelSize(Protocol):
@@ -128,7 +129,8 @@ def cells_at(corners: Cells, stride: float) -> Cells:
 
     The last column and row may stand nearer than a stride (level-0 px) to the one before, and still count as the next.
     """
-    cells: Cells = np.ceil((corners - 0.5) / stride).astype(np.int64)  # corners are rounded up by half a px at most
+    strides = (corners - 0.5) / stride  # corners are rounded up by half a px at most
+    cells: Cells = np.ceil(strides - _DIVISION).astype(np.int64)
     return cells
 
 

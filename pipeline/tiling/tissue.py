@@ -13,9 +13,7 @@ from pipeline.tiling.windows import Mask, bands, in_bands, sums
 FLOOR = 12  # of 255: glass, scanner noise and JPEG error stay below; Otsu on blank glass would split noise
 CEILING = 30  # of 255: where tissue fills the image Otsu splits stain from stain, and pale stroma is lost
 FAINT = 4  # of 255: saturation of a px and of the mean over 7 x 7; pale stroma has 7 to 20, glass 0 to 2
-FAINT_TEXTURE = (
-    2.0  # of 255: standard deviation in 5 x 5 px; glass and its rims stay below 1.5, pale tissue has 3 to 10
-)
+FAINT_TEXTURE = 2.0  # of 255: standard deviation in 5 x 5 px; glass and its rims have up to 1.5, pale tissue 3 to 10
 GLASS = 170  # of 255: the darkest channel of glass; stitched scans dim it to 217
 GAP = 200  # of 255: the darkest channel of what may be a gap
 BIN = 4  # of 255: width of the histogram's bins

@@ -108,6 +108,10 @@ def test_one_file_under_two_ids_stands_in_one_split() -> None:
     assert caught.value.problems == (
         "slides 's0' (train) and 's3' (val) are the same file; remove all but one, or give them one patient_id",
     )
+    sections = [replace(slide, uri="/glass", series=number) for number, slide in enumerate(apart.slides)]
+    check_apart(replace(apart, slides=tuple(sections)))
+    with pytest.raises(CohortError, match=r"slides 's0' \(train\) and 's1' \(test\) are the same file"):
+        check_apart(replace(apart, slides=(sections[0], replace(sections[1], series=0), *sections[2:])))
     with pytest.raises(CohortError, match=r"slides 's1' \(test\) and 's2' \(train\) are copies of one image; remove"):
         check_apart(apart, {"s0": "k", "s1": "k2", "s2": "k2", "s3": "k3"})
     check_apart(make(["0", "1"], ["a", "b"]), {"s0": "k", "s1": "k"})  # no splits yet

@@ -33,7 +33,6 @@ def test_images_in_the_order_of_the_xml() -> None:
     assert scan.counts == {"Z": 3, "C": 2, "T": 1}
     assert scan.physical == (Length(0.25, "mm"), Length(0.5, "µm"))
     assert scan.channels == (Channel("DAPI", 1), Channel("CD3", 1))
-    assert scan.pixel_type == "uint8"
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ips.bag import TensorBag
 from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.inference.prediction import load_model, predict_bag, predict_slide
+from pipeline.inference.prediction import load_model, predict_bag, predict_slide, unpredicted
 from pipeline.schema import ATTENTION
+from pipeline.tiling.slide import effective_mpp
 from tests.pipeline.small import PATCH, small_config, write_model, write_slide
 
 
@@ -112,3 +115,41 @@ def test_a_slide_that_cannot_be_used_raises(folder: Path, tmp_path: Path) -> Non
         predict_slide(model, config, CohortSlide("b", str(tmp_path / "bad.svs"), "p", None, None, {}, {}))
     with pytest.raises(SlideError, match=r"none\.svs"):
         predict_slide(model, config, CohortSlide("n", str(tmp_path / "none.svs"), "p", None, None, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("box", "tiling", "expected"),
+    [
+        (
+            (0, 0, 211, 157),
+            {"mpp": 0.5},
+            "coarser than tiling.mpp=0.5; patches are never enlarged; if that is wrong, give the right",
+        ),
+        ((0, 0, 8, 9), {"edge": "drop"}, "(tiling.patch_px=32); how it is tiled is the model's and cannot be set here"),
+        ((165, 0, 211, 157), {"min_tissue": 1.0}, "; how it is tiled is the model's and cannot be set here"),
+    ],
+    ids=["too-coarse", "too-small", "no-tissue"],
+)
+def test_a_remedy_is_one_that_a_model_leaves_open(
+    tmp_path: Path, box: tuple[int, int, int, int], tiling: dict[str, object], expected: str
+) -> None:
+    """Not a setting of its tiling."""
+    model, config = load_model(write_model(tmp_path, small_config(tiling={"patch_px": PATCH, "mpp": None} | tiling)))
+    write_slide(tmp_path / "s.png", 1)
+    with Image.open(tmp_path / "s.png") as image:
+        image.crop(box).save(tmp_path / "s.png")
+    with pytest.raises(SlideError) as caught:
+        predict_slide(model, config, CohortSlide("s", str(tmp_path / "s.png"), "p", None, 2.0, {}, {}))
+    said = unpredicted(caught.value, "with --mpp")
+    assert expected in said
+    assert "set tiling" not in said
+    assert "lower tiling" not in said
+    assert "cohort" not in said
+
+
+def test_microns_of_px_that_are_not_square_are_given_where_they_can_be() -> None:
+    with pytest.raises(SlideError) as caught:
+        effective_mpp((0.25, 0.5), TilingConfig(), None)
+    said = unpredicted(caught.value, "with --mpp")
+    assert "and give 0.5 with --mpp, which says that px are square" in said
+    assert "cohort" not in said

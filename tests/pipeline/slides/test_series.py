@@ -256,6 +256,23 @@ def test_an_aperio_slide_whose_macro_is_tiled(tmp_path: Path, said: str, kind: i
             assert is_like(reader, SCAN)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_tiled_macro_larger_than_the_scan_that_nothing_marks(tmp_path: Path, place: int) -> None:
+    """The scan is what has the size that it declares; where none declares any, both could be the slide."""
+    for text, found in ((APERIO, True), ("Aperio Image Library v11.2.1 \r\n{}x{}|MPP = 0.5000", False)):
+        scan = [(small(SCAN, n), JPEG | {"description": text.format(613 // n, 521 // n)}) for n in (1, 4)]
+        macro = np.tile(MACRO, (4, 3, 1)), JPEG | {"description": "Aperio Image Library v11.2.1 \r\n"}
+        path = pages(tmp_path / "a.svs", *scan[:place], macro, *scan[place:])
+        if found:
+            with open_slide(path) as reader:
+                assert levels(reader) == [(613, 521), (153, 130)]
+                assert is_like(reader, SCAN)
+                assert reader.mpp == (MPP, MPP)
+        else:
+            assert "of 613 x 521 px" in refusal(path)
+            assert "of 1191 x 668 px" in refusal(path)
+
+
 @pytest.mark.parametrize("place", [1, 2])
 def test_missing_tiles_and_a_tiled_macro(tmp_path: Path, place: int) -> None:
     """OpenSlide would fill them from the macro before, or end the process where the macro is larger than a level."""
@@ -494,3 +511,29 @@ def test_an_image_whose_planes_lie_in_another_file(tmp_path: Path) -> None:
     xml = ome(first, second)["description"].replace("<OME ", f'<OME UUID="{here}" ')
     with open_slide(pages(tmp_path / "a.ome.tif", (SCAN, JPEG | {"description": xml}))) as reader:
         assert (reader.mpp, reader.picked) == ((MPP, MPP), Picked(1, "here", 1, None, named=False))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(("code", "field"), [(256, 2), (257, 4), (258, 4), (277, 8), (322, 4), (324, 2), (325, 0)])
+def test_a_damaged_directory_makes_no_slide_of_the_macro(tmp_path: Path, place: int, code: int, field: int) -> None:
+    """Whose reader would take the first directory that it understands."""
+    path = pages(tmp_path / "a.tif", (MACRO, LZW | {"subfiletype": 8}), (SCAN, LZW | microns(MPP)))
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[place].tags[code].offset
+    overwrite(path, at + field, bytes([12, 0]) if field == 2 else bytes(4 if field else 2))
+    try:
+        with open_slide(path) as reader:
+            found = reader.dimensions
+    except SlideError:
+        return
+    assert found == (613, 521)
+
+
+def test_what_is_said_of_a_damaged_directory(tmp_path: Path) -> None:
+    path = pages(tmp_path / "a.tif", (MACRO, LZW | {"subfiletype": 8}), (SCAN, LZW | microns(MPP)))
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[1].tags[257].offset
+    overwrite(path, at + 2, bytes([12, 0]))  # a height of type double
+    with pytest.raises(SlideError, match=r"a\.tif: one of its 2 directories is damaged, .*; copy it again") as caught:
+        open_slide(path)
+    assert caught.value.reason == "unreadable"

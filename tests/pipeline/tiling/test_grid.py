@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pipeline.config.data import TilingConfig
@@ -180,6 +180,7 @@ def test_every_px_has_a_patch_and_every_patch_a_place_of_its_own(
     downsample=st.floats(1.0, 17.3),
     edge=st.sampled_from(["inside", "pad"]),
 )
+@example(size=(1, 474), patch=65, share=0.75, downsample=1.9, edge="pad")  # 25 strides are 807.5 px, stored as 808
 def test_column_and_row_are_known_from_the_corner(
     size: tuple[int, int], patch: int, share: float, downsample: float, edge: str
 ) -> None:
