@@ -20,6 +20,7 @@ from pipeline.inference.figures import DPI, INK, Numbers, new_figure, png
 
 _PAD, _BAR, _MARGIN, _SCALE_BAR, _LINE = 14, 110, 26, 26, 16
 """px: around everything, the colour bar with its lettering, the numbers of marks, the scale bar, a line of caption."""
+_LEAST = 200  # px of height that the colour bar with its title needs, beside a flat slide too
 _MARK = "#007a82"
 _COLOURS = ListedColormap(colormaps["inferno"](np.linspace(0.15, 1.0, 256)))  # without the near-black end
 
@@ -73,7 +74,7 @@ def overlay_png(
     zoom = map_px / max(height, width)
     norm = LogNorm(1.0, max(2.0, top))
     left, foot = (_MARGIN if marks else 0) + _PAD, _PAD / 2 + _SCALE_BAR + _LINE * len(caption)
-    figure = new_figure(left + width * zoom + 2 * _PAD + _BAR, _PAD + height * zoom + foot)
+    figure = new_figure(left + width * zoom + 2 * _PAD + _BAR, _PAD + max(height * zoom, _LEAST) + foot)
     total_w, total_h = figure.get_size_inches() * DPI
     axes = figure.add_axes((left / total_w, foot / total_h, width * zoom / total_w, height * zoom / total_h))
     grey = slide.thumbnail.mean(axis=2, keepdims=True)

@@ -108,3 +108,11 @@ def test_many_marks_of_one_place_keep_their_numbers_apart() -> None:
     ink = (pixels[: PAD + int(157 * ZOOM), PAD : PAD + 18].min(axis=2) < 200).any(axis=1)
     begins = np.flatnonzero(np.diff(np.append(False, ink).astype(int)) == 1)
     assert len(begins) == n  # white between all of them
+
+
+def test_the_title_of_the_scale_fits_beside_a_flat_slide() -> None:
+    thumbnail = np.full((40, 500, 3), 220, np.uint8)
+    slide = Heatmap(thumbnail, 1.0, np.array([0]), np.array([0]), 32.0, np.array([1.0]), None)
+    pixels = _pixels(overlay_png(slide, 2.0, map_px=560))
+    assert (pixels[:3] == 255).all()  # nothing is cut off at the top
+    assert (pixels[:60, -110:] < 128).any()  # where the title is
