@@ -69,7 +69,8 @@ class QualityRow:
     """Share of the tissue beyond the last patches; None for imported ones."""
     rejected_tissue: int = 0
     """Places with too little tissue."""
-    rejected_artefact: int = 0
+    rejected_artefact: int | None = 0
+    """None where artefacts were not looked for (`tiling.artefacts: keep`)."""
     rejected_outside: int = 0
     """Imported places that do not lie wholly on the slide."""
     rejected_twice: int = 0
@@ -151,6 +152,10 @@ def write_quality(
     return outputs
 
 
+def _spoilt(row: QualityRow) -> int:
+    return (row.rejected_artefact or 0) + row.bad_tiles
+
+
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     """One row a slide, in the cohort's order."""
     names = [column.name for column in fields(QualityRow) if column.name not in PAGE_ALONE]
@@ -191,8 +196,8 @@ def chosen(rows: Sequence[QualityRow]) -> list[QualityRow]:
     third = PICTURES // 3
     left = sorted(rows, key=lambda row: (row.patches, row.slide_id))
     picked, left = left[:third], left[third:]
-    spoilt = sorted(left, key=lambda row: (-(row.rejected_artefact + row.bad_tiles), row.slide_id))[:third]
-    spoilt = [row for row in spoilt if row.rejected_artefact + row.bad_tiles]
+    spoilt = sorted(left, key=lambda row: (-_spoilt(row), row.slide_id))[:third]
+    spoilt = [row for row in spoilt if _spoilt(row)]
     left = [row for row in left if row not in spoilt]
     room = PICTURES - len(picked) - len(spoilt)
     if len(left) > room:
@@ -233,6 +238,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "tissue_beyond": mask["beyond"],
         "saturations": tuple(mask.get("histogram", ())),
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
+        "rejected_artefact": None if facts["spec"]["artefacts"] == "keep" else 0,
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
 

@@ -18,6 +18,7 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
+from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import store_slide
 from pipeline.results.quality import (
@@ -34,7 +35,7 @@ from pipeline.results.quality import (
 from pipeline.store.patches import PatchStore, SlideStatus
 from tests.pipeline import tiled as slides
 from tests.pipeline.results.test_report import Page
-from tests.pipeline.small import small_config, write_cohort
+from tests.pipeline.small import small_config, write_cohort, write_slide
 from tests.pipeline.tiling.test_interchange import clam
 from tests.synth import tissue_rgb, write_pyramid, zero_tile
 
@@ -256,3 +257,17 @@ def test_no_cell_of_the_table_is_a_formula(tiled: tuple[PatchStore, list[SlideSt
     assert (read["mpp"], read["rejected_tissue"], read["status"]) == ("-0.25", "-3", "committed")
     plain = next(csv.DictReader(io.StringIO(quality_csv([replace(armed, slide_id="a-1")]).decode())))
     assert plain["slide_id"] == "a-1"
+
+
+def test_artefacts_that_were_not_looked_for_are_not_said_to_be_none(tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.png", 1)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
+    pages = {}
+    for artefacts in ("keep", "remove"):
+        spec = TilingConfig.model_validate({"patch_px": 32, "mpp": None, "min_tissue": 0.5, "artefacts": artefacts})
+        store = PatchStore(str(tmp_path / artefacts), spec.fingerprint())
+        (row,) = quality_rows(store, [store_slide(slide, spec, str(tmp_path / artefacts))])
+        pages[artefacts] = quality_page(store, [row], "study", "abc")
+        assert (row.rejected_artefact is None) == (artefacts == "keep")
+    assert "not looked for" in pages["keep"]
+    assert "not looked for" not in pages["remove"]
