@@ -102,7 +102,7 @@ def _certificates(
     shares: Strips | None,
 ) -> tuple[Certificate, ...]:
     """Of every image; its cache is mended."""
-    reference = _scorer(model, None, None, batch=scorer.batch)
+    reference = _scorer(model, None, None, batch=scorer.asked_batch)
     with nullcontext() if shares is None else shares.together():
         return tuple(certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches))
 
