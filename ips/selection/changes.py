@@ -34,7 +34,8 @@ def structure(parts: Iterable[nn.Module], *, settings: bool) -> Structure:
         alive += [module, forward]
         for tensor in chain(module._parameters.values(), module._buffers.values()):
             if tensor is not None:
-                found += [id(tensor), tensor.device, tensor.dtype]
+                shape = tensor.shape if settings else None  # a lazy one has none
+                found += [id(tensor), tensor.device, tensor.dtype, shape]
                 alive.append(tensor)
     return Structure(tuple(found), tuple(alive))
 

@@ -36,5 +36,7 @@ def test_another_tensor_hook_precision_or_setting_is_another_structure() -> None
     looks.append(structure([module], settings=True))
     conv.dilation = (2, 2)
     looks.append(structure([module], settings=True))
+    conv.weight.data = torch.rand(2, 3, 1, 1).double()
+    looks.append(structure([module], settings=True))
     assert all(one != other for place, one in enumerate(looks) for other in looks[:place])
     assert structure([module], settings=False) == plain
