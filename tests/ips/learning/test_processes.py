@@ -90,7 +90,17 @@ def _worker(rank: int, folder: str) -> None:
     bounded_backward(moved, _bags()[mine], select(moved, _bags()[mine], 4, 5), lambda out: out["er"].sum(), 4, "group")
     torch.save(dict(moved.module.encoder.named_buffers()), f"{folder}/statistics-{rank}.pt")
     _check_collectives(rank)
+    _check_learning_norms(rank)
     dist.destroy_process_group()
+
+
+def _check_learning_norms(rank: int) -> None:
+    """A wrapped model's own backward pass leaves each process the statistics of its own images."""
+    model = DistributedDataParallel(_model().train())
+    _plain(model, _bags()[2 * rank : 2 * rank + 2], LABELS[:2])
+    average_statistics(model)
+    found = select(model, [bag_of(23)], 4, 5)
+    assert torch.equal(select(model, [bag_of(23)], 4, 5, group=dist.group.WORLD).scores, found.scores)
 
 
 def _check_collectives(rank: int) -> None:
