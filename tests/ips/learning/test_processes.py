@@ -91,6 +91,7 @@ def _worker(rank: int, folder: str) -> None:
     torch.save(dict(moved.module.encoder.named_buffers()), f"{folder}/statistics-{rank}.pt")
     _check_collectives(rank)
     _check_learning_norms(rank)
+    dist.barrier()  # who leaves early resets the connection that another still reads from
     dist.destroy_process_group()
 
 
