@@ -57,9 +57,8 @@ def select(
         scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
             which keeps a copy of a `ResNet` as long as the model lives.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
-        group: split the rows of every bag over these processes, which all call with the same bags, weights and
-            statistics of batch norms (nobody checks these; see `average_statistics`) and all get the whole answer;
-            exact only.
+        group: split the rows of every bag over these processes, which all call with the same bags, weights and (see
+            `average_statistics`) statistics, which nobody checks, and all get the whole answer; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
