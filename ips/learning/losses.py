@@ -125,6 +125,7 @@ def _regression(task: str, logits: Tensor, target: Tensor, weights: Tensor | Non
 def _survival(task: str, logits: Tensor, target: Tensor, weights: Tensor | None) -> LossSum:
     """Negative log-likelihood of discrete hazards (Zadeh and Schmid 2020): a censored patient survived its bin."""
     _no_weights(task, weights)
+    target = _spread(target, (len(logits), 2))
     if target.shape != (len(logits), 2):
         raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}; survival needs ({len(logits)}, 2)")
     known = _known(target).all(dim=1)
@@ -155,7 +156,14 @@ def _known(target: Tensor) -> Tensor:
     return ~(target.isnan() | (target == -1))
 
 
+def _spread(target: Tensor, shape: torch.Size | tuple[int, int]) -> Tensor:
+    """Where no image of the batch has a label, whose shape nobody knows (`ips.collate`), NaN of `shape`."""
+    unknown = target.ndim == 1 and target.shape != shape and bool(target.isnan().all())
+    return target.new_full(shape, torch.nan) if unknown else target
+
+
 def _same_shape(task: str, logits: Tensor, target: Tensor) -> Tensor:
+    target = _spread(target, logits.shape)
     if target.numel() != logits.numel():
         raise ValueError(f"targets[{task!r}] has shape {tuple(target.shape)}, the logits {tuple(logits.shape)}")
     return target.to(logits).reshape(logits.shape)

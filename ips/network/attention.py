@@ -32,6 +32,8 @@ class CrossAttention(nn.Module):
         self.value_proj = nn.Linear(dim, heads * value_dim, bias=False)
         self.out_proj = nn.Linear(heads * value_dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
+        # holds nothing; by its shape a state dict with other H and D_k of the same product does not load
+        self.register_buffer("heads_by_key_by_value", torch.empty(heads, key_dim, value_dim, 0))
 
     def folded(self) -> Tensor:
         """The folded queries a_ht as (J, D), row h * T + t."""

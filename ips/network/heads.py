@@ -95,7 +95,7 @@ class Heads(nn.Module):
         if strict and any(path.isdigit() for path in found):
             error_msgs.append(
                 "its heads have numbers and no names, as an earlier version saved them; where you know that its tasks "
-                f"are {list(self.tasks)} in this order, load model.heads.named(state)"
+                f"are {list(self.tasks)} in this order, load model.named(state)"
             )
         elif strict and found and set(found) != set(self._paths.values()):
             error_msgs.append(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ips.bag import Batch, check_mask
@@ -68,8 +69,13 @@ class IPSModel(nn.Module):
         """D, where a part says it."""
         self.encoder, self.aggregator, self.position = encoder, aggregator, position
         self.heads = Heads(heads)
+        self.kept: dict[Any, Any] = {}
+        """What is kept for as long as the model lives, as a copy for the selection is; of this one, so never copied."""
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "kept": {}}  # type: ignore[no-untyped-call]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,6 +86,16 @@ class IPSModel(nn.Module):
     def kinds(self) -> dict[str, Kind]:
         """Task -> kind, of the heads that say it: for `task_loss`."""
         return self.heads.kinds
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of an earlier version with the names of this one.
+
+        It does not hold the tasks' names, how heads divide the projections, nor which positions are encoded: use it
+        only where you know that all of these are the model's.
+        """
+        ours = {name: x for name, x in self.state_dict().items() if name.startswith(("aggregator.", "position."))}
+        said = {name: x for name, x in ours.items() if not is_lazy(x) and not x.numel()}
+        return {**({} if said.keys() & state.keys() else said), **self.heads.named(state)}
 
     def normalise(self, patches: Tensor) -> Tensor:
         """Pixels (n, C, h, w), uint8 or float in 0..1 -> (x - mean) / std in the model's dtype. Features pass."""

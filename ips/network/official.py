@@ -96,7 +96,7 @@ def load_official(
         ValueError: names or shapes that do not fit, all of them listed; an order of tokens that has to be told.
     """
     converted = convert_official(state, model.tasks, tokens, model.kinds, ignore)
-    load_weights(model, {"mean": model.mean, "std": model.std, **converted})
+    load_weights(model, model.named({"mean": model.mean, "std": model.std, **converted}))
 
 
 def _rename(name: str, tasks: Sequence[str], kinds: Mapping[str, Kind], *, convolutional: bool) -> str | None:

@@ -39,19 +39,19 @@ class IndexPositions(Positions):
     """
 
     reads_index = True
-    like: Tensor
-    """Empty; its dtype, which follows the module's, is that of the codes."""
+    index: Tensor
+    """Empty; its dtype, which follows the module's, is that of the codes, and its name tells state dicts apart."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim={dim} is odd; sinusoids come in pairs, so it must be even")
         self.dim = dim
-        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.register_buffer("index", torch.empty(0))
 
     def forward(self, index: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""
-        return sinusoid(index, self.dim, self.like.dtype)
+        return sinusoid(index, self.dim, self.index.dtype)
 
 
 class GridPositions(Positions):
@@ -62,16 +62,16 @@ class GridPositions(Positions):
     """
 
     limit = BASE
-    like: Tensor
-    """Empty; its dtype, which follows the module's, is that of the codes."""
+    grid: Tensor
+    """Empty; its dtype, which follows the module's, is that of the codes, and its name tells state dicts apart."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"dim={dim} must be a multiple of 4: sin and cos of column and row")
         self.dim = dim
-        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.register_buffer("grid", torch.empty(0))
 
     def forward(self, positions: Tensor) -> Tensor:
         """(..., 2) float (column, row) in grid units -> (..., D)."""
-        return torch.cat([sinusoid(positions[..., axis], self.dim // 2, self.like.dtype) for axis in (0, 1)], dim=-1)
+        return torch.cat([sinusoid(positions[..., axis], self.dim // 2, self.grid.dtype) for axis in (0, 1)], dim=-1)

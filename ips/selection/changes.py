@@ -1,7 +1,6 @@
-"""Whether a model has changed since it was last looked at, without reading a weight: no device is waited for.
+"""Whether a copy still stands for the modules that it was made of. Weights are not compared: they are copied anew.
 
-Autograd counts what is written in place, and hooks see the steps of every optimiser, since fused ones write past that
-count. What is written through `parameter.data`, or by a collective, is seen by nobody.
+Nothing counts every write: those through `parameter.data`, by collectives and fused optimisers pass autograd's count.
 """
 
 from __future__ import annotations
@@ -9,50 +8,41 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
 
-_steps = 0
-
-
-def _count(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count)
+_PLAIN = (int, float, str, type(None))
 
 
 @dataclass(frozen=True)
-class Look:
-    """What modules were made of, and how often it had been written to."""
+class Structure:
+    """Which modules, hooks and tensors, where and of what precision, and the modules' settings."""
 
-    structure: tuple[object, ...]
-    """Which modules, hooks and tensors, where and of what precision: a copy is made for these."""
-    content: tuple[object, ...]
+    _parts: tuple[object, ...]
     _alive: tuple[object, ...] = field(compare=False)
     """So that no id is given away again."""
 
 
-def look(parts: Iterable[nn.Module]) -> Look:
-    """At modules as they are now."""
-    structure: list[object] = []
-    content: list[object] = [_steps]
+def structure(parts: Iterable[nn.Module], *, settings: bool) -> Structure:
+    """Of modules as they are now; `settings` such as strides and epsilons count where a copy has its own."""
+    found: list[object] = []
     alive: list[object] = []
     for module in (module for part in parts for module in part.modules()):
         hooks = (*module._forward_pre_hooks, *module._forward_hooks)
-        structure += [id(module), hooks]
-        alive.append(module)
+        forward = vars(module).get("forward")  # of this one alone, as some tools put it there
+        found += [id(module), id(forward), hooks, _settings(module) if settings else None]
+        alive += [module, forward]
         for tensor in chain(module._parameters.values(), module._buffers.values()):
             if tensor is not None:
-                structure += [id(tensor), tensor.device, tensor.dtype]
-                content.append(_written(tensor))
+                shape = tensor.shape if settings else None  # a lazy one has none
+                found += [id(tensor), tensor.device, tensor.dtype, shape]
                 alive.append(tensor)
-    return Look(tuple(structure), tuple(content), tuple(alive))
+    return Structure(tuple(found), tuple(alive))
 
 
-def _written(tensor: Tensor) -> object:
-    """Nothing is counted for a tensor made in inference mode: it never equals itself."""
-    return object() if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+def _settings(module: nn.Module) -> dict[str, object]:
+    return {name: value for name, value in vars(module).items() if name != "training" and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))

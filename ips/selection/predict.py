@@ -56,7 +56,7 @@ def predict(
     if silent := [task for task in inner.tasks if task not in inner.kinds]:
         raise ValueError(f"model: its heads of {silent} do not say what their logits mean; make them by `linear_head`")
     selection = select(inner, bags, memory, chunk, mode, attention=attention, dtype=dtype, scorer=scorer)
-    with evaluating(inner):
+    with evaluating(inner), torch.autocast(inner.mean.device.type, enabled=False):
         outputs = _pooled(inner, bags, selection, chunk)
     return Prediction({task: probabilities(inner.kinds[task], x).cpu() for task, x in outputs.items()}, selection)
 

@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from ips.network.encoder import ResNet
 from ips.network.model import IPSModel, normalised, unwrapped
 from ips.network.part import Scores
 from ips.network.strided import guarded
-from ips.selection.changes import Look, look
+from ips.selection.changes import Structure, structure
 from ips.selection.fusing import fusable, fuse, is_copied_whole, strip_norms
 from ips.selection.transfer import arrived, prepared, to_device
 
@@ -59,7 +58,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class Scorer:
-    """Scores patches with `model` as it is when a selection begins: what has changed since is taken over by then.
+    """Scores patches with `model` as it is when a selection begins: modules and weights are taken over anew by then.
 
     A `ResNet` is copied and fused, so its modes and statistics are never touched; other encoders, and one that keeps
     tensors which are neither parameters nor buffers, as the old `weight_norm` does, run in place, in evaluation mode
@@ -105,7 +104,7 @@ class Scorer:
             )
         if batch is not None and (batch < 8 or batch % 8):
             raise ValueError(f"batch={batch} must be a multiple of 8, for logits that depend on their patch alone")
-        self._asked = dtype, batch
+        self._asked, self.asked_batch = dtype, batch
         self._fuse, self._compile = fuse, compile
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._build()
@@ -113,7 +112,8 @@ class Scorer:
     @torch.inference_mode(mode=False)  # or a copy made in that mode could only be refreshed in it
     def _build(self) -> None:
         """For the modules and tensors that the model has now."""
-        model, (dtype, batch) = self.model, self._asked
+        self._structure: Structure | None = None  # until it is done: what fails half-way is built again
+        model, dtype, batch = self.model, self._asked, self.asked_batch
         check_statistics(model.encoder)
         self.device, self.logit_dtype = model.mean.device, model.mean.dtype
         self.dtype = dtype or self.logit_dtype
@@ -130,6 +130,7 @@ class Scorer:
         self._embed: Callable[[Tensor], Tensor] = (
             torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if self._compile else self._plain_embed
         )
+        self._structure = self._looked()
         self.refresh()
 
     def _copy(self, encoder: ResNet) -> ResNet:
@@ -147,24 +148,20 @@ class Scorer:
         return copied
 
     def follow(self) -> None:
-        """Take over what has changed of the model since the last time, as every `select` does first.
-
-        What nobody counts, writes through `parameter.data` and by collectives of torch.distributed, needs `refresh`.
-        """
-        now = self._look()
-        if now.structure != self._seen.structure:
+        """Take over the model's modules and weights as they are now, as every `select` does first."""
+        if self._looked() != self._structure:
             self._build()
-        elif now.content != self._seen.content:
+        else:
             self.refresh()
 
-    def _look(self) -> Look:
-        return look((self.model.encoder, self.model.aggregator))
+    def _looked(self) -> Structure:
+        copied = self._encoder is not self.model.encoder
+        return structure((self.model.encoder, self.model.aggregator), settings=copied)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the model's present weights, in place: nothing is compiled again."""
         encoder = self.model.encoder
-        self._seen = self._look()
         for product, matrix in zip(self._products, self._matrices(), strict=True):
             product.copy_(_pad_width(matrix))
         if self._encoder is encoder:
@@ -246,16 +243,14 @@ class Scorer:
         return evaluating(self._encoder) if in_place else nullcontext()
 
 
-_kept: WeakKeyDictionary[IPSModel, dict[tuple[torch.dtype | None, int | None], Scorer]] = WeakKeyDictionary()
-
-
 def kept_scorer(model: IPSModel, dtype: torch.dtype | None, batch: int | None = None) -> Scorer:
     """A `Scorer` that lives as long as its model: an encoder is copied once, not for every selection."""
-    scorers = _kept.setdefault(model, {})
-    if (dtype, batch) not in scorers:
-        alone: Any = weakref.proxy(model)  # or none would ever be let go
-        scorers[dtype, batch] = Scorer(alone, dtype=dtype, batch=batch)
-    return scorers[dtype, batch]
+    key = None if dtype == model.mean.dtype else dtype, batch
+    if key not in model.kept:
+        alone: Any = weakref.proxy(model)  # or it would be let go only when Python looks for circles
+        model.kept[key] = Scorer(alone, dtype=key[0], batch=batch)
+    scorer: Scorer = model.kept[key]
+    return scorer
 
 
 def check_statistics(encoder: nn.Module) -> None:

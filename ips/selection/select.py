@@ -57,8 +57,8 @@ def select(
         scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
             which keeps a copy of a `ResNet` as long as the model lives.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
-        group: split the rows of every bag over these processes, which all call with the same bags and weights and all
-            get the whole answer; exact only.
+        group: split the rows of every bag over these processes, which all call with the same bags, weights and (see
+            `average_statistics`) statistics, which nobody checks, and all get the whole answer; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -102,7 +102,7 @@ def _certificates(
     shares: Strips | None,
 ) -> tuple[Certificate, ...]:
     """Of every image; its cache is mended."""
-    reference = _scorer(model, None, None, batch=scorer.batch)
+    reference = _scorer(model, None, None, batch=scorer.asked_batch)
     with nullcontext() if shares is None else shares.together():
         return tuple(certified(cache, bags, n, memory, chunk, reference) for n, cache in enumerate(caches))
 

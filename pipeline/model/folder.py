@@ -40,17 +40,17 @@ def read_config(folder: Path) -> Config:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load `weights.safetensors` into a model; StageError names missing and unexpected keys.
 
-    Heads that an earlier version saved by number get their names by the order of the tasks in the config beside.
+    What an earlier version did not name, such as heads, is as the config beside it says.
     """
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise StageError(f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or train again") from error
-    if isinstance(model, IPSModel) and (named := model.heads.named(weights)).keys() != weights.keys():
+    if isinstance(model, IPSModel) and (named := model.named(weights)).keys() != weights.keys():
         if (order := tuple(task.name for task in read_config(folder).tasks)) != model.tasks:
             raise StageError(
-                f"{folder / WEIGHTS}: its heads are those of {order} by number, the model has {model.tasks}; build it "
-                f"by {folder / CONFIG}"
+                f"{folder / WEIGHTS}: it is of an earlier version, of the tasks {order}, the model has {model.tasks}; "
+                f"build it by {folder / CONFIG}"
             )
         weights = named
     own = set(model.state_dict())

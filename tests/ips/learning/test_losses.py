@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ips.bag import TensorBag, collate
 from ips.learning.losses import mean_loss, task_loss
 from ips.network.heads import Kind
 
@@ -186,3 +187,14 @@ def test_losses_have_the_precision_of_the_logits(kind: Kind, target: list[float]
     assert [mean_loss(loss).dtype for loss in losses] == [torch.float32, torch.float64, torch.float32]
     assert all(loss["t"].total.dtype == loss["t"].weight.dtype for loss in losses)
     torch.testing.assert_close(losses[0]["t"].total.double(), losses[1]["t"].total, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("multilabel", (3,)), ("regression", (2,)), ("survival", (2,))])
+def test_a_batch_without_any_label_adds_nothing_whatever_the_shape_of_one(kind: Kind, shape: tuple[int, ...]) -> None:
+    logits = torch.rand(2, *shape, requires_grad=True)
+    bag = TensorBag(torch.rand(3, 5))
+    _, targets = collate([(bag, {"t": None})] * 2)
+    (loss,) = task_loss({"t": logits}, targets, {"t": kind}).values()
+    assert (loss.total.item(), loss.weight.item()) == (0, 0)
+    with pytest.raises(ValueError, match=r"targets\['t'\] has shape \(2,\)"):
+        task_loss({"t": logits}, {"t": torch.tensor([math.nan, 1.0])}, {"t": kind})

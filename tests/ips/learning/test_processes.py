@@ -18,8 +18,10 @@ from ips.learning.gradient import bounded_backward
 from ips.learning.losses import mean_loss, task_loss
 from ips.learning.processes import average_gradients, average_statistics
 from ips.network.aggregator import Aggregator
+from ips.network.encoder import ResNet
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel, unwrapped
+from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from tests.ips.nets import TinyEncoder, bag_of
 
@@ -87,7 +89,33 @@ def _worker(rank: int, folder: str) -> None:
     moved = DistributedDataParallel(_model().train())
     bounded_backward(moved, _bags()[mine], select(moved, _bags()[mine], 4, 5), lambda out: out["er"].sum(), 4, "group")
     torch.save(dict(moved.module.encoder.named_buffers()), f"{folder}/statistics-{rank}.pt")
+    _check_collectives(rank)
+    _check_learning_norms(rank)
+    dist.barrier()  # who leaves early resets the connection that another still reads from
     dist.destroy_process_group()
+
+
+def _check_learning_norms(rank: int) -> None:
+    """A wrapped model's own backward pass leaves each process the statistics of its own images."""
+    model = DistributedDataParallel(_model().train())
+    _plain(model, _bags()[2 * rank : 2 * rank + 2], LABELS[:2])
+    average_statistics(model)
+    found = select(model, [bag_of(23)], 4, 5)
+    assert torch.equal(select(model, [bag_of(23)], 4, 5, group=dist.group.WORLD).scores, found.scores)
+
+
+def _check_collectives(rank: int) -> None:
+    """What they write is selected with, though nothing counts it: else `group` would mix two models in one answer."""
+    torch.manual_seed(rank)
+    encoder = ResNet("resnet18", 2)
+    model = IPSModel(encoder, Aggregator(encoder.dim, 1), {"er": linear_head("binary", encoder.dim, 2)})
+    bags = [bag_of(23)]
+    select(model, bags, 4, 5)
+    for x in model.state_dict().values():
+        dist.broadcast(x, 0)
+    found, fresh = select(model, bags, 4, 5), select(model, bags, 4, 5, scorer=Scorer(model))
+    assert torch.equal(found.scores, fresh.scores)
+    assert torch.equal(select(model, bags, 4, 5, group=dist.group.WORLD).scores, fresh.scores)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_numbered_heads_are_refused_and_named_where_their_order_is_known() -> No
     """Tasks whose names are the numbers of others, too."""
     kinds: dict[str, Kind] = {"1": "binary", "0": "multiclass"}
     saved, heads = _heads(kinds), _heads(kinds, seed=1)
-    with pytest.raises(RuntimeError, match=r"numbers and no names.*\['1', '0'\] in this order, load model.heads.named"):
+    with pytest.raises(RuntimeError, match=r"numbers and no names.*\['1', '0'\] in this order, load model.named"):
         heads.load_state_dict(_numbered(saved))
     heads.load_state_dict(heads.named(_numbered(saved), prefix=""))
     x = torch.rand(3, 2, 7)

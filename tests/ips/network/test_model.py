@@ -339,3 +339,37 @@ def test_a_model_in_parts_is_refused(group_of_one: dist.ProcessGroup) -> None:
     mesh = DeviceMesh.from_group(group_of_one, "cpu")
     with pytest.raises(ValueError, match="holds a part of its weights"):
         unwrapped(fully_shard(tiny_model(), mesh=mesh))  # type: ignore[arg-type]
+
+
+def _with(position: nn.Module | None, heads: int, seed: int) -> IPSModel:
+    """Whose weights are of one shape whatever `heads`."""
+    torch.manual_seed(seed)
+    aggregator = Aggregator(12, 2, heads, key_dim=12 // heads, value_dim=12 // heads, hidden_dim=5)
+    return IPSModel(TinyEncoder(12), aggregator, {"er": nn.Linear(12, 1), "pr": nn.Linear(12, 1)}, position)
+
+
+@pytest.mark.parametrize(
+    ("position", "heads", "message"),
+    [
+        (GridPositions(12), 4, r"heads_by_key_by_value.*\[3, 4, 4, 0\].*\[4, 3, 3, 0\]"),
+        (IndexPositions(12), 3, 'Missing.*position.index.*\n.*Unexpected.*position.grid"'),
+        (None, 3, 'Unexpected.*position.grid"'),
+    ],
+)
+def test_weights_for_another_attention_or_position_do_not_load(
+    position: nn.Module | None, heads: int, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        _with(position, heads, 1).load_state_dict(_with(GridPositions(12), 3, 0).state_dict())
+
+
+def test_weights_of_an_earlier_version_load_where_they_are_known_to_fit() -> None:
+    saved, model = (_with(GridPositions(12), 3, seed) for seed in (0, 1))
+    state = {re.sub(r"^heads\.(\d):\w+", r"heads.\1", n): x for n, x in saved.state_dict().items() if x.numel()}
+    with pytest.raises(RuntimeError, match=r"are \['er', 'pr'\] in this order, load model.named"):
+        model.load_state_dict(state)
+    model.load_state_dict(model.named(state))
+    assert all(torch.equal(x, saved.state_dict()[name]) for name, x in model.state_dict().items())
+    other = _with(IndexPositions(12), 3, 1)
+    with pytest.raises(RuntimeError, match="position.grid"):  # what says what it is, is believed
+        other.load_state_dict(other.named(saved.state_dict()))

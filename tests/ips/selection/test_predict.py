@@ -35,6 +35,14 @@ def test_it_is_the_selection_the_model_and_what_logits_mean() -> None:
     assert not found.probabilities["er"].requires_grad
 
 
+def test_the_callers_autocast_does_not_reach_inside() -> None:
+    model, bags = _model(), [bag_of(23, 1, grid=True)]
+    alone = predict(model, bags, 6, 4).probabilities
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predict(model, bags, 6, 4).probabilities
+    assert all(torch.equal(found[task], alone[task]) for task in alone)
+
+
 def test_no_more_than_a_chunk_is_encoded_at_a_time() -> None:
     model, taken = _model(), []
 

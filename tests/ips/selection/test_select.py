@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -307,7 +308,28 @@ def _double(model: IPSModel) -> None:
     model.double()
 
 
-CHANGES = [_flip, _fused_step, _load, _train, _replace, _queries, _hook, _point_elsewhere, _double]
+def _past_every_count(model: IPSModel) -> None:
+    """As hand-written averages of weights do it, and collectives."""
+    before = next(model.encoder.parameters())._version
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.5)
+    assert next(model.encoder.parameters())._version == before
+
+
+def _setting(model: IPSModel) -> None:
+    for module in model.encoder.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.eps = 0.5
+
+
+def _forward(model: IPSModel) -> None:
+    """Of one module, as tools that trace or quantise put it there."""
+    module = next(model.encoder.children())
+    module.forward = lambda x, given=module.forward: -given(x)
+
+
+CHANGES = [_flip, _fused_step, _load, _train, _replace, _queries, _hook, _point_elsewhere, _double, _past_every_count]
+CHANGES += [_setting, _forward]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -337,7 +359,7 @@ def test_a_model_keeps_one_copy_of_its_encoder_and_lets_it_go() -> None:
             select(model, bags, 5, 9, dtype=torch.bfloat16, certify=True)
     count = built.call_count
     built.reset_mock()  # it holds what it was called with
-    assert count == 3  # float32, bfloat16, and what certifies that, in its batch
+    assert count == 2  # float32, which certifies too, and bfloat16
     scorer = weakref.ref(kept_scorer(model, None))
     assert len(copy.deepcopy(model).state_dict()) == len(model.state_dict())
     gone = weakref.ref(model)
@@ -345,6 +367,42 @@ def test_a_model_keeps_one_copy_of_its_encoder_and_lets_it_go() -> None:
     gc.collect()
     assert gone() is None
     assert scorer() is None
+
+
+@pytest.mark.parametrize("make", [tiny_model, resnet_model])
+def test_a_model_that_its_encoder_knows_is_let_go(make: Callable[[], IPSModel]) -> None:
+    model, bags = make(), [bag_of(9)]
+    next(model.encoder.children()).register_forward_hook(lambda _m, _i, out, owner=model: out)
+    select(model, bags, 5, 9)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copy_of_a_model_selects_with_its_own_weights() -> None:
+    model, bags = resnet_model(), [bag_of(9)]
+    before = select(model, bags, 5, 9)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(select(copied, bags, 5, 9).scores, before.scores)
+        assert copied.kept.keys() == model.kept.keys()
+        assert not set(map(id, copied.kept.values())) & set(map(id, model.kept.values()))
+        _flip(copied)
+        assert not torch.equal(select(copied, bags, 5, 9).scores, before.scores)
+    assert torch.equal(select(model, bags, 5, 9).scores, before.scores)
+
+
+def test_a_selection_that_could_not_copy_leaves_nothing_behind() -> None:
+    model, bags = resnet_model(), [bag_of(9)]
+    before = select(model, bags, 5, 9)
+    conv = model.encoder.get_submodule("conv1")
+    weight = conv._parameters["weight"]
+    conv._parameters["weight"] = weight * 1  # type: ignore[assignment, operator]  # as `torch.func.functional_call` leaves it
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        select(model, bags, 5, 9)
+    conv._parameters["weight"] = weight
+    assert torch.equal(select(model, bags, 5, 9).scores, before.scores)
+    assert not isinstance(kept_scorer(model, None)._encoder.get_submodule("bn1"), nn.BatchNorm2d)
 
 
 def test_a_wrapped_model_selects_as_it_does_alone(group_of_one: dist.ProcessGroup) -> None:
