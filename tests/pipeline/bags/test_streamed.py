@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 from ips.selection.transfer import arrived
 from pipeline.bags import streamed as module
@@ -109,7 +110,10 @@ def test_bags_of_both_kinds_give_the_same_chunks(pairs: Pairs, augment: Augment 
 @pytest.mark.slow
 def test_a_process_that_ends_closes_the_slides_that_openslide_holds(tmp_path: Path) -> None:
     """After the interpreter has taken OpenSlide apart, closing one prints a traceback."""
-    tifffile.imwrite(tmp_path / "a.tiff", tissue_rgb(1013, 787), tile=(240, 240), compression="lzw", photometric="rgb")
+    picture = Image.fromarray(tissue_rgb(1013, 787)).quantize(256)
+    colours = np.array(picture.getpalette("RGB"), np.uint16).reshape(-1, 3).T * 257
+    palette = {"photometric": "palette", "colormap": np.pad(colours, ((0, 0), (0, 256 - colours.shape[1])))}
+    tifffile.imwrite(tmp_path / "a.tiff", np.asarray(picture), tile=(256, 256), **palette)  # OpenSlide alone reads it
     program = f"""
 import numpy as np
 from pathlib import Path
@@ -264,7 +268,7 @@ def test_a_run_that_meets_it_removes_the_plan_and_the_next_one_trains_on_a_mende
         train={"source": "stream", "epochs": 1, "batch_size": 1, "warmup_epochs": 0, "shard_above": None},
         cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
     )
-    with pytest.raises(StageError, match=r"s3.tiff: the patch of row 4 .*\. Run again: the tile stage then reads this"):
+    with pytest.raises(StageError, match=r"s3.tiff: the patch of row 5 .*\. Run again: the tile stage then reads this"):
         run(config, "train")
     assert len(list(tmp_path.glob("root/train/*/*/checkpoint.json"))) in (1, 2)
     assert len(list(tmp_path.glob("root/patches/plans/*/*/slide.json"))) == 5
