@@ -26,7 +26,7 @@ from pathlib import Path
 from pipeline.cluster import connected
 from pipeline.config.recipe import ClusterConfig
 from pipeline.ingest.graph import tile_cohort
-from tests.pipeline.slides import SPEC, row
+from tests.pipeline.tiled import SPEC, row
 folder, store = map(Path, sys.argv[1:])
 slides = [row(path) for path in sorted(folder.iterdir())]
 with connected(ClusterConfig()):

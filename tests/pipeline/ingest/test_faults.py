@@ -62,7 +62,7 @@ def findings(store: str) -> list[str]:
 KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from tests.pipeline.slides import row, small_tasks, tile_in_shares
+from tests.pipeline.tiled import row, small_tasks, tile_in_shares
 path, folder = sys.argv[1:]
 small_tasks(setattr)
 tile_in_shares(row(path), folder + "/cold")
