@@ -154,7 +154,7 @@ def one_thread() -> Iterator[None]:
 def test_the_best_5000_of_12000_features_are_those_that_training_takes(one_thread: None, tmp_path: Path) -> None:
     """The paper's M = I = 5000 where more patches than that are there: three chunks, of which the last is short."""
     config = small_config(
-        tiling={"patch_px": 8, "mpp": None, "tissue": "none"},
+        tiling={"patch_px": 8, "mpp": None, "tissue": "none", "edge": "drop"},
         embed={"encoder": {"name": "resnet18", "stages": 2}},
         model={
             "encoder": {"name": "features", "features": 8, "dim": 16},
