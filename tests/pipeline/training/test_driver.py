@@ -279,8 +279,10 @@ def test_a_controller_that_is_killed_after_a_worker_is_started_anew_and_the_weig
 def test_a_controller_that_dies_again_and_again_ends_the_training(
     ray_session: None, slides: Slides, tracker: Tracker, tmp_path: Path
 ) -> None:
+    former = _running("TrainController")  # of the training before it, which may still be ending
+
     def harm() -> None:
-        while (process := _running("TrainController")) is None:
+        while (process := _running("TrainController")) is None or process == former:
             time.sleep(0.02)
         process.kill()
 
