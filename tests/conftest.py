@@ -19,31 +19,30 @@ os.environ.pop("RAY_ADDRESS", None)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def _shared(name: str, what: str) -> Path:
+    """A folder beside the checkout, never part of the repo; a test that needs it is skipped where it is not there."""
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"{what} are not at {folder}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_slides() -> Path:
-    """Folder of real slides; it never is part of the repo."""
-    folder = SHARED_DATA / "slides"
-    if not folder.is_dir():
-        pytest.skip(f"real slides are not at {folder}")
-    return folder
+    """Folder of real slides."""
+    return _shared("slides", "real slides")
 
 
 @pytest.fixture(scope="session")
 def shared_overviews() -> Path:
-    """Folder of real slides in small, some with pen; it never is part of the repo."""
-    folder = SHARED_DATA / "tissue"
-    if not folder.is_dir():
-        pytest.skip(f"overviews of real slides are not at {folder}")
-    return folder
+    """Folder of real slides in small, some with pen."""
+    return _shared("tissue", "overviews of real slides")
 
 
 @pytest.fixture(scope="session")
 def shared_mnist() -> Path:
-    """Folder of the MNIST idx files; it never is part of the repo."""
-    folder = SHARED_DATA / "mnist"
-    if not folder.is_dir():
-        pytest.skip(f"MNIST is not at {folder}")
-    return folder
+    """Folder of the MNIST idx files."""
+    return _shared("mnist", "MNIST's files")
 
 
 @pytest.fixture(scope="session")

@@ -67,11 +67,14 @@ def refusal(path: Path, spec: TilingConfig = SPEC) -> str:
     return status.reason
 
 
-@pytest.mark.parametrize("predictor", [False, True])
-@pytest.mark.parametrize("codec", LOSSLESS)
+@pytest.mark.parametrize(
+    ("codec", "predictor"),
+    [
+        *((codec, False) for codec in LOSSLESS),
+        *((codec, True) for codec in LOSSLESS if codec in ("lzw", "zlib", "lzma", "zstd", "packbits")),
+    ],
+)
 def test_tiles_of_every_codec(tmp_path: Path, codec: str, *, predictor: bool) -> None:
-    if predictor and codec not in ("lzw", "zlib", "lzma", "zstd", "packbits"):
-        pytest.skip("it has none")
     levels: dict[str, dict[str, Any]] = {
         "webp": {"level": -1},
         "jpegxl": {"lossless": True},
@@ -85,12 +88,15 @@ def test_tiles_of_every_codec(tmp_path: Path, codec: str, *, predictor: bool) ->
     check_patches(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("damage", ["zeros", "half"])
-@pytest.mark.parametrize("codec", [codec for codec in LOSSLESS if codec != "none"])
+@pytest.mark.parametrize(
+    ("codec", "damage"),
+    [
+        *((codec, "zeros") for codec in LOSSLESS if codec != "none"),
+        *((codec, "half") for codec in LOSSLESS if codec not in ("none", "jpegxr")),
+    ],
+)
 def test_a_damaged_tile_of_any_codec_costs_itself(tmp_path: Path, codec: str, damage: str) -> None:
     """Uncompressed px show no damage, nor do the last 5 kB of a JPEG XR that were read as zeros."""
-    if (codec, damage) == ("jpegxr", "half"):
-        pytest.skip("it does not show")
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, RGB, compression=codec, **TILES, **PER_CM)
     offset, length = tile_span(path, 0, 33)  # of row 3, column 3: tissue
@@ -167,12 +173,10 @@ def test_three_planes_that_the_xml_calls_colours(tmp_path: Path, case: str, comp
     check_patches(tmp_path / "a.ome.tif")
 
 
-@pytest.mark.parametrize("compression", ["none", "lzw", "jpeg", "webp"])
+@pytest.mark.parametrize("compression", ["none", "lzw", "jpeg"])  # WebP has no single planes
 @pytest.mark.parametrize("ome", [False, True])
 def test_separate_planes_of_one_directory(tmp_path: Path, compression: str, *, ome: bool) -> None:
     """Planar configuration 2: no grid of tiles but three."""
-    if compression == "webp":
-        pytest.skip("WebP has no single planes")
     path = tmp_path / ("a.ome.tif" if ome else "a.tif")
     options = {**PER_CM, "metadata": {"axes": "SYX", **PHYSICAL}} if ome else PER_CM
     quality = {"compressionargs": {"level": 97}} if compression == "jpeg" else {}
