@@ -137,9 +137,10 @@ def _job(folder: Path, slides: int) -> Job:
 
 def bare(job: Job) -> list[float]:
     """Seconds of each epoch after the first of the loop alone."""
+    settings = job.config.train
+    torch.set_num_threads(settings.threads)  # as the Ray worker does, which also fixes MKL's number
     torch.manual_seed(0)
     model = build_model(job.config)
-    settings = job.config.train
     optimizer = build_optimizer(model, settings)
     steps = train_steps(
         model,
@@ -157,7 +158,7 @@ def bare(job: Job) -> list[float]:
 
 def _bare_elsewhere(file: Path) -> list[float]:
     command = [sys.executable, "-m", "tests.bench.train", "--bare", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # as the Ray worker has it
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # as Ray starts its worker
     seconds: list[float] = json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
     )
