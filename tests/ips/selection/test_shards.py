@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import spawn
 from ips.bag import Chunk, TensorBag
 from ips.selection.select import select
 from ips.selection.shards import Strips
+from tests.gloo import one_of_two
 from tests.ips.nets import bag_of, resnet_model, tiny_model
 
 _KINDS = (torch.float32, torch.float64)
@@ -36,14 +37,11 @@ class _Lost(TensorBag):
 @contextmanager
 def _one_of_two(rank: int, folder: str) -> Iterator[None]:
     """In a process group of two; an error is left in a file named after the rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    finally:
-        dist.destroy_process_group()
+    with one_of_two(rank, folder):
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            Path(f"{folder}/{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def _certifier(rank: int, folder: str) -> None:

@@ -26,6 +26,7 @@ from pipeline.training.hands import Pick, select_hand
 from pipeline.training.loop import Slides, train_steps
 from pipeline.training.plan import Step, epoch_plan
 from pipeline.training.ranks import Ranks, joined_ranks
+from tests.gloo import one_of_two
 from tests.pipeline.training import test_loop
 from tests.pipeline.training.test_loop import TinyEncoder, _open
 
@@ -104,15 +105,11 @@ def _resumed() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with one_of_two(rank, folder):
         half, chosen = _train(joined_ranks(), None, 0, 4)
         state, more = _train(joined_ranks(), half, 4, 7)
         torch.save((half, state, chosen | more), f"{folder}/{rank}.pt")
         torch.save(_resumed(), f"{folder}/resumed-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

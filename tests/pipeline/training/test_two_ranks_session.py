@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag
@@ -25,6 +24,7 @@ from pipeline.training import session
 from pipeline.training.loop import StepDone
 from pipeline.training.ranks import Ranks, joined_ranks
 from pipeline.training.session import Job, run_session
+from tests.gloo import one_of_two
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 LABELS = ["no", "yes"] * 5 + ["no"]  # the last seven to look at
@@ -48,9 +48,12 @@ def job(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> Job:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    job: Job = pickle.loads(Path(folder, "job").read_bytes())
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with one_of_two(rank, folder):
+        Path(folder, str(rank)).write_bytes(_ended(pickle.loads(Path(folder, "job").read_bytes())))
+
+
+def _ended(job: Job) -> bytes:
+    """What this rank ended with, and the validation slides that it opened, pickled: an error comes without frames."""
     opened: list[str] = []
     keys = {source.key for _, source in job.val}
 
@@ -58,15 +61,11 @@ def _worker(rank: int, folder: str) -> None:
         opened.extend([source.key] if source.key in keys else [])
         return open_bag(source, threads=threads, augment=augment)
 
-    result: Progress | Exception
-    try:
-        with mock.patch.object(session, "open_bag", recorded):
-            result = run_session(job, joined_ranks(), CPU, None)
-    except StorageError as error:
-        result = error
-    finally:
-        dist.destroy_process_group()
-    Path(folder, str(rank)).write_bytes(pickle.dumps((result, opened)))
+    with mock.patch.object(session, "open_bag", recorded):
+        try:
+            return pickle.dumps((run_session(job, joined_ranks(), CPU, None), opened))
+        except StorageError as error:
+            return pickle.dumps((error, opened))
 
 
 def _on_two(job: Job, folder: Path) -> list[tuple[Progress | Exception, list[str]]]:
