@@ -21,7 +21,10 @@ from pipeline.cohort.labels import NONE
 from pipeline.errors import CohortError
 
 REQUIRED = ("slide_id", "uri")
-Rows = list[tuple[int, dict[str, str]]]
+Rows = Iterator[tuple[int, dict[str, str]]]
+"""One at a time: a million of them together take gigabytes."""
+
+BATCH = 8192  # rows of a Parquet file held as Python objects
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NAMED = re.compile(r"sep=(.)\s*", re.IGNORECASE)
@@ -33,13 +36,25 @@ _OTHERS = {
 
 
 def parse(uri: str, data: bytes) -> tuple[list[str], Rows, list[str]]:
-    """Columns, numbered rows as text, and what is wrong with the table as such; a CohortError where it is no table."""
+    """Columns, numbered rows as text, and what is wrong with the table as such, of which rows tell as they come.
+
+    Raises:
+        CohortError: it is no table; also where that shows in a row.
+    """
     if not data:
         raise CohortError(uri, ["the file is empty (0 bytes); write a header and at least one slide"])
     if data[:4] == b"PAR1":
         return _parse_parquet(uri, data)
     try:
-        return _parse_csv(_decoded(data))
+        columns, rows, problems = _parse_csv(_decoded(data))
+    except ValueError as error:
+        raise CohortError(uri, [str(error)]) from error
+    return columns, _told(uri, rows), problems
+
+
+def _told(uri: str, rows: Rows) -> Rows:
+    try:
+        yield from rows
     except ValueError as error:
         raise CohortError(uri, [str(error)]) from error
 
@@ -67,15 +82,19 @@ def _parse_csv(text: str) -> tuple[list[str], Rows, list[str]]:
     named = _NAMED.fullmatch(first)
     separator = named[1] if named else _separator(text)
     lines = _cells(text, separator)
-    start = 1 if named else 0
-    header = lines[start] if len(lines) > start else []
+    if named:
+        next(lines)
+    header = next(lines, [])
     names = _trimmed(header)
     columns = [name for name in names if name]  # pandas writes its index without one
     problems = [
         f"column {name!r} stands twice in the header" for name in dict.fromkeys(columns) if columns.count(name) > 1
     ]
-    rows: Rows = []
-    for number, cells in enumerate(lines[start + 1 :], start=start + 2):
+    return columns, _rows(lines, names, separator, 3 if named else 2, problems), problems
+
+
+def _rows(lines: Iterator[list[str]], names: Sequence[str], separator: str, first: int, problems: list[str]) -> Rows:
+    for number, cells in enumerate(lines, start=first):
         values = _trimmed(cells)
         if values and (len(cells) < len(names) or len(values) > len(names)):
             problems.append(
@@ -84,8 +103,7 @@ def _parse_csv(text: str) -> tuple[list[str], Rows, list[str]]:
             )
         elif values:
             values += [""] * (len(names) - len(values))
-            rows.append((number, {name: value for name, value in zip(names, values, strict=True) if name}))
-    return columns, rows, problems
+            yield number, {name: value for name, value in zip(names, values, strict=True) if name}
 
 
 def _separator(text: str) -> str:
@@ -105,9 +123,9 @@ def _header(text: str, separator: str) -> list[str]:
         return []
 
 
-def _cells(text: str, separator: str) -> list[list[str]]:
+def _cells(text: str, separator: str) -> Iterator[list[str]]:
     try:
-        return list(_reader(text, separator))
+        yield from _reader(text, separator)
     except csv.Error as error:
         raise ValueError(f"not a CSV file: {error}; close every quote, or use Parquet") from error
 
@@ -130,10 +148,8 @@ def _parse_parquet(uri: str, data: bytes) -> tuple[list[str], Rows, list[str]]:
     except (pa.ArrowException, OSError) as error:
         raise CohortError(uri, [f"not a readable Parquet file ({error}); write it again"]) from error
     columns = [str(name) for name in table.column_names]
-    rows = [
-        (number, {name: _text(value) for name, value in row.items()})
-        for number, row in enumerate(table.to_pylist(), start=2)
-    ]
+    records = (record for batch in table.to_batches(BATCH) for record in batch.to_pylist())
+    rows = ((number, {name: _text(value) for name, value in row.items()}) for number, row in enumerate(records, 2))
     return columns, rows, []
 
 

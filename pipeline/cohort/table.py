@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ _RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords", 
 _SHOWN_ROWS = 20  # of each problem; the rest are counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CohortSlide:
     """One row."""
 
@@ -90,20 +90,22 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     data = files.read_bytes(uri)
     columns, rows, problems = parse(uri, data)
     needed = dict.fromkeys([*REQUIRED, *(column for task in tasks for column in task.columns)])
-    if missing := [column for column in needed if column not in columns]:
-        problems.append(_missing(missing, columns, tasks))
+    missing = [column for column in needed if column not in columns]
+    absent = [_missing(missing, columns, tasks)] if missing else []
     if set(REQUIRED) & set(missing):
-        raise CohortError(uri, problems)
+        deque(rows, maxlen=0)  # which tells what is wrong with them
+        raise CohortError(uri, [*problems, *absent])
     places = {task.name: f"tasks.{place}" for place, task in enumerate(tasks)}
     tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
     folder = files.parent(uri)
-    slides = tuple(_slide(number, row, folder, tasks, found) for number, row in rows)
-    _check_rows([number for number, _ in rows], slides, found)
+    numbered = [(number, _slide(number, row, folder, tasks, found)) for number, row in rows]
+    slides = tuple(slide for _, slide in numbered)
+    _check_rows([number for number, _ in numbered], slides, found)
     for task in tasks:
         found.add_other_classes(task, places[task.name], [slide.labels[task.name] for slide in slides])
-    problems += found.lines()
-    if not rows and not problems:
+    problems += [*absent, *found.lines()]
+    if not slides and not problems:
         problems.append("no rows below the header; list at least one slide")
     if problems:
         raise CohortError(uri, problems)

@@ -14,6 +14,11 @@ ROWS = [
 ]
 
 
+def parsed(uri: str, data: bytes) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[str]]:
+    columns, rows, problems = parse(uri, data)
+    return columns, list(rows), problems
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -38,29 +43,29 @@ ROWS = [
     ],
 )  # fmt: skip
 def test_one_table(data: bytes) -> None:
-    assert parse("c.csv", data) == (["slide_id", "uri", "label", "note"], ROWS, [])
+    assert parsed("c.csv", data) == (["slide_id", "uri", "label", "note"], ROWS, [])
 
 
 def test_a_spreadsheet_names_its_separator_in_the_first_line() -> None:
-    columns, rows, problems = parse("c.csv", ("sep=;\r\n" + PLAIN.replace(",", ";")).encode("utf-8-sig"))
+    columns, rows, problems = parsed("c.csv", ("sep=;\r\n" + PLAIN.replace(",", ";")).encode("utf-8-sig"))
     assert (columns, problems) == (["slide_id", "uri", "label", "note"], [])
     assert rows == [(number + 1, row) for number, row in ROWS]
 
 
 def test_a_separator_within_other_cells_is_none() -> None:
-    columns, rows, problems = parse("c.csv", b"slide_id,uri,found;all;b;c\na,b,1;2;3\n")
+    columns, rows, problems = parsed("c.csv", b"slide_id,uri,found;all;b;c\na,b,1;2;3\n")
     assert (columns, problems) == (["slide_id", "uri", "found;all;b;c"], [])
     assert rows == [(2, {"slide_id": "a", "uri": "b", "found;all;b;c": "1;2;3"})]
 
 
 def test_a_value_beyond_the_header_is_not_dropped_in_silence() -> None:
-    _, rows, problems = parse("c.csv", b"slide_id,uri,\na,b, c\nd,e,\n")
+    _, rows, problems = parsed("c.csv", b"slide_id,uri,\na,b, c\nd,e,\n")
     assert problems == ["row 2: 3 fields, the header has 2; quote values with commas"]
     assert [number for number, _ in rows] == [3]
 
 
 def test_an_unknown_separator_shows_in_the_header() -> None:
-    columns, _, problems = parse("c.csv", b"slide_id:uri\na:b\n")
+    columns, _, problems = parsed("c.csv", b"slide_id:uri\na:b\n")
     assert (columns, problems) == (["slide_id:uri"], [])
 
 
