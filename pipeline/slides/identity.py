@@ -29,6 +29,7 @@ from pipeline.formats.dicom import PREAMBLE, series_uid
 from pipeline.slides.layout import BROKEN
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.storage.listing import Ask
 from pipeline.storage.ranges import Range, SourceFile
 from pipeline.storage.staging import Fetched
 
@@ -103,13 +104,17 @@ def slide_files(uri: str) -> list[str]:
     return [uri, *sorted({files.join(folder, name) for name in _companion_versions(uri)} - {uri})]
 
 
-def slide_version(uri: str) -> SourceVersion:
+def slide_version(uri: str, ask: Ask = files.source_version) -> SourceVersion:
     """Which state of its files a slide is in: that of its one file, or all its companions' in one.
+
+    Args:
+        uri: of its main file.
+        ask: gives that file's version.
 
     Raises:
         StorageError: the main file is absent, denied or a folder.
     """
-    main = files.source_version(uri)
+    main = ask(uri)
     if not is_several(uri):
         return main
     versions = _companion_versions(uri)

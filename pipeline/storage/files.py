@@ -36,7 +36,7 @@ PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one o
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceVersion:
     """What tells one state of a file from another without reading it: size and etag (S3) or mtime (local)."""
 
@@ -113,18 +113,25 @@ def source_version(uri: str) -> SourceVersion:
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
     with failures(uri, "read"):
-        data: bytes = s3.call(uri, "cat_file", s3.key(uri)) if is_remote(uri) else local_path(uri).read_bytes()
-        return data
+        return _read(uri)
 
 
 def read_if_there(uri: str) -> bytes | None:
-    """The whole file; None when it does not exist."""
-    try:
-        return read_bytes(uri)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+    """The whole file; None when it does not exist. One request."""
+    with failures(uri, "read"):
+        try:
+            return _read(uri)
+        except FileNotFoundError as error:
+            if s3.code(error) == "NoSuchBucket":
+                raise
             return None
-        raise
+
+
+def _read(uri: str) -> bytes:
+    if not is_remote(uri):
+        return local_path(uri).read_bytes()
+    data: bytes = s3.call(uri, "cat_file", s3.key(uri))
+    return data
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -158,8 +165,13 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def read_json(uri: str) -> Any:
     """The parsed JSON file."""
+    return parsed_json(uri, read_bytes(uri))
+
+
+def parsed_json(uri: str, data: bytes) -> Any:
+    """The JSON that was read from a file."""
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(data)
     except ValueError as error:
         raise DamagedError(f"cannot read {uri}: not JSON ({error}); delete it and run again") from error
 

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import SlideError
+from pipeline.errors import SlideError, StorageError
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.storage.listing import Ask
 from pipeline.tiling.interchange import Coordinates, file_names, read_coordinates, require_h5py
 from pipeline.tiling.masks import ExternalMask, read_mask
 
@@ -36,25 +37,46 @@ def check_environment(slides: Iterable[CohortSlide], spec: TilingConfig) -> None
         require_h5py()
 
 
-def guide_files(slide: CohortSlide, spec: TilingConfig) -> tuple[str | None, str | None]:
-    """URIs of the slide's mask and of its coordinates, where it has them.
+def may_guide(slide: CohortSlide, spec: TilingConfig) -> list[str]:
+    """URIs of all files that may be given beside the slide: its mask, and its coordinates by each name.
 
     The coordinates are the cohort's, else the file in `spec.coords` that bears the slide's id, as `export` writes it,
     or its file's name.
+    """
+    given = [uri for uri in (slide.mask, slide.coords) if uri is not None]
+    if slide.coords is not None or spec.coords is None:
+        return given
+    stem = slide.uri.rpartition("/")[2].rpartition(".")[0]
+    return [*given, *(files.join(spec.coords, name) for name in file_names(slide.slide_id, stem))]
+
+
+def guide_files(
+    slide: CohortSlide, spec: TilingConfig, ask: Ask = files.source_version
+) -> tuple[str | None, str | None]:
+    """URIs of the slide's mask and of its coordinates, where it has them.
 
     Raises:
         SlideError: "coords", `spec.coords` has none for the slide.
+        StorageError: it cannot be reached.
     """
     if slide.coords is not None or spec.coords is None:
         return slide.mask, slide.coords
-    stem = slide.uri.rpartition("/")[2].rpartition(".")[0]
-    names = file_names(slide.slide_id, stem)
-    for name in names:
-        if files.exists(uri := files.join(spec.coords, name)):
+    candidates = may_guide(slide, spec)[slide.mask is not None :]
+    for uri in candidates:
+        if _is_there(uri, ask):
             return slide.mask, uri
-    raise SlideError(
-        "coords", f"tiling.coords={spec.coords} has none of {', '.join(names)}; add the file or leave the slide out"
-    )
+    names = ", ".join(uri.rpartition("/")[2] for uri in candidates)
+    raise SlideError("coords", f"tiling.coords={spec.coords} has none of {names}; add the file or leave the slide out")
+
+
+def _is_there(uri: str, ask: Ask) -> bool:
+    try:
+        ask(uri)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise
+    return True
 
 
 def read_guide(slide: CohortSlide, spec: TilingConfig) -> Guide:
@@ -74,16 +96,18 @@ def read_guide(slide: CohortSlide, spec: TilingConfig) -> Guide:
     return Guide(mask, coords, hashlib.sha256(json.dumps(digests).encode()).hexdigest())
 
 
-def guided_version(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -> SourceVersion:
-    """The slide's version, made another one by every change of its mask or coordinates.
+def guided_version(
+    slide: CohortSlide, spec: TilingConfig, version: SourceVersion, ask: Ask = files.source_version
+) -> SourceVersion:
+    """The slide's version, made another one by every change of its mask or coordinates, whose versions `ask` gives.
 
     Raises:
         SlideError: "coords".
         StorageError: a file that the cohort names cannot be reached.
     """
-    given = [uri for uri in guide_files(slide, spec) if uri is not None]
+    given = [uri for uri in guide_files(slide, spec, ask) if uri is not None]
     if not given:
         return version
-    versions = [[uri, asdict(files.source_version(uri))] for uri in given]
+    versions = [[uri, asdict(ask(uri))] for uri in given]
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:16]
     return replace(version, etag=f"{version.etag or ''}+{digest}")
