@@ -1,0 +1,232 @@
+"""How a cohort's cost grows: `python -m tests.bench.cohort --sizes 1000 10000 100000`, in minutes; --s3 takes longer.
+
+For each size a store in which every slide is committed: one slide is tiled, its folder and its rows of the catalogue
+are cloned, and the cohort's files are hard links of its file. Then, each in a process of its own:
+
+- *known*: the tile stage of a cohort that the store knows and no stage recorded, which writes page, ledgers and record
+- *nothing*: the same command again
+- *plan*: what would be done
+- *one more*: a slide is added
+
+CPU seconds and largest memory of that process and those that it starts; with --s3 also requests by kind, counted at a
+proxy before a real server. A straight line is fitted through the sizes: what a slide costs. JSON as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.compose import load_config
+from pipeline.ingest.tiler import store_slide
+from pipeline.storage.files import SourceVersion
+from pipeline.store.catalogue import Catalogue, Row
+from pipeline.store.patches import PatchStore
+from pipeline.store.rows import slide_row, source_row
+from tests.faults import faulty_s3
+from tests.s3 import serve_s3
+from tests.synth import tissue_rgb
+
+EDGE = 512  # px of an image
+LINKS = 30_000  # hard links of one file; ext4 allows 65,000
+FILE_ROWS = 50_000  # rows of a file of the cloned catalogue
+REAL = 1000  # slides at both ends whose whole folder is cloned; of the others what tells that they are there
+BUCKET = "bench"
+STEPS = ("known", "nothing", "plan", "one more")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one command."""
+
+    step: str
+    slides: int
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    requests: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study lies: on the disk, and as commands name it."""
+
+    folder: Path
+    uri: str
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{self.folder.parent / 'mlflow.db'}"
+
+    def overrides(self) -> list[str]:
+        return [
+            f"cohort.uri={self.uri}/cohort.csv",
+            f"storage.root={self.uri}/root",
+            f"tracking.uri={self.tracking}",
+            "tiling=image",
+            "tiling.patch_px=256",
+        ]
+
+
+def write_study(place: Place, count: int) -> None:
+    """A cohort all of whose slides are committed."""
+    (place.folder / "slides").mkdir(parents=True)
+    Image.fromarray(tissue_rgb(EDGE, EDGE)).save(place.folder / "first.jpg", quality=85)
+    config = load_config("default", Place(place.folder, str(place.folder)).overrides())
+    assert config.storage.patches is not None
+    first = CohortSlide("first", str(place.folder / "first.jpg"), "p", None, None, {}, {})
+    status = store_slide(first, config.tiling, config.storage.patches)
+    assert status.key is not None, status.error
+    store = PatchStore(config.storage.patches, config.tiling.fingerprint())
+    facts = store.facts(status.key)
+    shutil.rmtree(Path(store.catalogue.uri))
+    rows: list[Row] = []
+    for number, (slide, version) in enumerate(_cloned(place, count)):
+        key = hashlib.sha256(slide.slide_id.encode()).hexdigest()[:32]
+        _clone_folder(Path(store.uri), status.key, key, whole=number < REAL or number >= count - REAL)
+        rows.append(source_row(slide, version, {**asdict(status), "key": key}, None))
+        rows.append(slide_row({**facts, "key": key}))
+        if len(rows) >= FILE_ROWS:
+            Catalogue(store.uri).append(rows)
+            rows = []
+    Catalogue(store.uri).append(rows)
+    shutil.rmtree(Path(store.uri, status.key))
+    write_cohort(place, count)
+
+
+def _cloned(place: Place, count: int) -> Iterator[tuple[CohortSlide, SourceVersion]]:
+    etag = hashlib.md5((place.folder / "first.jpg").read_bytes(), usedforsecurity=False).hexdigest()
+    original = place.folder / "first.jpg"
+    for number in range(count):
+        if number % LINKS == 0:
+            original = Path(shutil.copy(original, place.folder / f"original-{number}.jpg"))
+        path = place.folder / "slides" / f"{number:07d}.jpg"
+        path.hardlink_to(original)
+        found = path.stat()
+        remote = place.uri.startswith("s3://")
+        version = SourceVersion(found.st_size, etag if remote else None, None if remote else found.st_mtime)
+        yield CohortSlide(path.stem, f"{place.uri}/slides/{path.name}", "p", None, None, {}, {}), version
+
+
+def _clone_folder(store: Path, first: str, key: str, *, whole: bool) -> None:
+    (store / key).mkdir()
+    for path in (store / first).iterdir():
+        if whole:
+            shutil.copy(path, store / key)
+    if not whole:
+        (store / key / "slide.json").touch()  # no look reads it: what it says stands in the catalogue
+
+
+def write_cohort(place: Place, count: int) -> None:
+    """As CSV; the last of its slides need not be stored."""
+    lines = [f"{number:07d},slides/{number:07d}.jpg,{number // 2},{number % 2}" for number in range(count)]
+    (place.folder / "cohort.csv").write_text("\n".join(["slide_id,uri,patient_id,label", *lines]) + "\n")
+
+
+def measured(step: str, count: int, place: Place, env: Mapping[str, str], seen: list[Any]) -> Cost:
+    """Run one command in a process of its own."""
+    command = [sys.executable, "-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
+    seen.clear()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    wrapped = [sys.executable, "-c", _PEAK, *command]
+    done = subprocess.run(wrapped, env=dict(env), capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise RuntimeError(f"{step}: {done.stderr[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peak = int(done.stderr.rpartition("peak ")[2]) / 1024
+    return Cost(step, count, time.monotonic() - began, cpu, peak, dict(Counter(_kind(*one[:2]) for one in seen)))
+
+
+_PEAK = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(done.returncode)
+"""
+
+
+def _kind(method: str, path: str) -> str:
+    return "LIST" if method == "GET" and "list-type=2" in urlsplit(path).query else method
+
+
+def study(count: int, *, s3: bool) -> list[Cost]:
+    """All commands on one cohort."""
+    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+        write_study(place, count)
+        costs = [measured(step, count, place, env, seen) for step in STEPS[:-1]]
+        Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
+        write_cohort(place, count + 1)
+        return [*costs, measured(STEPS[-1], count, place, env, seen)]
+
+
+@contextmanager
+def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], list[Any]]]:
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    if not s3:
+        yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, []
+        return
+    with serve_s3(scratch / "s3") as server, faulty_s3(server.endpoint) as faults:
+        server.bucket(BUCKET)
+        yield (
+            Place(scratch / "s3" / BUCKET, f"s3://{BUCKET}"),
+            {**env, **server.env, "AWS_ENDPOINT_URL": faults.endpoint},
+            faults.seen,
+        )
+
+
+def report(costs: Sequence[Cost]) -> str:
+    """A table, and what a slide costs where there are several sizes."""
+    lines = ["| step | slides | CPU s | wall s | peak MB | requests |", "|---|---|---|---|---|---|"]
+    for cost in costs:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(cost.requests.items()))
+        total = f"{sum(cost.requests.values())} ({kinds})" if kinds else ""
+        lines.append(
+            f"| {cost.step} | {cost.slides:,} | {cost.cpu_s:.1f} | {cost.wall_s:.1f} | {cost.peak_mb:.0f} | {total} |"
+        )
+    sizes = sorted({cost.slides for cost in costs})
+    if len(sizes) > 1:
+        for step in STEPS:
+            those = [cost for cost in costs if cost.step == step]
+            x = [cost.slides for cost in those]
+            cpu, base = np.polyfit(x, [cost.cpu_s for cost in those], 1)
+            memory, _ = np.polyfit(x, [cost.peak_mb for cost in those], 1)
+            asked, _ = np.polyfit(x, [sum(cost.requests.values()) for cost in those], 1)
+            lines.append(
+                f"{step}: {base:.1f} s and {cpu * 1e3:.3f} ms, {memory * 1024:.2f} KB, {asked:.4f} requests a slide"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, the fits and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--s3", action="store_true", help="on a real S3 server behind a counting proxy")
+    chosen = parser.parse_args(arguments)
+    costs = [cost for size in chosen.sizes for cost in study(size, s3=chosen.s3)]
+    print(report(costs))
+    print(json.dumps([asdict(cost) for cost in costs]))
+
+
+if __name__ == "__main__":
+    main()
