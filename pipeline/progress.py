@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -21,8 +19,6 @@ log = logging.getLogger(__name__)
 _FIRST_S = 10.0  # until the first line, so that short steps have none
 _GROWTH = 0.1  # of what a step has lasted, between two lines: some 20 lines an order of magnitude
 _LONGEST_S = 300.0
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 def on_terminal() -> bool:
@@ -119,18 +115,6 @@ def progress(what: str, total: int, unit: str, start: int = 0) -> Iterator[Steps
         yield steps
     finally:
         steps.close()
-
-
-def each(function: Callable[[Item], Found], items: Sequence[Item], what: str, unit: str, threads: int) -> list[Found]:
-    """What the function gives for every item, in their order; for calls that wait on a storage."""
-
-    def counted(item: Item) -> Found:
-        found = function(item)
-        steps.advance()
-        return found
-
-    with progress(what, len(items), unit) as steps, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(counted, items))
 
 
 def _rate(a_second: float) -> str:

@@ -33,6 +33,49 @@ INDEX = pa.schema(
     metadata=_META,
 )
 
+CATALOGUE = pa.schema(
+    [
+        pa.field("id", pa.binary(16), nullable=False),  # of this row alone; of a removal: of the row that is removed
+        pa.field("kind", pa.string(), nullable=False),  # source, slide or removal
+        pa.field("key", pa.string()),  # of the slide; null of a source that gave none
+        # of a source: one version of one file, with what is given beside it
+        pa.field("asked", pa.string()),  # digest of all that is asked for: the next eight columns
+        pa.field("uri", pa.string()),
+        pa.field("given_mpp", pa.float64()),  # the cohort's override
+        pa.field("mask", pa.string()),
+        pa.field("coords", pa.string()),
+        pa.field("series", pa.int64()),
+        pa.field("size", pa.int64()),  # bytes
+        pa.field("etag", pa.string()),
+        pa.field("mtime", pa.float64()),  # seconds since the epoch
+        pa.field("status", pa.string()),  # committed or quarantined
+        pa.field("reason", pa.string()),
+        pa.field("error", pa.string()),  # traceback
+        pa.field("picture", pa.string()),  # of a quarantined slide in small, a JPEG in base64
+        pa.field("max_seconds", pa.float64()),  # what was not enough for it
+        pa.field("max_gib", pa.float64()),
+        pa.field("left", pa.string()),  # key under which a slide that was given up left files
+        pa.field("n_patches", pa.int64()),  # of sources and slides
+        pa.field("n_bad_tiles", pa.int64()),
+        # of a slide: the fields of `StoredSlide`
+        pa.field("patch_px", pa.int64()),
+        pa.field("level", pa.int64()),
+        pa.field("downsample", pa.float64()),
+        pa.field("stride", pa.float64()),
+        pa.field("mpp", pa.float64()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("thumbnail_scale", pa.float64()),
+        pa.field("imported", pa.bool_()),
+        pa.field("dim", pa.int64()),  # of features: numbers a patch
+        pa.field("dtype", pa.string()),
+        pa.field("pack", pa.string()),  # name of the pack that holds the slide; null: a folder of its own
+        pa.field("place", pa.string()),  # JSON: where in the pack
+        pa.field("facts", pa.string()),  # JSON: what slide.json says
+    ],
+    metadata=_META,
+)
+
 ATTENTION = pa.schema(
     [
         pa.field("slide_id", pa.string(), nullable=False),

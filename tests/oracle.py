@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -205,3 +206,33 @@ def uncovered(mask: npt.NDArray[np.bool_], scale: int, boxes: npt.NDArray[np.flo
     for x0, y0, x1, y1 in boxes.astype(int).tolist():
         left[y0:y1, x0:x1] = False
     return float(left.sum() / tissue.sum())
+
+
+def catalogue_view(
+    appended: Sequence[Mapping[str, Any]], removed: Collection[bytes]
+) -> dict[str, list[dict[str, Any]]]:
+    """What a catalogue says where these rows were appended, and those of these ids removed; without wide columns."""
+    rows = sorted((row for row in appended if row["id"] not in removed), key=lambda row: row["id"])
+    slides: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        best = slides.get(row["key"])
+        if row["kind"] == "slide" and (best is None or row["n_bad_tiles"] < best["n_bad_tiles"]):
+            slides[row["key"]] = row
+    sources: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["kind"] != "source" or (row["key"] is not None and row["key"] not in slides):
+            continue
+        best = sources.get(row["asked"])
+        if best is None or _weight(row) > _weight(best):
+            sources[row["asked"]] = row
+    wide = ("error", "picture", "facts")
+    return {
+        name: [{column: found[key][column] for column in found[key] if column not in wide} for key in sorted(found)]
+        for name, found in (("sources", sources), ("slides", slides))
+    }
+
+
+def _weight(row: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """Of a source's outcome: there before quarantined, a verdict before one that higher limits may overturn."""
+    limits = [float("inf") if row[name] is None else row[name] for name in ("max_seconds", "max_gib")]
+    return row["key"] is not None, limits[0], limits[1]

@@ -27,6 +27,7 @@ from pipeline.storage.files import SourceVersion
 from pipeline.store.features import Features, FeatureSlide, FeatureStore
 from pipeline.store.patches import StoredSlide
 
+TOGETHER = 256  # slides whose features one file of the catalogue commits
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -96,8 +97,9 @@ def embed_slide(embedder: Embedder, stored: StoredSlide, store: FeatureStore, th
         StorageError: a store cannot be read or written.
         StageError: a feature is not finite.
     """
-    if store.has(stored.key):
-        return store.slide(stored)
+    known = store.written(stored)
+    if known is not None:
+        return known
     bag = PatchBag([stored], threads=threads, augment=None)
     chunks = (embedder(chunk.patches) for chunk in bag.chunks(embedder.config.batch))
     return store.write(stored, chunks, embedder.config.model_dump(mode="json"))
@@ -127,9 +129,11 @@ def embed_slides(
     Raises:
         StorageError, StageError: as `embed_slide`; what is committed stays.
     """
-    pending = [slide for slide in slides if not store.has(slide.key)]
+    missing = set(store.gone([slide.key for slide in slides]))
+    pending = [slide for slide in slides if slide.key in missing]
     if not pending:
         return
+    store.look_again()  # what was seen need not travel
     import ray.data  # loads for seconds
 
     most = max(1, min(actors[1], len(pending)))
@@ -142,10 +146,18 @@ def embed_slides(
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    for row in dataset.iter_rows():
-        if row["failure"]:
-            raise pickle.loads(row["failure"])
-        on_done(row["key"])
+    made: list[str] = []
+    try:
+        for row in dataset.iter_rows():
+            if row["failure"]:
+                raise pickle.loads(row["failure"])
+            made.append(row["key"])
+            on_done(row["key"])
+            if len(made) == TOGETHER:
+                store.commit(made)
+                made.clear()
+    finally:
+        store.commit(made)
 
 
 class _Actor:

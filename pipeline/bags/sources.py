@@ -12,7 +12,6 @@ gradient pass takes again what the selection has scored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, assert_never
 
@@ -32,6 +31,7 @@ from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
 from pipeline.ingest.isolated import store_slide
+from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
@@ -128,29 +128,26 @@ def patch_root(config: Config) -> str:
     return plan_root(config.storage.patches) if config.train.source == "stream" else config.storage.patches
 
 
-def open_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[LabelledSource]:
+def open_sources(
+    config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str], versions: Sequence[Looked] | None = None
+) -> list[LabelledSource]:
     """The sources of slides that the tile stage has committed under `keys` (slide id -> key).
+
+    `versions` are those of the slides' files, where they were looked at already; only streamed ones are.
 
     Raises:
         StorageError: one is gone.
     """
     if config.cohort.megapixel_mnist is not None:
         return [(slide, open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)) for slide in slides]
-    store = patch_store(config)
-    with ThreadPoolExecutor(16) as pool:
-        if config.train.source == "stream":
-            return list(
-                zip(
-                    slides,
-                    pool.map(lambda s: open_streamed(s, config.tiling, store, keys[s.slide_id]), slides),
-                    strict=True,
-                )
-            )
-        stored = list(pool.map(lambda slide: store.slide(keys[slide.slide_id]), slides))
-        if config.model.encoder.name != "features":
-            return list(zip(slides, stored, strict=True))
-        store_of_features, _ = feature_store(config)
-        features = list(pool.map(store_of_features.slide, stored))
+    store, wanted = patch_store(config), [keys[slide.slide_id] for slide in slides]
+    if config.train.source == "stream":
+        looked = look_at(slides, config.tiling) if versions is None else versions
+        return list(zip(slides, open_streamed(slides, looked, config.tiling, store, wanted), strict=True))
+    stored = store.slides(wanted)
+    if config.model.encoder.name != "features":
+        return list(zip(slides, stored, strict=True))
+    features = feature_store(config)[0].slides(stored)
     _check_width(config, features)
     return list(zip(slides, features, strict=True))
 

@@ -23,6 +23,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
 from pipeline.ingest.tiler import opened, version_of
+from pipeline.ingest.versions import Looked
 from pipeline.slides.identity import reading_source
 from pipeline.slides.open import SlideReader
 from pipeline.storage import files
@@ -116,23 +117,41 @@ def plan_root(root: str) -> str:
     return files.join(root, PLANS)
 
 
-def open_streamed(slide: CohortSlide, spec: TilingConfig, plans: PatchStore, key: str) -> StreamedSlide:
-    """A slide that the tile stage has planned.
+def open_streamed(
+    slides: Sequence[CohortSlide],
+    versions: Sequence[Looked],
+    spec: TilingConfig,
+    plans: PatchStore,
+    keys: Sequence[str],
+) -> list[StreamedSlide]:
+    """Slides that the tile stage has planned.
+
+    Args:
+        slides: their sources.
+        versions: of their files.
+        spec: by which they are cut.
+        plans: where their plans are.
+        keys: of the plans.
 
     Raises:
-        StorageError: its plan is gone.
-        SlideError: its file is; "changed", the file is not the one that was planned.
+        StorageError: a plan is gone.
+        SlideError: a slide's file is; "changed", it is not the one that was planned.
     """
-    plan, version = plans.slide(key), version_of(slide, spec)
-    if not is_plan_of(plans, key, slide, version):
-        raise SlideError("changed", f"{slide.uri}: the file was replaced after it was planned; run again")
-    return StreamedSlide(slide, spec, plan, version)
+    found, current = plans.slides(keys), planned_keys(plans, slides, versions)
+    streamed = []
+    for slide, version, plan, key in zip(slides, versions, found, current, strict=True):
+        if isinstance(version, SlideError):
+            raise version
+        if key != plan.key:
+            raise SlideError("changed", f"{slide.uri}: the file was replaced after it was planned; run again")
+        streamed.append(StreamedSlide(slide, spec, plan, version))
+    return streamed
 
 
-def is_plan_of(plans: PatchStore, key: str, slide: CohortSlide, version: SourceVersion) -> bool:
-    """Whether a plan is of this version of the slide's file: another picture's patches stand elsewhere."""
-    status = plans.status(slide, version)
-    return status is not None and status.key == key
+def planned_keys(plans: PatchStore, slides: Sequence[CohortSlide], versions: Sequence[Looked]) -> list[str | None]:
+    """Keys of the plans of these versions of the slides' files: another picture's patches stand elsewhere."""
+    statuses = plans.statuses(slides, [None if isinstance(version, SlideError) else version for version in versions])
+    return [None if status is None else status.key for status in statuses]
 
 
 def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 
 from pipeline.cli import data
+from pipeline.cli import store as store_commands
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
 from pipeline.config.recipe import Config
@@ -286,3 +287,4 @@ def _must_be_local(folder: Path) -> None:
 
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)
+app.add_typer(store_commands.app, name="store", rich_help_panel=_TILED)

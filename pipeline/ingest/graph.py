@@ -21,13 +21,13 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, NodeError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
 from pipeline.ingest.isolated import begin_slide, store_share
-from pipeline.ingest.tiler import LargeSlide, finish_slide, known_status, quarantined, version_of
-from pipeline.progress import each, progress
+from pipeline.ingest.tiler import LargeSlide, finish_slide, may_go_further, quarantined
+from pipeline.ingest.versions import Looked, look_at
+from pipeline.progress import progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
 
-STATUS_THREADS = 16  # look-ups wait on the storage, not on the CPU
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
@@ -52,11 +52,13 @@ def tile_cohort(
     cpus: float,
     on_status: Callable[[SlideStatus], None],
     pixels: bool = True,
+    versions: Sequence[Looked] | None = None,
+    start: Callable[[], None] = lambda: None,
 ) -> list[SlideStatus]:
     """Tile the slides that the store does not know yet; statuses come back in the order of `slides`.
 
-    Ray must be initialised, unless every slide is known already. Each slide is committed on its own, and the parts
-    of a large one are kept: after an interruption the next call goes on with the rest.
+    Each slide is committed on its own, and the parts of a large one are kept: after an interruption the next call goes
+    on with the rest.
 
     Args:
         slides: rows of the cohort; two with the same content become one stored slide.
@@ -65,33 +67,48 @@ def tile_cohort(
         cpus: CPUs that Ray reserves for each task.
         on_status: called once for every slide, known ones first, then as they are finished.
         pixels: False commits where the patches of each slide are, and none of them (`streamed.plan_root`).
+        versions: of the slides' files, where they were looked at already.
+        start: called before the first slide is tiled, where there is one; Ray is initialised then at the latest.
 
     Raises:
         StorageError: the store itself cannot be read or written, or no slide at all can be reached (wrong
             credentials, server down).
     """
+    versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
-    found = each(lambda slide: _look_up(slide, spec, patches), slides, "tile", "slides looked up", STATUS_THREADS)
-    statuses = {number: status for number, status in enumerate(found) if isinstance(status, SlideStatus)}
-    sizes = {number: size for number, size in enumerate(found) if isinstance(size, int)}
+    statuses, sizes = _look_up(slides, versions, spec, patches)
     unreachable = [s for s in statuses.values() if s.reason is not None and s.reason.startswith("source: ")]
     if unreachable and len(unreachable) == len(slides):
         raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
     for status in statuses.values():
         on_status(status)
+    if sizes:
+        patches.forget_gone()  # what is tiled in their place may be otherwise
+        start()
     for number, status in _tile(slides, sizes, _Job(uuid.uuid4().hex, spec, store, cpus, pixels)):
         statuses[number] = status
         on_status(status)
     return [statuses[number] for number in range(len(slides))]
 
 
-def _look_up(slide: CohortSlide, spec: TilingConfig, patches: PatchStore) -> SlideStatus | int:
-    """The status of a slide that needs no work, done before or out of reach; else the bytes of its file."""
-    try:
-        version = version_of(slide, spec)
-    except SlideError as error:
-        return quarantined(slide, error.reason, error)
-    return known_status(patches, slide, version, spec) or version.size
+def _look_up(
+    slides: Sequence[CohortSlide],
+    versions: Sequence[Looked],
+    spec: TilingConfig,
+    patches: PatchStore,
+) -> tuple[dict[int, SlideStatus], dict[int, int]]:
+    """Statuses of the slides that need no work, done before or out of reach; bytes of the others' files. By number."""
+    statuses: dict[int, SlideStatus] = {}
+    sizes: dict[int, int] = {}
+    known = patches.statuses(slides, [None if isinstance(v, SlideError) else v for v in versions])
+    for number, (slide, version, status) in enumerate(zip(slides, versions, known, strict=True)):
+        if isinstance(version, SlideError):
+            statuses[number] = quarantined(slide, version.reason, version)
+        elif status is None or may_go_further(status, spec):
+            sizes[number] = version.size
+        else:
+            statuses[number] = status
+    return statuses, sizes
 
 
 def _tile(slides: Sequence[CohortSlide], sizes: dict[int, int], job: _Job) -> Iterator[tuple[int, SlideStatus]]:

@@ -19,6 +19,7 @@ from pipeline.slides.identity import fetch_small, is_several, reading_source, sl
 from pipeline.slides.open import SlideReader, open_uri
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.storage.listing import Ask
 from pipeline.storage.staging import GIB, Fetched, Staging
 from pipeline.store.commit import (
     PlannedSlide,
@@ -30,7 +31,7 @@ from pipeline.store.commit import (
     write_slide,
 )
 from pipeline.store.parts import part_count
-from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_key
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_key, stored_slide
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.guide import guided_version, read_guide
 from pipeline.tiling.slide import effective_mpp, tile_slide
@@ -82,9 +83,6 @@ def begin_slide(
         version = version_of(slide, spec)
     except SlideError as error:
         return quarantined(slide, error.reason, error)
-    known = known_status(patches, slide, version, spec)  # another job may have been faster
-    if known is not None:
-        return known
     return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole, pixels=pixels))
 
 
@@ -131,7 +129,12 @@ def known_status(
 ) -> SlideStatus | None:
     """What the store knows of the slide; None also where it was too expensive for less than it may take now."""
     status = patches.status(slide, version)
-    return None if status is not None and status.limits is not None and allows_more(spec, status.limits) else status
+    return None if status is None or may_go_further(status, spec) else status
+
+
+def may_go_further(status: SlideStatus, spec: TilingConfig) -> bool:
+    """Whether the slide was given up as too expensive, and may take more now."""
+    return status.limits is not None and allows_more(spec, status.limits)
 
 
 def allows_more(spec: TilingConfig, limits: Sequence[float]) -> bool:
@@ -163,19 +166,20 @@ def _begin(
             log.info("%s: %s is read", slide.uri, reader.picked.plane)
         mpp = effective_mpp(reader.mpp, spec, slide.mpp)
         key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
-        known = patches.slide(key) if patches.has(key) else None
-        if known is not None and (digest.whole or known.n_bad_tiles == 0):
-            return _committed(slide, known)
+        known = patches.written(key)
+        if known is not None and (digest.whole or known["n_bad_tiles"] == 0):
+            return _committed(slide, stored_slide(patches.uri, known))
         with reading_source():
             tiling = tile_slide(reader, spec, mpp, guide)
         if known is not None:
-            lost = {(x, y) for x, y in patches.facts(key)["bad_tiles"]}
+            lost = {(x, y) for x, y in known["bad_tiles"]}
             with reading_source():
                 if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
                     digest = slide_digest(place, whole=True)
             key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
-            if patches.has(key):
-                return _committed(slide, patches.slide(key))
+            known = patches.written(key)
+            if known is not None:
+                return _committed(slide, stored_slide(patches.uri, known))
         sampled = None if digest.whole else version
         planned = plan_slide(digest.sha256, mpp, reader, tiling, guide.digest, sampled)
         check = _unchanged(slide, spec, version)
@@ -260,14 +264,14 @@ def _unchanged(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -
     return check
 
 
-def version_of(slide: CohortSlide, spec: TilingConfig) -> SourceVersion:
-    """Which state the slide's files are in, its mask and coordinates included.
+def version_of(slide: CohortSlide, spec: TilingConfig, ask: Ask = files.source_version) -> SourceVersion:
+    """Which state the slide's files are in, its mask and coordinates included; `ask` gives that of one file.
 
     Raises:
         SlideError: one of them cannot be reached ("missing", "directory", "source", "coords").
     """
     with reading_source():
-        return guided_version(slide, spec, slide_version(slide.uri))
+        return guided_version(slide, spec, slide_version(slide.uri, ask), ask)
 
 
 def _committed(slide: CohortSlide, stored: StoredSlide) -> SlideStatus:

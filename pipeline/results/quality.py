@@ -6,8 +6,9 @@ The page needs nothing else and stays below some 10 MB whatever the cohort's siz
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -21,12 +22,13 @@ from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError
-from pipeline.ingest.tiler import quarantined, version_of
+from pipeline.ingest.tiler import quarantined
+from pipeline.ingest.versions import look_at
 from pipeline.results.quality_pictures import SlidePicture, picture
 from pipeline.results.tables import table_csv
 from pipeline.slides.reader import square_mpp
 from pipeline.storage import files
-from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.tiling.evidence import OUTLINE
 from pipeline.tiling.interchange import file_stems
 from pipeline.tiling.tissue import BIN
@@ -38,7 +40,7 @@ THREADS = 16  # they wait on the storage
 PAGE_ALONE = frozenset({"picture", "saturations"})  # no columns of the table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QualityRow:
     """One slide of the cohort; a row of the CSV table."""
 
@@ -94,8 +96,14 @@ def quality_rows(store: PatchStore, statuses: Sequence[SlideStatus]) -> list[Qua
     Raises:
         StorageError: a committed slide is gone.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda status: _row(store, status), statuses))
+    shown = heapq.nsmallest(ROWS, range(len(statuses)), key=lambda place: _order(statuses[place]))
+    seen = {statuses[place].key for place in shown}
+    known = {key: _facts(facts, with_histogram=key in seen) for key, facts in store.all_facts(_keys(statuses))}
+    return [_row(status, {} if status.key is None else known[status.key]) for status in statuses]
+
+
+def _keys(statuses: Iterable[SlideStatus]) -> list[str]:
+    return list(dict.fromkeys(status.key for status in statuses if status.key is not None))
 
 
 def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig) -> list[QualityRow]:
@@ -104,31 +112,33 @@ def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig
     Raises:
         StorageError: the store cannot be read.
     """
-
-    def find(slide: CohortSlide) -> QualityRow:
-        try:
-            status = store.status(slide, version_of(slide, spec))
-        except SlideError as error:
-            status = quarantined(slide, error.reason, error)
-        if status is None:
-            return QualityRow(slide.slide_id, slide.uri, "absent", None)
-        return _row(store, status)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(find, slides))
+    versions = look_at(slides, spec)
+    found = store.statuses(slides, [None if isinstance(version, SlideError) else version for version in versions])
+    statuses: list[SlideStatus] = []
+    absent: dict[int, QualityRow] = {}
+    for number, (slide, version, status) in enumerate(zip(slides, versions, found, strict=True)):
+        if isinstance(version, SlideError):
+            statuses.append(quarantined(slide, version.reason, version))
+        elif status is not None:
+            statuses.append(status)
+        else:
+            absent[number] = QualityRow(slide.slide_id, slide.uri, "absent", None)
+    rows = iter(quality_rows(store, statuses))
+    return [absent.get(number) or next(rows) for number in range(len(slides))]
 
 
 def review(config: Config) -> dict[str, str]:
     """Write the quality page of whatever of the cohort is tiled; URIs by kind."""
     store, folder = patch_store(config), files.join(config.storage.root, "reports", f"{config.name}-quality")
     rows = look_up(store, read_cohort(config.cohort.uri).slides, config.tiling)
-    return write_quality(store, rows, folder, config.name, config.tiling.fingerprint())
+    write_outlines(store, rows, folder)
+    return write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), PICTURES)
 
 
 def write_quality(
-    store: PatchStore, rows: Sequence[QualityRow], folder: str, name: str, fingerprint: str
+    store: PatchStore, rows: Sequence[QualityRow], folder: str, name: str, fingerprint: str, pictures: int
 ) -> dict[str, str]:
-    """Write `quality.html`, `quality.csv` and `tissue/<slide id>.geojson` into a folder; their URIs by kind.
+    """Write `quality.html` and `quality.csv` into a folder; their URIs by kind.
 
     Args:
         store: where the slides are.
@@ -136,8 +146,16 @@ def write_quality(
         folder: URI.
         name: of the study, for the page's head.
         fingerprint: of the tiling.
+        pictures: slides to show at most; each is read from the store.
     """
     outputs = {"quality": files.join(folder, "quality.html"), "quality_table": files.join(folder, "quality.csv")}
+    files.write_bytes(outputs["quality_table"], quality_csv(rows))
+    files.write_bytes(outputs["quality"], quality_page(store, rows, name, fingerprint, pictures).encode())
+    return outputs
+
+
+def write_outlines(store: PatchStore, rows: Sequence[QualityRow], folder: str) -> None:
+    """Write `tissue/<slide id>.geojson` for each tiled slide into a folder."""
     names = file_stems([row.slide_id for row in rows])
 
     def copy(row: QualityRow) -> None:
@@ -147,9 +165,12 @@ def write_quality(
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, rows))
-    files.write_bytes(outputs["quality_table"], quality_csv(rows))
-    files.write_bytes(outputs["quality"], quality_page(store, rows, name, fingerprint).encode())
-    return outputs
+
+
+def _order(row: QualityRow | SlideStatus) -> tuple[bool, int, str]:
+    """In which the page lists slides: what was refused first, then those with the fewest patches."""
+    patches = row.patches if isinstance(row, QualityRow) else row.n_patches
+    return row.status == "committed", patches, row.slide_id
 
 
 def _spoilt(row: QualityRow) -> int:
@@ -162,17 +183,19 @@ def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     return table_csv(pa.table({name: [getattr(row, name) for row in rows] for name in names}))
 
 
-def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str) -> str:
-    """The HTML page."""
+def quality_page(
+    store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str, pictures: int = PICTURES
+) -> str:
+    """The HTML page, with pictures of so many slides."""
     committed = [row for row in rows if row.key is not None]
     quarantined = [row for row in rows if row.status == "quarantined"]
-    shown = chosen(committed)
+    shown = chosen(committed, pictures)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"}
     return page.from_string(resources.files("pipeline.results").joinpath("quality.html").read_text("utf-8")).render(
         name=name,
         fingerprint=fingerprint,
-        rows=sorted(rows, key=lambda row: (row.status == "committed", row.patches, row.slide_id))[:ROWS],
+        rows=heapq.nsmallest(ROWS, rows, key=_order),
         total=len(rows),
         committed=committed,
         quarantined=quarantined[:ROWS],
@@ -189,26 +212,23 @@ def quality_page(store: PatchStore, rows: Sequence[QualityRow], name: str, finge
     )
 
 
-def chosen(rows: Sequence[QualityRow]) -> list[QualityRow]:
-    """At most 36 slides to show, those to look at first: a third with the fewest patches, then up to as many with
+def chosen(rows: Sequence[QualityRow], pictures: int = PICTURES) -> list[QualityRow]:
+    """At most so many slides to show, those to look at first: a third with the fewest patches, then up to as many with
     the most artefacts or bad tiles, then from the rest evenly by patch count.
     """
-    third = PICTURES // 3
+    third = pictures // 3
     left = sorted(rows, key=lambda row: (row.patches, row.slide_id))
     picked, left = left[:third], left[third:]
     spoilt = sorted(left, key=lambda row: (-_spoilt(row), row.slide_id))[:third]
     spoilt = [row for row in spoilt if _spoilt(row)]
     left = [row for row in left if row not in spoilt]
-    room = PICTURES - len(picked) - len(spoilt)
+    room = pictures - len(picked) - len(spoilt)
     if len(left) > room:
         left = [left[round(place * (len(left) - 1) / max(1, room - 1))] for place in range(room)]
     return [*picked, *spoilt, *left]
 
 
-def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
-    known: Mapping[str, Any] = {}
-    if status.key is not None:
-        known = _facts(files.read_json(files.join(store.uri, status.key, "slide.json")))
+def _row(status: SlideStatus, known: Mapping[str, Any]) -> QualityRow:
     return QualityRow(
         slide_id=status.slide_id,
         uri=status.uri,
@@ -222,7 +242,7 @@ def _row(store: PatchStore, status: SlideStatus) -> QualityRow:
     )
 
 
-def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(facts: Mapping[str, Any], *, with_histogram: bool) -> dict[str, Any]:
     width, height = facts["dimensions"]
     mask = facts["evidence"]["mask"]
     return {
@@ -236,7 +256,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "tissue": mask["share"],
         "tissue_threshold": mask.get("threshold"),
         "tissue_beyond": mask["beyond"],
-        "saturations": tuple(mask.get("histogram", ())),
+        "saturations": tuple(mask.get("histogram", ())) if with_histogram else (),
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
         "rejected_artefact": None if facts["spec"]["artefacts"] == "keep" else 0,
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
@@ -289,9 +309,6 @@ def _histogram(counts: Sequence[int]) -> dict[str, Any] | None:
 
 
 def _pictures(store: PatchStore, rows: Sequence[QualityRow]) -> list[tuple[QualityRow, SlidePicture]]:
-    def make(row: QualityRow) -> tuple[QualityRow, SlidePicture]:
-        stored: StoredSlide = store.slide(str(row.key))
-        return row, picture(stored)
-
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(make, rows))
+        found = pool.map(picture, store.slides([str(row.key) for row in rows]))
+        return list(zip(rows, found, strict=True))

@@ -23,7 +23,7 @@ from pipeline.slides.open import SlideReader, tool_versions
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
-from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key
+from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key, stored_slide
 from pipeline.tiling.cutting import codec_fingerprint
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.grid import PlacedGrid
@@ -66,7 +66,8 @@ class PlannedSlide:
 
     def is_done(self, store: PatchStore) -> bool:
         """Whether the slide is committed, with nothing lost that this plan's file may have."""
-        return store.has(self.key) and (self.version is None or store.slide(self.key).n_bad_tiles == 0)
+        facts = store.written(self.key)
+        return facts is not None and (self.version is None or facts["n_bad_tiles"] == 0)
 
 
 def plan_slide(
@@ -176,10 +177,12 @@ def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
             parts = list(pool.map(lambda number: _finished(store, planned, number), numbers))
             if None not in parts:
                 _commit(store, planned, [part for part in parts if part is not None])
-            elif not store.has(planned.key):  # else another job committed it meanwhile, and deleted the records
+            elif store.written(planned.key) is None:  # else another job committed it meanwhile, and deleted the records
                 raise StorageError(f"{store.uri}/unfinished/{planned.key}: a part's record is gone; run again")
         list(pool.map(lambda number: files.delete(_record(store, planned, number)), numbers))
-    return store.slide(planned.key)
+    facts = store.written(planned.key)
+    assert facts is not None  # it is not deleted while a stage is at work
+    return stored_slide(store.uri, facts)
 
 
 def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
@@ -209,8 +212,9 @@ def _commit(
     uri = files.join(store.uri, planned.key)
     bad_tiles = [*lost, *(corner for part in parts for corner in part.bad_tiles)]
     planned.tiling.check_lost(len(bad_tiles))
-    if store.has(planned.key):
-        return _committed(store, planned, bad_tiles)
+    known = store.written(planned.key)
+    if known is not None:
+        return _committed(store, planned, known, bad_tiles)
     table = join_index(parts) if table is None else table
     index = parquet_bytes(table)
     files.write_bytes(files.join(uri, "index.parquet"), index)
@@ -229,19 +233,21 @@ def _commit(
         "index": _file_facts("index.parquet", index),
     }
     files.write_json(files.join(uri, "slide.json"), facts)
-    return store.slide(planned.key)
+    return stored_slide(store.uri, facts)
 
 
-def _committed(store: PatchStore, planned: PlannedSlide, bad_tiles: Sequence[tuple[int, int]]) -> StoredSlide:
+def _committed(
+    store: PatchStore, planned: PlannedSlide, known: Mapping[str, Any], bad_tiles: Sequence[tuple[int, int]]
+) -> StoredSlide:
     """What another task committed meanwhile; "changed" where its file, of the same samples, was a worse one."""
-    lost = {(x, y) for x, y in store.facts(planned.key)["bad_tiles"]} - set(bad_tiles)
+    lost = {(x, y) for x, y in known["bad_tiles"]} - set(bad_tiles)
     if planned.version is not None and lost:
         raise SlideError(
             "changed",
             f"{store.uri}/{planned.key}: stored meanwhile from a copy that lost {len(lost)} patches which this one "
             "has; run again",
         )
-    return store.slide(planned.key)
+    return stored_slide(store.uri, known)
 
 
 def _slide_facts(reader: SlideReader) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 `<root>/<spec fingerprint>-<encoder fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow
 IPC files of one record batch: row, feature; with the start of their sha256 in the name), `index.parquet` (schema INDEX,
 as the patch store's: row, cell, x, y, level, and part, absolute offset and length of each vector) and `slide.json`,
-which is written last. Vectors of a part lie side by side, so a chunk is one range read and any row is one of exactly
-its bytes. Bytes follow from the slide, the spec, the encoder and the kind of device. The index names the parts it leads
-to, and a second writer changes nothing of a committed slide, so its features are those of one device.
+which is written last; the catalogue beside the slides, as the patch store's, says which ones are committed. Vectors of
+a part lie side by side, so a chunk is one range read and any row is one of exactly its bytes. Bytes follow from the
+slide, the spec, the encoder and the kind of device. The index names the parts it leads to, and a second writer changes
+nothing of a committed slide, so its features are those of one device.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from pipeline.schema import INDEX
 from pipeline.storage import files
 from pipeline.store.parts import content_name, naming, parquet_bytes
 from pipeline.store.patches import Ints, PatchIndex, PatchStore, StoredSlide
+from pipeline.store.rows import features_row
+from pipeline.store.shelf import Shelf
 
 PART_BYTES = 64 * 2**20
 
@@ -109,27 +112,35 @@ class FeatureSlide:
         return replace(self.patches, uri=self.uri)
 
 
-class FeatureStore:
+class FeatureStore(Shelf):
     """The features of slides tiled with one spec, made by one encoder."""
 
     def __init__(self, root: str, spec_fingerprint: str, encoder_fingerprint: str) -> None:
-        self.uri = files.join(root, f"{spec_fingerprint}-{encoder_fingerprint}")
+        super().__init__(files.join(root, f"{spec_fingerprint}-{encoder_fingerprint}"))
         self.encoder = encoder_fingerprint
 
-    def has(self, key: str) -> bool:
-        """Whether the slide's features are committed."""
-        return files.exists(files.join(self.uri, key, "slide.json"))
-
-    def slide(self, stored: StoredSlide) -> FeatureSlide:
-        """The committed features of a committed slide.
+    def slides(self, stored: Sequence[StoredSlide]) -> list[FeatureSlide]:
+        """The committed features of committed slides.
 
         Raises:
-            StorageError: they are not committed here, or belong to patches that are no longer there.
+            StorageError: some are not committed here, or belong to patches that are no longer there.
         """
+        keys = [slide.key for slide in stored]
+        self.require(dict.fromkeys(keys), "no committed features; run the embed stage")
+        rows = self.view.slides.take(self.view.slide_places(keys)).to_pylist()
+        return [self._slide(slide, row) for slide, row in zip(stored, rows, strict=True)]
+
+    def written(self, stored: StoredSlide) -> FeatureSlide | None:
+        """A slide's features that are whole in their folder, committed or about to be; None without them.
+
+        Raises:
+            StorageError: they belong to patches that are no longer there.
+        """
+        facts = self.commit_of(stored.key)
+        return None if facts is None else self._slide(stored, facts)
+
+    def _slide(self, stored: StoredSlide, facts: Mapping[str, Any]) -> FeatureSlide:
         uri = files.join(self.uri, stored.key)
-        if not self.has(stored.key):
-            raise StorageError(f"{uri}: no committed features (slide.json is absent); run the embed stage")
-        facts = files.read_json(files.join(uri, "slide.json"))
         if facts["n_patches"] != stored.n_patches:
             raise StorageError(
                 f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
@@ -138,7 +149,7 @@ class FeatureStore:
         return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"])
 
     def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:
-        """Write and commit a slide's features; those of another writer that was faster are kept.
+        """Write a slide's features, which `commit` makes seen; those of another writer that was faster are kept.
 
         Args:
             stored: the slide.
@@ -159,8 +170,9 @@ class FeatureStore:
             first, dim, dtype = first + len(part), part.shape[1], part.dtype.name
         if first != stored.n_patches:
             raise StorageError(f"{stored.uri}: {first} of {stored.n_patches} patches gave features; tile it again")
-        if self.has(stored.key):  # another writer was faster, perhaps on another kind of device
-            return self.slide(stored)
+        known = self.written(stored)
+        if known is not None:  # another writer was faster, perhaps on another kind of device
+            return known
         table = naming(_index(stored, places, dim * np.dtype(dtype).itemsize), [part["name"] for part in parts])
         index = parquet_bytes(table)
         files.write_bytes(files.join(uri, "index.parquet"), index)
@@ -176,12 +188,17 @@ class FeatureStore:
             "index": _file_facts("index.parquet", index, first),
         }
         files.write_json(files.join(uri, "slide.json"), record)
-        return self.slide(stored)
+        return self._slide(stored, record)
+
+    def commit(self, keys: Iterable[str]) -> None:
+        """Make the features of these slides seen, whose folders are whole."""
+        facts = (self.commit_of(key) for key in keys)
+        self.append([features_row(one) for one in facts if one is not None])
 
 
 def stored_slides(store: PatchStore, keys: Iterable[str]) -> list[StoredSlide]:
     """The committed slides of `keys`, each once, largest first: so no actor is left with a large one at the end."""
-    slides = [store.slide(key) for key in dict.fromkeys(keys)]
+    slides = store.slides(list(dict.fromkeys(keys)))
     return sorted(slides, key=lambda slide: (-slide.n_patches, slide.key))
 
 

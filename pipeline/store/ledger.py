@@ -7,65 +7,51 @@ stored file; `corruption.parquet` one for each patch that could not be decoded a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.storage import files
+from pipeline.storage.files import SourceVersion
 from pipeline.store.parts import parquet_bytes
 from pipeline.store.patches import PatchStore, SlideStatus
 
-THREADS = 16  # they wait on the storage
+BATCH = 4096  # rows made of Python objects at a time; a million of them would take gigabytes
+_OF_COMMITS = ("key", "content", "vendor", "mpp", "width", "height", "level", "rejects", "tissue", "tissue_beyond")
+_COMMITS = pa.schema([SLIDE_LEDGER.field(name) for name in _OF_COMMITS])
 BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "truncated", "unopenable", "unreadable"})
 """Reasons that say that a slide's file is damaged, where the others are about what it shows or how it is asked for."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One row of the cohort with all that is known of it."""
-
-    slide: CohortSlide
-    status: SlideStatus
-    facts: Mapping[str, Any]
-    """Of the committed slide (`slide.json`); empty without one."""
-    version: Mapping[str, Any]
-    """Of the source that the status is about; empty where it was not recorded."""
-
-    @property
-    def reason(self) -> str | None:
-        return None if self.status.reason is None else self.status.reason.partition(":")[0]
-
-
 def write_ledger(
-    store: PatchStore, slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], folder: str
+    store: PatchStore,
+    slides: Sequence[CohortSlide],
+    versions: Sequence[SourceVersion | None],
+    statuses: Sequence[SlideStatus],
+    folder: str,
 ) -> dict[str, str]:
     """Write the three ledgers into a folder; their URIs by name.
 
     Args:
         store: where the slides are.
         slides: all rows of the cohort.
+        versions: of their files; None of one that could not be reached.
         statuses: of each one, in that order.
         folder: URI.
 
     Raises:
-        StorageError: a committed slide is gone, or the folder cannot be written.
+        StorageError: the folder cannot be written.
     """
-
-    def look_up(slide: CohortSlide, status: SlideStatus) -> _Entry:
-        facts = {} if status.key is None else store.facts(status.key)
-        return _Entry(slide, status, facts, store.source_version(slide))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        entries = list(pool.map(look_up, slides, statuses))
+    commits, stored, torn = _stored(store, dict.fromkeys(s.key for s in statuses if s.key is not None))
+    sources = _table(_sources(slides, versions, statuses), FILE_LEDGER)
     tables = {
-        "slides": pa.Table.from_pylist([_slide(entry) for entry in entries], schema=SLIDE_LEDGER),
-        "files": pa.Table.from_pylist(list(_files(store, entries)), schema=FILE_LEDGER),
-        "corruption": pa.Table.from_pylist(list(_corruption(entries)), schema=CORRUPTION_LEDGER),
+        "slides": _slides(slides, statuses, commits),
+        "files": pa.concat_tables([sources, stored]),
+        "corruption": _table(_corruption(slides, statuses, torn), CORRUPTION_LEDGER),
     }
     uris = {f"ledger_{name}": files.join(folder, f"{name}.parquet") for name in tables}
     for uri, table in zip(uris.values(), tables.values(), strict=True):
@@ -73,60 +59,104 @@ def write_ledger(
     return uris
 
 
-def _slide(entry: _Entry) -> dict[str, Any]:
-    status, facts = entry.status, entry.facts
-    width, height = facts.get("dimensions", (None, None))
-    mask = facts["evidence"]["mask"] if facts else {}
+def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table, some thousands of them as Python objects at a time."""
+    batches: list[pa.RecordBatch] = []
+    held: list[Mapping[str, Any]] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == BATCH:
+            batches.append(pa.RecordBatch.from_pylist(held, schema=schema))
+            held = []
+    return pa.Table.from_batches([*batches, pa.RecordBatch.from_pylist(held, schema=schema)])
+
+
+def _stored(store: PatchStore, keys: Iterable[str]) -> tuple[pa.Table, pa.Table, dict[str, Mapping[str, Any]]]:
+    """What the slides' commits say, their files, each in the order of the keys, and the commits that lost patches."""
+    torn: dict[str, Mapping[str, Any]] = {}
+    tables: tuple[list[pa.Table], list[pa.Table]] = ([], [])
+    commits: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        tables[0].append(pa.Table.from_pylist(commits, schema=_COMMITS))
+        tables[1].append(pa.Table.from_pylist(entries, schema=FILE_LEDGER))
+        commits.clear()
+        entries.clear()
+
+    for key, facts in store.all_facts(keys):
+        commits.append(_commit(facts))
+        entries += _files(store, key, facts)
+        if facts["bad_tiles"]:
+            torn[key] = facts
+        if len(commits) == BATCH:
+            flush()
+    flush()
+    joined = [pa.concat_tables(each) for each in tables]
+    by_key = [table.take(pc.sort_indices(table["key"])) for table in joined]
+    return by_key[0], by_key[1], torn
+
+
+def _commit(facts: Mapping[str, Any]) -> dict[str, Any]:
+    width, height = facts["dimensions"]
+    mask = facts["evidence"]["mask"]
     return {
-        "slide_id": entry.slide.slide_id,
-        "patient_id": entry.slide.patient_id,
-        "uri": entry.slide.uri,
-        "status": status.status,
-        "reason": entry.reason,
-        "message": status.reason,
-        "traceback": status.error,
-        "key": status.key,
-        "content": facts.get("content"),
-        "vendor": facts.get("vendor"),
-        "mpp": facts.get("mpp"),
+        **{name: facts[name] for name in ("key", "content", "vendor", "mpp", "level")},
         "width": width,
         "height": height,
-        "level": facts.get("level"),
-        "n_patches": status.n_patches,
-        "n_bad_tiles": status.n_bad_tiles,
-        "rejects": json.dumps(facts.get("rejects", {}), sort_keys=True),
+        "rejects": json.dumps(facts["rejects"], sort_keys=True),
         "tissue": mask.get("share"),
         "tissue_beyond": mask.get("beyond"),
     }
 
 
-def _files(store: PatchStore, entries: Sequence[_Entry]) -> Iterator[dict[str, Any]]:
-    for entry in entries:
-        yield {"role": "source", "slide_id": entry.slide.slide_id, "uri": entry.slide.uri, **_version(entry)}
-    stored = {entry.status.key: entry.facts for entry in entries if entry.status.key is not None}
-    for key, facts in stored.items():
-        for file in (*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]):
-            names = ("bytes", "sha256", "patches")
-            place = files.join(store.uri, key, file["name"])
-            yield {"role": "stored", "key": key, "uri": place, **{name: file.get(name) for name in names}}
+def _files(store: PatchStore, key: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for file in (*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]):
+        names = ("bytes", "sha256", "patches")
+        place = files.join(store.uri, key, file["name"])
+        yield {"role": "stored", "key": key, "uri": place, **{name: file.get(name) for name in names}}
 
 
-def _version(entry: _Entry) -> dict[str, Any]:
-    version = entry.version
-    return {
-        "key": entry.status.key,
-        "bytes": version.get("size"),
-        "etag": version.get("etag"),
-        "mtime": version.get("mtime"),
+def _slides(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], commits: pa.Table) -> pa.Table:
+    columns: dict[str, Any] = {
+        name: [getattr(slide, name) for slide in slides] for name in ("slide_id", "patient_id", "uri")
     }
+    columns |= {
+        name: [getattr(status, name) for status in statuses] for name in ("status", "key", "n_patches", "n_bad_tiles")
+    }
+    columns["reason"] = [_category(status) for status in statuses]
+    columns["message"] = [status.reason for status in statuses]
+    columns["traceback"] = [status.error for status in statuses]
+    places = pc.index_in(pa.array(columns["key"], pa.string()), value_set=commits["key"].combine_chunks())
+    found = commits.take(places)
+    columns |= {name: found[name] for name in _OF_COMMITS[1:]}
+    columns["rejects"] = pc.fill_null(columns["rejects"], "{}")
+    return pa.table([columns[name] for name in SLIDE_LEDGER.names], names=SLIDE_LEDGER.names).cast(SLIDE_LEDGER)
 
 
-def _corruption(entries: Sequence[_Entry]) -> Iterator[dict[str, Any]]:
-    for entry in entries:
-        known = {"slide_id": entry.slide.slide_id, "uri": entry.slide.uri, "key": entry.status.key}
-        if entry.reason in BROKEN:
-            yield {**known, "kind": entry.reason, "message": entry.status.reason}
-        facts = entry.facts
-        for x, y in facts.get("bad_tiles", ()):
+def _category(status: SlideStatus) -> str | None:
+    return None if status.reason is None else status.reason.partition(":")[0]
+
+
+def _sources(
+    slides: Sequence[CohortSlide], versions: Sequence[SourceVersion | None], statuses: Sequence[SlideStatus]
+) -> Iterator[dict[str, Any]]:
+    for slide, version, status in zip(slides, versions, statuses, strict=True):
+        row: dict[str, Any] = {"role": "source", "slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
+        if version is not None:
+            row |= {"bytes": version.size, "etag": version.etag, "mtime": version.mtime}
+        yield row
+
+
+def _corruption(
+    slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], torn: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    for slide, status in zip(slides, statuses, strict=True):
+        known = {"slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
+        if _category(status) in BROKEN:
+            yield {**known, "kind": _category(status), "message": status.reason}
+        facts = torn.get(status.key or "")
+        if facts is not None:
             edge = round(facts["downsample"] * facts["patch_px"])
-            yield {**known, "kind": "bad-tile", "level": facts["level"], "x": x, "y": y, "edge": edge}
+            for x, y in facts["bad_tiles"]:
+                yield {**known, "kind": "bad-tile", "level": facts["level"], "x": x, "y": y, "edge": edge}

@@ -1,18 +1,17 @@
 """The patch store: which slides are committed, what became of each source, and exact reads.
 
 `<root>/<spec fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow IPC files, with the
-start of their sha256 in the name), `index.parquet`, `thumbnail.jpg` and `slide.json`, which is written last: a slide
-without it does not exist. All bytes follow from the slide's content, the spec and the image libraries: two writers of
-one slide write the same files, or parts under other names, and a lost race harms nothing.
-`<root>/<spec fingerprint>/sources/` remembers for each source URI which version of it gave which slide, or why
-it gave none; `unfinished/` which parts are whole of a slide that several tasks share, until it is committed.
+start of their sha256 in the name), `index.parquet`, `thumbnail.jpg` and `slide.json`, which is written last: the folder
+is whole. All bytes follow from the slide's content, the spec and the image libraries: two writers of one slide write
+the same files, or parts under other names, and a lost race harms nothing. `<root>/<spec fingerprint>/catalogue/` is
+what readers look at: which slides there are, and which version of each source gave which, or why none; `unfinished/`
+says which parts are whole of a slide that several tasks share, until it is committed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cohort.table import CohortSlide
@@ -30,18 +30,22 @@ from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.tree import delete_folder
+from pipeline.store.catalogue import BATCH, Row
 from pipeline.store.parts import file_name
+from pipeline.store.rows import asked_digest, outcome, slide_row, source_row, stored
+from pipeline.store.shelf import Shelf
 from pipeline.tiling.grid import cells_at
 
-SOURCES, UNFINISHED = "sources", "unfinished"
-"""Folders beside those of the slides."""
+UNFINISHED = "unfinished"
+"""Folder beside those of the slides."""
+_DETAILS = ["error", "picture"]
 PLANS = "plans"
 """Folder below the root: a store of slides without parts (`commit.write_plan`)."""
 
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SlideStatus:
     """What became of one row of the cohort."""
 
@@ -144,103 +148,111 @@ class StoredSlide:
         return files.read_bytes(files.join(self.uri, "thumbnail.jpg"))
 
 
-class PatchStore:
+class PatchStore(Shelf):
     """The slides tiled with one spec."""
 
     def __init__(self, root: str, spec_fingerprint: str) -> None:
-        self.uri = files.join(root, spec_fingerprint)
+        super().__init__(files.join(root, spec_fingerprint))
         self.spec_fingerprint = spec_fingerprint
 
-    def status(self, slide: CohortSlide, version: SourceVersion) -> SlideStatus | None:
-        """What became of this version of the source; None when it was never tiled or its slide is gone."""
-        pointer = self._pointer(slide)
-        if not files.exists(pointer):
-            return None
-        record = files.read_json(pointer)
-        if record["version"] != asdict(version):
-            return None
-        outcome = record["status"]
-        if "limits" in outcome:
-            outcome = {**outcome, "limits": tuple(outcome["limits"])}
-        status = SlideStatus(slide.slide_id, slide.uri, **outcome)
-        if status.key is not None and not self.has(status.key):
-            return None
-        return status
-
-    def source_version(self, slide: CohortSlide) -> Mapping[str, Any]:
-        """The version of the source that was last looked at (fields of `SourceVersion`); empty when none was."""
-        pointer = self._pointer(slide)
-        version: Mapping[str, Any] = files.read_json(pointer)["version"] if files.exists(pointer) else {}
-        return version
-
     def record(self, slide: CohortSlide, version: SourceVersion, status: SlideStatus, left: str | None = None) -> None:
-        """Remember what became of this version of the source, and the key under which a slide given up left files."""
-        outcome = {name: value for name, value in asdict(status).items() if name not in {"slide_id", "uri"}}
-        for name in ("picture", "limits"):
-            if outcome[name] is None:
-                del outcome[name]
-        source = {name: getattr(slide, name) for name in ("uri", "mpp", "mask", "coords", "series")}
-        if slide.mpp is not None and not math.isfinite(slide.mpp):  # which JSON has not
-            source["mpp"] = str(slide.mpp)
-        record = {"source": source, "version": asdict(version), "status": outcome, "left": left}
-        files.write_json(self._pointer(slide), record)
+        """Commit what became of this version of the source, and the slide that it became, which has a folder.
 
-    def has(self, key: str) -> bool:
-        """Whether the slide is committed."""
-        return files.exists(files.join(self.uri, key, "slide.json"))
+        `left` is the key under which a slide that was given up left files.
+        """
+        self.append(self.rows(slide, version, status, left))
+
+    def rows(
+        self, slide: CohortSlide, version: SourceVersion, status: SlideStatus, left: str | None = None
+    ) -> list[Row]:
+        """What `record` commits."""
+        source = source_row(slide, version, asdict(status), left)
+        facts = None if status.key is None else self.written(status.key)
+        return [source] if facts is None else [source, slide_row(facts)]
+
+    def statuses(
+        self, slides: Sequence[CohortSlide], versions: Sequence[SourceVersion | None]
+    ) -> list[SlideStatus | None]:
+        """What became of these versions of the sources; None of one that was never tiled, or whose slide is gone."""
+        asked = [None if v is None else asked_digest(s, v) for s, v in zip(slides, versions, strict=True)]
+        places = self.view.source_places(asked)
+        sources = self.view.sources.take(places.drop_null())
+        refused = sources.filter(pc.is_null(sources["key"]))["id"].combine_chunks()
+        batches = self.catalogue.wide(self.view, _DETAILS, refused) if len(refused) else ()
+        details = {row["id"]: row for rows in batches for row in rows.to_pylist()}
+        gone = set(self.gone(dict.fromkeys(sources["key"].drop_null().to_pylist())))
+        known = (row for batch in sources.to_batches(BATCH) for row in batch.to_pylist())
+        found: list[SlideStatus | None] = []
+        for slide, is_known in zip(slides, places.is_valid().to_pylist(), strict=True):
+            row = next(known) if is_known else None
+            if row is None or row["key"] in gone:
+                found.append(None)
+            else:
+                found.append(SlideStatus(slide.slide_id, slide.uri, **outcome({**row, **details.get(row["id"], {})})))
+        return found
+
+    def status(self, slide: CohortSlide, version: SourceVersion) -> SlideStatus | None:
+        """Of one source; see `statuses`."""
+        return self.statuses([slide], [version])[0]
+
+    def slides(self, keys: Sequence[str]) -> list[StoredSlide]:
+        """Committed slides.
+
+        Raises:
+            StorageError: one is not committed here, or gone.
+        """
+        self.require(dict.fromkeys(keys), "no committed slide; run the tile stage")
+        rows = self.view.slides.take(self.view.slide_places(keys)).to_pylist()
+        return [StoredSlide(uri=files.join(self.uri, row["key"]), key=row["key"], **stored(row)) for row in rows]
+
+    def slide(self, key: str) -> StoredSlide:
+        """One of them; see `slides`."""
+        return self.slides([key])[0]
+
+    def facts(self, key: str) -> Mapping[str, Any]:
+        """All that a committed slide's commit says.
+
+        Raises:
+            StorageError: it is not committed here, or gone.
+        """
+        self.require([key], "no committed slide; run the tile stage")
+        return dict(self.all_facts([key]))[key]
+
+    def written(self, key: str) -> Mapping[str, Any] | None:
+        """What `slide.json` says of a slide with a folder, committed or to be committed now; None without it.
+
+        Raises:
+            StorageError: it was cut by another spec.
+        """
+        facts = self.commit_of(key)
+        if facts is None:
+            return None
+        spec = fingerprint({"schema": SCHEMA_VERSION, "tiling": facts["spec"]})
+        if spec != self.spec_fingerprint:
+            raise StorageError(
+                f"{files.join(self.uri, key)}: its patches were cut by another tiling spec ({spec}), so it was copied "
+                "or renamed to here; remove the folder and run again, which tiles the slide anew"
+            )
+        return facts
 
     def distrust(self, key: str) -> None:
         """Remove a plan that names patches which cannot be decoded; the next plan of the slide leaves them out."""
         files.write_bytes(self._distrusted(key), b"a patch of this slide cannot be decoded\n")
+        self.forget([key])
         delete_folder(files.join(self.uri, key))
 
     def is_distrusted(self, key: str) -> bool:
         """Whether the slide's patches must be read before they are planned."""
         return files.exists(self._distrusted(key))
 
-    def facts(self, key: str) -> Mapping[str, Any]:
-        """All that a slide's commit says.
-
-        Raises:
-            StorageError: it is not committed here.
-        """
-        uri = files.join(self.uri, key)
-        if not self.has(key):
-            raise StorageError(f"{uri}: no committed slide (slide.json is absent); run the tile stage")
-        facts: Mapping[str, Any] = files.read_json(files.join(uri, "slide.json"))
-        return facts
-
-    def slide(self, key: str) -> StoredSlide:
-        """A committed slide.
-
-        Raises:
-            StorageError: it is not committed here, or was cut by another spec.
-        """
-        uri = files.join(self.uri, key)
-        facts = self.facts(key)
-        spec = fingerprint({"schema": SCHEMA_VERSION, "tiling": facts["spec"]})
-        if spec != self.spec_fingerprint:
-            raise StorageError(
-                f"{uri}: its patches were cut by another tiling spec ({spec}), so it was copied or renamed to here; "
-                "remove the folder and run again, which tiles the slide anew"
-            )
-        names = ("n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp")
-        values = {name: facts[name] for name in names}
-        return StoredSlide(
-            uri=uri,
-            key=key,
-            dimensions=tuple(facts["dimensions"]),
-            thumbnail_scale=facts["thumbnail"]["scale"],
-            imported=facts["grid"] is None,
-            **values,
-        )
-
     def _distrusted(self, key: str) -> str:
         return files.join(self.uri, UNFINISHED, key, "damaged")
 
-    def _pointer(self, slide: CohortSlide) -> str:
-        source = [slide.uri, slide.mpp, slide.mask, slide.coords, slide.series]  # one file may be several slides
-        return files.join(self.uri, SOURCES, hashlib.sha256(json.dumps(source).encode()).hexdigest() + ".json")
+
+def stored_slide(spec_uri: str, facts: Mapping[str, Any]) -> StoredSlide:
+    """The slide of a commit that says these facts."""
+    row = slide_row(facts)
+    return StoredSlide(uri=files.join(spec_uri, facts["key"]), key=facts["key"], **stored(row))
 
 
 def slide_key(digest: str, mpp: float | None, guide: str | None = None, series: int | None = None) -> str:

@@ -21,13 +21,17 @@ import pyarrow.parquet as pq
 from pipeline.errors import StorageError
 from pipeline.schema import INDEX
 from pipeline.storage import files
+from pipeline.store.catalogue import FOLDER, Catalogue
 from pipeline.store.parts import part_index
-from pipeline.store.patches import PLANS, SOURCES, UNFINISHED, slide_key
+from pipeline.store.patches import PLANS, UNFINISHED, slide_key
+from pipeline.store.rows import compact
 
 _SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fingerprints of tiling spec and encoder
-_SLIDE = re.compile(r"^[0-9a-f]{32}$")  # and in them: slides by their key
+SLIDE = re.compile(r"^[0-9a-f]{32}$")
+"""Names of what is in them: slides by their key."""
 _CLEAN = "delete it when no run is active"
 _REPAIR = "delete the slide's folder, and run the tile stage (for features the embed stage)"
+_REBUILD = "run `pipeline store repair`"
 _GIVEN_UP = "delete the folder when no run is active"
 _GO_ON = "the next run goes on with it if its slide is still in the cohort, and what it was; else delete the folder"
 
@@ -73,10 +77,10 @@ class _Commit:
 
 @dataclass(frozen=True)
 class _Fates:
-    """What the records of a spec's sources say became of slides."""
+    """What the catalogue says of slides."""
 
     committed: Mapping[str, str]
-    """Key -> URI of the record."""
+    """Key -> what slide.json should say, as `rows.compact` has it."""
     given_up: Mapping[str, str]
     """Key under which something was left -> reason."""
 
@@ -102,15 +106,14 @@ def verify_store(store: str, threads: int, on_progress: Callable[[int, int], Non
     report = Report(files.absolute(store))
     _index_table.cache_clear()
     with ThreadPoolExecutor(threads) as pool:
-        for spec in _specs(report.store):
+        for spec in spec_folders(report.store):
             _verify_spec(spec, report, pool, on_progress)
     return report
 
 
 def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progress: Callable[[int, int], None]) -> None:
-    folders = [files.join(spec, name) for name in files.list_names(spec) if _SLIDE.match(name)]
-    sources = [files.join(spec, SOURCES, name) for name in files.list_names(files.join(spec, SOURCES))]
-    fates, damaged = _fates(list(pool.map(_source, sources)))
+    folders = [files.join(spec, name) for name in files.list_names(spec) if SLIDE.match(name)]
+    fates, damaged = _fates(Catalogue(spec))
     report.add(damaged)
     commits = []
     for commit, findings in pool.map(lambda uri: _look_at(uri, fates), folders):
@@ -123,9 +126,9 @@ def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progres
         on_progress(done, len(checks))
     keys = {str(commit.facts["key"]) for commit in commits}
     looked_at = {uri.rpartition("/")[2] for uri in folders}
-    for key, uri in fates.committed.items():
+    for key in fates.committed:
         if key not in looked_at:
-            report.add([Finding(uri, f"its slide {key} is gone", "the next run tiles it")])
+            report.add([Finding(files.join(spec, key), "the catalogue says that it is there", "the next run tiles it")])
     report.add(_unfinished(spec, keys, fates))
     entries = [entry for commit in commits for entry in _entries(commit.facts)]
     report.slides += len(commits)
@@ -138,14 +141,19 @@ def _run(check: _Check) -> list[Finding]:
     return check()
 
 
-def _specs(store: str) -> list[str]:
+def spec_folders(store: str) -> list[str]:
+    """The folders of specs in a store, plans among them, or the one that is named.
+
+    Raises:
+        StorageError: there is none.
+    """
     names = files.list_names(store)
     found = [files.join(store, name) for name in names if _SPEC.match(name)]
     if PLANS in names:
-        found += _specs(files.join(store, PLANS))
+        found += spec_folders(files.join(store, PLANS))
     if found:
         return found
-    if any(name in (SOURCES, UNFINISHED) or _SLIDE.match(name) for name in names):
+    if any(name in (FOLDER, UNFINISHED) or SLIDE.match(name) for name in names):
         return [store]
     raise StorageError(
         f"{store}: no patch store; name the folder of storage.patches, by default <storage.root>/patches"
@@ -166,19 +174,23 @@ def _is_of(facts: Mapping[str, Any], key: str) -> bool:
 
 def _look_at(uri: str, fates: _Fates) -> tuple[_Commit | None, list[Finding]]:
     """A slide's folder: its commit with the index, and what is there that is not the commit's."""
-    names = files.list_versions(uri)
+    key, names = uri.rpartition("/")[2], files.list_versions(uri)
     stale = [name for name in names if files.is_temporary(name)]
     found = [Finding(files.join(uri, name), "its writer was killed or is still writing", _CLEAN) for name in stale]
     if "slide.json" not in names:
         return None, [*found, _uncommitted(uri, len(names) - len(stale), fates)]
     try:
         facts = files.read_json(files.join(uri, "slide.json"))
-        right = _is_of(facts, uri.rpartition("/")[2])
+        right = _is_of(facts, key)
         known = {"slide.json", *(entry["name"] for entry in _entries(facts))}
     except (StorageError, KeyError, TypeError) as error:
         return None, [*found, _damage(files.join(uri, "slide.json"), f"no commit that can be read: {error}")]
     if not right:
         found.append(_damage(uri, "slide.json is of another slide"))
+    elif key not in fates.committed:
+        found.append(Finding(uri, "a whole slide that the catalogue does not know", _REBUILD))
+    elif fates.committed[key] != compact(facts):
+        found.append(_damage(uri, "the catalogue says otherwise of it than its slide.json", _REBUILD))
     found += [
         Finding(files.join(uri, name), "a file that the commit does not name", "delete it")
         for name in names
@@ -192,8 +204,8 @@ def _uncommitted(uri: str, left: int, fates: _Fates) -> Finding:
     """What a folder without a commit is: a slide that lost it, one that was given up, or a killed run's."""
     key = uri.rpartition("/")[2]
     if key in fates.committed:
-        what = f"is gone, and {fates.committed[key]} says that the slide was committed"
-        return _damage(files.join(uri, "slide.json"), what, "run the tile stage, which tiles the slide again")
+        what = "is gone, and the catalogue says that the slide was committed"
+        return _damage(files.join(uri, "slide.json"), what)
     if key in fates.given_up:
         return Finding(uri, f"{left} files of a slide that was given up: {fates.given_up[key]}", _GIVEN_UP)
     return Finding(uri, f"{left} files of a slide that is not committed", _GO_ON)
@@ -256,28 +268,16 @@ def _read(uri: str, entry: Mapping[str, Any]) -> tuple[bytes | None, list[Findin
     return None, [_damage(uri, what)]
 
 
-def _source(uri: str) -> tuple[str, str | None, str | None, str] | Finding:
-    """What one source is remembered to have become: URI, key, key of what was left, reason."""
-    try:
-        record = files.read_json(uri)
-        status = record["status"]
-        return uri, status["key"], record.get("left"), str(status["reason"])
-    except (StorageError, KeyError, TypeError, AttributeError) as error:
-        return _damage(uri, f"cannot be read: {error}", "delete it; the next run looks at the slide again")
-
-
-def _fates(sources: Iterable[tuple[str, str | None, str | None, str] | Finding]) -> tuple[_Fates, list[Finding]]:
-    committed, given_up, damaged = {}, {}, []
-    for source in sources:
-        if isinstance(source, Finding):
-            damaged.append(source)
-            continue
-        uri, key, left, reason = source
-        if key is not None:
-            committed[key] = uri
-        elif left is not None:
-            given_up[left] = reason
-    return _Fates(committed, given_up), damaged
+def _fates(catalogue: Catalogue) -> tuple[_Fates, list[Finding]]:
+    """What the files of a catalogue say that can be read, and the others."""
+    broken = catalogue.broken()
+    view = catalogue.read(without=broken)
+    own = view.slides.filter(pc.is_null(view.slides["pack"]))
+    wide = catalogue.wide(view, ["key", "facts"], own["id"].combine_chunks())
+    committed = {row["key"]: row["facts"] for rows in wide for row in rows.to_pylist()}
+    left = view.sources.filter(pc.is_valid(view.sources["left"])).select(["left", "reason"]).to_pylist()
+    damaged = [_damage(files.join(catalogue.uri, name), str(error), _REBUILD) for name, error in broken.items()]
+    return _Fates(committed, {row["left"]: row["reason"] for row in left}), damaged
 
 
 def _unfinished(spec: str, keys: set[str], fates: _Fates) -> list[Finding]:

@@ -56,7 +56,7 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
 def _outdated(space: Workspace, _record: Record) -> str | None:
     """Slides whose features are not whole in the store any more; those alone are then made again."""
     keys: Mapping[str, str] = space.records["tile"].facts["keys"]
-    return gone_from("features", keys, feature_store(space.config)[0].has)
+    return gone_from("features", keys, feature_store(space.config)[0].gone)
 
 
 EMBED = Stage("embed", _identity, _embed, _outdated)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
@@ -20,7 +21,9 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.storage.files import delete, exists, join, list_names, read_bytes, read_json
 from pipeline.storage.tree import delete_folder
-from pipeline.store.patches import PLANS, SOURCES, UNFINISHED
+from pipeline.store.catalogue import Catalogue
+from pipeline.store.patches import PLANS, UNFINISHED
+from pipeline.store.repair import SOURCES
 from pipeline.workflow.leftovers import check_idle
 
 
@@ -37,6 +40,8 @@ class Traces:
     """Keys that slides of other patients have too: the same picture under two names; they stay."""
     tilings: set[str] = field(default_factory=set)
     """Fingerprints of tile stages whose cohort had the patient."""
+    rows: dict[str, list[bytes]] = field(default_factory=dict)
+    """Folder of a spec -> ids of the rows of its catalogue that are about the slides; they go first."""
     erasable: list[str] = field(default_factory=list)
     """Folders and files, in the order in which they go: what names a slide before the slide."""
     left: list[str] = field(default_factory=list)
@@ -68,6 +73,8 @@ def find_patient(config: Config, patient: str) -> Traces:
 
 def erase(traces: Traces) -> None:
     """Erase what `find_patient` found. After a kill the same command goes on."""
+    for spec, ids in traces.rows.items():
+        Catalogue(spec).purge(ids)
     for uri in traces.erasable:
         delete_folder(uri)
         delete(uri)
@@ -129,10 +136,10 @@ def _stored(config: Config, traces: Traces) -> Iterator[str]:
     patches, features = config.storage.patches, config.storage.features
     assert patches is not None  # compose.py fills both
     assert features is not None
-    for store in (patches, join(patches, PLANS)):
+    for store in (patches, join(patches, PLANS), features):
         for spec in list_names(store):
             if spec != PLANS:
-                yield from _pointers(join(store, spec), traces)
+                _from_catalogue(join(store, spec), traces)
     folders = [(store, spec) for store in (patches, join(patches, PLANS), features) for spec in list_names(store)]
     for store, spec in folders:
         for key in sorted(traces.keys):
@@ -141,14 +148,17 @@ def _stored(config: Config, traces: Traces) -> Iterator[str]:
                     yield uri
 
 
-def _pointers(spec: str, traces: Traces) -> Iterator[str]:
-    uris = set(traces.slides.values())
-    for name in list_names(join(spec, SOURCES)):
-        uri = join(spec, SOURCES, name)
-        record = read_json(uri)
-        if record["source"]["uri"] in uris or record["status"]["key"] in traces.keys:
-            traces.keys |= {record["status"]["key"]} - {None} - traces.shared
-            yield uri
+def _from_catalogue(spec: str, traces: Traces) -> None:
+    """Add the keys that the slides' files became, and the rows about either."""
+    if list_names(join(spec, SOURCES)):
+        raise StageError(f"erase: {join(spec, SOURCES)} is of an older release; run `pipeline store migrate` first")
+    view = Catalogue(spec).read()
+    of_sources = view.rows.filter(pc.is_in(view.rows["uri"], value_set=pa.array(traces.slides.values(), pa.string())))
+    traces.keys |= set(of_sources["key"].drop_null().to_pylist()) - traces.shared
+    ids = dict.fromkeys(of_sources["id"].to_pylist())
+    ids |= dict.fromkeys(one for kind in ("source", "slide") for one in view.ids(kind, "key", traces.keys))
+    if ids:
+        traces.rows[spec] = list(ids)
 
 
 def _left(config: Config, traces: Traces, in_cohort: Mapping[str, str]) -> Iterable[str]:

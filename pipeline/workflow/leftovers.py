@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.config.recipe import Config
-from pipeline.storage.files import delete, is_temporary, join, list_names, read_json
+from pipeline.storage.files import delete, is_temporary, join, list_names, parent, read_json
 from pipeline.storage.lease import check_free
 from pipeline.storage.tree import Found, delete_folder, walk
-from pipeline.store.patches import PLANS, SOURCES, UNFINISHED
+from pipeline.store.catalogue import FOLDER
+from pipeline.store.patches import PLANS, UNFINISHED
+from pipeline.store.repair import SOURCES
+from pipeline.store.shelf import Shelf
 
 DAY_S = 86_400.0
 _FOLDERS = ("train", "reports", "ledger")
@@ -32,8 +35,8 @@ class Leftover:
     bytes: int
     modified: float
     """When anything in it was last written, s since 1970."""
-    pointers: tuple[str, ...] = ()
-    """Records of sources that say that they became this slide: they go before it."""
+    key: str | None = None
+    """Of a slide: what the catalogue beside it says of it goes before it."""
 
 
 @dataclass
@@ -73,10 +76,15 @@ def find_leftovers(config: Config, days: float) -> list[Leftover]:
 
 
 def remove(leftovers: Iterable[Leftover]) -> None:
-    """Remove them; a slide's pointers first, so that a kill in between leaves no source that says it is stored."""
-    for leftover in leftovers:
-        for pointer in leftover.pointers:
-            delete(pointer)
+    """Remove them; slides from the catalogue first, so that after a kill none is said to be there that is not."""
+    found = list(leftovers)
+    keys: defaultdict[str, set[str]] = defaultdict(set)
+    for leftover in found:
+        if leftover.key is not None:
+            keys[parent(leftover.uri)].add(leftover.key)
+    for spec, gone in keys.items():
+        Shelf(spec).forget(gone)
+    for leftover in found:
         delete_folder(leftover.uri)
         delete(leftover.uri)
 
@@ -123,21 +131,11 @@ def _store(store: str, named: _Named) -> Iterator[Leftover]:
         if not named.has(spec):
             yield _leftover(spec, "no finished tiling or embedding names it", files)
             continue
-        keys = {join(spec, key) for key in named.keys.get(spec, known)} | {join(spec, SOURCES), join(spec, UNFINISHED)}
-        slides = list(_whole(files, spec, keys.__contains__, "no cohort that was tiled here has this slide"))
-        yield from _with_pointers(spec, slides)
+        keys = {join(spec, key) for key in named.keys.get(spec, known)}
+        keys |= {join(spec, name) for name in (FOLDER, SOURCES, UNFINISHED)}
+        for one in _whole(files, spec, keys.__contains__, "no cohort that was tiled here has this slide"):
+            yield replace(one, key=one.uri.rpartition("/")[2])
         yield from _unfinished(spec, files)
-
-
-def _with_pointers(spec: str, slides: list[Leftover]) -> Iterator[Leftover]:
-    """The same, with the sources that became each slide."""
-    pointers: dict[str, list[str]] = defaultdict(list)
-    if slides:
-        for name in list_names(join(spec, SOURCES)):
-            uri = join(spec, SOURCES, name)
-            pointers[join(spec, str(read_json(uri)["status"]["key"]))].append(uri)
-    for one in slides:
-        yield Leftover(one.uri, one.why, one.files, one.bytes, one.modified, tuple(pointers[one.uri]))
 
 
 def _unfinished(spec: str, files: Iterable[Found]) -> Iterator[Leftover]:

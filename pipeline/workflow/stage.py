@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.bags.sources import LabelledSource, open_sources
 from pipeline.cohort.table import Cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
+from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.lease import Lease
 from pipeline.tracking.tracker import Tracker
 
@@ -45,13 +47,23 @@ class Workspace:
     lease: Lease | None = None
     """Of the stage that runs: while it stands, no other invocation does the same. None where others do, too."""
 
+    @cached_property
+    def versions(self) -> Sequence[Looked]:
+        """The state of each slide's files when this invocation first asked."""
+        return look_at(self.cohort.slides, self.config.tiling)
+
     def stored(self, split: str | None = None) -> list[LabelledSource]:
         """The committed slides of a split, in the cohort's order."""
         keys: Mapping[str, str] = self.records["tile"].facts["keys"]
+        slides = self.cohort.slides
         chosen = [
-            slide for slide in self.cohort.slides if slide.slide_id in keys and (split is None or slide.split == split)
+            number
+            for number, slide in enumerate(slides)
+            if slide.slide_id in keys and (split is None or slide.split == split)
         ]
-        return open_sources(self.config, chosen, keys)
+        streams = self.config.train.source == "stream"
+        versions = [self.versions[number] for number in chosen] if streams else None
+        return open_sources(self.config, [slides[number] for number in chosen], keys, versions)
 
 
 @dataclass(frozen=True)

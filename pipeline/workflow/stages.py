@@ -8,8 +8,8 @@ still exist means the stage is done.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,19 +20,19 @@ import pyarrow as pa
 from pipeline import cluster
 from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
-from pipeline.bags.streamed import is_plan_of
+from pipeline.bags.streamed import planned_keys
 from pipeline.cohort.splits import check_apart
-from pipeline.cohort.table import CohortSlide
-from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
-from pipeline.ingest.tiler import TRANSIENT, allows_more, version_of
+from pipeline.ingest.tiler import TRANSIENT, allows_more
+from pipeline.ingest.versions import Looked
 from pipeline.model.folder import WEIGHTS
-from pipeline.progress import each, progress
+from pipeline.progress import progress
 from pipeline.results.tables import table_csv
 from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
-from pipeline.store.patches import SlideStatus
+from pipeline.store.patches import PatchStore, SlideStatus
+from pipeline.store.rows import asked_digest
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
 from pipeline.workflow.changes import SHOWN, Labels
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS = 16  # look-ups wait on the storage, not on the CPU
+_SAMPLED, _FEW_PICTURES = 2000, 3  # of more slides the page shows few: each costs some 8 requests, and qc shows more
 _DEFAULT_BAD_SHARE = 0.05  # of the cohort's slides, at least one, when tiling.max_bad_slides is null
 
 
@@ -52,29 +52,14 @@ def _tile_identity(space: Workspace) -> Mapping[str, Any]:
     if images is not None:
         names = [[slide.slide_id, slide.uri] for slide in slides]
         return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
-    found = _versions(slides, space.config.tiling)
-    rows = [[s.slide_id, s.uri, s.mpp, s.series, asdict(v) if v else None] for s, v in zip(slides, found, strict=True)]
+    found = zip(slides, _known(space.versions), strict=True)
+    rows = [[slide.slide_id, asked_digest(slide, version)] for slide, version in found]
     return {"store": patch_store(space.config).uri, "slides": rows}
 
 
-def _versions(slides: Sequence[CohortSlide], spec: TilingConfig) -> list[SourceVersion | None]:
+def _known(versions: Sequence[Looked]) -> list[SourceVersion | None]:
     """Each source's version; None where it cannot be read, which the tile stage then reports by slide."""
-    found = each(lambda slide: _version(slide, spec), slides, "tile", "files looked at", _THREADS)
-    by_reason: defaultdict[str, list[SlideError]] = defaultdict(list)
-    for error in found:
-        if isinstance(error, SlideError):
-            by_reason[error.reason].append(error)
-    for reason, errors in by_reason.items():
-        log.warning("%s: %d of %d slides, such as: %s", reason, len(errors), len(slides), errors[0])
-    return [None if isinstance(version, SlideError) else version for version in found]
-
-
-def _version(slide: CohortSlide, spec: TilingConfig) -> SourceVersion | SlideError:
-    """The source's version, or why it cannot be read."""
-    try:
-        return version_of(slide, spec)
-    except SlideError as error:
-        return SlideError(error.reason, str(error))  # without its traceback, of which a million take gigabytes
+    return [None if isinstance(version, SlideError) else version for version in versions]
 
 
 def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
@@ -84,10 +69,12 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         statuses = image_statuses(config, slides)
     else:
         statuses = _tile_slides(space, outputs["ledger"])
-        outputs["store"] = patch_store(config).uri
-        outputs |= _review(config, statuses, stage_fingerprint)
+        store = patch_store(config)
+        outputs["store"] = store.uri
+        outputs |= _review(config, store, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
-        outputs |= write_ledger(patch_store(config), slides, statuses, folder)
+        outputs |= write_ledger(store, slides, _known(space.versions), statuses, folder)
+        store.catalogue.tidy(store.view)
     write_bytes(outputs["ledger"], ledger_csv(statuses))
     tracker = space.tracker()
     tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
@@ -109,12 +96,16 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
 
 
-def _review(config: Config, statuses: Sequence[SlideStatus], stage_fingerprint: str) -> dict[str, str]:
+def _review(
+    config: Config, store: PatchStore, statuses: Sequence[SlideStatus], stage_fingerprint: str
+) -> dict[str, str]:
     """The quality page; it stands even where too many slides are bad and the stage fails."""
-    from pipeline.results.quality import quality_rows, write_quality
+    from pipeline.results.quality import PICTURES, quality_rows, write_quality
 
-    store, folder = patch_store(config), join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
-    outputs = write_quality(store, quality_rows(store, statuses), folder, config.name, config.tiling.fingerprint())
+    folder = join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
+    pictures = PICTURES if len(statuses) <= _SAMPLED else _FEW_PICTURES
+    rows = quality_rows(store, statuses)
+    outputs = write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), pictures)
     log.info("tile: look at %s", outputs["quality"])
     return outputs
 
@@ -124,8 +115,6 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
     from pipeline.ingest.graph import tile_cohort  # Ray Data loads in seconds; only when there is work
 
     config, slides = space.config, space.cohort.slides
-    space.ray()
-    cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
     bad = Counter[str]()
 
     def on_status(status: SlideStatus) -> None:
@@ -138,45 +127,51 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
             if bad[kind] == SHOWN:
                 log.warning("tile: further slides that are quarantined as %s are counted; %s lists all", kind, ledger)
 
-    pixels = config.train.source == "store"
-    root, cpus = patch_root(config), config.tiling.cpus
+    def start() -> None:
+        space.ray()
+        cluster.require([cluster.Bundle(config.tiling.cpus)], config.cluster.start_timeout_s, "tile")
+
     with progress("tile", len(slides), "slides") as done:
-        statuses = tile_cohort(slides, config.tiling, root, cpus=cpus, on_status=on_status, pixels=pixels)
+        statuses = tile_cohort(
+            slides,
+            config.tiling,
+            patch_root(config),
+            cpus=config.tiling.cpus,
+            on_status=on_status,
+            pixels=config.train.source == "store",
+            versions=space.versions,
+            start=start,
+        )
     if bad:
         log.warning("tile: quarantined: %s", ", ".join(f"{count:,} {kind}" for kind, count in bad.most_common()))
     return statuses
 
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
-    """Slides that are not whole in the store (no slide.json), or may take more now; those alone are tiled again."""
+    """Slides that are not in the store any more, or may take more now; those alone are tiled again."""
     config, keys = space.config, record.facts["keys"]
     if config.cohort.megapixel_mnist is not None:
         return None
     if any(allows_more(config.tiling, limits) for limits in record.facts.get("too_expensive", ())):
         return "slides that were too expensive may take more now"
-    gone = gone_from("store", keys, patch_store(config).has)
-    return _plans_outdated(space, keys) if gone is None and config.train.source == "stream" else gone
+    store = patch_store(config)
+    gone = gone_from("store", keys, store.gone)
+    return _plans_outdated(space, store, keys) if gone is None and config.train.source == "stream" else gone
 
 
-def _plans_outdated(space: Workspace, keys: Mapping[str, str]) -> str | None:
+def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]) -> str | None:
     """Slides last planned from another version of their files, as by another job: `open_streamed` refuses them."""
-    plans, spec = patch_store(space.config), space.config.tiling
-    slides = [slide for slide in space.cohort.slides if slide.slide_id in keys]
-
-    def is_current(slide: CohortSlide) -> bool:
-        version = _version(slide, spec)
-        return not isinstance(version, SlideError) and is_plan_of(plans, keys[slide.slide_id], slide, version)
-
-    current = each(is_current, slides, "plan", "slides", _THREADS)
-    others = sorted(slide.slide_id for slide, found in zip(slides, current, strict=True) if not found)
+    slides = space.cohort.slides
+    current = planned_keys(plans, slides, space.versions)
+    others = sorted(s.slide_id for s, key in zip(slides, current, strict=True) if keys.get(s.slide_id, key) != key)
     return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
 
 
-def gone_from(store: str, keys: Mapping[str, str], has: Callable[[str], bool]) -> str | None:
+def gone_from(store: str, keys: Mapping[str, str], gone: Callable[[Iterable[str]], Sequence[str]]) -> str | None:
     """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
-    there = each(has, list(keys.values()), "plan", f"slides looked for in the {store}", _THREADS)
-    gone = sorted(slide for slide, found in zip(keys, there, strict=True) if not found)
-    return f"{len(gone)} slides are gone from the {store}: {', '.join(gone[:5])}" if gone else None
+    missing = set(gone(dict.fromkeys(keys.values())))
+    slides = sorted(slide for slide, key in keys.items() if key in missing)
+    return f"{len(slides)} slides are gone from the {store}: {', '.join(slides[:5])}" if slides else None
 
 
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:

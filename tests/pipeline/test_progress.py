@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console
 
-from pipeline.progress import each, progress
+from pipeline.progress import progress
 
 
 class _Clock:
@@ -57,21 +57,6 @@ def test_lines_are_few_however_long_it_takes(clock: _Clock, caplog: pytest.LogCa
     (half,) = [line for line in caplog.messages if "120.0 h left" in line]
     assert half.startswith("train: 43")
     assert "/864,000 steps, 1 a second, " in half
-
-
-def test_all_items_are_done_in_order_and_counted(
-    clock: _Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.progress._FIRST_S", 0)
-    monkeypatch.setattr("pipeline.progress._GROWTH", 0)
-
-    def double(number: int) -> int:
-        clock.now += 1
-        return 2 * number
-
-    assert each(double, range(7), "plan", "slides", threads=3) == [0, 2, 4, 6, 8, 10, 12]
-    shown = [line.partition(" slides, ")[0] for line in caplog.messages]
-    assert shown == [f"plan: {number}/7" for number in range(1, 8)]
 
 
 def test_a_terminal_gets_bars_of_all_steps_at_once_and_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.bags.streamed import StreamedSlide, open_streamed
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.ingest import balance
 from pipeline.ingest.tiler import begin_slide, finish_slide, store_share
+from pipeline.ingest.versions import look_at
 from pipeline.slides import identity
 from pipeline.store import parts
-from pipeline.store.patches import SlideStatus
+from pipeline.store.catalogue import Catalogue
+from pipeline.store.patches import PatchStore, SlideStatus
 from tests.synth import cut, tissue_rgb, write_pyramid, zero_tile
 
 RGB = tissue_rgb(613, 487)
@@ -58,7 +62,13 @@ def spoilt(kind: str, good: Path, folder: Path) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder that is not a killed writer's leftover, by path."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.parent.name != "catalogue"}
+    for place in folder.rglob("catalogue"):
+        view = Catalogue(str(place.parent)).read()
+        for name, table in (("slides", view.slides), ("sources", view.sources)):
+            rows = table.drop_columns(["id"]).to_pylist()
+            found[f"{place.relative_to(folder)}/{name}"] = json.dumps(rows).encode()
+    return found
 
 
 def part_file(folder: Path | str, number: int = 0) -> Path:
@@ -90,3 +100,10 @@ def tile_in_shares(slide: CohortSlide, store: str, spec: TilingConfig = SPEC) ->
         if failed is not None:
             return failed
     return finish_slide(begun, spec, store)
+
+
+def open_plan(slide: CohortSlide, spec: TilingConfig, plans: PatchStore, key: str | None) -> StreamedSlide:
+    """A planned slide whose file is as it is now."""
+    plans.look_again()
+    (found,) = open_streamed([slide], look_at([slide], spec), spec, plans, [str(key)])
+    return found

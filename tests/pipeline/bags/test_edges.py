@@ -12,12 +12,12 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.bags.patch_bag import PatchBag
-from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.bags.streamed import StreamedSlide, plan_root
 from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import begin_slide, store_slide
 from pipeline.store.patches import PatchStore, StoredSlide
 from tests.oracle import patch_of
-from tests.pipeline.tiled import contents, row, small_tasks, tile_in_shares
+from tests.pipeline.tiled import contents, open_plan, row, small_tasks, tile_in_shares
 from tests.synth import write_pyramid
 
 WIDTH, HEIGHT, PATCH = 613, 487, 64
@@ -54,7 +54,7 @@ def streamed(path: Path, tiling: TilingConfig, folder: Path) -> StreamedSlide:
     slide = row(path, 0.5)
     status = begin_slide(slide, tiling, plan_root(str(folder)), whole=True, pixels=False)
     plans = PatchStore(plan_root(str(folder)), tiling.fingerprint())
-    return open_streamed(slide, tiling, plans, str(status.key))  # type: ignore[union-attr]
+    return open_plan(slide, tiling, plans, status.key)  # type: ignore[union-attr]
 
 
 def check_places(slide: StoredSlide, path: Path) -> None:

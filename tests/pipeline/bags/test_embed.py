@@ -105,7 +105,7 @@ def test_actors_make_what_is_missing(ray_session: None, slides: list[StoredSlide
     for slide in slides:
         rows = np.arange(slide.n_patches)
         alone = embed_slide(Embedder(config), slide, here, threads=1).vectors(rows).astype(float)
-        assert store.slide(slide).vectors(rows) == pytest.approx(alone, rel=1e-2, abs=1e-3)
+        assert store.slides([slide])[0].vectors(rows) == pytest.approx(alone, rel=1e-2, abs=1e-3)
     done.clear()
     embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
     assert done == []

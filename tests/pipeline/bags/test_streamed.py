@@ -17,7 +17,7 @@ from pipeline.bags import streamed as module
 from pipeline.bags.augment import Augment
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.sources import patch_root
-from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.bags.streamed import StreamedSlide, plan_root
 from pipeline.cohort.table import Cohort
 from pipeline.config.data import TilingConfig
 from pipeline.errors import PlanError, SlideError, StageError, StorageError
@@ -29,6 +29,7 @@ from pipeline.workflow.run import run
 from pipeline.workflow.stage import Record, Workspace
 from pipeline.workflow.stages import STAGES
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
+from tests.pipeline.tiled import open_plan
 from tests.pipeline.tiling.test_cutting import spoil
 from tests.synth import tissue_rgb, write_pyramid
 
@@ -43,7 +44,7 @@ def stream_slides(cohort: Cohort, root: Path, spec: TilingConfig) -> list[Stream
     for slide in cohort.slides:
         status = begin_slide(slide, spec, plan_root(str(root)), whole=True, pixels=False)
         plans = PatchStore(plan_root(str(root)), spec.fingerprint())
-        found.append(open_streamed(slide, spec, plans, str(status.key)))  # type: ignore[union-attr]
+        found.append(open_plan(slide, spec, plans, str(status.key)))  # type: ignore[union-attr]
     return found
 
 
@@ -152,12 +153,12 @@ def test_a_slide_that_was_replaced_between_its_plan_and_the_training_is_refused(
     os.utime(before.uri, (1, 1))
     plans = PatchStore(plan_root(str(tmp_path / "store")), spec.fingerprint())
     with pytest.raises(SlideError, match="s0.png: the file was replaced after it was planned; run again") as caught:
-        open_streamed(before.slide, spec, plans, before.key)
+        open_plan(before.slide, spec, plans, before.key)
     assert caught.value.reason == "changed"
     (after,) = stream_slides(cohort, tmp_path / "store", spec)
     assert after.key != before.key
     with pytest.raises(SlideError, match="after it was planned"):  # what an older record of the stage says
-        open_streamed(before.slide, spec, plans, before.key)
+        open_plan(before.slide, spec, plans, before.key)
 
 
 def test_a_slide_that_was_only_touched_is_planned_anew_and_opens(tmp_path: Path) -> None:
@@ -179,17 +180,20 @@ def test_a_slide_planned_from_another_version_of_its_file_is_not_done(tmp_path: 
         assert isinstance(status, SlideStatus)
         keys[slide.slide_id] = str(status.key)
     record = Record("tile", "f", {}, {}, {"keys": keys})
-    space = Workspace(config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {})
-    tile, changed = STAGES[0], cohort.slides[1]
-    assert tile.outdated(space, record) is None
+
+    def outdated() -> str | None:
+        space = Workspace(config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {})
+        return STAGES[0].outdated(space, record)
+
+    changed = cohort.slides[1]
+    assert outdated() is None
     before = Path(changed.uri).stat()
     write_slide(Path(changed.uri), seed=99)
     begin_slide(changed, config.tiling, root, whole=True, pixels=False)
+    assert outdated() == "1 slides were planned from another version: s1"
     write_slide(Path(changed.uri), seed=1)
     os.utime(changed.uri, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert tile.outdated(space, record) == "1 slides were planned from another version: s1"
-    begin_slide(changed, config.tiling, root, whole=True, pixels=False)
-    assert tile.outdated(space, record) is None
+    assert outdated() is None  # what the first version became is known as well
 
 
 def _torn(folder: Path, spec: TilingConfig, *, tiles: int) -> tuple[Cohort, str, SlideStatus]:
@@ -222,6 +226,7 @@ def test_after_a_patch_that_cannot_be_decoded_the_next_plan_is_the_store_s(tmp_p
     assert np.array_equal(after.index().x, stored.index().x)
     assert np.array_equal(after.index().y, stored.index().y)
     assert after.payloads(rows) == stored.payloads(rows)
+    plans.look_again()
     facts = [store.facts(stored.key) for store in (plans, PatchStore(str(tmp_path / "store"), spec.fingerprint()))]
     assert facts[0]["bad_tiles"] == facts[1]["bad_tiles"]
     assert facts[0]["rejects"] == facts[1]["rejects"]
@@ -291,4 +296,4 @@ def _order(seed: int) -> list[int]:
 
 def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no committed slide"):
-        open_streamed(pairs[0][0].slide, pairs[0][0].spec, PatchStore(str(tmp_path), "aa"), "abc")
+        open_plan(pairs[0][0].slide, pairs[0][0].spec, PatchStore(str(tmp_path), "aa"), "abc")

@@ -94,6 +94,8 @@ def test_a_job_killed_three_times_ends_as_one_that_was_not(cohort: Path, tmp_pat
     for path in sorted(cohort.iterdir()):
         store_slide(row(path), SPEC, str(tmp_path / "undisturbed"))
     found, undisturbed = contents(store), contents(tmp_path / "undisturbed")
-    assert {name for name in found if "/sources/" in name} == {name for name in undisturbed if "/sources/" in name}
-    assert all(found[name] == data for name, data in undisturbed.items() if "/sources/" not in name)
+    assert {name for name in found if "/catalogue/sources" in name} == {
+        name for name in undisturbed if "/catalogue/sources" in name
+    }
+    assert all(found[name] == data for name, data in undisturbed.items() if "/catalogue/sources" not in name)
     assert found.keys() == undisturbed.keys()

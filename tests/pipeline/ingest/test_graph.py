@@ -83,7 +83,7 @@ def test_slides_and_store_on_s3(good: Path, tmp_path: Path, monkeypatch: pytest.
         assert remote.key == local.key is not None
         mirror = tmp_path / "s3" / "slides" / "store"
         for path in (tmp_path / "store").glob("*/*/*"):
-            if path.parent.name != "sources":
+            if path.parent.name != "catalogue":
                 assert path.read_bytes() == (mirror / path.relative_to(tmp_path / "store")).read_bytes()
         assert tile_cohort(slides[:1], SPEC, f"{bucket}/store", cpus=1, on_status=print) == [remote]
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

@@ -14,6 +14,7 @@ from pipeline.ingest import child, isolated, tiler
 from pipeline.ingest.child import DiedError, LimitError
 from pipeline.ingest.graph import _look_up
 from pipeline.ingest.isolated import store_slide
+from pipeline.ingest.versions import look_at
 from pipeline.store.patches import PatchStore, SlideStatus
 from tests.pipeline.tiled import RGB, SPEC, contents, row
 from tests.security.hostile import tiff, zeros
@@ -47,10 +48,13 @@ def test_a_slide_that_is_too_expensive_is_tried_again_where_it_may_cost_more(cos
     assert "raise tiling.max_seconds=0.2 or tiling.max_slide_gib=2" in str(first.reason)
     assert first.limits == (0.2, 2.0)
     patches = PatchStore(store, spec.fingerprint())
-    assert _look_up(row(costly), spec, patches) == first  # free where nothing changed
-    assert _look_up(row(costly), spec.model_copy(update={"max_seconds": 0.1}), patches) == first
+    slides = [row(costly)]
+    versions = look_at(slides, spec)
+    assert _look_up(slides, versions, spec, patches) == ({0: first}, {})  # free where nothing changed
+    less = spec.model_copy(update={"max_seconds": 0.1})
+    assert _look_up(slides, versions, less, patches) == ({0: first}, {})
     more = spec.model_copy(update={"max_seconds": 0.3})
-    assert _look_up(row(costly), more, patches) == costly.stat().st_size
+    assert _look_up(slides, versions, more, patches) == ({}, {0: costly.stat().st_size})
     again = store_slide(row(costly), more, store)
     assert again.limits == (0.3, 2.0)
     assert more.fingerprint() == spec.fingerprint()

@@ -30,6 +30,7 @@ from pipeline.results.quality import (
     quality_csv,
     quality_page,
     quality_rows,
+    write_outlines,
     write_quality,
 )
 from pipeline.store.patches import PatchStore, SlideStatus
@@ -54,7 +55,8 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchStore, list[Sl
 
 def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tmp_path: Path) -> None:
     store, statuses = tiled
-    outputs = write_quality(store, quality_rows(store, statuses), str(tmp_path), "study", "abc")
+    outputs = write_quality(store, quality_rows(store, statuses), str(tmp_path), "study", "abc", PICTURES)
+    write_outlines(store, quality_rows(store, statuses), str(tmp_path))
     page = Path(outputs["quality"]).read_text()
     parsed = Page()
     parsed.feed(page.replace("<svg", "<div").replace("</svg", "</div"))

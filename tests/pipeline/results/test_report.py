@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,8 +39,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = small_config()
     cohort = write_cohort(folder, LABELS)
     odd = tuple(
-        type(slide)("<script>x" if slide.slide_id == "s1" else slide.slide_id, *list(vars(slide).values())[1:])
-        for slide in cohort.slides
+        replace(slide, slide_id="<script>x" if slide.slide_id == "s1" else slide.slide_id) for slide in cohort.slides
     )
     cohort = Cohort(cohort.uri, odd)
     model, _ = load_model(write_model(folder, config))

@@ -99,7 +99,8 @@ def test_features_of_two_writers_are_those_of_the_first(
 
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
         store.write(stored, second(), {"name": "second"})
-    slide = store.slide(stored)
+    store.commit([stored.key])
+    (slide,) = store.slides([stored])
     assert (slide.vectors(np.arange(len(whole))) == whole).all()
     report = verify_store(str(tmp_path), 1, lambda _done, _all: None)
     assert report.damage == []
@@ -110,7 +111,7 @@ def test_nothing_is_there_before_the_commit(stored: StoredSlide, tmp_path: Path)
     store = FeatureStore(str(tmp_path), "spec", "encoder")
     assert not store.has(stored.key)
     with pytest.raises(StorageError, match="run the embed stage"):
-        store.slide(stored)
+        store.slides([stored])
     with pytest.raises(StorageError, match=f"1 of {stored.n_patches} patches gave features"):
         store.write(stored, [vectors(1)], {})
     assert not store.has(stored.key)
@@ -119,9 +120,11 @@ def test_nothing_is_there_before_the_commit(stored: StoredSlide, tmp_path: Path)
 def test_features_of_other_patches_are_refused(stored: StoredSlide, tmp_path: Path) -> None:
     store = FeatureStore(str(tmp_path), "spec", "encoder")
     store.write(stored, [vectors(stored.n_patches)], {})
+    assert not store.has(stored.key)
+    store.commit([stored.key])
     anew = replace(stored, n_patches=stored.n_patches - 1)
     with pytest.raises(StorageError, match=f"features of {stored.n_patches} patches.*remove the folder"):
-        store.slide(anew)
+        store.slides([anew])
 
 
 def test_largest_slides_first_each_once(tmp_path: Path) -> None:

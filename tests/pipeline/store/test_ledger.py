@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import SlideError
 from pipeline.ingest.tiler import store_slide
+from pipeline.ingest.versions import look_at
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import PatchStore
@@ -33,8 +35,9 @@ def ledgers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pa.Table]:
     slides = [row(path) for path in paths]
     statuses = [store_slide(slide, spec, str(folder / "store")) for slide in slides]
     store = PatchStore(str(folder / "store"), spec.fingerprint())
-    uris = write_ledger(store, slides, statuses, str(folder / "ledger"))
-    again = write_ledger(store, slides, statuses, str(folder / "again"))
+    versions = [None if isinstance(found, SlideError) else found for found in look_at(slides, spec)]
+    uris = write_ledger(store, slides, versions, statuses, str(folder / "ledger"))
+    again = write_ledger(store, slides, versions, statuses, str(folder / "again"))
     for name, uri in uris.items():
         assert Path(uri).read_bytes() == Path(again[name]).read_bytes()
     return {name.removeprefix("ledger_"): pq.read_table(uri) for name, uri in uris.items()}

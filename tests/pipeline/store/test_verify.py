@@ -24,6 +24,7 @@ from pipeline.store import parts
 from pipeline.store.features import FeatureStore
 from pipeline.store.parts import parquet_bytes
 from pipeline.store.patches import PatchStore, SlideStatus
+from pipeline.store.repair import repair_store
 from pipeline.store.verify import Report, verify_store
 from tests.pipeline.tiled import RGB, SPEC, contents, part_file, row, small_tasks, tile_in_shares
 from tests.s3 import serve_s3
@@ -72,7 +73,7 @@ def test_a_whole_store_has_no_findings(store: Path) -> None:
     listed = [entry for path in store.rglob("slide.json") for entry in json.loads(path.read_text())["parts"]]
     assert report.patches == sum(entry["patches"] for entry in listed)
     assert report.files > len(listed) > 4
-    assert report.bytes == sum(len(data) for name, data in before.items() if "/sources/" not in name) - sum(
+    assert report.bytes == sum(len(data) for name, data in before.items() if "/catalogue/" not in name) - sum(
         path.stat().st_size for path in store.rglob("slide.json")
     )
     assert contents(store) == before
@@ -104,6 +105,7 @@ def commit(slide: Path, index: bytes, patches: int) -> None:
     (slide / "index.parquet").write_bytes(index)
     facts["index"] |= {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
     (slide / "slide.json").write_text(json.dumps(facts))
+    repair_store(str(slide.parent))  # the catalogue says the same
 
 
 def another(slide: Path) -> None:
@@ -138,12 +140,22 @@ def test_damage_is_found(kind: str, store: Path, slide: Path) -> None:
     assert "run the tile stage" in finding.remedy
 
 
-def test_a_record_that_cannot_be_read_is_damage(store: Path) -> None:
-    record = min(store.rglob("sources/*.json"))
-    record.write_text("[")
+def test_a_file_of_the_catalogue_that_cannot_be_read_is_damage(store: Path) -> None:
+    (spec,) = store.iterdir()
+    cut = min(spec.glob("catalogue/*"))
+    cut.write_bytes(cut.read_bytes()[:-9])
     (finding,) = verify(store).damage
-    assert finding.uri == str(record)
-    assert "delete it" in finding.remedy
+    assert finding.uri == str(cut)
+    assert "pipeline store repair" in finding.remedy
+
+
+def test_a_catalogue_that_says_otherwise_than_the_slides_is_damage(store: Path, slide: Path) -> None:
+    facts = json.loads((slide / "slide.json").read_text())
+    (slide / "slide.json").write_text(json.dumps({**facts, "vendor": "another"}))
+    (finding,) = verify(store).damage
+    assert (finding.uri, "pipeline store repair" in finding.remedy) == (str(slide), True)
+    repair_store(str(store))
+    assert verify(store).damage == []
 
 
 def test_leftovers_are_told_and_harmless(store: Path, slide: Path) -> None:
@@ -206,7 +218,7 @@ def test_what_a_slide_that_was_given_up_leaves(
 def test_a_slide_that_is_gone_is_a_leftover_of_its_source(store: Path, slide: Path) -> None:
     shutil.rmtree(slide)
     (finding,) = verify(store).leftovers
-    assert finding.what == f"its slide {slide.name} is gone"
+    assert (finding.uri, finding.what) == (str(slide), "the catalogue says that it is there")
 
 
 def test_what_is_no_store_is_named(tmp_path: Path) -> None:
@@ -240,7 +252,9 @@ def test_features_and_plans_are_verified_too(store: Path, slide: Path, tmp_path:
     patches = PatchStore(str(store), SPEC.fingerprint())
     stored = patches.slide(slide.name)
     vectors = np.arange(stored.n_patches * 4, dtype=np.float32).reshape(-1, 4)
-    features = FeatureStore(str(tmp_path / "features"), SPEC.fingerprint(), "e" * 16).write(stored, [vectors], {})
+    store_of_features = FeatureStore(str(tmp_path / "features"), SPEC.fingerprint(), "e" * 16)
+    features = store_of_features.write(stored, [vectors], {})
+    store_of_features.commit([stored.key])
     source = store.parent / "a.tiff"
     write_pyramid(source, RGB, levels=1)
     planned = begin_slide(row(source), SPEC, plan_root(str(store)), whole=True, pixels=False)

@@ -1,0 +1,305 @@
+"""What became of every source and every slide of one spec: rows in few files that any number of writers add to.
+
+`<spec folder>/catalogue/<generation>-<sha256 of the file>.parquet` (schema CATALOGUE). A file is written once, whole,
+by one task for all slides it did, **and is their commit**: a slide that no file names is not there, whatever lies in
+the store. Nothing is renamed, replaced or locked, so any storage that lists what was written will do.
+
+Three kinds of rows. A *source* says what one version of one file became: committed as `key`, or quarantined and why.
+A *slide* says what is stored under `key` and where: in a folder of its own (`pack` is null), or in the pack of that
+name, at `place` (JSON that only packs understand). A *removal* takes away the row of its id: of a slide that was
+erased, is gone, or is not trusted.
+
+The view is a function of the set of files alone, whatever the order in which they came, were merged or left behind by
+killed writers: the union of all rows, without the removed ones. Ids are drawn, so a slide that comes back after its
+removal is a row that no removal names. Of several rows for one source version a slide that is there beats a quarantine,
+a verdict beats one that higher limits may overturn, higher limits beat lower ones; of several for one key the fewest
+bad tiles win; then the lowest id.
+
+Whoever finds `FAN` files of one generation or younger merges them: a file of the next generation, which names its
+members. It holds all that they do, removals included, so that readers skip them and nothing changes while both are
+there. Members are deleted once the merged file is `GRACE_S` old, when nobody who listed before it still reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import DamagedError, StorageError
+from pipeline.schema import CATALOGUE, SCHEMA_VERSION
+from pipeline.storage import files
+from pipeline.storage.tree import Found, walk
+
+FOLDER = "catalogue"
+FAN = 16  # files of a generation: of 1,500 groups some 20 files are read, 45 at most, and each row is merged 3 times
+GRACE_S = 3600.0  # a look takes minutes at most
+WIDE = frozenset({"error", "picture", "facts"})
+"""Columns of KB a row, which a look leaves out."""
+THREADS = 16  # they wait on the storage
+BATCH = 8192  # rows of all columns held at a time: 20 MB
+_NAME = re.compile(r"^(\d\d)-([0-9a-f]{32})\.parquet$")
+_REPLACES, _SPEC = b"ips.replaces", b"ips.spec"
+"""Keys of a file's metadata: names of the files merged to it, and of the folder that it was written for."""
+_LOOKED_AT = pa.schema([field for field in CATALOGUE if field.name not in WIDE])
+
+Row = Mapping[str, Any]
+"""Columns of CATALOGUE but the id; absent ones are null."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of the catalogue."""
+
+    name: str
+    rows: pa.Table
+    """Without the `WIDE` columns."""
+    replaces: frozenset[str]
+    """Files that were merged to it."""
+
+
+class View:
+    """What the catalogue says at one moment."""
+
+    def __init__(self, members: Sequence[Member], listed: Mapping[str, Found]) -> None:
+        self.members = {member.name: member for member in members}
+        self.listed = listed
+        """All files that were there, by name; those that others replace too."""
+        self.rows = _visible(pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)]))
+        """Sources and slides in the order of their ids, also those that others stand before."""
+
+    @cached_property
+    def slides(self) -> pa.Table:
+        """One row for each key."""
+        rows = self.rows.filter(pc.equal(self.rows["kind"], "slide"))
+        return _firsts(rows, "key", {"n_bad_tiles": rows["n_bad_tiles"]})
+
+    @cached_property
+    def sources(self) -> pa.Table:
+        """One row for each version of a source that was asked for; those whose slide is not there are left out."""
+        rows = self.rows.filter(pc.equal(self.rows["kind"], "source"))
+        there = pc.is_in(rows["key"], value_set=_values(self.slides["key"]))
+        rows = rows.filter(pc.or_(there, pc.is_null(rows["key"])))
+        merits = {"key": pc.cast(pc.is_null(rows["key"]), pa.int8())}
+        for limit in ("max_seconds", "max_gib"):
+            merits[limit] = pc.negate(pc.fill_null(rows[limit], np.inf))
+        return _firsts(rows, "asked", merits)
+
+    def slide_places(self, keys: Collection[str | None]) -> pa.Array:
+        """Where in `slides` each key stands; null where it does not."""
+        return pc.index_in(pa.array(keys, pa.string()), value_set=_values(self.slides["key"]))
+
+    def source_places(self, asked: Collection[str | None]) -> pa.Array:
+        """Where in `sources` each digest of what is asked for stands; null where it does not."""
+        return pc.index_in(pa.array(asked, pa.string()), value_set=_values(self.sources["asked"]))
+
+    def ids(self, kind: str, column: str, values: Collection[str]) -> list[bytes]:
+        """Of all rows of a kind with one of these values, those included that others stand before."""
+        chosen = pc.and_(
+            pc.equal(self.rows["kind"], kind), pc.is_in(self.rows[column], value_set=pa.array(values, pa.string()))
+        )
+        found: list[bytes] = self.rows.filter(chosen)["id"].to_pylist()
+        return found
+
+
+class Catalogue:
+    """The catalogue of one spec's folder."""
+
+    def __init__(self, spec_uri: str) -> None:
+        self.uri = files.join(spec_uri, FOLDER)
+        self._spec = spec_uri.rstrip("/").rpartition("/")[2]
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Commit these rows, all or none."""
+        tag = uuid.uuid4().bytes[:12]
+        texts = ({name: _text(value) for name, value in row.items()} for row in rows)
+        self._add([{**row, "id": tag + number.to_bytes(4, "big")} for number, row in enumerate(texts)])
+
+    def remove(self, ids: Sequence[bytes]) -> None:
+        """Take away the rows of these ids, for ever."""
+        self._add([{"id": one, "kind": "removal"} for one in ids])
+
+    def read(self, without: Collection[str] = ()) -> View:
+        """What all files say together, but those of these names.
+
+        Raises:
+            DamagedError: a file is cut short or was changed.
+            StorageError: one is of a newer release, or the storage fails.
+        """
+        listed = {name: file for name, file in self._listed().items() if name not in without}
+        members: list[Member] = []
+        replaced: set[str] = set()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _, names in groupby(sorted(listed, reverse=True), key=_generation):
+                members += pool.map(self._member, [name for name in names if name not in replaced])
+                replaced.update(*(member.replaces for member in members))
+        return View(members, listed)
+
+    def broken(self) -> dict[str, StorageError]:
+        """Files that cannot be read, by name, and why."""
+
+        def problem(name: str) -> StorageError | None:
+            try:
+                self._open(name)
+            except StorageError as error:
+                return error
+            return None
+
+        names = list(self._listed())
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {name: error for name, error in zip(names, pool.map(problem, names), strict=True) if error}
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete files; what they alone said is lost."""
+        for name in names:
+            files.delete(files.join(self.uri, name))
+
+    def purge(self, ids: Sequence[bytes]) -> None:
+        """Take away rows so that no file holds them any more. While nobody else is at work."""
+        self.remove(ids)
+        view = self.read()
+        if view.members:
+            names = sorted(view.members)
+            merged = self._merge(view, names, _generation(names[-1]) + 1)
+            self.delete(view.listed.keys() - {merged})
+
+    def wide(self, view: View, columns: Sequence[str], ids: pa.Array) -> Iterator[pa.Table]:
+        """Further columns of some rows of a view, and their ids, some thousands at a time."""
+        for name in view.members:
+            for rows in self._batches(name, ["id", "kind", *columns]):
+                wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
+                yield rows.filter(wanted)
+
+    def tidy(self, view: View, now: float | None = None) -> None:
+        """Merge the files of a view where they are many, and delete those that were merged long ago.
+
+        Args:
+            view: just read.
+            now: s since 1970.
+        """
+        before = (time.time() if now is None else now) - GRACE_S
+        for member in view.members.values():
+            if view.listed[member.name].modified < before:
+                self.delete(member.replaces & view.listed.keys())
+        active = sorted(view.members)
+        for generation in range(_generation(active[-1]) + 1 if active else 0):
+            young = [name for name in active if _generation(name) <= generation]
+            if sum(_generation(name) == generation for name in young) >= FAN:
+                self._merge(view, young, generation + 1)
+                return  # what is over in the generations above waits for the next time
+
+    def _listed(self) -> dict[str, Found]:
+        found = {file.uri.rpartition("/")[2]: file for file in walk(self.uri)}
+        return {name: file for name, file in found.items() if _NAME.match(name)}
+
+    def _add(self, rows: Sequence[Row]) -> None:
+        if rows:
+            self._write(0, [pa.Table.from_pylist(rows, schema=CATALOGUE)], ())
+
+    def _merge(self, view: View, names: Sequence[str], generation: int) -> str:
+        """Write the rows of these files as one file, without those that they take away; its name."""
+        replaces = set(names).union(*(view.members[name].replaces for name in names)) & view.listed.keys()
+        gone = _removed(pa.concat_tables([view.members[name].rows for name in names]))
+
+        def rows() -> Iterator[pa.Table]:
+            for name in names:
+                for batch in self._batches(name, CATALOGUE.names):
+                    removal = pc.equal(batch["kind"], "removal")
+                    yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
+
+        return self._write(generation, rows(), sorted(replaces))
+
+    def _write(self, generation: int, tables: Iterable[pa.Table], replaces: Sequence[str]) -> str:
+        own = {_REPLACES: json.dumps(replaces).encode(), _SPEC: self._spec.encode()}
+        metadata = {**CATALOGUE.metadata, **own}
+        sink = pa.BufferOutputStream()
+        schema = CATALOGUE.with_metadata(metadata)
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table.cast(schema))
+        data = bytes(sink.getvalue())
+        name = f"{generation:02d}-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+        files.write_bytes(files.join(self.uri, name), data)
+        return name
+
+    def _member(self, name: str) -> Member:
+        file = self._open(name)
+        replaces = json.loads(file.schema_arrow.metadata[_REPLACES])
+        return Member(name, file.read(_LOOKED_AT.names).cast(_LOOKED_AT), frozenset(replaces))
+
+    def _batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        for batch in self._open(name).iter_batches(BATCH, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+    def _open(self, name: str) -> pq.ParquetFile:
+        """A file's bytes, checked by its name."""
+        uri = files.join(self.uri, name)
+        data = files.read_bytes(uri)
+        if hashlib.sha256(data).hexdigest()[:32] != name[3:35]:
+            raise DamagedError(f"{uri}: is cut short or was changed; run `pipeline store repair`")
+        file = pq.ParquetFile(pa.BufferReader(data))
+        version = int(file.schema_arrow.metadata[b"ips.schema_version"])
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{uri}: was written by a newer release (layout {version}, this one knows {SCHEMA_VERSION}); update "
+                "this one"
+            )
+        if (spec := file.schema_arrow.metadata[_SPEC].decode()) != self._spec:
+            raise StorageError(
+                f"{uri}: its slides were cut by another tiling spec ({spec}), so it was copied or renamed to here; "
+                "remove the spec's folder and run again, which tiles the slides anew"
+            )
+        return file
+
+
+def _generation(name: str) -> int:
+    """0: written by a task; else one more than that of the files that were merged."""
+    return int(name[:2])
+
+
+def _text(value: object) -> object:
+    """Text without halves of characters, which names of files may have, and Arrow has not."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _values(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
+
+
+def _removed(rows: pa.Table) -> pa.Array:
+    return _values(rows.filter(pc.equal(rows["kind"], "removal"))["id"])
+
+
+def _visible(rows: pa.Table) -> pa.Table:
+    """Each row that no removal names once, in the order of their ids."""
+    gone = _removed(rows)
+    rows = rows.filter(pc.not_equal(rows["kind"], "removal"))
+    rows = rows.filter(pc.invert(pc.is_in(rows["id"], value_set=gone)))
+    return _firsts(rows, "id", {})
+
+
+def _firsts(rows: pa.Table, column: str, merits: Mapping[str, pa.ChunkedArray]) -> pa.Table:
+    """Of the rows with one value in a column that with the least merits, the first one of the least id."""
+    order = pa.table({"of": rows[column], **{f"merit {name}": values for name, values in merits.items()}})
+    if column != "id":
+        order = order.append_column("id", rows["id"])
+    places = pc.sort_indices(order, [(name, "ascending") for name in order.column_names])
+    rows = rows.take(places)
+    names = _values(rows[column])
+    if len(names) < 2:
+        return rows
+    other = pc.not_equal(names.slice(1), names.slice(0, len(names) - 1))
+    return rows.filter(pa.concat_arrays([pa.array([True]), other]))

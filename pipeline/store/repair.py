@@ -1,0 +1,123 @@
+"""A catalogue made whole again from what lies beside it: each slide's folder says what its rows say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.compute as pc
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.errors import DamagedError
+from pipeline.storage import files
+from pipeline.storage.files import SourceVersion
+from pipeline.store.catalogue import Row
+from pipeline.store.rows import compact, features_row, slide_row, source_row
+from pipeline.store.shelf import Shelf
+from pipeline.store.verify import SLIDE, spec_folders
+
+SOURCES = "sources"
+"""Folder of an older release: a file for each source."""
+THREADS = 16  # they wait on the storage
+TOGETHER = 4096  # rows of a file
+
+
+@dataclass
+class Repaired:
+    """What was done to a store."""
+
+    specs: int = 0
+    deleted: list[str] = field(default_factory=list)
+    """Files of catalogues that could not be read."""
+    refused: list[str] = field(default_factory=list)
+    """What people have to mend, in words."""
+    added: int = 0
+    """Slides that the catalogue did not know, or knew otherwise."""
+    removed: int = 0
+    """Slides that it knew and that are gone."""
+    taken_over: int = 0
+    """Records of sources from an older release."""
+
+
+def repair_store(store: str) -> Repaired:
+    """Mend the catalogues of a store of patches (with the plans below it) or of features. While no stage is at work.
+
+    Sources that only an unreadable file knew are looked at again by the next run, which finds their slides.
+
+    Raises:
+        StorageError: no store is there, or the storage fails.
+    """
+    return _each(store, lambda _spec, _done: None)
+
+
+def migrate_store(store: str) -> Repaired:
+    """Take over a store of an older release, which had a file for each source and no catalogue. As `repair_store`."""
+    return _each(store, _take_over)
+
+
+def _each(store: str, first: Callable[[str, Repaired], None]) -> Repaired:
+    done = Repaired()
+    for uri in spec_folders(files.absolute(store)):
+        done.specs += 1
+        first(uri, done)
+        _repair(Shelf(uri), done)
+    return done
+
+
+def _repair(shelf: Shelf, done: Repaired) -> None:
+    broken = shelf.catalogue.broken()
+    cut = [name for name, error in broken.items() if isinstance(error, DamagedError)]
+    done.refused += [str(error) for name, error in broken.items() if name not in cut]
+    view = shelf.catalogue.read(without=broken)
+    known = {row["key"]: row["id"] for row in view.slides.filter(pc.is_null(view.slides["pack"])).to_pylist()}
+    said = {
+        row["key"]: row["facts"]
+        for rows in shelf.catalogue.wide(view, ["key", "facts"], view.slides["id"].combine_chunks())
+        for row in rows.to_pylist()
+    }
+    names = [name for name in files.list_names(shelf.uri) if SLIDE.match(name)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = {name: facts for name, facts in zip(names, pool.map(shelf.commit_of, names), strict=True) if facts}
+    other = [key for key, facts in found.items() if said.get(key) != compact(facts)]
+    gone = [key for key in known if key not in found]
+    stale = [*gone, *(key for key in other if key in known)]
+    if stale:
+        shelf.catalogue.remove(view.ids("slide", "key", stale))
+    for start in range(0, len(other), TOGETHER):
+        shelf.append([_row(found[key]) for key in other[start : start + TOGETHER]])
+    shelf.catalogue.delete(cut)
+    done.added += len(other)
+    done.removed += len(gone)
+    done.deleted += [files.join(shelf.catalogue.uri, name) for name in cut]
+
+
+def _row(facts: Mapping[str, Any]) -> Row:
+    return features_row(facts) if "encoder" in facts else slide_row(facts)
+
+
+def _take_over(spec: str, done: Repaired) -> None:
+    """Records of sources as an older release wrote them, one file each, into the catalogue."""
+    names = files.list_names(files.join(spec, SOURCES))
+    for start in range(0, len(names), TOGETHER):
+        places = [files.join(spec, SOURCES, name) for name in names[start : start + TOGETHER]]
+        with ThreadPoolExecutor(THREADS) as pool:
+            rows = list(pool.map(_old_row, places))
+            Shelf(spec).append([row for row in rows if row is not None])
+            list(pool.map(files.delete, places))
+        done.taken_over += sum(row is not None for row in rows)
+
+
+def _old_row(uri: str) -> Row | None:
+    """The row of a record; None of one that cannot be read: the next run looks at the source again."""
+    try:
+        record = files.read_json(uri)
+        source, status = record["source"], record["status"]
+        mpp = None if source["mpp"] is None else float(source["mpp"])
+        given = {name: source[name] for name in ("mask", "coords", "series")}
+        slide = CohortSlide("", source["uri"], "", None, mpp, {}, {}, **given)
+        outcome = {"picture": None, "limits": None, **status}
+        return source_row(slide, SourceVersion(**record["version"]), outcome, record["left"])
+    except (DamagedError, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,94 @@
+"""One spec's folder of a store, as it is looked at: by its catalogue and the names of what lies in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.storage import files
+from pipeline.storage.listing import folder_names
+from pipeline.store.catalogue import Catalogue, Row, View
+
+
+class Shelf:
+    """Slides by key. Catalogue and names are read once, until this object writes."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.catalogue = Catalogue(uri)
+        self._view: View | None = None
+        self._names: frozenset[str] | None = None
+        self._local = "" if files.is_remote(uri) else str(files.local_path(uri))
+
+    @property
+    def view(self) -> View:
+        """What the catalogue says."""
+        if self._view is None:
+            self._view = self.catalogue.read()
+        return self._view
+
+    def look_again(self) -> None:
+        """Forget what was seen: others may have written."""
+        self._view = self._names = None
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Commit these rows (`rows`), all or none."""
+        self.catalogue.append(rows)
+        self.look_again()
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Take these slides out of the catalogue; sources that became them are looked at again."""
+        self.catalogue.remove(self.view.ids("slide", "key", keys))
+        self.look_again()
+
+    def forget_gone(self) -> None:
+        """Take those slides out of the catalogue that are not there any more."""
+        if gone := self.gone(self.view.slides["key"].to_pylist()):
+            self.forget(gone)
+
+    def has(self, key: str) -> bool:
+        """Whether the slide is committed, and there."""
+        return not self.gone([key])
+
+    def gone(self, keys: Iterable[str]) -> list[str]:
+        """Which of the slides are not committed, or whose folder is not there any more."""
+        wanted = list(keys)
+        places = self.view.slide_places(wanted)
+        packs = iter(self.view.slides["pack"].take(places.drop_null()).to_pylist())
+        there = (
+            known and (next(packs) is not None or self._is_there(key))
+            for key, known in zip(wanted, places.is_valid().to_pylist(), strict=True)
+        )
+        return [key for key, found in zip(wanted, there, strict=True) if not found]
+
+    def require(self, keys: Iterable[str], what: str) -> None:
+        """StorageError where one of the slides is not there; `what` is missing, and what to do."""
+        wanted = list(keys)
+        if self.gone(wanted):
+            self.look_again()  # it may have been committed since
+            if gone := self.gone(wanted):
+                raise StorageError(f"{files.join(self.uri, gone[0])}: {what}")
+
+    def all_facts(self, keys: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Key and all that its commit says, of each of these slides that is committed, in no order."""
+        chosen = self.view.slides.take(self.view.slide_places(list(keys)).drop_null())
+        for rows in self.catalogue.wide(self.view, ["key", "facts"], chosen["id"].combine_chunks()):
+            for row in rows.to_pylist():
+                yield row["key"], json.loads(row["facts"])
+
+    def commit_of(self, key: str) -> Mapping[str, Any] | None:
+        """What `slide.json` in the slide's folder says, whether it is committed or about to be; None without it."""
+        uri = files.join(self.uri, key, "slide.json")
+        data = files.read_if_there(uri)
+        return None if data is None else files.parsed_json(uri, data)
+
+    def _is_there(self, key: str) -> bool:
+        """Whether a slide's folder is there; on a disk, where that costs microseconds, whether its commit is."""
+        if not files.is_remote(self.uri):
+            return os.path.exists(os.path.join(self._local, key, "slide.json"))  # noqa: PTH110, PTH118
+        if self._names is None:
+            self._names = folder_names(self.uri)
+        return key in self._names
