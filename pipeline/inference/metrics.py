@@ -36,7 +36,7 @@ def measure(task: TaskConfig, values: Floats, truth: Floats) -> tuple[float, ...
         values: (n, K), one number for each of `task.outputs`.
         truth: (n,), or (n, K) for multilabel and (n, 2) for survival (`labels.truth`); NaN where missing.
     """
-    known = ~np.isnan(truth.reshape(len(truth), -1)).any(axis=1)
+    known = labelled(truth)
     p, y = values[known], truth[known]
     if not len(y):
         return (float("nan"),) * len(MEASURES[task.kind])
@@ -48,6 +48,13 @@ def measure(task: TaskConfig, values: Floats, truth: Floats) -> tuple[float, ...
         return (concordance(expected_time(p, task.bins), y[:, 0], y[:, 1] == 1),)
     labels = y.astype(np.int64)
     return task_auc(p, labels), accuracy(p, labels)
+
+
+def labelled(truth: Floats) -> Bools:
+    """(n,) which slides have a label, of truth (n,) or (n, W)."""
+    missing = np.isnan(truth)
+    known: Bools = np.logical_not(missing if truth.ndim == 1 else missing.any(axis=1))
+    return known
 
 
 def auc(scores: Floats, positive: Bools) -> float:
