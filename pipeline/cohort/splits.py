@@ -6,8 +6,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from pipeline.cohort.labels import lacks, stratum
+from pipeline.cohort.labels import lacks
+from pipeline.cohort.recorded import Recorded
 from pipeline.cohort.table import SPLITS, Cohort
 from pipeline.config.data import SplitConfig, TaskConfig
 from pipeline.errors import CohortError
@@ -20,7 +22,9 @@ def check_trainable(cohort: Cohort, tasks: Sequence[TaskConfig], splits: Sequenc
     problems = []
     for split in splits:
         if not sizes[split]:
-            problems.append(f"split {split} has no slide ({counted}); add slides or change cohort.split")
+            problems.append(
+                f"split {split} has no slide ({counted}); add slides, a split column, or change cohort.split or seed"
+            )
             continue
         for task in tasks:
             reason = lacks(task, [slide.labels[task.name] for slide in cohort.subset(split)])
@@ -58,47 +62,44 @@ def check_apart(cohort: Cohort, keys: Mapping[str, str] | None = None) -> None:
         raise CohortError(cohort.uri, problems)
 
 
-def with_splits(cohort: Cohort, fractions: SplitConfig, seed: int, tasks: Sequence[TaskConfig]) -> Cohort:
-    """Give every patient a split, stratified by the first task's label; unchanged when there are splits.
+def with_splits(
+    cohort: Cohort,
+    shares: SplitConfig,
+    seed: int,
+    recorded: Recorded | None = None,
+    new_patients: Literal["drawn", "train"] = "drawn",
+) -> Cohort:
+    """Give every patient a split; unchanged when there are splits.
 
-    A patient's stratum is the highest (`labels.stratum`) of its slides. The result depends on the
-    seed, the patients' ids and their labels alone, not on the order of the rows. A class with at least as many
-    patients as there are splits stands in each of them.
+    A patient's split depends on the seed, the shares and the id alone (`drawn_split`), so slides that come or go move
+    nobody. Classes are as frequent in each split as chance has it.
+
+    Args:
+        cohort: which slides.
+        shares: of the patients.
+        seed: of what is drawn.
+        recorded: patients who have a split keep it, whatever would be drawn.
+        new_patients: train: those who are not recorded go into no test, which is for cohorts whose others are.
     """
     if cohort.has_splits:
         return cohort
-    strata: defaultdict[int, list[str]] = defaultdict(list)
-    for patient, rank in _strata(cohort, tasks).items():
-        strata[rank].append(patient)
-    split_of: dict[str, str] = {}
-    for patients in strata.values():
-        patients.sort(key=lambda patient: hashlib.sha256(f"{seed}\0{patient}".encode()).digest())
-        names = [name for name, size in _shares(len(patients), fractions).items() for _ in range(size)]
-        split_of.update(zip(patients, names, strict=True))
+    known = recorded or Recorded()
+    if new_patients == "train" and known.splits:
+        shares = SplitConfig(train=shares.train + shares.test, val=shares.val, test=0.0)
+    split_of = {
+        slide.patient_id: known.split(slide.patient_id) or drawn_split(slide.patient_id, shares, seed)
+        for slide in cohort.slides
+    }
     return replace(cohort, slides=tuple(replace(slide, split=split_of[slide.patient_id]) for slide in cohort.slides))
 
 
-def _strata(cohort: Cohort, tasks: Sequence[TaskConfig]) -> dict[str, int]:
-    """Patient -> highest stratum of its slides in the first task, -1 when it has no label."""
-    strata: dict[str, int] = {}
-    for slide in cohort.slides:
-        rank = stratum(tasks[0], slide.labels[tasks[0].name]) if tasks else -1
-        strata[slide.patient_id] = max(rank, strata.get(slide.patient_id, -1))
-    return strata
+def drawn_split(patient_id: str, shares: SplitConfig, seed: int) -> str:
+    """The split of one patient: a number from 0 to 1 by sha256, cut into the shares of test, val and train.
 
-
-def _shares(patients: int, fractions: SplitConfig) -> dict[str, int]:
-    """How many patients of a stratum go where: largest remainders, but no split empty while another has two."""
-    wanted = {name: getattr(fractions, name) for name in ("train", "test", "val")}
-    wanted = {name: share for name, share in wanted.items() if share > 0}
-    if patients <= len(wanted):
-        return {name: int(place < patients) for place, name in enumerate(wanted)}
-    sizes = {name: int(patients * share) for name, share in wanted.items()}
-    by_remainder = sorted(wanted, key=lambda name: sizes[name] - patients * wanted[name])
-    for name in by_remainder[: patients - sum(sizes.values())]:
-        sizes[name] += 1
-    for name in wanted:
-        if not sizes[name]:
-            sizes[max(sizes, key=lambda other: sizes[other])] -= 1
-            sizes[name] = 1
-    return sizes
+    In this order, so that another share of val moves nobody into or out of test.
+    """
+    digest = hashlib.sha256(f"{seed}\0{patient_id}".encode()).digest()
+    drawn = int.from_bytes(digest[:8]) / 2**64
+    if drawn < shares.test:
+        return "test"
+    return "val" if drawn < shares.test + shares.val or shares.train == 0 else "train"

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.bags.images import cohort_csv
 from pipeline.cluster import connected
+from pipeline.cohort.recorded import read_recorded, record
 from pipeline.cohort.splits import check_apart, check_trainable, with_splits
 from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
@@ -78,12 +79,28 @@ class WorkflowResult:
         return "done" if self.parent_run_id else "nothing to do"
 
 
-def run(config: Config, last: str = "register") -> WorkflowResult:
-    """Bring every stage up to and including `last` up to date; stages that are done cost nothing."""
+def run(
+    config: Config,
+    last: str = "register",
+    more: Sequence[Stage] = (),
+    choose: Callable[[Cohort], Cohort] = lambda cohort: cohort,
+) -> WorkflowResult:
+    """Bring every stage up to and including `last` up to date; stages that are done cost nothing.
+
+    Args:
+        config: of the run.
+        last: name of a stage.
+        more: stages that come after it.
+        choose: takes the splits from slides that are not to be used, once they are drawn and recorded.
+    """
     ensure_cohort(config)
     with ExitStack() as stack:
         tracking = _Tracking(config, stack)
-        cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
+        needs_labels = last not in ("tile", "embed")
+        cohort = load_cohort(config, needs_labels=needs_labels)
+        if needs_labels:
+            _record_splits(config, cohort)
+        cohort = choose(cohort)
         tracking.lineage = {**lineage(config), "cohort_digest": cohort.digest}
         space = Workspace(
             config,
@@ -93,7 +110,7 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
             tracking.lineage,
         )
         results: dict[str, StageResult] = {}
-        for stage in stages_for(config, last):
+        for stage in (*stages_for(config, last), *more):
             results[stage.name] = _bring_up(stage, space, tracking, last)
             space.records[stage.name] = results[stage.name].record
         tracking.sum_up(space.records.values())
@@ -158,13 +175,21 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     check_environment(cohort.slides, config.tiling)
     if not needs_labels:
         return cohort
-    cohort = with_splits(cohort, config.cohort.split, config.seed, config.tasks)
+    recorded = read_recorded(config.storage.root)
+    cohort = with_splits(cohort, config.cohort.split, config.seed, recorded, config.retrain.new_patients)
     splits = ["train", config.evaluate.split]
     if config.train.keeps_best and "val" not in splits:
         splits.append("val")  # by which early stopping and the best checkpoint go
     check_trainable(cohort, config.tasks, splits)
     check_apart(cohort)
     return cohort
+
+
+def _record_splits(config: Config, cohort: Cohort) -> None:
+    """Where the splits were drawn, so that patients keep theirs."""
+    if not read_cohort(config.cohort.uri).has_splits:
+        root = config.storage.root
+        record(root, cohort, config.cohort.split, config.seed, read_recorded(root))
 
 
 def _no_tracker() -> Tracker:

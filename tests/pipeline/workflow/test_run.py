@@ -11,6 +11,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from pipeline.cohort.recorded import read_recorded, record
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
@@ -18,7 +19,7 @@ from pipeline.errors import ConfigError, DataBudgetError, StageError
 from pipeline.ingest.tiler import store_slide
 from pipeline.storage.lease import held
 from pipeline.tracking.tracker import open_tracking
-from pipeline.workflow.run import plan, run
+from pipeline.workflow.run import load_cohort, plan, run
 from tests.pipeline.tiled import contents
 from tests.synth import tissue_rgb
 
@@ -35,16 +36,17 @@ def _config(folder: Path, *overrides: str) -> Config:
     return load_config("default", [*base, *overrides])
 
 
-def _cohort(folder: Path, names: list[str]) -> None:
-    """Plain images as a cohort; names that start with `bad` are no images."""
+def _cohort(folder: Path, names: list[str], *, parted: bool = False) -> None:
+    """Plain images as a cohort; names that start with `bad` are no images. `parted`: with splits of both labels."""
     for number, name in enumerate(names):
         path = folder / f"{name}.png"
         if name.startswith("bad"):
             path.write_bytes(b"not an image")
         elif not path.exists():
             Image.fromarray(tissue_rgb(211, 157, seed=number)).save(path)
-    lines = [f"{name},{name}.png,{number % 2}" for number, name in enumerate(names)]
-    (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,label", *lines]) + "\n")
+    splits = ["train", "train", "test", "test", "val", "val"] * len(names) if parted else [""] * len(names)
+    lines = [f"{name},{name}.png,{n % 2},{split}" for n, (name, split) in enumerate(zip(names, splits, strict=False))]
+    (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,label,split", *lines]) + "\n")
 
 
 def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, overrides: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _cohort(tmp_path, [f"s{number}" for number in range(12)])
+    _cohort(tmp_path, [f"s{number}" for number in range(12)], parted=True)
     torch.save(torch.nn.Linear(2, 3), "net.pth")
     with pytest.raises(ConfigError) as caught:
         run(_config(tmp_path, *overrides))
@@ -117,7 +119,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_begun(
 
 def test_a_second_run_at_the_same_time_touches_nothing_of_the_first(tmp_path: Path) -> None:
     """Nor its MLflow run, which a run after a kill would end."""
-    _cohort(tmp_path, ["a", "b", "c", "d", "e", "f"])
+    _cohort(tmp_path, ["a", "b", "c", "d", "e", "f"], parted=True)
     config = _config(tmp_path)
     run(config, "tile")
     before = contents(tmp_path / "root")
@@ -196,3 +198,16 @@ def test_too_many_bad_slides_end_with_the_good_ones_committed(ray_session: None,
     ledger = Path(lenient.stages["tile"].record.outputs["ledger"]).read_text()
     assert ledger.count("quarantined") == 2
     assert json.loads(json.dumps(lenient.stages["tile"].record.metrics))["slides"] == 4
+
+
+def test_a_run_goes_by_the_splits_that_were_recorded(tmp_path: Path) -> None:
+    _cohort(tmp_path, [f"s{number:02d}" for number in range(30)])
+    config = _config(tmp_path)
+    drawn = load_cohort(config, needs_labels=True)
+    assert not (tmp_path / "root").exists()  # looking records nothing
+    others = _config(tmp_path, "seed=5", "cohort.split={train: 0.5, val: 0.1, test: 0.4}")
+    assert load_cohort(others, needs_labels=True).slides != drawn.slides
+    record(config.storage.root, drawn, config.cohort.split, config.seed, read_recorded(config.storage.root))
+    _cohort(tmp_path, [f"s{number:02d}" for number in range(41)])
+    for later in (config, others):
+        assert load_cohort(later, needs_labels=True).slides[:30] == drawn.slides
