@@ -276,5 +276,8 @@ def _with_absolute_paths(config: Config) -> Config:
             "model": config.tracking.model or config.name,
         }
     )
-    sections = {"storage": storage, "cohort": cohort, "tiling": tiling, "embed": embed, "model": model}
+    train = config.train
+    if train.begins_with is not None:
+        train = train.model_copy(update={"begins_with": absolute(train.begins_with)})
+    sections = {"storage": storage, "cohort": cohort, "tiling": tiling, "embed": embed, "model": model, "train": train}
     return config.model_copy(update={**sections, "tracking": tracking})

@@ -107,6 +107,9 @@ class TrainConfig(Section):
     them; Ray Data cuts them out of the slides in every epoch and nothing is stored. A patch that cannot be decoded then
     ends the training, and the next run's plan leaves it out like a store, by tiling.max_bad_tiles. Workers share no
     streamed slide: among several, shard_above is null."""
+    begins_with: str | None = None
+    """Path or URI of the weights.safetensors of a model of the same shape, which training goes on from: all of the
+    network, where `model.encoder.weights` is of the encoder alone. null: from scratch, or that."""
     epochs: Positive = 20
     batch_size: Positive = 16
     """Slides a step, over all workers."""

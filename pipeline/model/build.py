@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ips.learning.schedule import parameter_groups
@@ -29,12 +31,13 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
     """The network of a config, on the CPU; `pretrained=False` skips weights that are about to be overwritten.
 
     Raises:
-        ConfigError: `model.encoder.weights` does not fit the encoder, its width does not suit `model.positions`, or
-            timm is asked for and not installed, or its network cannot take patches of `tiling.patch_px`.
+        ConfigError: `model.encoder.weights` does not fit the encoder, or `train.begins_with` the network, the
+            encoder's width does not suit `model.positions`, or timm is asked for and not installed, or its network
+            cannot take patches of `tiling.patch_px`.
         StorageError: the weights cannot be read.
     """
-    settings = config.model
-    encoder, dim = _encoder(settings.encoder, pretrained=pretrained)
+    settings, begins = config.model, config.train.begins_with if pretrained else None
+    encoder, dim = _encoder(settings.encoder, pretrained=pretrained and begins is None)
     if isinstance(encoder, WrappedEncoder) and config.tiling.patch_px != "native":
         _try(encoder, f"model.encoder.name: {settings.encoder.name}", config.tiling.patch_px)
     aggregator = _pool(settings.aggregator, dim, tasks=len(config.tasks))
@@ -43,7 +46,19 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
         position = None if settings.positions == "none" else _POSITIONS[settings.positions](dim)
     except ValueError as error:
         raise ConfigError("config", [f"model.positions: {settings.positions}: {error}"]) from error
-    return IPSModel(encoder, aggregator, heads, position, settings.mean, settings.std)
+    model = IPSModel(encoder, aggregator, heads, position, settings.mean, settings.std)
+    if begins is not None:
+        _begin(model, begins)
+    return model
+
+
+def _begin(model: IPSModel, uri: str) -> None:
+    """Give the network all the weights of another one of its shape."""
+    try:
+        model.load_state_dict(safetensors.torch.load(read_bytes(uri)))
+    except (RuntimeError, SafetensorError) as error:
+        problem = f"train.begins_with: {uri}: not the weights of a model of this shape ({error}); name another, or null"
+        raise ConfigError("config", [problem]) from error
 
 
 def build_optimizer(model: IPSModel, train: TrainConfig) -> torch.optim.Optimizer:

@@ -91,3 +91,9 @@ def slide_tags(space: Workspace) -> dict[str, str]:
     if "tile" not in space.records:
         return {}
     return {"slide_keys_digest": fingerprint(sorted(space.records["tile"].facts["keys"].values()))}
+
+
+def learned(slides: Sequence[LabelledSource]) -> dict[str, list[str]]:
+    """What a model has seen of these slides: content, and digests of the patients' ids, which no record names."""
+    patients = {fingerprint(slide.patient_id) for slide, _ in slides}
+    return {"keys": sorted({source.key for _, source in slides}), "patients": sorted(patients)}

@@ -36,7 +36,7 @@ from pipeline.store.rows import asked_digest
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
 from pipeline.workflow.changes import SHOWN, Labels
-from pipeline.workflow.stage import Record, Stage, Workspace, versions
+from pipeline.workflow.stage import Record, Stage, Workspace, learned, versions
 
 if TYPE_CHECKING:
     from pipeline.results.evaluate import Evaluation
@@ -206,20 +206,20 @@ def _labelled(slides: Sequence[LabelledSource]) -> list[Any]:
 
 def _train_identity(space: Workspace) -> Mapping[str, Any]:
     """Validation slides count where they choose the checkpoint; else they are only looked at on the way."""
-    chooses = space.config.train.keeps_best
+    chooses, begins = space.config.train.keeps_best, space.config.train.begins_with
     return {
         "recipe": space.config.recipe(),
         "tiling": space.config.tiling.fingerprint(),
-        "weights": _weights_version(space.config),
+        "weights": _version_of_file(space.config.model.encoder.weights),
+        **({} if begins is None else {"begins_with": _version_of_file(begins)}),
         "train": _labelled(space.stored("train")),
         "val": _labelled(space.stored("val")) if chooses else [],
     }
 
 
-def _weights_version(config: Config) -> Mapping[str, Any] | None:
-    """Which version of the pretrained weights: another file under the same name is another recipe."""
-    uri = config.model.encoder.weights
-    return None if uri is None else asdict(source_version(uri))
+def _version_of_file(weights: str | None) -> Mapping[str, Any] | None:
+    """Which version of a file of weights: another one under the same name is another recipe."""
+    return None if weights is None else asdict(source_version(weights))
 
 
 def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
@@ -239,7 +239,7 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     space.ray()
     with plans_mended(space.config):
         trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
-    facts = {"train_slides": len(slides), "val_slides": len(validation)}
+    facts = {"train_slides": len(slides), "val_slides": len(validation), "learned": learned([*slides, *validation])}
     outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
     return Record("train", stage_fingerprint, outputs, trained.metrics, facts)
 
