@@ -10,6 +10,7 @@ PipelineError                exit 1
 │   ├── BadTileError         exit 1   one tile of a slide cannot be decoded; costs the patches it touches
 │   └── PlanError            exit 1   a slide's plan names a patch that cannot be decoded; it is planned anew
 ├── DataBudgetError          exit 3   more bad slides or tiles than the config allows (`verify`: a damaged store)
+├── ReleaseError             exit 4   the champion is not the one that was decided against, or nobody may be promoted
 ├── ResourceError            exit 5   the cluster can never give what was asked for, or does not answer
 ├── TrackingError            exit 1   MLflow cannot be reached or refuses
 ├── StageError               exit 1   a stage cannot run: an earlier one is missing, or training diverged
@@ -123,6 +124,12 @@ class DataBudgetError(PipelineError):
     """More of the data is bad than the config allows."""
 
     exit_code = 3
+
+
+class ReleaseError(PipelineError):
+    """A model cannot become champion: another one is than it was compared with, or its decision does not allow it."""
+
+    exit_code = 4
 
 
 class ResourceError(PipelineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ class Evaluation:
     predictions: pa.Table
     """One row a slide: slide_id, uri, patient_id, n_patches, and of each task <task>_label (null where missing),
     <task>_predicted and <task>_<output>."""
+    seconds: float
+    """That the prediction of one slide took, mean."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -96,7 +99,9 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
         raise StageError(f"evaluate: no slide of split {split!r} is committed; tile the cohort or set evaluate.split")
     labels = {task.name: [slide.labels.get(task.name) for slide, _ in slides] for task in config.tasks}
     _check_labels(config, labels)
+    began = time.monotonic()
     found = _predict(model, config, slides)
+    seconds = (time.monotonic() - began) / len(slides)
     truths = [np.array([truth(task, label) for label in labels[task.name]]) for task in config.tasks]
     values = [np.stack([one.values[task.name] for one in found]) for task in config.tasks]
 
@@ -121,7 +126,7 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
         for place, name in enumerate(names)
     }
     table = _table(slides, config.tasks, labels, values)
-    return Evaluation(split, tuple(slides), found, tuple(results), overall, table)
+    return Evaluation(split, tuple(slides), found, tuple(results), overall, table, seconds)
 
 
 def _check_labels(config: Config, labels: Mapping[str, Sequence[Label | None]]) -> None:

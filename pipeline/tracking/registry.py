@@ -26,6 +26,10 @@ CHAMPION = "champion"
 """Alias of the version that `predict` uses."""
 PREVIOUS = "previous"
 """Alias of the champion before it, to go back to."""
+CHALLENGER = "challenger"
+"""Alias of the version that is judged, or waits for a person."""
+GATED = "release.root"
+"""Tag of a model whose champion is decided by `retrain`: the root that keeps the decisions."""
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -145,6 +149,61 @@ def promote(store: Store, name: str, version: str) -> str | None:
             store.client.set_registered_model_alias(name, PREVIOUS, former)
         store.client.set_registered_model_alias(name, CHAMPION, version)
     return former
+
+
+def alias_version(store: Store, name: str, alias: str) -> str | None:
+    """The version that an alias points at; None where it points nowhere, or there is no such model.
+
+    Asked for by itself: searches of versions come without their aliases.
+    """
+    with reported(store.uri):
+        try:
+            return str(store.client.get_model_version_by_alias(name, alias).version)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+
+
+def point(store: Store, name: str, alias: str, version: str | None) -> None:
+    """Let an alias point at a version, or nowhere, and read that back.
+
+    Raises:
+        TrackingError: the registry has something else afterwards.
+    """
+    with reported(store.uri):
+        if version is not None:
+            store.client.set_registered_model_alias(name, alias, version)
+        elif alias_version(store, name, alias) is not None:
+            store.client.delete_registered_model_alias(name, alias)
+    found = alias_version(store, name, alias)
+    if found != version:
+        raise TrackingError(
+            f"MLflow at {store.uri}: {alias} of {name} was set to {version or 'nobody'} and is {found or 'nobody'}: "
+            "someone else moves it; run `release repair` once nobody does"
+        )
+
+
+def gated_by(store: Store, name: str) -> str | None:
+    """The root whose decisions say who is champion; None where none do."""
+    with reported(store.uri):
+        model = _find_model(store, name)
+    return None if model is None else dict(model.tags).get(GATED)
+
+
+def tag_model(store: Store, name: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered model."""
+    with reported(store.uri):
+        for key, value in tags.items():
+            store.client.set_registered_model_tag(name, key, value)
+
+
+def tag_version(store: Store, name: str, version: str, tags: Mapping[str, str], description: str) -> None:
+    """Set tags of a version, and what a person reads of it (Markdown)."""
+    with reported(store.uri):
+        for key, value in tags.items():
+            store.client.set_model_version_tag(name, version, key, value)
+        store.client.update_model_version(name, version, description)
 
 
 def find_registered(store: Store, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:

@@ -1,14 +1,20 @@
-"""The register stage: the trained model becomes a version in the registry, and the champion."""
+"""The register stage: the trained model becomes a version in the registry, and the champion unless a gate decides."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrackingError
 from pipeline.tracking.tracker import connect
 from pipeline.training.saver import model_folder
 from pipeline.workflow.stage import Record, Workspace, slide_tags
+
+if TYPE_CHECKING:
+    from pipeline.tracking.registry import RegisteredVersion
+
+log = logging.getLogger(__name__)
 
 
 def identity(space: Workspace) -> Mapping[str, Any]:
@@ -19,7 +25,7 @@ def identity(space: Workspace) -> Mapping[str, Any]:
 
 def outdated(space: Workspace, record: Record) -> str | None:
     """Why the record does not hold; the registry is asked, for others move its aliases and delete its versions."""
-    from pipeline.tracking.registry import champion, find_registered
+    from pipeline.tracking.registry import champion, find_registered, gated_by
 
     tracking, version = space.config.tracking, record.facts["version"]
     assert tracking.uri is not None  # compose.py fills both
@@ -32,7 +38,7 @@ def outdated(space: Workspace, record: Record) -> str | None:
     if found is None:
         return f"version {version} of {tracking.model} is no longer in the registry"
     holder = champion(tracker, tracking.model)
-    if holder == found.version:
+    if holder == found.version or gated_by(tracker, tracking.model) is not None:
         return None
     return f"version {found.version} of {tracking.model} is registered, but the champion is {holder or 'nobody'}"
 
@@ -57,26 +63,46 @@ def _description(space: Workspace) -> str:
 
 
 def register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
-    """Make the model a version, unless it is one already, and that version the champion."""
-    from pipeline.tracking.registry import find_registered, promote, register_model
+    """Make the model a version, unless it is one already; and that version the champion, unless a gate decides that."""
+    from pipeline.tracking.registry import gated_by, promote
 
-    tracker, name = space.tracker(), space.config.tracking.model
-    assert name is not None  # compose.py fills it
-    train, evaluated = space.records["train"], space.records["evaluate"]
-    tags = _tags(space)
-    registered = find_registered(tracker, name, tags)
-    if registered is None:
-        with model_folder(train.outputs["checkpoint"]) as folder:
-            registered = register_model(
-                tracker,
-                name,
-                folder,
-                run_id,
-                tags={**space.lineage, **tags, **slide_tags(space), "train_run_id": str(train.run_id)},
-                metrics=evaluated.metrics,
-                example_uri=space.cohort.slides[0].uri,
-                description=_description(space),
-            )
-    former = promote(tracker, name, registered.version)
-    facts = {"model": name, "version": registered.version, "alias": "champion", "previous": former}
-    return Record("register", stage_fingerprint, {}, {}, facts)
+    tracker, name = space.tracker(), str(space.config.tracking.model)
+    made = enter(space, run_id, _tags(space), space.records["evaluate"].metrics, _description(space))
+    facts = {"model": name, "version": made.version}
+    if (root := gated_by(tracker, name)) is not None:
+        log.info("register: version %s; `retrain` decides who is champion (%s)", made.version, root)
+        return Record("register", stage_fingerprint, {}, {}, facts)
+    former = promote(tracker, name, made.version)
+    return Record("register", stage_fingerprint, {}, {}, {**facts, "alias": "champion", "previous": former})
+
+
+def enter(
+    space: Workspace, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], description: str
+) -> RegisteredVersion:
+    """The version of the trained model, made where none has these tags; no alias moves.
+
+    Args:
+        space: after training.
+        run_id: the run that registers it.
+        tags: by which a version of this very model is known again.
+        metrics: linked to the model.
+        description: in Markdown.
+    """
+    from pipeline.tracking.registry import find_registered, register_model
+
+    tracker, name = space.tracker(), str(space.config.tracking.model)
+    train = space.records["train"]
+    found = find_registered(tracker, name, tags)
+    if found is not None:
+        return found
+    with model_folder(train.outputs["checkpoint"]) as folder:
+        return register_model(
+            tracker,
+            name,
+            folder,
+            run_id,
+            tags={**space.lineage, **tags, **slide_tags(space), "train_run_id": str(train.run_id)},
+            metrics=metrics,
+            example_uri=space.cohort.slides[0].uri,
+            description=description,
+        )
