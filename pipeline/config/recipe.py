@@ -2,7 +2,8 @@
 
 Fields are frozen and unknown keys are refused. Fields marked *execution* say where and how fast, never what:
 they do not enter any fingerprint, so changing them never makes a stage run again. The sections about slides and
-tasks stand in `data`, those about features in `embed`, those about the network and its training in `model`.
+tasks stand in `data`, those about features in `embed`, those about the network and its training in `model`,
+those about training it again in `release`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.model import ModelConfig, TrainConfig
+from pipeline.config.release import GateConfig, NotifyConfig, RetrainConfig
 
 
 class StorageConfig(Section):
@@ -132,6 +134,10 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig | None = None
+    """Set: what `retrain` asks of a model before it becomes champion."""
+    retrain: RetrainConfig = RetrainConfig()
+    notify: NotifyConfig = NotifyConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -204,9 +210,11 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; `train.threads` where it is not its default.
 
-        So trainings from before that setting keep their names.
+        So trainings from before that setting keep their names. What training begins with is named by its content.
         """
-        dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
+        dump = self.model_dump(
+            mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source", "begins_with"}}
+        )
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
         if self.train.threads == TrainConfig.model_fields["threads"].default:

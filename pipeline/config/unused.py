@@ -142,6 +142,18 @@ UNUSED: tuple[Unused, ...] = (
         "set one of them",
     ),
     Unused(
+        ("model.encoder.weights",),
+        lambda c: c.train.begins_with is not None,
+        "where train.begins_with gives the weights of the whole network",
+        "set train.begins_with=null",
+    ),
+    Unused(
+        _paths("retrain", "replay", "epochs", "lr", "warmup_epochs"),
+        lambda c: c.retrain.start != "warm",
+        "with retrain.start=cold, which trains as `run` does",
+        "set retrain.start=warm",
+    ),
+    Unused(
         ("cluster.readers_per_worker",),
         lambda c: c.train.source != "stream",
         "except with train.source=stream",

@@ -61,6 +61,8 @@ def _planted(path: tuple[str, ...], value: object) -> dict[str, Any]:
     if path[0] == "tasks":
         plain["tasks"][0][path[1]] = value
         return plain
+    if path[:2] in (("gate", "floors"), ("gate", "strata")):
+        return {**plain, "gate": {path[1]: [{path[2]: value}]}}
     section = plain
     for part in path[:-1]:
         section = section.setdefault(part, {})

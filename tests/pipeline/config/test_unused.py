@@ -28,14 +28,24 @@ READ = {
     "embed": "mean std dtype compute_dtype batch",
     "embed.encoder": "name channels features dim weights",
     "model": "positions",
-    "model.encoder": "name features dim weights",
+    "model.encoder": "name features dim",
     "model.aggregator": "pool",
     "model.select": "mode chunk",
-    "train": "source epochs batch_size balance_window micro_batch bounded norm lr encoder_lr freeze_encoder "
-    "freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best clip_norm augment "
-    "stain_jitter compute_dtype threads",
+    "train": "source begins_with epochs batch_size balance_window micro_batch bounded norm lr encoder_lr "
+    "freeze_encoder freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best "
+    "clip_norm augment stain_jitter compute_dtype threads",
     "cluster": "address workers cpus_per_worker gpus_per_worker connect_timeout_s start_timeout_s max_failures "
     "wait_minutes checkpoint_minutes checkpoint_steps",
+    "gate": "approval first",
+    "gate.floors": "measure bound task action",
+    "gate.no_worse": "margin level measure task least resamples action",
+    "gate.strata": "columns measure bound task least few action",
+    "gate.calibration": "most task action",
+    "gate.resources": "seconds memory_gib action",
+    "gate.drift": "alpha effect least action",
+    "gate.lost": "patches slides action",
+    "retrain": "start new_patients refresh_test expect_new_within",
+    "notify": "url",
 }
 """Fields that something reads in every valid config: a section's own checks refuse what they do not go with."""
 
@@ -73,6 +83,9 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
     ("where", "field", "value"),
     [
         (TIMM, "model.encoder.stages", 2),
+        ({"train.begins_with": "w.safetensors"}, "model.encoder.weights", "w.pth"),
+        ({}, "retrain.replay", 0.5),
+        ({}, "retrain.epochs", 5),
         (FEATURES, "model.encoder.stages", 2),
         ({"embed.encoder.name": "timm:x"}, "embed.encoder.stages", 2),
         (FEATURES, "model.encoder.channels", 1),
