@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.cli import data
+from pipeline.cli import data, release
 from pipeline.cli import store as store_commands
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
@@ -35,10 +35,12 @@ app = typer.Typer(
             "Your own: python -m pipeline run cohort.uri=cohort.csv name=mystudy, with columns slide_id, uri and label",
             "What can be set: conf/README.md, and pipeline/config/ for every field",
             "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides, a damaged store "
-            "or slides without prediction, 5 resources that can never be met, 130 or 143 interrupted",
+            "or slides without prediction, 4 a model held or rejected, 5 resources that can never be met, 6 expected "
+            "slides did not come, 130 or 143 interrupted",
         )
     ),
 )
+_RELEASE = "Training again, and who is champion"
 _STAGES, _TILED, _MODEL, _START = "The pipeline, stage by stage", "What is tiled", "A trained model", "To begin with"
 
 
@@ -248,11 +250,12 @@ def _stages(chosen: Chosen, *, last: str) -> None:
     print_json(summary) if chosen.as_json else _print_summary(summary, config)
 
 
+_INTERNAL = ("identity", "items", "keys", "finished", "learned")
+
+
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what only the program needs."""
-    facts = {
-        key: value for key, value in record["facts"].items() if key not in ("identity", "items", "keys", "finished")
-    }
+    facts = {key: value for key, value in record["facts"].items() if key not in _INTERNAL}
     return {**{key: value for key, value in record.items() if key != "stage"}, "facts": facts}
 
 
@@ -288,3 +291,6 @@ def _must_be_local(folder: Path) -> None:
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)
 app.add_typer(store_commands.app, name="store", rich_help_panel=_TILED)
+for _command in (release.retrain, release.gate, release.promote):
+    app.command(rich_help_panel=_RELEASE)(_command)
+app.add_typer(release.release, name="release", rich_help_panel=_RELEASE)

@@ -1,0 +1,175 @@
+"""What came since the last time, without opening a slide: the cohort's rows, and its files as their folders list them.
+
+One listing a folder, whatever it holds; slides of several files, of which no listing shows all, are asked for one by
+one. This file and what it imports load neither torch nor Ray nor MLflow, so a schedule that finds nothing new costs
+seconds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from importlib.metadata import version as installed
+from typing import Any
+
+from pipeline.cohort.table import Cohort, CohortSlide, read_cohort
+from pipeline.config.base import fingerprint
+from pipeline.config.recipe import Config
+from pipeline.errors import StorageError
+from pipeline.storage.files import exists, join, list_versions, parent, read_json, write_json
+
+_THREADS = 8  # they wait on the storage
+_SEVERAL = (".mrxs", ".vms", ".dcm")
+
+Row = tuple[str, str, str, str]
+"""Digests of a slide's patient, of its file's version, of what its row says beside, and of its labels."""
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """The cohort as it is now."""
+
+    cohort: Cohort
+    rows: Mapping[str, Row]
+    """Digest of the slide's id -> its row."""
+    there: frozenset[str]
+    """Digests of the ids of slides whose file is there."""
+    digest: str
+    """Of rows and settings: equal where a retraining would end as the last one did."""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What is different between two states of a cohort, in digests of the slides' ids."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    relabelled: tuple[str, ...] = ()
+    rescanned: tuple[str, ...] = ()
+    """Another file under the same id, or read otherwise."""
+    new_patients: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return {
+            "added": len(self.added),
+            "removed": len(self.removed),
+            "relabelled": len(self.relabelled),
+            "rescanned": len(self.rescanned),
+            "new_patients": self.new_patients,
+        }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the last retraining that ended has seen; `<root>/release/seen.json`."""
+
+    digest: str
+    arrived: float
+    """When a slide last came, s since 1970: when a retraining first saw it."""
+    ended: float
+    outcome: str
+    decision: str | None
+    """Digest of the one that it ended with."""
+    rows: Mapping[str, Sequence[str]]
+
+
+def look(config: Config) -> Arrivals:
+    """Read the cohort and list its files.
+
+    Raises:
+        CohortError: the cohort's rows are wrong.
+        StorageError: the cohort or a folder cannot be read.
+    """
+    cohort = read_cohort(config.cohort.uri, config.tasks)
+    beside = [uri for slide in cohort.slides for uri in (slide.mask, slide.coords) if uri is not None]
+    found = file_versions([*(slide.uri for slide in cohort.slides), *beside])
+    rows = {fingerprint(slide.slide_id): _row(slide, found) for slide in cohort.slides}
+    coords = None if config.tiling.coords is None else _listed(config.tiling.coords)
+    there = frozenset(fingerprint(slide.slide_id) for slide in cohort.slides if found[slide.uri] is not None)
+    return Arrivals(cohort, rows, there, fingerprint([_settings(config), sorted(rows.items()), coords]))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What decides how a retraining ends, beside the cohort."""
+    plain = config.model_dump(mode="json", include={"embed", "evaluate", "gate", "retrain"})
+    del plain["retrain"]["expect_new_within"]
+    tracking = config.tracking
+    return {
+        **plain,
+        "recipe": config.recipe(),
+        "tiling": config.tiling.fingerprint(),
+        "registry": [tracking.uri, tracking.model],
+        "software": installed("ips-pipeline"),
+    }
+
+
+def _row(slide: CohortSlide, found: Mapping[str, str | None]) -> Row:
+    given = [slide.uri, slide.mpp, slide.series, slide.split, dict(slide.extra)]
+    versions = [found[uri] for uri in (slide.uri, slide.mask, slide.coords) if uri is not None]
+    return fingerprint(slide.patient_id), fingerprint(versions), fingerprint(given), fingerprint(dict(slide.labels))
+
+
+def file_versions(uris: Iterable[str]) -> dict[str, str | None]:
+    """What tells one state of each file from another: its size and etag or time; None where it is not there.
+
+    Raises:
+        StorageError: a folder cannot be listed.
+    """
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
+    for uri in dict.fromkeys(uris):
+        by_folder[parent(uri)].append(uri)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        listings = dict(zip(by_folder, pool.map(_listed, by_folder), strict=True))
+        found = {
+            uri: listings[folder].get(uri.rpartition("/")[2]) for folder, those in by_folder.items() for uri in those
+        }
+        several = [uri for uri in found if uri.lower().endswith(_SEVERAL)]
+        return {**found, **dict(zip(several, pool.map(_of_several, several), strict=True))}
+
+
+def _listed(folder: str) -> dict[str, str]:
+    return {name: fingerprint(astuple(version)) for name, version in list_versions(folder).items()}
+
+
+def _of_several(uri: str) -> str | None:
+    from pipeline.slides.identity import slide_version  # loads a TIFF library, which most cohorts need not
+
+    try:
+        return fingerprint(astuple(slide_version(uri)))
+    except StorageError:
+        return None
+
+
+def diff(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> Diff:
+    """What happened between two states, by `Row`."""
+    both = [slide for slide in now if slide in before]
+    known = {row[0] for row in before.values()}
+    return Diff(
+        added=tuple(slide for slide in now if slide not in before),
+        removed=tuple(slide for slide in before if slide not in now),
+        relabelled=tuple(slide for slide in both if now[slide][3] != before[slide][3]),
+        rescanned=tuple(slide for slide in both if tuple(now[slide][1:3]) != tuple(before[slide][1:3])),
+        new_patients=len({row[0] for row in now.values()} - known),
+    )
+
+
+def named(found: Diff, cohort: Cohort) -> dict[str, list[str]]:
+    """The slides of a diff by their ids, where the cohort still has them."""
+    ids = {fingerprint(slide.slide_id): slide.slide_id for slide in cohort.slides}
+    kinds = {"added": found.added, "relabelled": found.relabelled, "rescanned": found.rescanned}
+    return {kind: sorted(ids[slide] for slide in slides if slide in ids) for kind, slides in kinds.items()}
+
+
+def last_seen(root: str) -> Seen | None:
+    """What the last retraining that ended has seen; None where none has ended."""
+    uri = join(root, "release", "seen.json")
+    return Seen(**read_json(uri)) if exists(uri) else None
+
+
+def remember(root: str, seen: Seen) -> None:
+    """Write it, for the next one."""
+    write_json(join(root, "release", "seen.json"), asdict(seen))

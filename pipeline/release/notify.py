@@ -1,0 +1,75 @@
+"""How a retraining ended, for whoever waits for it: a file to look at, and one request to a server.
+
+`<root>/release/latest.json` holds what `retrain --json` prints. The request is a POST of the same bytes, with a header
+`X-Signature-256: sha256=HEX`, the HMAC-SHA256 of the body by the secret in IPS_NOTIFY_SECRET, where that is set; the
+secret itself is never sent. What cannot be delivered is kept, and tried again by the next retraining.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.storage.files import delete, join, read_if_there, write_bytes
+
+log = logging.getLogger(__name__)
+
+SECRET = "IPS_NOTIFY_SECRET"
+PAUSES_S = (1.0, 4.0, 15.0)
+"""Between one try and the next."""
+_TIMEOUT_S = 10.0
+
+
+def tell(root: str, url: str | None, result: Mapping[str, Any]) -> None:
+    """Write `latest.json`, and tell the server where there is one; a server that is away is no failure."""
+    body = (json.dumps(result, sort_keys=True, indent=1) + "\n").encode()
+    if url is not None:
+        write_bytes(_unsent(root), body)
+    write_bytes(join(root, "release", "latest.json"), body)
+    send_unsent(root, url)
+
+
+def send_unsent(root: str, url: str | None) -> None:
+    """Deliver what an earlier retraining could not, or was killed before it did."""
+    body = None if url is None else read_if_there(_unsent(root))
+    if url is None or body is None:
+        return
+    failure = _post(url, body)
+    if failure is None:
+        delete(_unsent(root))
+    else:
+        log.warning("notify.url: %s did not take the result (%s); the next retraining tries again", url, failure)
+
+
+def _unsent(root: str) -> str:
+    return join(root, "release", "unsent.json")
+
+
+def _post(url: str, body: bytes) -> str | None:
+    """None where the server took it; else why not."""
+    headers = {"Content-Type": "application/json", "User-Agent": "ips-pipeline"}
+    if secret := os.environ.get(SECRET):
+        headers["X-Signature-256"] = f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"
+    failure = ""
+    for pause in (0.0, *PAUSES_S):
+        time.sleep(pause)
+        request = urllib.request.Request(url, body, headers, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+                return None
+        except urllib.error.HTTPError as error:
+            failure = f"HTTP {error.code}"
+            error.close()
+            if error.code < 500 and error.code not in (408, 429):
+                return failure  # it will never take it
+        except OSError as error:
+            failure = str(error)
+    return failure

@@ -1,0 +1,235 @@
+"""Who is champion: acts become aliases of MLflow's registry, compared with what was decided against.
+
+MLflow's aliases know no compare-and-set, so all that move them here hold one lease, look before they write and read
+back what they wrote. `previous` moves before `champion`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.config.recipe import Config
+from pipeline.errors import ReleaseError
+from pipeline.release.gate import DECISION
+from pipeline.release.history import Act, acts, append, last_act
+from pipeline.storage.files import exists, join, read_json
+from pipeline.storage.lease import Lease, held
+from pipeline.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    GATED,
+    PREVIOUS,
+    alias_version,
+    find_version,
+    point,
+    tag_model,
+)
+from pipeline.tracking.tracker import Store, connect
+
+log = logging.getLogger(__name__)
+
+
+def lease_uri(config: Config) -> str:
+    """Of the lease that whoever moves aliases holds."""
+    return join(config.storage.root, "release", "release.lease")
+
+
+def decision_folder(root: str, digest: str) -> str:
+    """Where a decision lies with all that it rests on."""
+    return join(root, "release", "decisions", digest[:16])
+
+
+def settled(config: Config, store: Store, lease: Lease) -> Act | None:
+    """The last act, with the aliases as it says; a champion without any act is adopted. None: there is no champion.
+
+    Raises:
+        ReleaseError: someone moved the champion past the decisions.
+    """
+    root, name = config.storage.root, _name(config)
+    act = last_act(root, name)
+    if act is not None:
+        project(store, act, lease)
+        return act
+    champion = alias_version(store, name, CHAMPION)
+    if champion is None:
+        return None
+    previous, why = alias_version(store, name, PREVIOUS), ("it was champion before any decision was recorded",)
+    act = append(root, Act("adopt", name, champion, champion, previous, None, champion, None, why, by="retrain"))
+    tag_model(store, name, {GATED: root})
+    return act
+
+
+def project(store: Store, act: Act, lease: Lease, *, whoever: bool = False) -> None:
+    """Bring the registry's aliases to an act.
+
+    Args:
+        store: of the registry.
+        act: the last one.
+        lease: of the release.
+        whoever: also where the champion is neither the one before the act nor the one after it.
+
+    Raises:
+        ReleaseError: it is another one.
+    """
+    now = alias_version(store, act.model, CHAMPION)
+    if now not in (act.was, act.champion) and not whoever:
+        raise ReleaseError(
+            f"the champion of {act.model} at {store.uri} is {now or 'nobody'}, and the last decision (act "
+            f"{act.number}, {act.at}) says {act.champion or 'nobody'}: someone moved it. `release repair` "
+            f"goes back to what was decided; `promote --approve {now} --force REASON` makes this one a decision"
+        )
+    wanted = {CHALLENGER: act.challenger, PREVIOUS: act.previous, CHAMPION: act.champion}
+    for alias, version in wanted.items():
+        if alias_version(store, act.model, alias) != version:
+            lease.check()
+            point(store, act.model, alias, version)
+            log.info("release: %s of %s is %s", alias, act.model, version or "nobody")
+
+
+def act_on(config: Config, decision: Mapping[str, Any], digest: str, before: Act | None) -> Act:
+    """The act that follows a decision, written down; no alias moves yet."""
+    candidate, verdict = str(decision["candidate"]["version"]), decision["verdict"]
+    was = None if before is None else before.champion
+    promoted = verdict == "promote"
+    return append(
+        config.storage.root,
+        Act(
+            kind=verdict,
+            model=_name(config),
+            was=was,
+            champion=candidate if promoted else was,
+            previous=was if promoted else None if before is None else before.previous,
+            challenger=candidate if verdict == "hold" else None,
+            candidate=candidate,
+            decision=digest,
+            why=tuple(decision["why"]),
+            by="retrain",
+        ),
+    )
+
+
+def approve(config: Config, version: str, by: str, force: str | None) -> Act:
+    """Make a version champion that waits for a person.
+
+    Args:
+        config: of the model.
+        version: in the registry.
+        by: the person.
+        force: why, where no decision allows it.
+
+    Raises:
+        ReleaseError: no decision allows it, and no reason was given; or the champion is not the one it names.
+        TrackingError: there is no such version.
+    """
+    root, name = config.storage.root, _name(config)
+    with _moving(config) as (store, lease):
+        find_version(store, f"models:/{name}/{version}")
+        before, now = last_act(root, name), alias_version(store, name, CHAMPION)
+        decided = next((act for act in reversed(acts(root, name)) if act.decision and act.candidate == version), None)
+        if force is None:
+            _check_allowed(root, version, decided, before)
+            assert before is not None  # a decision has an act
+            project(store, before, lease)
+        was = now if force is not None or before is None else before.champion
+        if was == version:
+            raise ReleaseError(f"version {version} of {name} is the champion already")
+        why = (force,) if force is not None else decided.why if decided else ()
+        digest = decided.decision if decided else None
+        act = append(root, Act("approve", name, was, version, was, None, version, digest, why, by))
+        tag_model(store, name, {GATED: root})
+        project(store, act, lease)
+        return act
+
+
+def _check_allowed(root: str, version: str, decided: Act | None, before: Act | None) -> None:
+    if decided is None or decided.decision is None or before is None:
+        raise ReleaseError(
+            f"no decision of {root} is about version {version}; `retrain` takes one, or --force REASON promotes it"
+        )
+    decision = read_json(join(decision_folder(root, decided.decision), DECISION))
+    if decision["verdict"] == "reject":
+        why = "; ".join(decision["why"])
+        raise ReleaseError(f"version {version} was rejected: {why}; --force REASON promotes it all the same")
+    if decision["names_champion"] != before.champion:
+        raise ReleaseError(
+            f"version {version} was compared with version {decision['names_champion'] or 'nobody'}, and the champion "
+            f"is {before.champion or 'nobody'} by now; run `retrain` again, or --force REASON"
+        )
+
+
+def rollback(config: Config, by: str, reason: str) -> Act:
+    """Make the previous champion champion again; the one that goes becomes `previous`.
+
+    Raises:
+        ReleaseError: there is none to go back to.
+    """
+    root, name = config.storage.root, _name(config)
+    with _moving(config) as (store, lease):
+        before = settled(config, store, lease)
+        if before is None or before.previous is None:
+            raise ReleaseError(f"{name} has no previous champion to go back to")
+        now, target = before.champion, before.previous
+        act = append(root, Act("rollback", name, now, target, now, None, target, None, (reason,), by))
+        project(store, act, lease)
+        return act
+
+
+def repair(config: Config) -> Act:
+    """Bring the aliases to the last act, whoever is champion.
+
+    Raises:
+        ReleaseError: nothing was decided yet.
+    """
+    with _moving(config) as (store, lease):
+        act = last_act(config.storage.root, _name(config))
+        if act is None:
+            raise ReleaseError(f"{config.storage.root} holds no decision; `retrain` takes the first one")
+        project(store, act, lease, whoever=True)
+        return act
+
+
+def status(config: Config) -> dict[str, Any]:
+    """Who is champion, why, since when, what waits, and whether the registry has it so."""
+    root, name, store = config.storage.root, _name(config), connect(str(config.tracking.uri))
+    registry = {alias: alias_version(store, name, alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
+    done = acts(root, name)
+    last = done[-1] if done else None
+    since = None
+    for act in done:  # the first act since which the champion is the same
+        since = act if since is None or act.champion != since.champion else since
+    decided: dict[str, str | None] = dict.fromkeys(registry)
+    if last is not None:
+        decided = {CHAMPION: last.champion, PREVIOUS: last.previous, CHALLENGER: last.challenger}
+    waits = None if last is None or last.challenger is None else {"version": last.challenger, "why": list(last.why)}
+    page = None
+    if since is not None and since.decision is not None:
+        folder = decision_folder(root, since.decision)
+        page = join(folder, DECISION) if exists(join(folder, DECISION)) else None
+    return {
+        "model": name,
+        "champion": decided[CHAMPION] or registry[CHAMPION],
+        "since": None if since is None else since.at,
+        "why": [] if since is None else list(since.why),
+        "by": None if since is None else since.by,
+        "decision": page,
+        "waits": waits,
+        "registry": registry,
+        "agrees": last is None or registry == decided,
+        "last": None if last is None else asdict(last),
+    }
+
+
+@contextmanager
+def _moving(config: Config) -> Iterator[tuple[Store, Lease]]:
+    """The registry, and the lease to move its aliases."""
+    store = connect(str(config.tracking.uri))
+    with held(lease_uri(config), f"the release of {_name(config)}") as lease:
+        yield store, lease
+
+
+def _name(config: Config) -> str:
+    return str(config.tracking.model)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from pipeline.config.release import GateConfig
+from pipeline.release.evidence import canonical, parse
+from tests.pipeline.release.made import evidence, finding
+
+
+def test_evidence_comes_back_from_its_json_and_keeps_its_digest() -> None:
+    found = evidence(GateConfig(approval=True), drift=(finding("eosin", 0.001, 0.7),))
+    again = parse(json.loads(json.dumps(found.plain())))
+    assert again == found
+    assert again.digest == found.digest
+    alone = replace(found, champion=None, drift=None)
+    assert parse(alone.plain()) == alone
+    assert replace(found, seed=1).digest != found.digest
+
+
+def test_equal_values_have_equal_bytes() -> None:
+    assert canonical({"b": (1, 2.5), "a": float("nan")}) == b'{"a":null,"b":[1,2.5]}'
+    assert canonical({"a": float("inf")}) == canonical({"a": None})

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cohort.frozen import newest
+from pipeline.config.base import fingerprint
+from pipeline.errors import StageError
+from pipeline.release.arrivals import Arrivals, Row
+from pipeline.release.gate import replay
+from pipeline.release.judge import SAME, Question, judging
+from pipeline.release.trained import read_trained
+from pipeline.tracking.registry import RegisteredVersion, champion, find_version
+from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.workflow.stage import Record, Workspace
+from tests.pipeline.release.space import Study, small_study
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Operation with range:DeprecationWarning"),
+    pytest.mark.slow,  # 20 s: models are registered, and tasks of Ray load torch
+]
+
+
+@pytest.fixture
+def study(ray_session: None, mlflow_uri: str, tmp_path: Path) -> Study:
+    tracker: Tracker = open_tracking(mlflow_uri, "judge", str(tmp_path / "artifacts"))
+    return small_study(tmp_path, tracker, {"train": 6, "test": 6})
+
+
+def _arrivals(study: Study, **changed: Row) -> Arrivals:
+    rows: dict[str, Row] = {
+        fingerprint(slide.slide_id): (fingerprint(slide.patient_id), "v", "g", "l") for slide in study.cohort.slides
+    }
+    return Arrivals(study.cohort, {**rows, **changed}, frozenset(rows), fingerprint(sorted(changed)))
+
+
+def _judge(space: Workspace, question: Question) -> Record:
+    tracker = space.tracker()
+    with tracker.run("retrain") as parent, tracker.run("judge", parent) as run_id:
+        stage = judging(question)
+        record = stage.work(space, fingerprint(stage.identity(space)), run_id)
+        return replace(record, run_id=parent)
+
+
+def _first(study: Study, **gate: Any) -> tuple[Record, RegisteredVersion]:
+    record = _judge(study.space(1, gate=gate or {"approval": True}), Question(None, None, None, _arrivals(study), None))
+    name = str(study.config.tracking.model)
+    return record, find_version(study.tracker, f"models:/{name}/{record.facts['version']}")
+
+
+def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Study) -> None:
+    record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0}])
+    assert record.facts["verdict"] == "promote"
+    data, same = replay(record.outputs["decision"])
+    assert same
+    decision = json.loads(data)
+    assert (decision["champion"], decision["names_champion"]) == (None, None)
+    assert decision["manifest"]["slides"] == decision["manifest"]["patients"] == 6
+    folder = Path(record.outputs["decision"]).parent
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "decision.json", "evidence.json", "changes.csv", "candidate.html", "candidate.csv", "gate.html",
+    }  # fmt: skip
+    kept = study.tracker.client.list_artifacts(str(record.run_id), "release")
+    assert {item.path for item in kept} == {f"release/{name}" for name in names}
+    assert version.tags["release.decision"] == record.facts["decision"]
+    assert version.tags["release.manifest"].startswith("1 ")
+    entry = study.tracker.client.get_model_version(version.name, version.version)
+    assert "on version 1 of the frozen test (6 slides of 6 patients): **promote**" in entry.description
+    assert champion(study.tracker, version.name) is None  # no alias moves here
+    trained = read_trained(study.config.storage.root, "train1")
+    assert trained is not None
+    assert len(trained.learned["keys"]) == len(trained.slides) == 6
+    text = (folder / "evidence.json").read_text()
+    assert "test0" not in text
+    assert "p-test" not in text
+
+
+def test_champion_and_candidate_meet_on_the_frozen_test_whatever_the_cohort_says_by_now(study: Study) -> None:
+    _, version = _first(study)
+    trained = read_trained(study.config.storage.root, "train1")
+    frozen = newest(study.config.storage.root)
+    slides = [
+        replace(s, labels={"tumour": "yes"}) if s.slide_id == "test0" else s
+        for s in study.cohort.slides
+        if s.slide_id != "test1"
+    ]
+    grown = replace(study, cohort=replace(study.cohort, slides=tuple(slides)))
+    space = grown.space(2, gate={"no_worse": {"margin": 0.9, "least": 2, "resamples": 200}})
+    record = _judge(space, Question(None, version, trained, _arrivals(study, extra=("p", "v", "g", "l")), None))
+    decision = json.loads(Path(record.outputs["decision"]).read_text())
+    assert decision["names_champion"] == version.version == decision["champion"]["version"]
+    assert decision["candidate"]["version"] != version.version
+    counts = {name: decision["manifest"][name] for name in ("slides", "missing", "relabelled", "rescanned")}
+    assert counts == {"slides": 5, "missing": 1, "relabelled": 1, "rescanned": 0}
+    assert newest(study.config.storage.root) == frozen
+    assert record.facts["diff"]["added"] == 1
+    evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
+    labels = {slide["slide"]: slide["labels"]["tumour"] for slide in evidence["slides"]}
+    assert labels[fingerprint("test0")] == "no"
+    assert evidence["champion"]["seen"] == evidence["candidate"]["seen"] == []
+
+
+def test_a_champion_that_has_learned_from_the_test_is_found(study: Study) -> None:
+    _, version = _first(study)
+    trained = read_trained(study.config.storage.root, "train1")
+    assert trained is not None
+    seen = {**trained.learned, "keys": [*trained.learned["keys"], study.keys["test3"]]}
+    question = Question(
+        None, version, replace(trained, learned=seen), _arrivals(study, more=("p", "v", "g", "l")), None
+    )
+    record = _judge(study.space(3, gate={"floors": [{"measure": "accuracy", "bound": 0.0}]}), question)
+    assert record.facts["verdict"] == "hold"
+    evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
+    assert evidence["champion"]["seen"] == [fingerprint("test3")]
+
+
+def test_new_slides_are_compared_with_those_the_champion_learned_from(study: Study) -> None:
+    _, version = _first(study)
+    trained = read_trained(study.config.storage.root, "train1")
+    assert trained is not None
+    new = {fingerprint(f"train{n}") for n in (4, 5)}
+    kept = {**trained.learned, "keys": [study.keys[f"train{n}"] for n in range(4)]}
+    assert trained.rows is not None
+    before = replace(trained, learned=kept, rows={s: row for s, row in trained.rows.items() if s not in new})
+    space = study.space(4, gate={"drift": {"least": 2, "effect": 0.0, "alpha": 0.99}})
+    record = _judge(space, Question(None, version, before, _arrivals(study), None))
+    evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
+    found = {one["name"]: one for one in evidence["drift"]}
+    assert {"embeddings", "tumour predictions", "tumour labels", "eosin", "patches"} <= set(found)
+    assert (found["embeddings"]["n_new"], found["embeddings"]["n_old"]) == (2, 4)
+    assert Path(record.facts["pages"]["drift"]).read_text().count("<svg") >= 8
+
+
+def test_a_training_that_gave_the_champion_itself_decides_nothing(study: Study) -> None:
+    _, version = _first(study)
+    question = Question(None, version, None, _arrivals(study, touched=("p", "v", "g", "l")), None)
+    record = _judge(study.space(1), question)
+    assert (record.facts["verdict"], record.facts["version"]) == (SAME, version.version)
+    assert "test_auc" in record.metrics
+    refreshed = study.space(1, retrain={"refresh_test": 1})
+    assert _judge(refreshed, question).facts["manifest"] == 2
+    found = newest(study.config.storage.root)
+    assert found is not None
+    assert (found.version, len(found.cases)) == (2, 6)
+
+
+def test_a_test_of_which_nothing_is_left_says_so(study: Study) -> None:
+    _first(study)
+    alone = replace(study.cohort, slides=study.cohort.subset("train"))
+    space = replace(study, cohort=alone).space(2)
+    with pytest.raises(StageError, match="none of the 6 slides of the frozen test, version 1, is in the cohort"):
+        _judge(space, Question(None, None, None, _arrivals(study), None))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import CohortError, ConfigError
+from pipeline.release.arrivals import Seen, look, remember
+from pipeline.release.retrain import EXIT_CODES, retrain
+from pipeline.storage.lease import held
+from tests.pipeline.release.quarter import Growing
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Growing:
+    """A cohort whose last retraining has just ended."""
+    growing = Growing(tmp_path / "slides")
+    growing.add("jan", 5)
+    _end(growing, 1000.0)
+    return growing
+
+
+def _end(growing: Growing, at: float, *overrides: str) -> None:
+    config = growing.config(*overrides)
+    found = look(config)
+    remember(config.storage.root, Seen(found.digest, at, at, "promoted", "d", found.rows))
+
+
+def test_without_a_gate_nothing_is_retrained(tmp_path: Path) -> None:
+    growing = Growing(tmp_path / "slides")
+    growing.add("jan", 3)
+    with pytest.raises(ConfigError, match="gate: is required to retrain: no model is promoted unseen"):
+        retrain(growing.ungated())
+    rules = ("floors=[]", "no_worse=null", "drift=null", "lost=null", "first=hold")
+    with pytest.raises(ConfigError, match="gate: no rule is set"):
+        growing.config(*(f"gate.{rule}" for rule in rules))
+
+
+def test_nothing_new_is_told_and_costs_nothing(grown: Growing) -> None:
+    result = retrain(grown.config(), now=lambda: 1000.0 + DAY_S)
+    assert (result.outcome, result.exit_code, result.facts["last"]) == ("nothing to do", 0, "promoted")
+    latest = json.loads((grown.folder.parent / "root" / "release" / "latest.json").read_text())
+    assert (latest["outcome"], latest["exit_code"], latest["ended"]) == ("nothing to do", 0, 1000.0 + DAY_S)
+
+
+@pytest.mark.parametrize(("days", "outcome", "code"), [(7.9, "nothing to do", 0), (8.1, "overdue", 6)])
+def test_slides_that_were_expected_and_did_not_come_are_their_own_outcome(
+    grown: Growing, days: float, outcome: str, code: int
+) -> None:
+    result = retrain(grown.config("retrain.expect_new_within=8d"), now=lambda: 1000.0 + days * DAY_S)
+    assert (result.outcome, result.exit_code) == (outcome, code)
+    if code:
+        assert "no new slide has come for 8.1 days, and one was expected within 8d" in result.why[0]
+
+
+def test_two_at_once_are_one(grown: Growing) -> None:
+    lease = grown.folder.parent / "root" / "release" / "retrain.lease"
+    with held(str(lease), "the first"):
+        result = retrain(grown.config())
+    assert (result.outcome, result.exit_code) == ("busy", 0)
+
+
+def test_a_failure_is_told_too(grown: Growing) -> None:
+    (grown.folder / "cohort.csv").write_text("slide_id,uri,label\na,a.png,perhaps\n")
+    with pytest.raises(CohortError):
+        retrain(grown.config())
+    latest = json.loads((grown.folder.parent / "root" / "release" / "latest.json").read_text())
+    assert (latest["outcome"], latest["error"], latest["exit_code"]) == ("failed", "CohortError", 2)
+    assert "perhaps" in latest["message"]
+
+
+def test_every_outcome_has_its_exit_code() -> None:
+    assert EXIT_CODES == {"promoted": 0, "nothing to do": 0, "busy": 0, "rejected": 4, "held": 4, "overdue": 6}
+
+
+def test_finding_nothing_new_loads_nothing_that_trains(grown: Growing) -> None:
+    code = (
+        "import sys\n"
+        "from pipeline.config.compose import load_config\n"
+        "from pipeline.release.retrain import retrain\n"
+        "assert retrain(load_config('default', sys.argv[1:])).outcome == 'nothing to do'\n"
+        "heavy = ('torch', 'ray', 'mlflow', 'pandas', 'matplotlib', 'scipy')\n"
+        "print(*[name for name in heavy if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *grown.overrides], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
