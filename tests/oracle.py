@@ -236,3 +236,46 @@ def _weight(row: Mapping[str, Any]) -> tuple[bool, float, float]:
     """Of a source's outcome: there before quarantined, a verdict before one that higher limits may overturn."""
     limits = [float("inf") if row[name] is None else row[name] for name in ("max_seconds", "max_gib")]
     return row["key"] is not None, limits[0], limits[1]
+
+
+def clustered_delong(
+    first: Sequence[float], second: Sequence[float], positive: Sequence[bool], patients: Sequence[str]
+) -> tuple[float, float]:
+    """The difference of two AUC and its standard error by Obuchowski (1997), from all pairs, sum by sum."""
+    held = [i for i, flag in enumerate(positive) if flag]
+    others = [i for i, flag in enumerate(positive) if not flag]
+
+    def order(scores: Sequence[float], i: int, j: int) -> float:
+        return 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+
+    def gap(i: int, j: int) -> float:
+        return order(first, i, j) - order(second, i, j)
+
+    value = sum(gap(i, j) for i in held for j in others) / (len(held) * len(others))
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    for i in held:
+        part = sum(gap(i, j) for j in others) / len(others) - value
+        ours[patients[i]] = ours.get(patients[i], 0.0) + part
+    for j in others:
+        part = sum(gap(i, j) for i in held) / len(held) - value
+        theirs[patients[j]] = theirs.get(patients[j], 0.0) + part
+
+    def spread(sums: dict[str, float]) -> float:
+        return sum(x * x for x in sums.values()) * (len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0)
+
+    whole = len(set(patients))
+    both = sum(x * theirs[name] for name, x in ours.items() if name in theirs)
+    both *= whole / (whole - 1) if whole > 1 else 1.0
+    m, n = len(held), len(others)
+    return value, math.sqrt(max(0.0, spread(ours) / m**2 + spread(theirs) / n**2 + 2 * both / (m * n)))
+
+
+def holm_by_steps(ps: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses fall: the smallest p at alpha / m, the next at alpha / (m - 1), until one stands."""
+    fallen = [False] * len(ps)
+    for step, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        if ps[place] * (len(ps) - step) > alpha:
+            break
+        fallen[place] = True
+    return fallen

@@ -1,8 +1,9 @@
 """Everything that is kept of a patient below a root: found, told, and erased when asked.
 
 Erased: stored patches, plans and features of the patient's slides, and every ledger, report and stage record that shows
-them, which the next run writes anew without them. Told, and left to people: the cohort's rows and the slides' files,
-which are not ours; weights that were learned with them; and MLflow's history.
+them, which the next run writes anew without them. Pages and tables of decisions go too; the decisions themselves, and
+what they rest on, name nobody. Told, and left to people: the cohort's rows and the slides' files, which are not ours;
+weights that were learned with them; and MLflow's history.
 """
 
 from __future__ import annotations
@@ -109,6 +110,11 @@ def _records(config: Config, traces: Traces) -> Iterator[str]:
             yield folder
     for fingerprint in sorted(traces.tilings):
         yield join(root, "ledger", f"tile-{fingerprint}")
+    for name in list_names(join(root, "release", "decisions")):
+        folder = join(root, "release", "decisions", name)
+        named = [file for file in list_names(folder) if not file.endswith(".json")]
+        if any(_shows(join(folder, file), traces.slides) for file in named if file.endswith(".csv")):
+            yield from (join(folder, file) for file in named)
 
 
 def _of_outputs(root: str, folder: str) -> Iterator[str]:
@@ -162,17 +168,22 @@ def _from_catalogue(spec: str, traces: Traces) -> None:
 
 
 def _left(config: Config, traces: Traces, in_cohort: Mapping[str, str]) -> Iterable[str]:
+    root = config.storage.root
     if in_cohort:
         yield f"{config.cohort.uri}: rows {', '.join(sorted(in_cohort))}; remove them, or the next run tiles them again"
     yield f"the slides' own files: {', '.join(sorted(traces.slides.values()))}"
     if traces.shared:
         yield f"stored slides that other patients' rows name too: {', '.join(sorted(traces.shared))}"
-    trained = [join(config.storage.root, "train", name) for name in list_names(join(config.storage.root, "train"))]
+    trained = [join(root, "train", name) for name in list_names(join(root, "train"))]
     if trained:
         yield f"weights that may have been learned with them: {', '.join(trained)}, and models registered from these"
     yield (
         f"MLflow's history at {config.tracking.uri}: of runs of {config.name}, the artifacts slides.csv, quality.html, "
-        "report.html and selected patches, and input examples of registered models"
+        "report.html, pages and tables of decisions and selected patches, and input examples of registered models"
     )
     yield f"copies of slides on nodes' disks, until others take their room ({config.tiling.cache or 'tiling.cache'})"
+    yield (
+        f"digests of ids in {join(root, 'splits.json')} and below {join(root, 'release')}, "
+        "by which decisions can be taken again; they name nobody, but who has the id finds them"
+    )
     yield "what `predict`, `export` and `qc` wrote where they were told to"
