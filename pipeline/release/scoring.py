@@ -17,8 +17,9 @@ from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError, StageError
 from pipeline.inference.prediction import load_model
 from pipeline.ingest.graph import tile_cohort
-from pipeline.model.folder import read_config
+from pipeline.model.folder import EMBED_WEIGHTS, read_config
 from pipeline.release.evidence import Predictions
+from pipeline.release.trained import keep_weights
 from pipeline.results.evaluate import Evaluation, evaluate
 from pipeline.results.report import render_report
 from pipeline.storage.scratch import scratch_folder
@@ -69,7 +70,7 @@ def own_config(store: Store, version: str, config: Config) -> Config:
     """
     with scratch_folder() as scratch:
         _, folder = fetch(store, version, scratch)
-        own = read_config(folder)
+        own = _with_own_features(read_config(folder), folder, config.storage.root)
     mine, asked = own.model_dump(mode="json")["tasks"], config.model_dump(mode="json")["tasks"]
     for task in (*mine, *asked):
         del task["class_weights"]  # of the loss alone
@@ -79,6 +80,15 @@ def own_config(store: Store, version: str, config: Config) -> Config:
             "classes, bins or scales cannot be compared"
         )
     return _here(own, config)
+
+
+def _with_own_features(own: Config, folder: Path, root: str) -> Config:
+    """Features are made by the network that the model brings, wherever its weights lay when it was trained."""
+    packed = folder / EMBED_WEIGHTS
+    if own.embed is None or not packed.is_file():
+        return own
+    encoder = own.embed.encoder.model_copy(update={"weights": keep_weights(root, packed)})
+    return own.model_copy(update={"embed": own.embed.model_copy(update={"encoder": encoder})})
 
 
 def _here(own: Config, config: Config) -> Config:

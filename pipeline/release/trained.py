@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.cohort.table import Cohort
@@ -55,6 +56,16 @@ def together(first: Mapping[str, Sequence[str]], second: Mapping[str, Sequence[s
     return {name: sorted({*first[name], *second[name]}) for name in ("keys", "patients")}
 
 
+def keep_weights(root: str, file: Path) -> str:
+    """Copy a file of weights below a root, under a name of its content; its URI."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    uri = join(root, "release", "weights", f"{digest}{file.suffix}")
+    if not exists(uri):
+        upload(file, uri)
+    return uri
+
+
 def warmed(config: Config, store: Store, champion: RegisteredVersion) -> Config:
     """The config with which training goes on from the champion's weights, by its own schedule.
 
@@ -64,10 +75,7 @@ def warmed(config: Config, store: Store, champion: RegisteredVersion) -> Config:
     """
     with scratch_folder() as scratch:
         _, folder = fetch(store, champion.uri, scratch)
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-        uri = join(config.storage.root, "release", "weights", f"{digest}.safetensors")
-        if not exists(uri):
-            upload(folder / WEIGHTS, uri)
+        uri = keep_weights(config.storage.root, folder / WEIGHTS)
     given = config.retrain
     schedule = {"epochs": given.epochs, "lr": given.lr, "warmup_epochs": given.warmup_epochs, "begins_with": uri}
     changed = {name: value for name, value in schedule.items() if value is not None}

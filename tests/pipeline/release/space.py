@@ -21,6 +21,7 @@ from pipeline.workflow.stage import Record, Workspace
 from tests.pipeline.small import HEIGHT, WIDTH, small_config, store_slides
 
 SITES = ("north", "south")
+PLACES = {"root": "", "patches": "patches", "features": "features"}
 
 
 def paint(path: Path, seed: int, label: str, shade: int = 0) -> None:
@@ -80,7 +81,7 @@ class Study:
 def small_study(folder: Path, tracker: Tracker, splits: Mapping[str, int]) -> Study:
     """Slides painted, stored, and listed."""
     config = small_config(
-        storage={"root": str(folder / "root"), "patches": str(folder / "root" / "patches")},
+        storage={name: str(folder / "root" / place) for name, place in PLACES.items()},
         tracking={"uri": tracker.uri, "model": folder.name, "experiment": "release"},
         gate={"approval": True},
         cluster={"cpus_per_worker": 1},

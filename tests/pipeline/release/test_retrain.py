@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CohortError, ConfigError
-from pipeline.release.arrivals import Seen, look, remember
+from pipeline.release.arrivals import Seen, last_seen, look, remember
 from pipeline.release.retrain import EXIT_CODES, retrain
 from pipeline.storage.lease import held
 from tests.pipeline.release.quarter import Growing
@@ -66,12 +66,14 @@ def test_two_at_once_are_one(grown: Growing) -> None:
 
 
 def test_a_failure_is_told_too(grown: Growing) -> None:
+    before = last_seen(str(grown.folder.parent / "root"))
     (grown.folder / "cohort.csv").write_text("slide_id,uri,label\na,a.png,perhaps\n")
     with pytest.raises(CohortError):
         retrain(grown.config())
     latest = json.loads((grown.folder.parent / "root" / "release" / "latest.json").read_text())
     assert (latest["outcome"], latest["error"], latest["exit_code"]) == ("failed", "CohortError", 2)
     assert "perhaps" in latest["message"]
+    assert last_seen(str(grown.folder.parent / "root")) == before  # so the next one does what this one should have
 
 
 def test_every_outcome_has_its_exit_code() -> None:

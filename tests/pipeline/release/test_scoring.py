@@ -11,6 +11,7 @@ from pipeline.tracking.registry import RegisteredVersion
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.workflow.register import enter
 from tests.pipeline.release.space import Study, small_study
+from tests.pipeline.tracking.test_registry import features_config
 
 pytestmark = [
     pytest.mark.ray,
@@ -61,6 +62,17 @@ def test_a_champion_of_another_tiling_has_the_same_slides_tiled_as_it_needs(stud
     assert sizes != {source.n_patches for _, source in test_sources(study.config, study.cohort.slides, study.keys)}
     found = try_score(study.tracker, version, study.config, study.cohort.subset("test"), study.keys)
     assert isinstance(found, Scored)
+
+
+def test_a_champion_on_features_brings_the_network_that_makes_them(study: Study, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    plain = features_config(weights).model_dump()
+    version = _entered(study, 6, **{name: plain[name] for name in ("embed", "model", "train")})
+    weights.unlink()
+    found = try_score(study.tracker, version, study.config, study.cohort.subset("test"), study.keys)
+    assert isinstance(found, Scored), found
+    assert found.config.embed is not None
+    assert len(list(Path(str(study.config.storage.features)).glob("*/*/slide.json"))) == 5
 
 
 def test_a_champion_that_predicts_something_else_cannot_be_compared(study: Study) -> None:
