@@ -16,6 +16,9 @@ from pipeline.release.rules import Judged, Outcome, figure, outcomes
 from pipeline.storage.files import join, parent, read_bytes
 
 EVIDENCE, DECISION = "evidence.json", "decision.json"
+_GONE = (
+    0.1  # share of the frozen test that may be missing: with more, it is another test, drawn by whoever removed them
+)
 
 
 def decide(evidence: Evidence) -> dict[str, Any]:
@@ -84,6 +87,9 @@ def _model(judged: Judged, of: Predictions) -> dict[str, Any]:
 
 def _integrity(evidence: Evidence, gate: GateConfig) -> Iterator[Outcome]:
     """What no config turns off: a test that is one, a champion that can be compared with, a person where one is due."""
+    gone = evidence.manifest["missing"] / (evidence.manifest["missing"] + len(evidence.slides))
+    says = f"{gone:.1%} of the frozen test's slides are not in the cohort any more, {_GONE:.0%} may be missing"
+    yield Outcome("test", "met" if gone <= _GONE else "not met", "hold", {"missing": figure(gone)}, says)
     yield _contamination("candidate", evidence.candidate.seen, "block")
     if evidence.champion is not None:
         yield _contamination("champion", evidence.champion.seen, "hold")

@@ -23,7 +23,7 @@ from pipeline.release.evidence import Evidence, Finding, TestSlide
 from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest
 from pipeline.release.history import Act, acts
 from pipeline.release.pages import drift_page, gate_page
-from pipeline.release.promotion import decision_folder
+from pipeline.release.promotion import challenge, decision_folder
 from pipeline.release.scoring import Scored, Unscorable, own_config, score, test_sources, try_score
 from pipeline.release.trained import Trained, together, write_trained
 from pipeline.results.strata import MOST
@@ -115,19 +115,21 @@ class _Judgement:
             )
         train = space.records["train"].fingerprint
         candidate = enter(space, self.run_id, {"train_fingerprint": train}, {}, "Being judged.")
-        seen = self._learned(train)
+        same = question.champion is not None and question.champion.version == candidate.version
+        if not same:
+            challenge(self.config, tracker, candidate.version)
         slides, keys = [one.slide for one in cases], {one.slide.slide_id: one.case.key for one in cases}
         space.ray()
         own = own_config(tracker, candidate.uri, self.config)
         scored = score(tracker, candidate, own, test_sources(own, slides, keys))
-        if question.champion is not None and question.champion.version == candidate.version:
+        if same:
             return self._same(stage_fingerprint, scored, manifest)
         other = None
         if question.champion is not None:
             other = try_score(tracker, question.champion, self.config, slides, keys)
         sides = self._sides(other)
         drift = None if sides is None else find_drift(sides, self.config.tasks, self.config.seed)
-        evidence = self._evidence(manifest, cases, scored, other, seen, drift)
+        evidence = self._evidence(manifest, cases, scored, other, self._learned(train), drift)
         return self._stored(stage_fingerprint, evidence, scored, other, sides)
 
     def _learned(self, train: str) -> Mapping[str, Sequence[str]]:

@@ -90,6 +90,13 @@ def project(store: Store, act: Act, lease: Lease, *, whoever: bool = False) -> N
             log.info("release: %s of %s is %s", alias, act.model, version or "nobody")
 
 
+def challenge(config: Config, store: Store, version: str) -> None:
+    """Let `challenger` point at a version while it is judged; the act that follows says where it points then."""
+    with held(lease_uri(config), f"the release of {_name(config)}") as lease:
+        lease.check()
+        point(store, _name(config), CHALLENGER, version)
+
+
 def act_on(config: Config, decision: Mapping[str, Any], digest: str, before: Act | None) -> Act:
     """The act that follows a decision, written down; no alias moves yet."""
     candidate, verdict = str(decision["candidate"]["version"]), decision["verdict"]

@@ -135,6 +135,12 @@ def _tiled(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str
         raise StageError(
             f"{len(lost)} test slides cannot be tiled as it needs them, such as {lost[0].slide_id}: {lost[0].reason}"
         )
+    others = [status.slide_id for status in found if status.key != keys[status.slide_id]]
+    if others:
+        raise StageError(
+            f"{len(others)} test slides have another content than when the test was frozen, and it needs them tiled "
+            f"anew: {', '.join(others[:5])}; bring their files back, or raise retrain.refresh_test"
+        )
     return {status.slide_id: str(status.key) for status in found}
 
 

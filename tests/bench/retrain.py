@@ -77,7 +77,7 @@ def _rows(names: list[str], folder: str) -> str:
 
 
 def _overrides(cohort: str, root: str) -> list[str]:
-    return [f"cohort.uri={cohort}", f"storage.root={root}", "gate={approval: true}", "name=bench"]
+    return [f"cohort.uri={cohort}", f"storage.root={root}", "gate.approval=true", "name=bench"]
 
 
 def on_disk(folder: Path, count: int) -> Cost:

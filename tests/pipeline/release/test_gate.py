@@ -13,8 +13,9 @@ from pipeline.errors import StageError
 from pipeline.release.evidence import Evidence, parse
 from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest, replay
 from pipeline.storage.files import write_json
-from tests.pipeline.release.made import evidence, predictions, scores
+from tests.pipeline.release.made import SLIDES, evidence, predictions, scores
 
+MANIFEST = {"version": 1, "digest": "m", "slides": SLIDES, "patients": 31, "relabelled": 0, "rescanned": 0}
 GATE = GateConfig(no_worse=NoWorseRule(margin=0.1))
 
 
@@ -42,6 +43,7 @@ def test_a_model_as_good_as_the_champion_is_promoted_and_a_worse_one_rejected() 
         ({"candidate": predictions("2", scores(0.1), seen=("s3",))}, "reject", "contamination candidate"),
         ({"champion": predictions("1", scores(0.1), seen=("s3", "s4"))}, "hold", "contamination champion"),
         ({"champion": predictions("1", scores(0.1), seen=None)}, "hold", "contamination champion"),
+        ({"manifest": {**MANIFEST, "missing": 6}}, "hold", "test"),
     ],
 )
 def test_what_no_config_turns_off(changes: dict[str, Any], verdict: str, rule: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.release.arrivals import Arrivals, Row
 from pipeline.release.gate import replay
 from pipeline.release.judge import SAME, Question, judging
 from pipeline.release.trained import read_trained
-from pipeline.tracking.registry import RegisteredVersion, champion, find_version
+from pipeline.tracking.registry import RegisteredVersion, alias_version, champion, find_version
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.workflow.stage import Record, Workspace
 from tests.pipeline.release.space import Study, small_study
@@ -99,6 +99,8 @@ def test_champion_and_candidate_meet_on_the_frozen_test_whatever_the_cohort_says
     assert decision["candidate"]["version"] != version.version
     counts = {name: decision["manifest"][name] for name in ("slides", "missing", "relabelled", "rescanned")}
     assert counts == {"slides": 5, "missing": 1, "relabelled": 1, "rescanned": 0}
+    assert {rule["rule"]: rule["outcome"] for rule in decision["rules"]}["test"] == "not met"  # one of six is gone
+    assert alias_version(study.tracker, version.name, "challenger") == decision["candidate"]["version"]
     assert newest(study.config.storage.root) == frozen
     assert record.facts["diff"]["added"] == 1
     evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
@@ -140,10 +142,13 @@ def test_new_slides_are_compared_with_those_the_champion_learned_from(study: Stu
 
 def test_a_training_that_gave_the_champion_itself_decides_nothing(study: Study) -> None:
     _, version = _first(study)
-    question = Question(None, version, None, _arrivals(study, touched=("p", "v", "g", "l")), None)
+    trained = read_trained(study.config.storage.root, "train1")
+    question = Question(None, version, trained, _arrivals(study, touched=("p", "v", "g", "l")), None)
     record = _judge(study.space(1), question)
     assert (record.facts["verdict"], record.facts["version"]) == (SAME, version.version)
     assert "test_auc" in record.metrics
+    assert read_trained(study.config.storage.root, "train1") == trained
+    assert alias_version(study.tracker, version.name, "challenger") == version.version  # of when it was judged itself
     refreshed = study.space(1, retrain={"refresh_test": 1})
     assert _judge(refreshed, question).facts["manifest"] == 2
     found = newest(study.config.storage.root)
