@@ -1,15 +1,12 @@
-"""What came since the last time, without opening a slide: the cohort's rows, and its files as their folders list them.
+"""What came since the last time, without opening a slide: the cohort's rows, and the versions of its files.
 
-One listing a folder, whatever it holds; slides of several files, of which no listing shows all, are asked for one by
-one. This file and what it imports load neither torch nor Ray nor MLflow, so a schedule that finds nothing new costs
-seconds.
+On S3 a request tells of a thousand files. This file and what it imports load neither torch nor Ray nor MLflow, so a
+schedule that finds nothing new costs seconds.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version as installed
 from typing import Any
@@ -17,11 +14,9 @@ from typing import Any
 from pipeline.cohort.table import Cohort, CohortSlide, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
-from pipeline.errors import StorageError
-from pipeline.storage.files import exists, join, list_versions, parent, read_json, write_json
-
-_THREADS = 8  # they wait on the storage
-_SEVERAL = (".mrxs", ".vms", ".dcm")
+from pipeline.errors import SlideError, StorageError
+from pipeline.ingest.versions import Looked, look_at
+from pipeline.storage.files import exists, join, read_json, write_json
 
 Row = tuple[str, str, str, str]
 """Digests of a slide's patient, of its file's version, of what its row says beside, and of its labels."""
@@ -78,19 +73,22 @@ class Seen:
 
 
 def look(config: Config) -> Arrivals:
-    """Read the cohort and list its files.
+    """Read the cohort and ask for the versions of its files.
 
     Raises:
         CohortError: the cohort's rows are wrong.
-        StorageError: the cohort or a folder cannot be read.
+        StorageError: the cohort cannot be read, or none of its files be reached.
     """
     cohort = read_cohort(config.cohort.uri, config.tasks)
-    beside = [uri for slide in cohort.slides for uri in (slide.mask, slide.coords) if uri is not None]
-    found = file_versions([*(slide.uri for slide in cohort.slides), *beside])
-    rows = {fingerprint(slide.slide_id): _row(slide, found) for slide in cohort.slides}
-    coords = None if config.tiling.coords is None else _listed(config.tiling.coords)
-    there = frozenset(fingerprint(slide.slide_id) for slide in cohort.slides if found[slide.uri] is not None)
-    return Arrivals(cohort, rows, there, fingerprint([_settings(config), sorted(rows.items()), coords]))
+    made = config.cohort.megapixel_mnist is not None
+    found = [None] * len(cohort.slides) if made else look_at(cohort.slides, config.tiling)
+    away = [one for one in found if isinstance(one, SlideError) and one.may_pass]
+    if away and len(away) == len(found):
+        raise StorageError(f"none of the cohort's {len(found)} files can be reached, such as: {away[0]}")
+    pairs = list(zip(cohort.slides, found, strict=True))
+    rows = {fingerprint(slide.slide_id): _row(slide, version) for slide, version in pairs}
+    there = frozenset(fingerprint(slide.slide_id) for slide, one in pairs if not isinstance(one, SlideError))
+    return Arrivals(cohort, rows, there, fingerprint([_settings(config), sorted(rows.items())]))
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -107,41 +105,10 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _row(slide: CohortSlide, found: Mapping[str, str | None]) -> Row:
-    given = [slide.uri, slide.mpp, slide.series, slide.split, dict(slide.extra)]
-    versions = [found[uri] for uri in (slide.uri, slide.mask, slide.coords) if uri is not None]
-    return fingerprint(slide.patient_id), fingerprint(versions), fingerprint(given), fingerprint(dict(slide.labels))
-
-
-def file_versions(uris: Iterable[str]) -> dict[str, str | None]:
-    """What tells one state of each file from another: its size and etag or time; None where it is not there.
-
-    Raises:
-        StorageError: a folder cannot be listed.
-    """
-    by_folder: defaultdict[str, list[str]] = defaultdict(list)
-    for uri in dict.fromkeys(uris):
-        by_folder[parent(uri)].append(uri)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        listings = dict(zip(by_folder, pool.map(_listed, by_folder), strict=True))
-        found = {
-            uri: listings[folder].get(uri.rpartition("/")[2]) for folder, those in by_folder.items() for uri in those
-        }
-        several = [uri for uri in found if uri.lower().endswith(_SEVERAL)]
-        return {**found, **dict(zip(several, pool.map(_of_several, several), strict=True))}
-
-
-def _listed(folder: str) -> dict[str, str]:
-    return {name: fingerprint(astuple(version)) for name, version in list_versions(folder).items()}
-
-
-def _of_several(uri: str) -> str | None:
-    from pipeline.slides.identity import slide_version  # loads a TIFF library, which most cohorts need not
-
-    try:
-        return fingerprint(astuple(slide_version(uri)))
-    except StorageError:
-        return None
+def _row(slide: CohortSlide, version: Looked | None) -> Row:
+    given = [slide.uri, slide.mpp, slide.series, slide.split, dict(slide.extra), slide.mask, slide.coords]
+    known = None if version is None else version.reason if isinstance(version, SlideError) else astuple(version)
+    return fingerprint(slide.patient_id), fingerprint(known), fingerprint(given), fingerprint(dict(slide.labels))
 
 
 def diff(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> Diff:

@@ -24,6 +24,7 @@ from pipeline.cohort.labels import Label
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
+from pipeline.errors import StorageError
 from pipeline.inference.metrics import Bools, Floats
 from pipeline.inference.permutation import (
     Statistic,
@@ -36,6 +37,7 @@ from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
 from pipeline.inference.resampling import holm
 from pipeline.release.evidence import Finding
 from pipeline.results.tables import table_csv
+from pipeline.storage.files import source_version
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.tracking.registry import fetch
@@ -85,19 +87,22 @@ class Appearance:
 
 
 def appearances(store: PatchStore, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[Appearance]:
-    """Of committed slides, as the store has them.
+    """Of committed slides, as the store has them; the size of a file that cannot be reached any more is not known.
 
     Raises:
         StorageError: a slide is gone.
     """
+
+    def look(slide: CohortSlide) -> Appearance:
+        key = keys[slide.slide_id]
+        return _appearance(slide, store.slide(key), store.facts(key))
+
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda slide: _appearance(store, slide, keys[slide.slide_id]), slides))
+        return list(pool.map(look, slides))
 
 
-def _appearance(store: PatchStore, slide: CohortSlide, key: str) -> Appearance:
-    stored, facts = store.slide(key), store.facts(key)
+def _appearance(slide: CohortSlide, stored: StoredSlide, facts: Mapping[str, Any]) -> Appearance:
     thumbnail = stored.thumbnail()
-    size = store.source_version(slide).get("size")
     numbers = {
         "mpp": _known(stored.mpp),
         **colours(np.asarray(Image.open(io.BytesIO(thumbnail)).convert("RGB"))),
@@ -105,7 +110,7 @@ def _appearance(store: PatchStore, slide: CohortSlide, key: str) -> Appearance:
         "patches": float(stored.n_patches),
         "bad tiles": stored.n_bad_tiles / max(1, stored.n_patches + stored.n_bad_tiles),
         "JPEG quality": _quality(stored, facts),
-        "file size": float("nan") if size is None else size / 1e6,
+        "file size": _megabytes(slide.uri),
     }
     words = {"scanner": str(facts["vendor"])}
     return Appearance(slide.slide_id, slide.patient_id, numbers, words, dict(slide.labels), thumbnail)
@@ -113,6 +118,13 @@ def _appearance(store: PatchStore, slide: CohortSlide, key: str) -> Appearance:
 
 def _known(value: float | None) -> float:
     return float("nan") if value is None else float(value)
+
+
+def _megabytes(uri: str) -> float:
+    try:
+        return source_version(uri).size / 1e6
+    except StorageError:
+        return float("nan")
 
 
 def colours(rgb: npt.NDArray[np.uint8]) -> dict[str, float]:

@@ -125,7 +125,7 @@ test_sources.__test__ = False  # type: ignore[attr-defined]
 def _tiled(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> dict[str, str]:
     root = patch_root(config)
     store = PatchStore(root, config.tiling.fingerprint())
-    if all(store.has(keys[slide.slide_id]) for slide in slides):
+    if not store.gone(keys[slide.slide_id] for slide in slides):
         return {slide.slide_id: keys[slide.slide_id] for slide in slides}
     log.info("release: tiling %d test slides as the champion was trained", len(slides))
     pixels = config.train.source == "store"

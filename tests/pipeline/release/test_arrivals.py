@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import pytest
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StorageError
-from pipeline.release import arrivals
-from pipeline.release.arrivals import Seen, diff, file_versions, last_seen, look, named, remember
+from pipeline.release.arrivals import Seen, diff, last_seen, look, named, remember
 from pipeline.storage import files
 from tests.pipeline.small import small_config
 from tests.s3 import S3Server
@@ -60,51 +58,28 @@ def test_a_row_whose_file_is_not_there_has_not_arrived(tmp_path: Path) -> None:
     assert diff(without.rows, look(config).rows).rescanned == (fingerprint("b"),)
 
 
-def test_a_folder_is_listed_once_whatever_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed: list[str] = []
-
-    def watched(uri: str) -> dict[str, files.SourceVersion]:
-        listed.append(uri)
-        return files.list_versions(uri)
-
-    monkeypatch.setattr(arrivals, "list_versions", watched)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    uris = [str(tmp_path / folder / f"{n}.svs") for folder in ("one", "two") for n in range(53)]
-    for uri in uris[::2]:
-        Path(uri).write_text("x")
-    found = file_versions(uris)
-    assert sorted(listed) == [str(tmp_path / "one"), str(tmp_path / "two")]
-    assert [found[uri] is None for uri in uris] == [False, True] * 53
-    assert file_versions([str(tmp_path / "three" / "x.svs")]) == {str(tmp_path / "three" / "x.svs"): None}
-
-
-def test_companions_of_a_slide_of_several_files_count(tmp_path: Path) -> None:
-    (tmp_path / "s.mrxs").write_text("main")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "Data0000.dat").write_text("pixels")
-    (before,) = file_versions([str(tmp_path / "s.mrxs")]).values()
-    (tmp_path / "s" / "Data0000.dat").write_text("other pixels")
-    os.utime(tmp_path / "s.mrxs", (1, 1))
-    (now,) = file_versions([str(tmp_path / "s.mrxs")]).values()
-    assert None not in (before, now)
-    assert before != now
-    (tmp_path / "s.mrxs").unlink()
-    assert file_versions([str(tmp_path / "s.mrxs")]) == {str(tmp_path / "s.mrxs"): None}
-
-
-def test_objects_are_told_apart_by_their_etags(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_which_none_can_be_reached_are_no_cohort_that_changed(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
-    uri = "s3://slides/new/a b.svs"
-    files.write_bytes(uri, b"first")
-    (before,) = file_versions([uri]).values()
-    files.write_bytes(uri, b"other")
-    (now,) = file_versions([uri]).values()
-    assert None not in (before, now)
-    assert before != now
-    with pytest.raises(StorageError, match="nowhere"):
-        file_versions(["s3://nowhere/a.svs"])
+    lines = [f"{name},s3://nowhere/{name}.svs,no" for name in ("a", "b")]
+    (tmp_path / "cohort.csv").write_text("\n".join(["slide_id,uri,label", *lines]) + "\n")
+    with pytest.raises(StorageError, match="none of the cohort's 2 files can be reached, such as: .*nowhere"):
+        look(small_config(cohort={"uri": str(tmp_path / "cohort.csv")}))
+
+
+def test_objects_are_told_apart_by_their_etags(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,label\na,s3://slides/new/a b.svs,no\n")
+    config = small_config(cohort={"uri": str(tmp_path / "cohort.csv")})
+    files.write_bytes("s3://slides/new/a b.svs", b"first")
+    before = look(config)
+    files.write_bytes("s3://slides/new/a b.svs", b"other")
+    assert diff(before.rows, look(config).rows).rescanned == (fingerprint("a"),)
 
 
 def test_what_was_seen_comes_back(tmp_path: Path) -> None:
