@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
+from pipeline.config.deploy import DeployConfig
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.model import ModelConfig, TrainConfig
 
@@ -134,6 +135,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    deploy: DeployConfig = DeployConfig()
 
     @model_validator(mode="after")
     def _tasks(self) -> Config:

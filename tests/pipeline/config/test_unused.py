@@ -36,6 +36,8 @@ READ = {
     "stain_jitter compute_dtype threads",
     "cluster": "address workers cpus_per_worker gpus_per_worker connect_timeout_s start_timeout_s max_failures "
     "wait_minutes checkpoint_minutes checkpoint_steps",
+    "deploy": "address env patience_minutes package_mb command image namespace secrets service_account schedule "
+    "time_zone queue head_cpus head_memory_gib worker_memory_gib tilers artifacts storage_class deadline_hours",
 }
 """Fields that something reads in every valid config: a section's own checks refuse what they do not go with."""
 
