@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import telemetry
 from pipeline.bags.images import cohort_csv
 from pipeline.cluster import connected
 from pipeline.cohort.splits import check_apart, check_trainable, with_splits
@@ -21,6 +22,7 @@ from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.credentials import masked
 from pipeline.demo.cohort import write_demo
+from pipeline.logs import about, within
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
     exists,
@@ -80,6 +82,7 @@ class WorkflowResult:
 
 def run(config: Config, last: str = "register") -> WorkflowResult:
     """Bring every stage up to and including `last` up to date; stages that are done cost nothing."""
+    about(run=None)
     ensure_cohort(config)
     with ExitStack() as stack:
         tracking = _Tracking(config, stack)
@@ -94,7 +97,8 @@ def run(config: Config, last: str = "register") -> WorkflowResult:
         )
         results: dict[str, StageResult] = {}
         for stage in stages_for(config, last):
-            results[stage.name] = _bring_up(stage, space, tracking, last)
+            with within(stage=stage.name):
+                results[stage.name] = _bring_up(stage, space, tracking, last)
             space.records[stage.name] = results[stage.name].record
         tracking.sum_up(space.records.values())
         return WorkflowResult(results, tracking.parent)
@@ -192,14 +196,24 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) ->
         claimed as space.lease,
         tracking.child(stage.name, stage_fingerprint, slide_tags(space), alone=space.lease is not None) as run_id,
     ):
+        telemetry.drain()
         record = stage.work(space, stage_fingerprint, run_id)
-        record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
+        record = _timed(record, run_id, began)
+        space.tracker().log_metrics(run_id, {f"{kind}_s": s for kind, s in record.facts["work"].items()}, 0)
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
             return StageResult(record, "done")
         facts = {**record.facts, "identity": _digests(identity), "items": items(identity), "finished": time.time()}
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
+
+
+def _timed(record: Record, run_id: str, began: float) -> Record:
+    """The record of a stage that is done, with its seconds, and in `work` those of all its tasks by kind."""
+    seconds = round(time.monotonic() - began, 1)
+    telemetry.level("ips_stage_seconds", seconds, stage=record.stage)
+    facts = {**record.facts, "work": telemetry.seconds(telemetry.drain())}
+    return replace(record, run_id=run_id, seconds=seconds, facts=facts)
 
 
 def _check_weights(config: Config, last: str) -> None:
@@ -290,6 +304,7 @@ class _Tracking:
             tracker.end_abandoned(own)
         if self.parent is None:
             self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
+            about(run=self.parent)
             tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
             tracker.log_params(self.parent, self.config.model_dump(mode="json"))
         tags = {**self.lineage, **more, **own}
