@@ -18,6 +18,11 @@ from pipeline.errors import ResourceError
 
 _REQUEST_S = 20.0  # of silence; Ray's own requests wait for ever
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray takes them, in this order
+_TALKATIVE = (
+    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of Ray's that tell of every package and every stream that ends."""
 _DEFAULT = "http://127.0.0.1:8265"
 
 Result = TypeVar("Result")
@@ -77,7 +82,8 @@ def connect(configured: str | None) -> Client:
     if not address.startswith(("http://", "https://")):
         raise ResourceError(f"{address} is no address of a job server; set deploy.address=http://HEAD:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to what it is told
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # it tells of every package
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return _in_time(lambda: Client(address))
     except AuthenticationError as error:

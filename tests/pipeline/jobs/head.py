@@ -99,6 +99,7 @@ class Line:
     server: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
     up: bool = True
     sockets: list[socket.socket] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -111,7 +112,12 @@ class Line:
         for one in self.sockets:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join()
+        for one in self.sockets:
+            one.close()
         self.sockets.clear()
+        self.threads.clear()
 
     def mend(self) -> None:
         """Take connections again."""
@@ -128,7 +134,9 @@ class Line:
                 far = socket.create_connection(self.target)
                 self.sockets += [near, far]
                 for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=_copy, args=(one, other), daemon=True).start()
+                    thread = threading.Thread(target=_copy, args=(one, other), daemon=True)
+                    thread.start()
+                    self.threads.append(thread)
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
@@ -143,9 +151,12 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 def line_to(address: str) -> Iterator[Line]:
     """A line to a server of this machine."""
     line = Line(("127.0.0.1", int(address.rpartition(":")[2])))
-    threading.Thread(target=line.serve, daemon=True).start()
+    server = threading.Thread(target=line.serve, daemon=True)
+    server.start()
     try:
         yield line
     finally:
-        line.cut()
+        line.server.shutdown(socket.SHUT_RDWR)
+        server.join()
         line.server.close()
+        line.cut()
