@@ -316,6 +316,7 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
         "patches_per_s": tally["patches"] / tally["seconds"],
         "device_wait": tally["waited"] / tally["seconds"],
         "wait_s": tally["waited"],
+        "encode_s": tally["seconds"] - tally["waited"],
         "epoch_s": tally["seconds"],
     }
 
