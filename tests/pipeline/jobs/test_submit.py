@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,14 +104,11 @@ def _submit(head: Head, *arguments: str) -> list[str]:
 @pytest.mark.timeout(180)
 def test_a_command_s_own_code_comes_back_and_nothing_secret_stays(head: Head, tmp_path: Path) -> None:
     env = {**head.env, "DB_PASSWORD": _SECRET, "MLFLOW_TRACKING_PASSWORD": _SECRET}
-    began = time.monotonic()
     command = _submit(head, "--json", "plan", "--config", "demo", f"storage.root={tmp_path / 'root'}")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-    seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["code"], said["state"], said["source"]) == (0, "SUCCEEDED", "record")
-    assert seconds < 60, f"{seconds:.1f} s"  # 12 s on two idle cores
     assert "is absent" in done.stderr  # the plan itself, out of the job's log
 
     absent = tmp_path / "absent.csv"
