@@ -50,7 +50,7 @@ def test_its_steps_make_a_healthy_installation(tmp_path: Path) -> None:
     env |= {"PATH": f"{place / 'bin'}:{env['PATH']}", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     work, ran = image, 0
     for name, rest in _instructions():
-        rest = rest.replace("/opt/ips", str(image / "opt/ips")).replace("/tmp/", f"{tmp_path}/")
+        rest = rest.replace("/tmp/", f"{tmp_path}/").replace("/opt/ips", str(image / "opt/ips"))
         if name == "WORKDIR":
             work = Path(rest) if rest.startswith(str(tmp_path)) else image / rest.lstrip("/")
             work.mkdir(parents=True, exist_ok=True)

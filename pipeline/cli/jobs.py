@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from pipeline.cli.console import Chosen, JsonOption, errors, print_json, print_table, with_config
-from pipeline.config.compose import load_config
+from pipeline.config.compose import find_config_dir, load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
 
@@ -191,11 +191,8 @@ def inner_config(program: Any, arguments: Sequence[str], folder: Path) -> Config
     config_dir, folder = given["config_dir"], folder.resolve()
     if config_dir is not None and not (folder / config_dir).resolve().is_relative_to(folder):
         raise ConfigError("--config-dir", [f"{config_dir} is not below the working directory, which alone travels"])
-    if config_dir is not None:
-        config_dir = folder / config_dir
-    elif (folder / "conf" / "default.yaml").is_file():
-        config_dir = folder / "conf"  # the job's own, as it will find it
-    return load_config(given["config"], given["overrides"] or (), config_dir, in_job=True)
+    found = find_config_dir(None if config_dir is None else folder / config_dir, folder)  # as the job will
+    return load_config(given["config"], given["overrides"] or (), found, in_job=True)
 
 
 def _parsed(program: Any, arguments: Sequence[str]) -> Mapping[str, Any]:

@@ -67,14 +67,18 @@ def load_config(
     return _with_absolute_paths(config)
 
 
-def find_config_dir(explicit: Path | None = None) -> Path:
-    """The folder of YAML files: the explicit one, `./conf`, or the one beside or in the package."""
+def find_config_dir(explicit: Path | None = None, here: Path | None = None) -> Path:
+    """The folder of YAML files: the explicit one, `conf/` of `here` (the working directory), else the package's."""
     if explicit is not None:
         if not explicit.is_dir():
             raise ConfigError(f"--config-dir {explicit}", ["no such folder"])
         return explicit.resolve()
     package = Path(__file__).resolve().parents[1]
-    places = [Path.cwd() / "conf", package.parent / "conf", package / "conf"]  # one's own, a checkout's, a wheel's
+    places = [
+        (here or Path.cwd()) / "conf",
+        package.parent / "conf",
+        package / "conf",
+    ]  # one's own, a checkout's, a wheel's
     for place in places:
         if (place / "default.yaml").is_file():
             return place

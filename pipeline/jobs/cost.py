@@ -46,7 +46,7 @@ class _Range:
     def times(self, factor: float, spread: float = 0.0) -> _Range:
         return _Range(self.likely * factor, math.hypot(self.spread, spread))
 
-    def as_(self, what: str, unit: str, rests_on: str) -> Estimate:
+    def told(self, what: str, unit: str, rests_on: str) -> Estimate:
         spread = max(self.spread, _LEAST_SPREAD)
         low, high = self.likely / (1 + spread), self.likely * (1 + spread)
         return Estimate(what, low, self.likely, high, unit, rests_on)
@@ -90,17 +90,17 @@ def estimate(config: Config, cohort: Cohort, rates: Rates) -> list[Estimate]:
     )
     on = f"{cluster.fewest_workers} workers of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs"
     found = [
-        patches.as_("patches", "", of_headers),
-        read.times(1e-9).as_("read by tiling", "GB", sampled),
-        stored.times(1e-9).as_("stored", "GB", sampled),
-        _Range(requests, 1.0).as_("requests", "", "bytes, at 16 MB a request and 60 MB a part"),
-        tile_hours.as_("tile", "CPU hours", sampled),
-        learn_hours.times(cluster.cpus_per_worker).as_("train and evaluate", "CPU hours", timed),
+        patches.told("patches", "", of_headers),
+        read.times(1e-9).told("read by tiling", "GB", sampled),
+        stored.times(1e-9).told("stored", "GB", sampled),
+        _Range(requests, 1.0).told("requests", "", "bytes, at 16 MB a request and 60 MB a part"),
+        tile_hours.told("tile", "CPU hours", sampled),
+        learn_hours.times(cluster.cpus_per_worker).told("train and evaluate", "CPU hours", timed),
     ]
     if cluster.gpus_per_worker:
         rest = timed if rates.gpu else f"{timed}, which has no GPU: measure on a GPU machine"
-        found.append(learn_hours.times(cluster.gpus_per_worker).as_("train and evaluate", "GPU hours", rest))
-    return [*found, wall.as_("time on the cluster", "hours", on)]
+        found.append(learn_hours.times(cluster.gpus_per_worker).told("train and evaluate", "GPU hours", rest))
+    return [*found, wall.told("time on the cluster", "hours", on)]
 
 
 def _areas(config: Config, cohort: Cohort) -> dict[str, float]:

@@ -63,13 +63,12 @@ def container(
     more: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """A container that may do nothing but compute; memory is as much as it asks for, so that it is not evicted."""
-    amount = {"cpu": f"{cpus:g}", "memory": f"{round(memory_gib * 1024)}Mi"}
-    limits = {"memory": amount["memory"], **({"nvidia.com/gpu": f"{gpus:g}"} if gpus else {})}
+    limits = {"memory": f"{round(memory_gib * 1024)}Mi", **({"nvidia.com/gpu": f"{gpus:g}"} if gpus else {})}
     return {
         "name": name,
         "image": image,
         **(more or {}),
-        "resources": {"requests": {**amount, **{k: v for k, v in limits.items() if k != "memory"}}, "limits": limits},
+        "resources": {"requests": {"cpu": f"{cpus:g}", **limits}, "limits": limits},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
 

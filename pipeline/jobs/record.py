@@ -92,7 +92,7 @@ def _told(error: BaseException) -> tuple[int, str]:
         if isinstance(found, PipelineError):
             said = str(found)
             break
-        if not isinstance(found, SystemExit):
+        if not isinstance(found, SystemExit) and str(found) not in ("", str(code)):  # click's Exit says its code alone
             said = said or f"{type(found).__name__}: {found}"
         found = found.__cause__ or found.__context__
     number = code if isinstance(code, int) else 0 if code is None else 1

@@ -32,7 +32,8 @@ _NO_CLUSTER = (
     "to one (kind raycluster), or cluster.address=null for a Ray in the pod"
 )
 _GRACE_S = 90  # for a driver to mark its runs, and its workers to write a checkpoint
-_FINAL = [ConfigError.exit_code, DataBudgetError.exit_code, 4, ResourceError.exit_code]  # 4: a gate has refused
+_GATE, _OVERDUE = 4, 6  # of `release`: a model was refused; no slide came for too long
+_FINAL = [ConfigError.exit_code, DataBudgetError.exit_code, _GATE, ResourceError.exit_code, _OVERDUE]
 _CRON_CHARS = 52  # Kubernetes appends 11 to the name
 _POSTGRES_USER = 999  # of PostgreSQL's image
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 from pipeline.config.base import fingerprint
@@ -97,11 +98,12 @@ def submit(client: Client, order: Order) -> tuple[Job, bool]:
                 runtime_env=_runtime_env(order, job),
                 metadata={"record": job.record, "nonce": job.nonce},
             )
-        except RuntimeError as error:  # another one was faster: Ray refuses an id that is taken
+        except (RuntimeError, requests.exceptions.RequestException) as error:
             taken = client.details(job.submission_id)
             if taken is None:
                 raise ResourceError(f"the job server refuses the job: {_reason(error)}") from error
-            return _known(taken, order), False
+            known = _known(taken, order)  # another one was faster, or the answer alone was lost
+            return known, known == job
     except AwayError as away:
         raise ResourceError(f"the job server does not answer any more ({away}); run the same command again") from away
     return job, True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from pipeline.cli.jobs import inner_config
 from pipeline.cli.main import app
 from pipeline.errors import ConfigError
 
+CONF = Path(__file__).resolve().parents[3] / "conf"
+
 
 def _ips(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
@@ -21,6 +24,20 @@ def test_the_inner_command_s_own_options_choose_the_config(tmp_path: Path) -> No
     arguments = ["plan", "--json", "-c", "demo", f"storage.root={tmp_path}", "seed=5"]
     config = inner_config(get_command(app), arguments, Path())
     assert (config.name, config.seed, config.storage.root) == ("demo", 5, str(tmp_path))
+
+
+def test_the_config_is_the_one_that_the_job_will_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of the folder in which it is submitted, which does not travel."""
+    for name, seed in (("here", 7), ("travels", 8)):
+        shutil.copytree(CONF, tmp_path / name / "conf")
+        (tmp_path / name / "conf" / "demo.yaml").write_text(
+            (CONF / "demo.yaml").read_text().replace("seed: 0", f"seed: {seed}")
+        )
+    (tmp_path / "bare").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    arguments, program = ["run", "-c", "demo", f"storage.root={tmp_path}"], get_command(app)
+    found = [inner_config(program, arguments, tmp_path / name).seed for name in ("here", "travels", "bare")]
+    assert found == [7, 8, 0]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def _postgres(folder: Path, port: int, password: str) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_services_work_together_by_their_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without containers: ports and hosts are this machine's, all else is what the file says."""
     database, bucket, server = free_port(), free_port(), free_port()
@@ -130,7 +130,7 @@ def test_the_services_work_together_by_their_own_commands(tmp_path: Path, monkey
         _running(mlflow, env, tmp_path / "mlflow.log"),
     ):
         uri = f"http://127.0.0.1:{server}"
-        wait_for(f"{uri}/health", 100)
+        wait_for(f"{uri}/health", 200)
         for name in keys:
             monkeypatch.delenv(name, raising=False)  # clients need no key: the server hands artifacts on
         tracker = open_tracking(uri, "stack", "mlflow-artifacts:/stack")

@@ -53,6 +53,20 @@ def test_a_good_end_and_an_unforeseen_one(uri: str, monkeypatch: pytest.MonkeyPa
     assert (other["code"], other["reason"], other["nonce"]) == (1, "ZeroDivisionError: division by zero", "")
 
 
+def _found_bad() -> None:
+    raise typer.Exit(1)
+
+
+def test_a_command_that_has_said_all_leaves_its_code(uri: str) -> None:
+    program = typer.Typer()
+    program.command()(_found_bad)
+    with pytest.raises(SystemExit, match="1"), recorded():
+        program([])
+    result = read_result(uri, "n1")
+    assert result is not None
+    assert (result.code, result.reason) == (1, "")
+
+
 def test_another_cluster_s_job_of_the_same_id_is_not_this_one(uri: str) -> None:
     with pytest.raises(SystemExit), recorded():
         sys.exit(4)

@@ -35,7 +35,7 @@ def test_a_cron_job_is_never_two_at_once_and_ends_what_cannot_be_mended() -> Non
     assert manifest["metadata"]["name"] == "my-study"
     job = spec["jobTemplate"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": "ips", "operator": "In", "values": [2, 3, 4, 5]}
+    assert rule["onExitCodes"] == {"containerName": "ips", "operator": "In", "values": [2, 3, 4, 5, 6]}
     assert _pod(manifest)["restartPolicy"] == "Never"  # without which Kubernetes refuses the policy
     (work,) = _pod(manifest)["containers"]
     assert work["command"] == ["python", "-m", "pipeline", "run", "--config", "demo"]
