@@ -42,13 +42,14 @@ def mlflow_command(database_host: str, hosts: str, artifacts: str = f"s3://{BUCK
     """MLflow's server on PostgreSQL and S3.
 
     Args:
-        database_host: of PostgreSQL; its password comes from PGPASSWORD.
+        database_host: of PostgreSQL; its password comes from PGPASSWORD. The driver is named, for SQLAlchemy 2.1 takes
+            another one by itself.
         hosts: names by which clients may call the server; a service's own is refused otherwise.
         artifacts: where they are kept.
     """
     return [
         *("mlflow", "server", "--host", "0.0.0.0", "--port", str(MLFLOW_PORT)),
-        *("--backend-store-uri", f"postgresql://mlflow@{database_host}:{POSTGRES_PORT}/mlflow"),
+        *("--backend-store-uri", f"postgresql+psycopg2://mlflow@{database_host}:{POSTGRES_PORT}/mlflow"),
         *("--artifacts-destination", artifacts, "--workers", "2", "--allowed-hosts", hosts),
     ]
 

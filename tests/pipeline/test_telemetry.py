@@ -107,7 +107,7 @@ def test_the_dashboard_draws_every_metric_and_no_other() -> None:
 @pytest.mark.timeout(180)
 def test_prometheus_answers_the_dashboard_s_queries(tmp_path: Path) -> None:
     """From a real head's exporter; the queries where Prometheus itself is installed."""
-    with serve_head(RAY_metrics_report_interval_ms="1000") as head:
+    with serve_head() as head:
         work = subprocess.Popen([sys.executable, "-c", _WORK], env=head.env)
         try:
             exporter = f"127.0.0.1:{head.metrics_port}"
@@ -120,9 +120,9 @@ def test_prometheus_answers_the_dashboard_s_queries(tmp_path: Path) -> None:
                     time.sleep(0.5)
                 if address is None:
                     pytest.skip("Prometheus is not installed: the metrics are offered, the queries were not tried")
-                time.sleep(5)  # some looks, for the rates
+                time.sleep(25)  # a process reports every 10 s, and a rate needs two reports
                 for expression in _expressions():
-                    query = urllib.parse.urlencode({"query": expression.replace("$__rate_interval", "30s")})
+                    query = urllib.parse.urlencode({"query": expression.replace("$__rate_interval", "1m")})
                     found = json.loads(wait_for(f"{address}/api/v1/query?{query}", 10))["data"]["result"]
                     assert found, expression
                     assert all(math.isfinite(float(one["value"][1])) for one in found), expression

@@ -70,7 +70,7 @@ def test_the_server_answers_by_the_names_of_its_service_and_holds_no_password() 
     assert {"mlflow", "mlflow:5000", "mlflow.ips", "mlflow.ips.svc", "mlflow.ips.svc:5000", "localhost:5000"} <= set(
         hosts
     )
-    assert "postgresql://mlflow@postgres:5432/mlflow" in command
+    assert "postgresql+psycopg2://mlflow@postgres:5432/mlflow" in command
     assert mlflow_command("db", "x")[:2] == ["mlflow", "server"]
     assert "$AWS_SECRET_ACCESS_KEY" in s3_command("/data")[2]
 
