@@ -7,13 +7,14 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StageError
 from pipeline.jobs.rates import Measured, Rates, area_of
-from pipeline.progress import each
+from pipeline.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,11 @@ def _areas(config: Config, cohort: Cohort) -> dict[str, float]:
         except SlideError as error:
             log.warning("plan: %s is left out: %s", slide.slide_id, error)
             return None
+        finally:
+            done.advance()
 
-    found = each(look, chosen, "plan", "headers read", _THREADS)
+    with progress("plan", len(chosen), "headers") as done, ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(look, chosen))
     areas = {slide.slide_id: area for slide, area in zip(chosen, found, strict=True) if area is not None}
     if not areas:
         raise StageError("plan --cost: no slide's header can be read; `tile` says why")
