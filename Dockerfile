@@ -5,17 +5,18 @@
 ARG RAY_IMAGE=rayproject/ray:2.60.0-py311-cpu
 FROM ${RAY_IMAGE}
 
-USER root
+USER 0
 WORKDIR /opt/ips
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 COPY ips ips
 COPY pipeline pipeline
 COPY conf conf
 # The lock holds every version but those of torch's own CUDA packages, which torch pins itself.
-RUN pip install --no-cache-dir --constraint requirements.lock --editable . \
-    && chown -R ray /opt/ips
+RUN pip install --no-cache-dir --constraint requirements.lock --editable ".[server]" \
+    && chown -R 1000 /opt/ips
 
-USER ray
+# ray; by its number, which Kubernetes can tell from root's
+USER 1000
 ARG IPS_IMAGE=unknown
 # IPS_IMAGE stands in the lineage of every run; Ray must not propagate a driver's `uv run`.
 ENV IPS_IMAGE=${IPS_IMAGE} \

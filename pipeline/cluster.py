@@ -19,6 +19,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
+from pipeline import telemetry
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import PipelineError, ResourceError, StageError
 
@@ -249,7 +250,7 @@ def call(
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_with_threads)
     for last in (False, True):
         try:
-            result: Result = ray.get(task.remote(function, arguments, max(1, int(cpus))))
+            found: tuple[Result, dict[str, float]] = ray.get(task.remote(function, arguments, max(1, int(cpus))))
         except RayTaskError as error:
             if isinstance(error.cause, PipelineError):
                 raise error.cause from error
@@ -263,6 +264,8 @@ def call(
             log.warning("%s: %s; it is tried once more", function.__name__, said)
         else:
             break
+    result, sums = found
+    telemetry.add(sums)
     return result
 
 
@@ -305,9 +308,11 @@ def _remove_groups(actor_id: str) -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def _with_threads(function: Callable[[*Arguments], Result], arguments: tuple[*Arguments], threads: int) -> Result:
-    """Ray gives a task one BLAS thread unless told otherwise."""
+def _with_threads(
+    function: Callable[[*Arguments], Result], arguments: tuple[*Arguments], threads: int
+) -> tuple[Result, dict[str, float]]:
+    """What the function gives, and where its time went; Ray gives a task one BLAS thread unless told otherwise."""
     import torch
 
     torch.set_num_threads(threads)
-    return function(*arguments)
+    return function(*arguments), telemetry.drain()

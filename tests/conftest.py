@@ -40,6 +40,12 @@ def shared_overviews() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_crds() -> Path:
+    """Folder of KubeRay's schemas."""
+    return _shared("crds", "KubeRay's schemas")
+
+
+@pytest.fixture(scope="session")
 def shared_mnist() -> Path:
     """Folder of the MNIST idx files."""
     return _shared("mnist", "MNIST's files")

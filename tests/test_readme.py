@@ -118,7 +118,8 @@ def _on_free_ports(script: str) -> str:
     ports = f"--port={head} --dashboard-port={dashboard} --ray-client-server-port={client} "
     ports += f"--dashboard-agent-listen-port={agent} --num-cpus=2 --object-store-memory=200000000"
     script = script.replace("ray start --head", f"ray start --head {ports}")
-    script = script.replace("ray job submit", f"ray job submit --address=http://127.0.0.1:{dashboard}")
+    submit = "python -m pipeline submit"
+    script = script.replace(submit, f"RAY_API_SERVER_ADDRESS=http://127.0.0.1:{dashboard} {submit}")
     return re.sub(r"\b8080\b", server, script)
 
 

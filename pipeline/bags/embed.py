@@ -26,6 +26,7 @@ from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.storage.files import SourceVersion
 from pipeline.store.features import Features, FeatureSlide, FeatureStore
 from pipeline.store.patches import StoredSlide
+from pipeline.telemetry import add, drain, spending
 
 TOGETHER = 256  # slides whose features one file of the catalogue commits
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,9 +64,12 @@ class Embedder:
         padded = torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])]) if short else pixels
         compute = _DTYPES[self.config.compute_dtype]
         with torch.inference_mode(), torch.autocast(self._device.type, compute, enabled=compute != torch.float32):
-            scaled = (padded.to(self._device).float() / 255 - self._mean) / self._std
-            vectors = self._encoder(scaled.contiguous(memory_format=torch.channels_last))
-        found: Features = vectors[: len(pixels)].to(_DTYPES[self.config.dtype]).cpu().numpy()
+            with spending("transfer"):
+                there = padded.to(self._device)
+            with spending("encode"):
+                scaled = (there.float() / 255 - self._mean) / self._std
+                vectors = self._encoder(scaled.contiguous(memory_format=torch.channels_last))
+                found: Features = vectors[: len(pixels)].to(_DTYPES[self.config.dtype]).cpu().numpy()
         return found
 
 
@@ -149,6 +153,7 @@ def embed_slides(
     made: list[str] = []
     try:
         for row in dataset.iter_rows():
+            add(pickle.loads(row["sums"]))
             if row["failure"]:
                 raise pickle.loads(row["failure"])
             made.append(row["key"])
@@ -176,7 +181,8 @@ class _Actor:
                 failure = self._failure(stored, attempts)
         except NodeError as full:
             failure = full
-        return {"key": stored.key, "failure": b"" if failure is None else pickle.dumps(failure)}
+        failed = b"" if failure is None else pickle.dumps(failure)
+        return {"key": stored.key, "failure": failed, "sums": pickle.dumps(drain())}
 
     def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:
         if attempts > MAX_ATTEMPTS:

@@ -20,6 +20,7 @@ from ips.bag import Chunk
 from pipeline.bags.augment import Augment, joined
 from pipeline.errors import DamagedError
 from pipeline.store.patches import PatchIndex
+from pipeline.telemetry import level, spending
 
 _AHEAD = 2  # chunks read ahead of the one in use
 _FREE = 3  # references to a free array: the list's, the loop's and that of the question itself
@@ -86,6 +87,7 @@ class PatchBag:
                     room = rooms.take((min(size, stop - start), edge, edge, 3))
                     ahead.append(reader.submit(self._load, rows, decoders, room[: len(rows)]))
                     if len(ahead) > _AHEAD:
+                        level("ips_chunks_ahead", sum(future.done() for future in ahead))
                         yield self._chunk(ahead.popleft().result())
                 while ahead:
                     yield self._chunk(ahead.popleft().result())
@@ -108,7 +110,9 @@ class PatchBag:
         """Read the bytes of `rows`, and hand them to the decoders, which fill `patches`."""
         jobs: list[_Job] = []
         for slide, members, own in self._by_slide(rows):
-            for place, row, payload in zip(members, own, slide.payloads(own), strict=True):
+            with spending("read"):
+                payloads = slide.payloads(own)
+            for place, row, payload in zip(members, own, payloads, strict=True):
                 jobs.append(_Job(patches[place], payload, slide, int(row)))
         share = -(-len(jobs) // self._threads)
         decoding = [decoders.submit(_decode_all, jobs[i : i + share]) for i in range(0, len(jobs), share or 1)]
@@ -171,6 +175,11 @@ class _Loading:
 
 
 def _decode_all(jobs: Sequence[_Job]) -> None:
+    with spending("decode"):
+        _decode_each(jobs)
+
+
+def _decode_each(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         try:  # releases the GIL
             pixels = simplejpeg.decode_jpeg(job.payload, colorspace="RGB", buffer=job.out)

@@ -28,13 +28,19 @@ from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.credentials import masked, refusal
 from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.logs import VARIABLE, Format, JsonLines, chosen_format
 from pipeline.progress import CONSOLE, on_terminal
+
+log = logging.getLogger(__name__)
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="Which file of conf/ to start from, without .yaml: demo, default, ...")
 ]
 DirOption = Annotated[Path | None, typer.Option("--config-dir", help="Folder of configs to use instead of conf/.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+LogOption = Annotated[
+    Format | None, typer.Option("--log-format", help=f"Of the lines on stderr; without it ${VARIABLE}, else text.")
+]
 _CHANGES = "Changes to the config: train.epochs=5 sets a field, model=resnet18 takes conf/model/resnet18.yaml."
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_CHANGES)]
 
@@ -65,6 +71,7 @@ class Chosen:
     overrides: Sequence[str]
     folder: Path | None
     as_json: bool
+    log_format: Format | None = None
 
     def load(self) -> Config:
         """The validated config; raises ConfigError with all problems at once."""
@@ -76,8 +83,9 @@ def _chosen(
     overrides: Overrides = None,
     config_dir: DirOption = None,
     as_json: JsonOption = False,
+    log_format: LogOption = None,
 ) -> Chosen:
-    return Chosen(config, overrides or (), config_dir, as_json)
+    return Chosen(config, overrides or (), config_dir, as_json, log_format)
 
 
 def with_config(command: Callable[Concatenate[Chosen, ...], None]) -> Callable[..., None]:
@@ -88,7 +96,7 @@ def with_config(command: Callable[Concatenate[Chosen, ...], None]) -> Callable[.
     @wraps(command)
     def wrapped(**given: Any) -> None:
         chosen = _chosen(**{name: given.pop(name) for name in common})
-        with errors(as_json=chosen.as_json):
+        with errors(as_json=chosen.as_json, log_format=chosen.log_format):
             command(chosen, **given)
 
     parameters = [*own, *common.values()]
@@ -113,9 +121,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) ->
 
 
 @contextmanager
-def errors(*, as_json: bool) -> Iterator[None]:
+def errors(*, as_json: bool, log_format: Format | None = None) -> Iterator[None]:
     """Logging to stderr, signals as Interrupted, and every PipelineError as a message and its exit code."""
-    _log_to_stderr()
+    if log_format is not None:
+        os.environ[VARIABLE] = log_format  # for the processes of a local Ray, too
+    _log_to_stderr(chosen_format())
     received: list[int] = []
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
@@ -128,7 +138,10 @@ def errors(*, as_json: bool) -> Iterator[None]:
         yield
     except (PipelineError, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, PipelineError) else Interrupted(received[-1])
-        print(f"error: {error}", file=sys.stderr)
+        if chosen_format() == "json":
+            log.log(logging.ERROR, "%s", error)  # its trace is for nobody
+        else:
+            print(f"error: {error}", file=sys.stderr)
         if as_json:
             kind = type(error).__name__
             print_json({"outcome": "failed", "error": kind, "message": str(error), "exit_code": error.exit_code})
@@ -144,13 +157,16 @@ def _without_credentials(record: logging.LogRecord) -> bool:
     return True
 
 
-def _log_to_stderr() -> None:
-    """Coloured for a person, one plain line an event for a file."""
+def _log_to_stderr(log_format: Format) -> None:
+    """Coloured for a person, one plain line an event for a file, one JSON object for a machine."""
     handler: logging.Handler = logging.StreamHandler()
-    form = "%(asctime)s %(levelname)s %(message)s"
-    if on_terminal():
-        handler, form = RichHandler(console=CONSOLE, show_path=False), "%(message)s"
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    if log_format == "json":
+        form = JsonLines()
+    elif on_terminal():
+        handler, form = RichHandler(console=CONSOLE, show_path=False), logging.Formatter("%(message)s")
+    handler.setFormatter(form)
     handler.addFilter(_without_credentials)
-    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is first imported

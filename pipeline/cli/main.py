@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.cli import data, release
+from pipeline.cli import data, jobs, release
 from pipeline.cli import store as store_commands
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
@@ -36,12 +36,13 @@ app = typer.Typer(
             "What can be set: conf/README.md, and pipeline/config/ for every field",
             "Exit codes: 0 done or nothing to do, 1 failure, 2 usage or config, 3 too many bad slides, a damaged store "
             "or slides without prediction, 4 a model held or rejected, 5 resources that can never be met, 6 expected "
-            "slides did not come, 130 or 143 interrupted",
+            "slides did not come, 7 a job whose end nobody knows, 130 or 143 interrupted",
         )
     ),
 )
 _RELEASE = "Training again, and who is champion"
 _STAGES, _TILED, _MODEL, _START = "The pipeline, stage by stage", "What is tiled", "A trained model", "To begin with"
+_CLUSTER = "On a cluster"
 
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001
@@ -61,7 +62,10 @@ def _root(
 
 def main() -> None:
     """Entry point of `ips` and `python -m pipeline`."""
-    app()
+    from pipeline.jobs.record import recorded
+
+    with recorded():
+        app()
 
 
 @app.command(rich_help_panel=_START)
@@ -84,10 +88,24 @@ def demo(
 
 @app.command(rich_help_panel=_START)
 @with_config
-def doctor(chosen: Chosen) -> None:
+def doctor(
+    chosen: Chosen,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Ask every node of the cluster instead of this machine.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this machine on some of the cohort's slides, for plan --cost.")
+    ] = False,
+) -> None:
     """Check Python, torch, Ray, OpenSlide, MLflow, storage and devices, and say how to mend what is wrong."""
     from pipeline.cli.doctor import examine
 
+    if cluster:
+        jobs.examine_cluster(chosen)
+        return
+    if measure:
+        jobs.measure_rates(chosen)
+        return
     checks = examine(chosen.name, chosen.overrides, chosen.folder)
     if chosen.as_json:
         print_json({"healthy": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
@@ -107,10 +125,18 @@ def run(chosen: Chosen) -> None:
 
 @app.command(rich_help_panel=_STAGES)
 @with_config
-def plan(chosen: Chosen) -> None:
+def plan(
+    chosen: Chosen,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Say what a run from nothing would take; doctor --measure comes first.")
+    ] = False,
+) -> None:
     """Say which stages `run` would run, and why; change nothing."""
     from pipeline.workflow.run import plan as make_plan
 
+    if cost:
+        jobs.print_cost(chosen)
+        return
     planned = make_plan(chosen.load())
     if chosen.as_json:
         print_json({"stages": [asdict(item) for item in planned]})
@@ -264,7 +290,9 @@ def _print_summary(summary: dict[str, Any], config: Config) -> None:
     for stage, done in summary["stages"].items():
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in done["metrics"].items())
         paths = "\n".join(done["outputs"].values())
-        result = f"{numbers}\n{paths}".strip() or _told(done["facts"])
+        work = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in done["facts"].get("work", {}).items())
+        told = _told({name: value for name, value in done["facts"].items() if name != "work"})
+        result = "\n".join(line for line in (numbers, work, paths) if line) or told
         rows.append((stage, done["outcome"], f"{done['seconds']:.0f}", result))
     print_table(("stage", "outcome", "seconds", "result"), rows)
     if summary["outcome"] == "nothing to do":
@@ -294,3 +322,5 @@ app.add_typer(store_commands.app, name="store", rich_help_panel=_TILED)
 for _command in (release.retrain, release.gate, release.promote):
     app.command(rich_help_panel=_RELEASE)(_command)
 app.add_typer(release.release, name="release", rich_help_panel=_RELEASE)
+app.command(rich_help_panel=_CLUSTER, context_settings=jobs.SUBMIT_SETTINGS)(jobs.submit)
+app.command(rich_help_panel=_CLUSTER)(jobs.manifest)

@@ -27,6 +27,8 @@ from pipeline.config.unused import unused
 from pipeline.errors import ConfigError
 from pipeline.storage.files import absolute, is_remote, join
 
+_MANIFESTS = "deploy"  # this folder of conf/ holds no group, but what `manifest` writes
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as Hydra reads the files: a date is text."""
@@ -37,11 +39,14 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
+def load_config(
+    name: str, overrides: Sequence[str] = (), config_dir: Path | None = None, *, in_job: bool = False
+) -> Config:
     """The validated config `name` of `config_dir`; raises ConfigError with all problems at once.
 
     `config_dir` defaults to `conf/` in the working directory, else the one that came with the package.
-    Relative paths become absolute ones: Ray's workers run in directories of their own.
+    Relative paths become absolute ones: Ray's workers run in directories of their own. `in_job`: what would be lost
+    with a Ray job's directory is refused, as it is inside one.
     """
     folder = find_config_dir(config_dir)
     OmegaConf.register_new_resolver("conf_dir", lambda: str(folder), replace=True)  # ${conf_dir:} for files beside YAML
@@ -56,20 +61,24 @@ def load_config(name: str, overrides: Sequence[str] = (), config_dir: Path | Non
         config, more = _validated(tree, values)
     problems += more
     if config is not None:
-        problems += [*_ray_job_problems(config), *_place_problems(config)]
+        problems += [*(_ray_job_problems(config) if in_job or in_ray_job() else ()), *_place_problems(config)]
     if problems or config is None:
         raise ConfigError(f"config {name}", problems)
     return _with_absolute_paths(config)
 
 
-def find_config_dir(explicit: Path | None = None) -> Path:
-    """The folder of YAML files: the explicit one, `./conf`, or the one beside or in the package."""
+def find_config_dir(explicit: Path | None = None, here: Path | None = None) -> Path:
+    """The folder of YAML files: the explicit one, `conf/` of `here` (the working directory), else the package's."""
     if explicit is not None:
         if not explicit.is_dir():
             raise ConfigError(f"--config-dir {explicit}", ["no such folder"])
         return explicit.resolve()
     package = Path(__file__).resolve().parents[1]
-    places = [Path.cwd() / "conf", package.parent / "conf", package / "conf"]  # one's own, a checkout's, a wheel's
+    places = [
+        (here or Path.cwd()) / "conf",
+        package.parent / "conf",
+        package / "conf",
+    ]  # one's own, a checkout's, a wheel's
     for place in places:
         if (place / "default.yaml").is_file():
             return place
@@ -83,7 +92,8 @@ def in_ray_job() -> bool:
 
 def _sort_overrides(overrides: Sequence[str], folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
     """Group choices, values by dotted key, and what is wrong with the rest."""
-    choices = {sub.name: sorted(path.stem for path in sub.glob("*.yaml")) for sub in folder.iterdir() if sub.is_dir()}
+    subfolders = [sub for sub in folder.iterdir() if sub.is_dir() and sub.name != _MANIFESTS]
+    choices = {sub.name: sorted(path.stem for path in sub.glob("*.yaml")) for sub in subfolders}
     groups: list[str] = []
     values: dict[str, str] = {}
     problems: list[str] = []
@@ -203,8 +213,6 @@ def _arguments(annotation: Any) -> tuple[Any, ...]:
 
 
 def _ray_job_problems(config: Config) -> list[str]:
-    if not in_ray_job():
-        return []
     problems = []
     remedy = "the job's directory is thrown away when it ends; give an absolute path or an s3:// URI"
     for field, value in ((f"storage.{name}", place) for name, place in config.storage):

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
+from pipeline.config.deploy import DeployConfig
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.model import ModelConfig, TrainConfig
 from pipeline.config.release import GateConfig, NotifyConfig, RetrainConfig
@@ -140,6 +141,7 @@ class Config(Section):
     notify: NotifyConfig = NotifyConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    deploy: DeployConfig = DeployConfig()
 
     @model_validator(mode="after")
     def _tasks(self) -> Config:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import psutil
 
 from pipeline.errors import NodeError
+from pipeline.telemetry import add, drain
 
 WATCH_S = 0.05  # between two looks at a child: the system fills about 0.1 GiB in that time; a look takes 60 us
 STALLED_S = 300.0  # without any CPU time; a storage that does not answer is given up within 240 s (`storage.files`)
@@ -135,11 +136,12 @@ class _Child:
         try:
             self._pipe.send_bytes(work)
             self._watch(limits)
-            found: tuple[bool, Any] = self._pipe.recv()
+            done, found, sums = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
         self._pass_on_words()
-        return found
+        add(sums)
+        return done, found
 
     def end(self) -> None:
         """Kill it, and free what it held."""
@@ -210,9 +212,9 @@ def serve(fd: int, modules: tuple[str, ...]) -> None:
 
 def _done(work: bytes) -> bytes:
     try:
-        return pickle.dumps((True, pickle.loads(work)()))
+        return pickle.dumps((True, pickle.loads(work)(), drain()))
     except Exception as error:
-        return pickle.dumps((False, error))
+        return pickle.dumps((False, error, drain()))
 
 
 def _end_with_parent() -> None:

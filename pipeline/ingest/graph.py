@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import ConfigError, NodeError, SlideError, StorageError
+from pipeline.errors import ConfigError, NodeError, PipelineError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
 from pipeline.ingest.isolated import begin_slide, store_share
 from pipeline.ingest.tiler import LargeSlide, finish_slide, may_go_further, quarantined
@@ -27,6 +27,7 @@ from pipeline.progress import progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
+from pipeline.telemetry import add, drain
 
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
@@ -168,6 +169,7 @@ def _run(
     while wave := [{"item": item} for item in islice(rest, WAVE)]:
         dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
         for row in dataset.flat_map(task, fn_kwargs={"job": job}, num_cpus=job.cpus).iter_rows():
+            add(pickle.loads(row["sums"]))
             if row["failure"] is not None:
                 raise pickle.loads(row["failure"])
             yield row["number"], pickle.loads(row["outcome"])
@@ -201,12 +203,16 @@ def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outc
             )
             return _row(number, lambda: quarantined(slide, "crash", killed))
     except NodeError as error:
-        return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}
+        return _failure(number, error)
 
 
 def _row(number: int, work: Callable[[], Outcome]) -> dict[str, Any]:
     try:
         outcome = work()
     except (StorageError, ConfigError) as error:
-        return {"number": number, "outcome": b"", "failure": pickle.dumps(error)}
-    return {"number": number, "outcome": pickle.dumps(outcome), "failure": None}
+        return _failure(number, error)
+    return {"number": number, "outcome": pickle.dumps(outcome), "failure": None, "sums": pickle.dumps(drain())}
+
+
+def _failure(number: int, error: PipelineError) -> dict[str, Any]:
+    return {"number": number, "outcome": b"", "failure": pickle.dumps(error), "sums": pickle.dumps(drain())}

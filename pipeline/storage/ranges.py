@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import SlideError, StorageError
 from pipeline.storage import files
+from pipeline.telemetry import note, spending
 
 Range = tuple[int, int]
 """Start and length."""
@@ -235,7 +236,11 @@ class ReadAhead:
         """The window that was planned becomes the one in use."""
         coming, fetching = self._coming, self._fetching
         self._held = {}  # frees the old one before the new one is there
-        self._held = fetch(self._source, coming) if fetching is None else fetching.result()
+        if fetching is None:
+            self._held = fetch(self._source, coming)
+        else:
+            with spending("wait"):
+                self._held = fetching.result()
         self._plan()
         if self._thread is not None and self._coming:
             self._fetching = self._thread.submit(fetch, self._source, self._coming)
@@ -255,7 +260,9 @@ class ReadAhead:
 def fetch(source: ByteSource, ranges: Sequence[Range]) -> dict[Range, bytes]:
     """The bytes of the ranges, neighbours read together."""
     runs = coalesced(ranges)
-    blocks = source.read([(run[0][0], max(map(sum, run)) - run[0][0]) for run in runs])
+    with spending("read"):
+        blocks = source.read([(run[0][0], max(map(sum, run)) - run[0][0]) for run in runs])
+    note("bytes.read", sum(map(len, blocks)))
     return {
         (start, length): block[start - run[0][0] : start - run[0][0] + length]
         for run, block in zip(runs, blocks, strict=True)

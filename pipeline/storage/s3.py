@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import StorageError
+from pipeline.telemetry import note
 
 ANONYMOUS = "anonymous@"
 CONNECT_S = 5.0
@@ -39,12 +40,14 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
     """
     given_up = time.monotonic() + PATIENCE_S
     pause = 0.1
+    note(f"requests.{method}", 1)
     while True:
         try:
             return getattr(client(uri), method)(*arguments, **options)
         except Exception as error:
             if not _may_pass(error) or time.monotonic() + pause > given_up:
                 raise
+        note("requests.repeated", 1)
         time.sleep(pause * random.uniform(0.5, 1.0))  # many workers should not come back at the same moment
         pause = min(2 * pause, 2.0)
 

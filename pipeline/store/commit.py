@@ -24,6 +24,7 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
 from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key, stored_slide
+from pipeline.telemetry import spending
 from pipeline.tiling.cutting import codec_fingerprint
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.grid import PlacedGrid
@@ -187,7 +188,8 @@ def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
 
 def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
     data, part = read_part(planned.tiling, number)
-    files.write_bytes(files.join(store.uri, planned.key, part.name), data)
+    with spending("write"):
+        files.write_bytes(files.join(store.uri, planned.key, part.name), data)
     return part
 
 

@@ -14,6 +14,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError
 from pipeline.slides.open import tool_versions
 from pipeline.slides.reader import RGB, NativeTiles, SlideReader
+from pipeline.telemetry import spending
 from pipeline.tiling.grid import Cells, Grid
 
 PAYLOAD = 2  # of this code: raised when it gives other bytes for a patch, be it by decoding, resizing or encoding
@@ -51,8 +52,10 @@ class Cutter:
         if original is not None:
             return original
         edge = self._grid.read_px
-        rgb = self._reader.read_over(self._grid.level, x, y, edge, edge)
-        return encode(_resized(rgb, int(self._grid.patch_px)), self._spec.jpeg_quality)
+        with spending("decode"):
+            rgb = self._reader.read_over(self._grid.level, x, y, edge, edge)
+        with spending("encode"):
+            return encode(_resized(rgb, int(self._grid.patch_px)), self._spec.jpeg_quality)
 
     def _original(self, x: int, y: int) -> bytes | None:
         """The slide's own JPEG of the patch; None where the patch is not one tile, or there is no data.

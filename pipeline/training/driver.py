@@ -24,6 +24,7 @@ from pipeline.bags.sources import LabelledSource
 from pipeline.cluster import Bundle, ended, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
+from pipeline.logs import RUN_VARIABLE, VARIABLE, chosen_format, context
 from pipeline.model.checkpoint import Progress, check_plan
 from pipeline.progress import progress
 from pipeline.storage.files import join
@@ -185,6 +186,8 @@ def _process_group(cluster: ClusterConfig) -> TorchConfig:
 def _worker_environment(threads: int) -> dict[str, str]:
     """Threads of OpenMP; and patience with a storage that is away, for a worker loses work when it gives up."""
     return {
+        VARIABLE: chosen_format(),
+        RUN_VARIABLE: str(context().get("run", "")),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `cluster.prepare_environment`
         "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", _PATIENCE),

@@ -25,6 +25,7 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
 )
 
+from pipeline import telemetry
 from pipeline.cluster import ended, release
 from pipeline.errors import PipelineError, ResourceError, StageError, StorageError, TrackingError
 from pipeline.tracking.tracker import Tracker
@@ -64,6 +65,7 @@ class Tally:
     def restarted(self, why: str) -> str:
         """Tell MLflow of a restart, if it answers; the same in a line."""
         self.total += 1
+        telemetry.count("ips_restarts_total")
         line = f"restart {self.total}, after step {self.step}: {why}"
         metrics = {"restarts": float(self.total), "failures_without_checkpoint": float(self.count)}
         try:

@@ -17,6 +17,7 @@ import torch
 from ips.bag import Bag
 from ips.network.model import IPSModel
 from ips.selection.scorer import Scorer
+from pipeline import telemetry
 from pipeline.bags.augment import Augment
 from pipeline.bags.sources import LabelledSource, open_bag
 from pipeline.bags.streamed import StreamedSlide
@@ -166,6 +167,10 @@ class _Keeper:
     def note(self, done: StepDone) -> None:
         """Log the step."""
         self.journal.add(done.step, {"loss": done.loss, "lr": done.lr, "steps": float(done.step)})
+        telemetry.count("ips_patches_total", done.patches, stage="train")
+        telemetry.count("ips_step_seconds_total", done.seconds)
+        telemetry.count("ips_wait_seconds_total", done.waited)
+        telemetry.level("ips_checkpoint_age_seconds", time.monotonic() - self.saved_at)
 
     def after(
         self, done: StepDone, progress: Progress, looked: Mapping[str, float] | None, *, leaving: bool
@@ -188,7 +193,7 @@ class _Keeper:
     def _end_epoch(self, progress: Progress, looked: Mapping[str, float] | None) -> Progress:
         """With what a look at the validation split says, where one was due."""
         settings, epoch = self.job.config.train, progress.epoch
-        metrics, watch = dict(progress.metrics), self.watch
+        metrics, watch = {**progress.metrics, **_work()}, self.watch
         self._warn_of_memory(metrics)
         if looked is not None:
             metrics |= looked
@@ -196,6 +201,7 @@ class _Keeper:
                 watch = self.watch = watch.after(metrics, epoch, settings)
         metrics |= watch.metrics
         self.journal.add(progress.step, metrics)
+        telemetry.level("ips_epoch", epoch)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "epoch")
         log.info("epoch %d/%d: %s", epoch, settings.epochs, shown)
         return replace(
@@ -309,8 +315,17 @@ def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
         "train_loss": tally["loss"] / tally["steps"],
         "patches_per_s": tally["patches"] / tally["seconds"],
         "device_wait": tally["waited"] / tally["seconds"],
+        "wait_s": tally["waited"],
+        "encode_s": tally["seconds"] - tally["waited"],
         "epoch_s": tally["seconds"],
     }
+
+
+def _work() -> dict[str, float]:
+    """Seconds of all threads of this rank since the last epoch, by kind of work: they overlap with the steps'."""
+    sums = telemetry.drain()
+    telemetry.offer(sums, "train")
+    return {f"{kind}_s": value for kind, value in telemetry.seconds(sums).items()}
 
 
 def _peak_bytes(ranks: Ranks, device: torch.device) -> float:

@@ -10,6 +10,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
+from pipeline.logs import log_as_json
 from pipeline.model.checkpoint import Progress
 from pipeline.training.ranks import Ranks, agreed, joined_ranks
 from pipeline.training.saver import newest
@@ -25,6 +26,7 @@ def train_worker(loop_config: Mapping[str, Job]) -> Progress:
     the same one.
     """
     job, ranks = loop_config["job"], joined_ranks()
+    log_as_json(stage="train", rank=ranks.rank)
     torch.set_num_threads(job.config.train.threads)  # MKL's too; whatever the environment of the node says
     found = newest(job.folder, read=True) if ranks.rank == 0 else None
     start: str | None = broadcast_from_rank_zero(found.name if found else None)

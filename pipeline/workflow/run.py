@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import telemetry
 from pipeline.bags.images import cohort_csv
 from pipeline.cluster import connected
 from pipeline.cohort.recorded import read_recorded, record
@@ -20,8 +19,8 @@ from pipeline.cohort.splits import check_apart, check_trainable, with_splits
 from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
-from pipeline.credentials import masked
 from pipeline.demo.cohort import write_demo
+from pipeline.logs import about, within
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
     exists,
@@ -37,9 +36,10 @@ from pipeline.storage.files import (
 from pipeline.storage.lease import held, joined
 from pipeline.storage.tree import upload_tree
 from pipeline.tiling.guide import check_environment
-from pipeline.tracking.tracker import Tracker, open_tracking
+from pipeline.tracking.tracker import Tracker
 from pipeline.workflow.changes import changes, items
 from pipeline.workflow.embed import stages_for
+from pipeline.workflow.lineage import Tracking, lineage
 from pipeline.workflow.stage import Record, Stage, Workspace, slide_tags
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,10 @@ def run(
         more: stages that come after it.
         choose: takes the splits from slides that are not to be used, once they are drawn and recorded.
     """
+    about(run=None)
     ensure_cohort(config)
     with ExitStack() as stack:
-        tracking = _Tracking(config, stack)
+        tracking = Tracking(config, stack)
         needs_labels = last not in ("tile", "embed")
         cohort = load_cohort(config, needs_labels=needs_labels)
         if needs_labels:
@@ -111,7 +112,8 @@ def run(
         )
         results: dict[str, StageResult] = {}
         for stage in (*stages_for(config, last), *more):
-            results[stage.name] = _bring_up(stage, space, tracking, last)
+            with within(stage=stage.name):
+                results[stage.name] = _bring_up(stage, space, tracking, last)
             space.records[stage.name] = results[stage.name].record
         tracking.sum_up(space.records.values())
         return WorkflowResult(results, tracking.parent)
@@ -200,7 +202,7 @@ def _no_ray() -> None:
     raise AssertionError("planning starts no Ray")
 
 
-def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) -> StageResult:
+def _bring_up(stage: Stage, space: Workspace, tracking: Tracking, last: str) -> StageResult:
     identity = stage.identity(space)
     stage_fingerprint = fingerprint(identity)
     found, why = _find(space, stage, identity)
@@ -217,14 +219,24 @@ def _bring_up(stage: Stage, space: Workspace, tracking: _Tracking, last: str) ->
         claimed as space.lease,
         tracking.child(stage.name, stage_fingerprint, slide_tags(space), alone=space.lease is not None) as run_id,
     ):
+        telemetry.drain()
         record = stage.work(space, stage_fingerprint, run_id)
-        record = replace(record, run_id=run_id, seconds=round(time.monotonic() - began, 1))
+        record = _timed(record, run_id, began)
+        space.tracker().log_metrics(run_id, {f"{kind}_s": s for kind, s in record.facts["work"].items()}, 0)
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
             return StageResult(record, "done")
         facts = {**record.facts, "identity": _digests(identity), "items": items(identity), "finished": time.time()}
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
+
+
+def _timed(record: Record, run_id: str, began: float) -> Record:
+    """The record of a stage that is done, with its seconds, and in `work` those of all its tasks by kind."""
+    seconds = round(time.monotonic() - began, 1)
+    telemetry.level("ips_stage_seconds", seconds, stage=record.stage)
+    facts = {**record.facts, "work": telemetry.seconds(telemetry.drain())}
+    return replace(record, run_id=run_id, seconds=seconds, facts=facts)
 
 
 def _check_weights(config: Config, last: str) -> None:
@@ -275,69 +287,3 @@ def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str
     ids |= {slide_id for record in _records(space.config, "tile") for slide_id in record.facts["keys"]}
     changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"
-
-
-class _Tracking:
-    """Opens MLflow and the parent run when the first stage has to run; a run that does nothing leaves no trace."""
-
-    def __init__(self, config: Config, stack: ExitStack) -> None:
-        self.config = config
-        self.stack = stack
-        self.parent: str | None = None
-        self.lineage: Mapping[str, str] = {}
-        self._tracker: Tracker | None = None
-
-    def tracker(self) -> Tracker:
-        if self._tracker is None:
-            tracking, root = self.config.tracking, self.config.storage.root
-            assert tracking.uri is not None  # compose.py fills both
-            assert tracking.experiment is not None
-            if not is_remote(root):
-                Path(root).mkdir(parents=True, exist_ok=True)
-            self._tracker = open_tracking(tracking.uri, tracking.experiment, join(root, "artifacts"))
-        return self._tracker
-
-    def sum_up(self, records: Iterable[Record]) -> None:
-        """Metrics of all stages on the parent run, done now or before: what invocations are compared by."""
-        if self.parent is not None:
-            metrics = {name: value for record in records for name, value in record.metrics.items()}
-            self.tracker().log_metrics(self.parent, metrics, 0)
-
-    @contextmanager
-    def child(self, stage: str, stage_fingerprint: str, more: Mapping[str, str], *, alone: bool) -> Iterator[str]:
-        """The MLflow run of one stage, below this invocation's parent run, with `more` tags.
-
-        `alone`: no other process works on it, so runs that seem to have none.
-        """
-        tracker = self.tracker()
-        own = {"stage": stage, "fingerprint": stage_fingerprint, "root": self.config.storage.root}  # as the lease
-        if alone:
-            tracker.end_abandoned(own)
-        if self.parent is None:
-            self.parent = self.stack.enter_context(tracker.run(self.config.name, tags=self.lineage))
-            tracker.log_text(self.parent, self.config.model_dump_json(indent=2), "config.json")
-            tracker.log_params(self.parent, self.config.model_dump(mode="json"))
-        tags = {**self.lineage, **more, **own}
-        with tracker.run(stage, self.parent, tags) as run_id, tracker.system_metrics(run_id):
-            tracker.log_params(run_id, self.config.model_dump(mode="json"))
-            yield run_id
-
-
-def lineage(config: Config) -> dict[str, str]:
-    """Tags that say what code, image and specification made a run."""
-    tags = {"config": config.name, "tiling_fingerprint": config.tiling.fingerprint()}
-    sources: dict[str, Callable[[], str | None]] = {
-        "git_sha": _git_sha,
-        "image": lambda: os.environ.get("IPS_IMAGE"),
-        "ray_submission_id": lambda: os.environ.get("RAY_SUBMISSION_ID"),
-    }
-    return tags | {key: masked(value) for key, source in sources.items() if (value := source())}
-
-
-def _git_sha() -> str | None:
-    """Commit of the code, when it runs from a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import cluster
+from pipeline import cluster, telemetry
 from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.bags.streamed import planned_keys
@@ -119,11 +119,15 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
 
     def on_status(status: SlideStatus) -> None:
         done.advance()
+        telemetry.count("ips_slides_total", stage="tile", outcome=status.status)
+        telemetry.count("ips_patches_total", status.n_patches, stage="tile")
+        telemetry.count("ips_patches_lost_total", status.n_bad_tiles, stage="tile")
         if status.status == "quarantined":
             kind = str(status.reason).partition(":")[0]
             bad[kind] += 1
             if bad[kind] <= SHOWN:
-                log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason)
+                slide = {"slide": status.slide_id}
+                log.warning("tile: %s is quarantined: %s", status.slide_id, status.reason, extra=slide)
             if bad[kind] == SHOWN:
                 log.warning("tile: further slides that are quarantined as %s are counted; %s lists all", kind, ledger)
 

@@ -32,7 +32,7 @@ def test_the_readme_lists_the_commands_that_there_are() -> None:
 def test_a_command_that_takes_a_config_has_its_options_after_its_own(command: str) -> None:
     options = [parameter.name for parameter in get_command(app).commands[command].params]  # type: ignore[attr-defined]
     own = {"run": [], "export": ["out", "tool"]}[command]
-    assert options == [*own, "config", "overrides", "config_dir", "as_json"]
+    assert options == [*own, "config", "overrides", "config_dir", "as_json", "log_format"]
 
 
 def test_features_need_no_labels(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ READ = {
     "gate.lost": "patches slides action",
     "retrain": "start new_patients refresh_test expect_new_within",
     "notify": "url",
+    "deploy": "address env patience_minutes package_mb command image namespace secrets service_account schedule "
+    "time_zone queue head_cpus head_memory_gib worker_memory_gib tilers artifacts storage_class deadline_hours",
 }
 """Fields that something reads in every valid config: a section's own checks refuse what they do not go with."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline import telemetry
 from pipeline.errors import NodeError, SlideError
 from pipeline.ingest import child
 from pipeline.ingest.child import DiedError, LimitError, Limits, run
@@ -36,6 +37,21 @@ def test_one_process_does_what_comes() -> None:
     first, second = run(os.getpid, PLENTY), run(os.getpid, PLENTY)
     assert first == second != os.getpid()
     assert run(partial(os.path.exists, __file__), PLENTY)
+
+
+def _works(*, fails: bool) -> None:
+    with telemetry.spending("decode"):
+        time.sleep(0.02)
+    if fails:
+        raise SlideError("too-small", "x")
+
+
+def test_where_its_time_went_is_told_even_when_it_fails() -> None:
+    telemetry.drain()
+    run(partial(_works, fails=False), PLENTY)
+    with pytest.raises(SlideError):
+        run(partial(_works, fails=True), PLENTY)
+    assert 0.04 <= telemetry.drain()["seconds.decode"] < 2
 
 
 def test_it_loads_no_torch() -> None:

@@ -130,6 +130,7 @@ def test_from_slides_to_a_model_on_features(ray_session: None, tmp_path: Path) -
     )
     tiled, embedded = first.stages["tile"].record, first.stages["embed"].record
     assert embedded.metrics["features"] == tiled.metrics["patches"]
+    assert {"read", "decode", "transfer", "encode"} <= set(embedded.facts["work"])
     assert 0 <= first.stages["evaluate"].record.metrics["test_auc"] <= 1
     assert Path(first.stages["evaluate"].record.outputs["report"]).stat().st_size > 10_000
     assert Path(tiled.outputs["quality"]).is_file()

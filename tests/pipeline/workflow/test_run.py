@@ -17,6 +17,7 @@ from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DataBudgetError, StageError
 from pipeline.ingest.tiler import store_slide
+from pipeline.logs import context
 from pipeline.storage.lease import held
 from pipeline.tracking.tracker import open_tracking
 from pipeline.workflow.run import load_cohort, plan, run
@@ -66,11 +67,16 @@ def test_tiling_runs_once_then_only_for_what_changed(ray_session: None, tmp_path
     assert parent.params["tiling.patch_px"] == "64"
     assert child.data.tags["cohort_digest"]
     assert child.data.metrics["patches"] == 36
+    work = first.stages["tile"].record.facts["work"]  # of the processes that read the slides, by way of Ray's tasks
+    assert {"decode", "encode", "write"} <= set(work)
+    assert all(child.data.metrics[f"{kind}_s"] == seconds for kind, seconds in work.items())
+    assert context() == {"run": first.parent_run_id}  # what its lines are about; the stage is over
     assert {item.path for item in client.list_artifacts(child.info.run_id)} == {"slides.csv", "quality.html"}
     assert {client.get_run(str(first.parent_run_id)).info.status, child.info.status} == {"FINISHED"}
 
     again = run(config, "tile")
     assert (again.outcome, again.stages["tile"].outcome, again.parent_run_id) == ("nothing to do", "skipped", None)
+    assert context() == {}
     assert [p.action for p in plan(config, "tile")] == ["skip"]
 
     _cohort(tmp_path, ["a", "b c", "ü", "new"])

@@ -1,0 +1,133 @@
+"""Where time goes, and numbers for Prometheus: counted where the work is done, added up by whoever asks.
+
+`spending` times a kind of work in whatever thread and process it is done; a process hands its sums on (`drain`, `add`),
+so that a stage's record has those of all its tasks. `count` and `level` are Ray's metrics, which every node offers to
+Prometheus; outside Ray they do nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from pipeline.logs import context
+
+Kind = Literal["read", "decode", "transfer", "encode", "write", "wait"]
+
+_sums: defaultdict[str, float] = defaultdict(float)
+_lock = threading.Lock()
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One of the numbers that are offered."""
+
+    form: Literal["Counter", "Gauge"]
+    what: str
+    tags: tuple[str, ...] = ()
+
+
+METRICS: Mapping[str, Metric] = {
+    "ips_slides_total": Metric("Counter", "Slides by what became of them", ("stage", "outcome")),
+    "ips_patches_total": Metric("Counter", "Patches that a stage is done with", ("stage",)),
+    "ips_patches_lost_total": Metric("Counter", "Patches lost to tiles that cannot be decoded", ("stage",)),
+    "ips_work_seconds_total": Metric("Counter", "Seconds of all threads by kind of work", ("stage", "kind")),
+    "ips_read_bytes_total": Metric("Counter", "Bytes read", ("stage",)),
+    "ips_requests_total": Metric("Counter", "Requests to S3 by kind", ("stage", "kind")),
+    "ips_stage_seconds": Metric("Gauge", "Seconds that a stage took, once it is done", ("stage",)),
+    "ips_step_seconds_total": Metric("Counter", "Seconds of training steps"),
+    "ips_wait_seconds_total": Metric("Counter", "Seconds of them in which rank 0 waited for patches"),
+    "ips_chunks_ahead": Metric("Gauge", "Chunks whose bytes are read, ahead of the loop"),
+    "ips_epoch": Metric("Gauge", "Epochs that are done"),
+    "ips_checkpoint_age_seconds": Metric("Gauge", "Seconds since the last checkpoint was begun"),
+    "ips_restarts_total": Metric("Counter", "Restarts of training workers"),
+}
+"""By name; Ray puts `ray_` before it."""
+
+
+@contextmanager
+def spending(kind: Kind) -> Iterator[None]:
+    """Count the seconds of the block as one kind of work; another kind inside it is not counted twice."""
+    outer: float = getattr(_thread, "inner", 0.0)
+    _thread.inner, began = 0.0, time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - began
+        note(f"seconds.{kind}", seconds - _thread.inner)
+        _thread.inner = outer + seconds
+
+
+def note(name: str, amount: float) -> None:
+    """Add to a sum of this process: `seconds.KIND`, `bytes.read`, `requests.KIND`."""
+    with _lock:
+        _sums[name] += amount
+
+
+def drain() -> dict[str, float]:
+    """The sums since the last time."""
+    with _lock:
+        found = dict(_sums)
+        _sums.clear()
+    return found
+
+
+def add(sums: Mapping[str, float]) -> None:
+    """Those of another process that did part of this one's work; offered as metrics, too."""
+    with _lock:
+        for name, amount in sums.items():
+            _sums[name] += amount
+    offer(sums, str(context().get("stage", "")))
+
+
+def seconds(sums: Mapping[str, float]) -> dict[str, float]:
+    """Of sums, the seconds by kind."""
+    return {
+        name.removeprefix("seconds."): round(value, 3) for name, value in sums.items() if name.startswith("seconds.")
+    }
+
+
+def offer(sums: Mapping[str, float], stage: str) -> None:
+    """Sums as metrics."""
+    for name, value in sums.items():
+        what, _, kind = name.partition(".")
+        if what == "seconds":
+            count("ips_work_seconds_total", value, stage=stage, kind=kind)
+        elif what == "requests":
+            count("ips_requests_total", value, stage=stage, kind=kind)
+        else:
+            count("ips_read_bytes_total", value, stage=stage)
+
+
+def count(name: str, amount: float = 1.0, **tags: str) -> None:
+    """Add to one of `METRICS`."""
+    if amount > 0 and (metric := _metric(name)) is not None:
+        metric.inc(amount, tags)
+
+
+def level(name: str, value: float, **tags: str) -> None:
+    """Set one of `METRICS`."""
+    if (metric := _metric(name)) is not None:
+        metric.set(value, tags)
+
+
+def _metric(name: str) -> Any:
+    """Ray's object; None where this process has no Ray."""
+    ray = sys.modules.get("ray")
+    return _made(name) if ray is not None and ray.is_initialized() else None
+
+
+@cache
+def _made(name: str) -> Any:
+    from ray.util import metrics
+
+    spec = METRICS[name]
+    return getattr(metrics, spec.form)(name, description=spec.what, tag_keys=spec.tags)
