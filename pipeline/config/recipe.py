@@ -202,13 +202,15 @@ class Config(Section):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """What determines the trained model, as plain data; `train.threads` where it is not its default.
+        """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before that setting keep their names.
+        So trainings from before `train.threads` and `model.select.context` keep their names.
         """
         dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
         if self.train.threads == TrainConfig.model_fields["threads"].default:
             del dump["train"]["threads"]
+        if self.model.select.context == "none":
+            del dump["model"]["select"]["context"]
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -25,6 +25,7 @@ from ips.selection.baselines import HalfByScore, RandomDraw, every_patch
 from ips.selection.predict import predict
 from ips.selection.scorer import Scorer
 from ips.selection.select import Mode, gather, select
+from tests.gloo import one_of_two
 from tests.ips.nets import LooseBag, bag_of, model_of, resnet_model, tiny_model
 from tests.oracle import full_attention
 
@@ -230,14 +231,9 @@ class _Untaken(TensorBag):
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with one_of_two(rank, folder):
         bags = [bag_of(n, n, grid=True) for n in (67, 1, 20)]
-        found = [_shared(bags, kind, dist.group.WORLD) for kind in ("whole", "rest")]
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        torch.save([_shared(bags, kind, dist.group.WORLD) for kind in ("whole", "rest")], f"{folder}/{rank}.pt")
 
 
 def _shared(bags: list[TensorBag], kind: str, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ READ = {
     "model": "positions",
     "model.encoder": "name features dim weights",
     "model.aggregator": "pool",
-    "model.select": "mode chunk",
+    "model.select": "mode chunk context",
     "train": "source epochs batch_size balance_window micro_batch bounded norm lr encoder_lr freeze_encoder "
     "freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best clip_norm augment "
     "stain_jitter compute_dtype threads",
