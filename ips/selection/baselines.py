@@ -42,6 +42,24 @@ class RandomDraw:
 
 
 @dataclass(frozen=True)
+class PartAtRandom:
+    """`draw` of `select`: a `share` of the M uniformly from all patches but the best, which are the others.
+
+    A pure function of the scores, which seed it: the same on every process, and in a run that is resumed.
+    """
+
+    share: float
+
+    def __call__(self, keys: Tensor, memory: int) -> Tensor:
+        """Log scores (N,) -> rows (<= M,), the best first."""
+        order = best(keys, torch.arange(len(keys)), len(keys))
+        kept = memory - round(self.share * memory)
+        generator = torch.Generator().manual_seed(int(keys.view(torch.int64).sum()) % 2**63)
+        others = order[kept:]
+        return torch.cat((order[:kept], others[torch.randperm(len(others), generator=generator)[: memory - kept]]))
+
+
+@dataclass(frozen=True)
 class HalfByScore:
     """`draw` of `select`, the rule of DBPS in training: half of the best M, and as many of the others.
 

@@ -10,7 +10,7 @@ from ips.learning.gradient import bounded_backward
 from ips.network.aggregator import Aggregator
 from ips.network.model import IPSModel
 from ips.network.pooling import GatedAttention, MeanPool
-from ips.selection.baselines import HalfByScore, RandomDraw, every_patch, random_selection, transferred
+from ips.selection.baselines import HalfByScore, PartAtRandom, RandomDraw, every_patch, random_selection, transferred
 from ips.selection.select import assemble, gather, select
 from tests.ips.nets import TinyEncoder, bag_of, tiny_model
 
@@ -63,6 +63,22 @@ def test_half_by_score_is_half_of_the_best_and_half_of_the_others() -> None:
     assert sorted(rule(keys[:5], 7).tolist()) == list(range(5))
     assert sorted(rule(keys, 30).tolist()) == list(range(30))
     assert len(set(rule(keys, 29).tolist())) == 16  # 15 of the 29 best, and the one other
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 7), (0.5, 3), (0.3, 5), (0.99, 0)])
+def test_a_part_at_random_is_the_best_and_others_by_the_scores_alone(share: float, kept: int) -> None:
+    keys = torch.randn(30, dtype=torch.float64)
+    order = keys.argsort(descending=True).tolist()
+    rule, seen = PartAtRandom(share), set()
+    for step in range(300):
+        keys *= 0.999  # as training would, a little
+        rows = rule(keys, 7).tolist()
+        assert rows == rule(keys, 7).tolist(), step
+        assert len(set(rows)) == 7
+        assert rows[:kept] == order[:kept]
+        seen |= set(rows)
+    assert seen == (set(range(30)) if share else set(order[:7]))
+    assert sorted(rule(keys[:5], 7).tolist()) == list(range(5))
 
 
 def test_half_by_score_prefers_high_scores() -> None:
