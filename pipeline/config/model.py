@@ -63,6 +63,10 @@ class SelectConfig(Section):
     """M, patches kept an image; every keeps all."""
     chunk: Positive = 256
     """I, patches read at a time; in window mode it changes the result."""
+    explore_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the M patches that are trained on, drawn at random from those that are not among the highest scored; exact
+    only. So a network from scratch finds what it does not look for yet, and its norms see more than winners. Evaluation
+    and prediction take the highest scored alone. 0: the paper."""
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
     without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from

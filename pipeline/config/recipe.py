@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config.embed import EmbedConfig
-from pipeline.config.model import ModelConfig, TrainConfig
+from pipeline.config.model import ModelConfig, SelectConfig, TrainConfig
 
 
 class StorageConfig(Section):
@@ -204,13 +204,14 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before `train.threads` and `model.select.context` keep their names.
+        So trainings from before `train.threads` and `model.select.context` and `explore_share` keep their names.
         """
         dump = self.model_dump(mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source"}})
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
         if self.train.threads == TrainConfig.model_fields["threads"].default:
             del dump["train"]["threads"]
-        if self.model.select.context == "none":
-            del dump["model"]["select"]["context"]
+        for name in ("context", "explore_share"):
+            if getattr(self.model.select, name) == SelectConfig.model_fields[name].default:
+                del dump["model"]["select"][name]
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -22,7 +22,7 @@ from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.learning.schedule import warmup_cosine
 from ips.network.heads import Kind
 from ips.network.model import IPSModel
-from ips.selection.baselines import RandomDraw, every_patch, random_selection
+from ips.selection.baselines import PartAtRandom, RandomDraw, every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from pipeline.config.model import SelectConfig, TrainConfig
@@ -169,6 +169,7 @@ class _Turn:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
         self.waits = Waits()
         self.chosen: Mapping[int, Tensor] = {}
+        self.draw = PartAtRandom(selecting.explore_share) if selecting.explore_share else None
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
@@ -279,7 +280,7 @@ class _Turn:
                 scorer=self.scorer,
                 group=group,
                 context="rest" if selecting.context == "all" else None,
-                draw=RandomDraw(torch.default_generator) if explores else None,
+                draw=RandomDraw(torch.default_generator) if explores else self.draw,
             )
 
     def _explores(self, epoch: int) -> bool:

@@ -49,7 +49,9 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
     assert "threads" not in _changed().recipe()["train"]
     assert _changed(train={"threads": 3}).recipe()["train"]["threads"] == 3
     assert "context" not in _changed().recipe()["model"]["select"]
-    assert _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]["context"] == "all"
+    assert "explore_share" not in _changed().recipe()["model"]["select"]
+    for name, value in (("context", "all"), ("explore_share", 0.5)):
+        assert _changed(model={"select": {name: value}}).recipe()["model"]["select"][name] == value
 
 
 @pytest.mark.parametrize(
