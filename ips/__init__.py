@@ -4,12 +4,13 @@
 memory that does not depend on the image; `gather`, the model and a loss, or `bounded_backward`, train on those.
 """
 
-from ips.bag import Bag, Batch, Certificate, Chunk, Selection, TensorBag, collate
+from ips.bag import Bag, Batch, Certificate, Chunk, Context, Selection, TensorBag, Values, collate
 from ips.learning.gradient import bounded_backward
 from ips.learning.losses import mean_loss, task_loss
 from ips.learning.processes import average_gradients, average_statistics
 from ips.learning.schedule import parameter_groups, warmup_cosine, warmup_cosine_scheduler
 from ips.network.aggregator import Aggregator
+from ips.network.effects import Effects, effects
 from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder
 from ips.network.heads import Head, linear_head, probabilities
 from ips.network.model import IPSModel
@@ -17,7 +18,7 @@ from ips.network.official import load_official
 from ips.network.part import PatchEncoder, Positions
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
-from ips.selection.baselines import every_patch, random_selection
+from ips.selection.baselines import HalfByScore, PartAtRandom, RandomDraw, every_patch, random_selection, transferred
 from ips.selection.predict import Prediction, predict
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
@@ -28,26 +29,33 @@ __all__ = [
     "Batch",
     "Certificate",
     "Chunk",
+    "Context",
+    "Effects",
     "FeatureProjector",
     "GatedAttention",
     "GridPositions",
+    "HalfByScore",
     "Head",
     "IPSModel",
     "IndexPositions",
     "MaxPool",
     "MeanPool",
+    "PartAtRandom",
     "PatchEncoder",
     "Positions",
     "Prediction",
+    "RandomDraw",
     "ResNet",
     "Scorer",
     "Selection",
     "TensorBag",
+    "Values",
     "WrappedEncoder",
     "average_gradients",
     "average_statistics",
     "bounded_backward",
     "collate",
+    "effects",
     "every_patch",
     "gather",
     "linear_head",
@@ -59,6 +67,7 @@ __all__ = [
     "random_selection",
     "select",
     "task_loss",
+    "transferred",
     "warmup_cosine",
     "warmup_cosine_scheduler",
 ]

@@ -87,6 +87,31 @@ class TensorBag:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What some patches of each of B images put into the pool, in few numbers (`ips.network.context`).
+
+    float64, on the model's device; the patches may be any number, and none.
+    """
+
+    log_mass: Tensor
+    """(B, J): log sum_n exp(l_nj) over the patches; -inf for none."""
+    mean: Tensor
+    """(B, J, D): sum_n a_nj x_n, with a the softmax over these patches and x an embedding with its position."""
+    second: Tensor | None = None
+    """(B, J, D, D_v): sum_n a_nj x_n (V_j x_n)^T with the values' projection V_j, as learning from them needs it."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the patches of one image put into the pool, one by one; on the host."""
+
+    logits: Tensor
+    """(N, J)."""
+    values: Tensor
+    """(N, H, D_v): x_n, with its position, through each head's values' projection."""
+
+
+@dataclass(frozen=True)
 class Certificate:
     """How one image's low-precision selection compares with float32 (measured on a sample, not proven)."""
 
@@ -117,6 +142,12 @@ class Selection:
     scored: Tensor | None = None
     """(B,) int64, patches that the softmax of `scores` runs over: all N; in `window` those of the last pool, at most
     M + I."""
+    whole: Context | None = None
+    """Of all N patches, when asked for."""
+    rest: Context | None = None
+    """Of the N - M patches that are no winners, when asked for."""
+    values: tuple[Values, ...] | None = None
+    """Per image, when asked for."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +166,8 @@ class Batch:
     """(B, M) int64."""
     mask: Tensor
     """(B, M) bool."""
+    rest: Context | None = None
+    """Of the patches that are not here, so that the model pools all N."""
     real: Tensor = field(init=False)
     """(n,) int64, where the mask is True: b * M + m. Found once, so that a model need not wait for its device."""
 
@@ -155,27 +188,36 @@ class Batch:
         return moved
 
 
-_PARTS = ("patches", "positions", "index", "mask", "real")
+def _register(kind: type, names: tuple[str, ...], optional: str | None = None) -> None:
+    """Make a dataclass a pytree of its fields `names`, and of the `optional` one where it is not None.
+
+    Parts may be anything that stands for a tensor, so nothing is checked.
+    """
+
+    def flatten(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        held = optional if optional is not None and getattr(value, optional) is not None else None
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in (*names, *([held] if held else []))], held
+
+    def unflatten(parts: Any, held: Any) -> Any:
+        value: Any = object.__new__(kind)
+        for name, part in zip((*names, *([held] if held else [])), parts, strict=True):
+            object.__setattr__(value, name, part)
+        if optional is not None and held is None:
+            object.__setattr__(value, optional, None)
+        return value
+
+    pytree.register_pytree_node(
+        kind,
+        lambda value: ([part for _, part in flatten(value)[0]], flatten(value)[1]),
+        unflatten,
+        serialized_type_name=f"ips.bag.{kind.__name__}",
+        flatten_with_keys_fn=flatten,
+    )
 
 
-def _unflatten(parts: Any, _context: Any) -> Batch:
-    """Parts may be anything that stands for a tensor, so nothing is checked."""
-    batch = object.__new__(Batch)
-    for name, part in zip(_PARTS, parts, strict=True):
-        object.__setattr__(batch, name, part)
-    return batch
-
-
-pytree.register_pytree_node(
-    Batch,
-    lambda batch: ([getattr(batch, name) for name in _PARTS], None),
-    _unflatten,
-    serialized_type_name="ips.bag.Batch",
-    flatten_with_keys_fn=lambda batch: ([(pytree.GetAttrKey(name), getattr(batch, name)) for name in _PARTS], None),
-)
-
-
-torch.serialization.add_safe_globals([Batch])  # an exported program carries the one that it was made with
+_register(Context, ("log_mass", "mean", "second"))
+_register(Batch, ("patches", "positions", "index", "mask", "real"), "rest")  # as before there was a rest, without one
+torch.serialization.add_safe_globals([Batch, Context])  # an exported program carries the one that it was made with
 
 
 def check_mask(mask: Tensor) -> None:

@@ -53,6 +53,28 @@ def exact_selection(
     return order[:memory], scores
 
 
+def full_attention(model: IPSModel, x: Tensor) -> dict[str, Tensor]:
+    """What the network says of one image, pooled over all of x (N, D): keys and values of every patch, head by head.
+
+    In the precision of the weights, with a graph; no dropout.
+    """
+    aggregator = model.aggregator
+    assert isinstance(aggregator, Aggregator)
+    attention = aggregator.attention
+    keys, values, queries = attention.key_proj(x), attention.value_proj(x), attention.query_proj(attention.queries)
+    tokens = []
+    for t in range(attention.tasks):
+        pooled = []
+        for h in range(attention.heads):
+            k, v = h * attention.key_dim, h * attention.value_dim
+            logits = keys[:, k : k + attention.key_dim] @ queries[t, k : k + attention.key_dim]
+            weights = torch.softmax(logits / math.sqrt(attention.key_dim), dim=0)
+            pooled.append(weights @ values[:, v : v + attention.value_dim])
+        token = aggregator.attention_norm(attention.out_proj(torch.cat(pooled)) + attention.queries[t])
+        tokens.append(aggregator.mlp_norm(aggregator.mlp(token) + token))
+    return {task: head(tokens[t]) for t, (task, head) in enumerate(model.heads.items())}
+
+
 class _OfficialAttention(nn.Module):
     """Parameters by the official names; keys and values of every patch are computed and stored."""
 

@@ -101,7 +101,7 @@ def _backward(
         places = None if places is None else places.to(device)
         real = selection.mask.flatten().nonzero().squeeze(1).to(device)
         with _autocast(device, dtype):
-            outputs = model.pool(leaf, selection.mask.to(device), places, real)
+            outputs = model.pool(leaf, selection.mask.to(device), places, real, selection.rest)
             value = loss(outputs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]

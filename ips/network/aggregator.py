@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ips.bag import check_mask
+from ips.bag import Context, check_mask
 from ips.network.attention import CrossAttention
 from ips.network.part import Part, can_be_read
 
@@ -48,8 +48,8 @@ class Aggregator(Part):
         """The folded queries (J, D): a patch's logits are its embedding times their transpose."""
         return self.attention.folded()
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Pool x (B, M, D) where mask (B, M) is True -> tokens (B, T, D).
+    def forward(self, x: Tensor, mask: Tensor, rest: Context | None = None) -> Tensor:
+        """Pool x (B, M, D) where mask (B, M) is True, and the patches of `rest`, -> tokens (B, T, D).
 
         Raises:
             ValueError: another D, a mask of another shape or not of bool; on a CPU, an image of which nothing is
@@ -60,7 +60,14 @@ class Aggregator(Part):
             raise ValueError(f"{found}; needs (B, M, {self.dim}) and (B, M) bool")
         if can_be_read(mask):
             check_mask(mask)
-        tokens: Tensor = self.dropout(self.attention(x, mask)) + self.attention.queries
-        tokens = self.attention_norm(tokens)
+        return self.tokens(self.attention(x, mask, rest))
+
+    def recall(self, whole: Context) -> Tensor:
+        """Pool the patches of a context alone -> tokens (B, T, D)."""
+        return self.tokens(self.attention.recall(whole))
+
+    def tokens(self, pooled: Tensor) -> Tensor:
+        """What the attention gives (..., T, D) -> tokens (..., T, D)."""
+        tokens = self.attention_norm(self.dropout(pooled) + self.attention.queries)
         out: Tensor = self.mlp_norm(self.dropout(self.mlp(tokens)) + tokens)
         return out

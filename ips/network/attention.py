@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ips.bag import Context
+from ips.network.context import recalled
+
 
 class CrossAttention(nn.Module):
     """T learned queries attend to a set of patches.
@@ -52,12 +55,39 @@ class CrossAttention(nn.Module):
         """(..., D) -> (..., J)."""
         return nn.functional.linear(x, self.folded())
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Pool x (B, M, D) where mask (B, M) is True -> (B, T, D). Every image needs one True at least."""
+    def projection(self) -> Tensor:
+        """The values' projections (H, D_v, D)."""
+        return self.value_proj.weight.view(self.heads, self.value_dim, -1)
+
+    def forward(self, x: Tensor, mask: Tensor, rest: Context | None = None) -> Tensor:
+        """Pool x (B, M, D) where mask (B, M) is True, and the patches of `rest`, -> (B, T, D).
+
+        Every image needs one True at least. Dropout passes by the rest, whose many weights would drop out to the mean.
+        """
         logits = self.logits(x).masked_fill(~mask.unsqueeze(-1), -math.inf)
-        weights_BMJ = self.dropout(logits.softmax(dim=1))  # dropped after the softmax, as in the official code
+        if rest is None:
+            weights_BMJ = logits.softmax(dim=1)
+        else:
+            log_mass, values_BJV = self._recalled(rest)
+            all_BMJ = torch.cat((logits, log_mass.unsqueeze(1)), dim=1).softmax(dim=1)  # the rest as one patch more
+            weights_BMJ, of_rest_BJ = all_BMJ[:, :-1], all_BMJ[:, -1]
+        weights_BMJ = self.dropout(weights_BMJ)  # dropped after the softmax, as in the official code
         pooled_BHTD = torch.einsum("bmj,bmd->bjd", weights_BMJ, x).view(len(x), self.heads, self.tasks, -1)
-        values_HVD = self.value_proj.weight.view(self.heads, self.value_dim, -1)
-        context_BTHV = torch.einsum("bhtd,hvd->bthv", pooled_BHTD, values_HVD)
-        out: Tensor = self.out_proj(context_BTHV.flatten(-2))
+        values_BHTV = torch.einsum("bhtd,hvd->bhtv", pooled_BHTD, self.projection())
+        if rest is not None:
+            values_BHTV = values_BHTV + (of_rest_BJ.unsqueeze(-1) * values_BJV).view_as(values_BHTV)
+        return self.mixed(values_BHTV)
+
+    def recall(self, whole: Context) -> Tensor:
+        """Pool the patches of a context alone -> (B, T, D)."""
+        _, values_BJV = self._recalled(whole)
+        return self.mixed(values_BJV.view(len(values_BJV), self.heads, self.tasks, -1))
+
+    def mixed(self, values_BHTV: Tensor) -> Tensor:
+        """Pooled values (..., H, T, D_v) of each head -> (..., T, D)."""
+        out: Tensor = self.out_proj(values_BHTV.transpose(-3, -2).flatten(-2))
         return out
+
+    def _recalled(self, context: Context) -> tuple[Tensor, Tensor]:
+        with torch.autocast(context.mean.device.type, enabled=False):  # masses of all N in bfloat16 have two digits
+            return recalled(context, self.folded(), self.projection())

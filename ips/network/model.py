@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from ips.bag import Batch, check_mask
+from ips.bag import Batch, Context, check_mask
+from ips.network.aggregator import Aggregator
 from ips.network.heads import Heads, Kind
 from ips.network.part import Part, PatchEncoder, Positions, Scores, can_be_read
 from ips.network.positions import check_positions
@@ -183,15 +185,21 @@ class IPSModel(nn.Module):
         return nn.functional.linear(embeddings, aggregator.folded())
 
     def pool(
-        self, embeddings: Tensor, mask: Tensor, places: Tensor | None, real: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        places: Tensor | None,
+        real: Tensor | None = None,
+        rest: Context | None = None,
     ) -> dict[str, Tensor]:
         """Embeddings (n, D) of the real winners, in the order of mask (B, M) -> task -> logits (B, K).
 
         `places` (B, M, ...) is what `places` gives; `real` (n,) is `Batch.real`, which without it is read off the mask,
-        and a device waited for. Masked embeddings become zeros and are never attended to.
+        and a device waited for. Masked embeddings become zeros and are never attended to; the patches of `rest` are,
+        without being here.
 
         Raises:
-            ValueError: on a CPU, an image of which nothing is unmasked.
+            ValueError: on a CPU, an image of which nothing is unmasked; `rest` where `pooling` raises it.
         """
         B, M = mask.shape
         if can_be_read(mask):
@@ -201,8 +209,28 @@ class IPSModel(nn.Module):
         embeddings = padded.index_copy(0, real, embeddings).view(B, M, -1)
         if self.position is not None and places is not None:
             embeddings = embeddings + self.position(places)
-        outputs: dict[str, Tensor] = self.heads(self.aggregator(embeddings, mask))
+        tokens = self.aggregator(embeddings, mask) if rest is None else self.pooling(embeddings, mask, rest)
+        outputs: dict[str, Tensor] = self.heads(tokens)
         return outputs
+
+    def recall(self, whole: Context) -> dict[str, Tensor]:
+        """What the model says of images by the context of all their patches -> task -> logits (B, K).
+
+        Raises:
+            ValueError: where `pooling` raises it.
+        """
+        outputs: dict[str, Tensor] = self.heads(self.pooling.recall(whole))
+        return outputs
+
+    @property
+    def pooling(self) -> Aggregator:
+        """The aggregator that knows contexts; ValueError where it is another."""
+        if not isinstance(self.aggregator, Aggregator):
+            raise ValueError(  # noqa: TRY004
+                f"aggregator: {type(self.aggregator).__name__} cannot pool patches that it does not see; context needs "
+                "Aggregator"
+            )
+        return self.aggregator
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Winners -> task -> logits (B, K). Masked places are never encoded, so they touch no batch statistics.
@@ -218,7 +246,7 @@ class IPSModel(nn.Module):
             )
         places = self.places(batch.index, batch.positions)  # checked before a device has work to be waited for
         patches = batch.patches.flatten(0, 1).index_select(0, batch.real)
-        return self.pool(self.embed(patches), batch.mask, places, batch.real)
+        return self.pool(self.embed(patches), batch.mask, places, batch.real, batch.rest)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -250,6 +278,18 @@ def unwrapped(model: nn.Module) -> IPSModel:
     inner = layers(model)[-1]
     assert isinstance(inner, IPSModel)
     return inner
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own mode again after, also when the body raises."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def normalised(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -7,17 +7,15 @@ attention are those of the logits as they are then. Measured, not proven.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ips.bag import Bag, Certificate, Chunk
-from ips.selection.intake import check_logits, checked, take_rows
+from ips.bag import Bag, Certificate
 from ips.selection.pools import LogitCache
 from ips.selection.ranking import best, log_normalisers, log_scores
 from ips.selection.scorer import Scorer
-from ips.selection.stream import Stream
+from ips.selection.stream import score_rows
 
 SAMPLE = 256
 """Patches the error is measured on, evenly spread over the rows."""
@@ -43,25 +41,10 @@ def certified(
     keys = log_scores(cache.logits, log_z)
     first = best(keys, torch.arange(len(keys)), memory)
     sample = torch.linspace(0, len(keys) - 1, min(SAMPLE, len(keys)), dtype=torch.float64).round().long()
-    found = _score(reference, bags, number, sample, chunk)
+    found = score_rows(reference, bags, number, sample, chunk)
     error = float((log_scores(found, log_z) - keys[sample]).abs().max())
     band = ((keys - keys[first[-1]]).abs() <= 2 * error).nonzero().squeeze(1)
     cache.add(sample, found)
-    cache.add(band, _score(reference, bags, number, band, chunk))
+    cache.add(band, score_rows(reference, bags, number, band, chunk))
     second, _ = cache.winners(memory)
     return Certificate(error, len(band), int((~torch.isin(second, first)).sum()))
-
-
-def _score(scorer: Scorer, bags: Sequence[Bag], number: int, rows: Tensor, size: int) -> Tensor:
-    """Logits (n, J) of rows (n,) of one bag, taken `size` at a time."""
-
-    def chunks() -> Iterator[tuple[int, Chunk]]:
-        for part in rows.tensor_split(list(range(size, len(rows), size))):
-            yield number, take_rows(bags[number], number, part)
-
-    found = []
-    with scorer.evaluating():
-        for _, index, logits in Stream(scorer).run(checked(scorer.model, chunks(), [len(bag) for bag in bags])):
-            check_logits(number, index, logits)
-            found.append(logits)
-    return torch.cat(found)

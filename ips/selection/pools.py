@@ -1,12 +1,18 @@
-"""What collects an image's logits during the selection, and names the winners at the end. On the host."""
+"""What collects an image's logits during the selection, and names the winners at the end: on the host.
+
+And what collects embeddings: their sums, on the device, and on the host each patch's values, where asked for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ips.network.context import empty, merged, summed
+from ips.network.model import IPSModel
 from ips.selection.ranking import best, log_normalisers, log_scores
 
 
@@ -92,3 +98,32 @@ class Window:
         keys = log_scores(logits, log_normalisers(logits))
         keep = best(keys, index, memory)
         return keep, keys[keep]
+
+
+class Sums:
+    """The context of each image's patches, so far; a `Watch` of a stream."""
+
+    def __init__(self, model: IPSModel, images: int, *, learn: bool) -> None:
+        attention = model.pooling.attention
+        self.learn = learn
+        self._projection = attention.projection().detach() if learn else None
+        J, D_v = attention.heads * attention.tasks, attention.value_dim if learn else None
+        self.images = [empty(J, model.pooling.dim, D_v, model.mean.device) for _ in range(images)]
+
+    def __call__(self, number: int, _index: Tensor, logits: Tensor, x: Tensor) -> None:
+        """Add patches of one image."""
+        self.images[number] = merged(self.images[number], summed(logits, x, self._projection))
+
+
+class ValueCache:
+    """The values of all patches of each image, on the host; a `Watch` of a stream."""
+
+    def __init__(self, model: IPSModel, sizes: Sequence[int]) -> None:
+        self._projection = model.pooling.attention.projection().detach()
+        H, D_v, _ = self._projection.shape
+        self.images = [torch.empty(N, H, D_v, dtype=model.mean.dtype) for N in sizes]
+
+    def __call__(self, number: int, index: Tensor, _logits: Tensor, x: Tensor) -> None:
+        """Keep those of rows (n,)."""
+        with torch.autocast(x.device.type, enabled=False):
+            self.images[number][index] = torch.einsum("nd,hvd->nhv", x, self._projection).cpu()

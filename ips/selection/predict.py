@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
 from ips.network.heads import probabilities
-from ips.network.model import IPSModel, unwrapped
+from ips.network.model import IPSModel, evaluating, unwrapped
 from ips.selection.intake import take
-from ips.selection.scorer import Scorer, evaluating
+from ips.selection.scorer import Scorer
 from ips.selection.select import Mode, placed, select
 from ips.selection.transfer import arrived
 
@@ -36,6 +36,7 @@ def predict(
     attention: bool | Literal["each"] = False,
     dtype: torch.dtype | None = None,
     scorer: Scorer | None = None,
+    context: bool = False,
 ) -> Prediction:
     """Select in each of B images, encode the winners `chunk` at a time, and say what their logits mean.
 
@@ -48,6 +49,8 @@ def predict(
         attention: as there.
         dtype: of the selection; the winners are encoded in the model's own.
         scorer: as there.
+        context: pool all N patches, as a model wants it that was trained so: the winners are not encoded again, and
+            the answer does not depend on how many there are. It is of the precision of the selection then.
 
     Raises:
         ValueError: a head that does not say its kind; where `select` raises it.
@@ -55,9 +58,13 @@ def predict(
     inner = unwrapped(model)
     if silent := [task for task in inner.tasks if task not in inner.kinds]:
         raise ValueError(f"model: its heads of {silent} do not say what their logits mean; make them by `linear_head`")
-    selection = select(inner, bags, memory, chunk, mode, attention=attention, dtype=dtype, scorer=scorer)
+    pooled: Literal["whole"] | None = "whole" if context else None
+    selection = select(
+        inner, bags, memory, chunk, mode, attention=attention, dtype=dtype, scorer=scorer, context=pooled
+    )
     with evaluating(inner), torch.autocast(inner.mean.device.type, enabled=False):
-        outputs = _pooled(inner, bags, selection, chunk)
+        whole = selection.whole
+        outputs = _pooled(inner, bags, selection, chunk) if whole is None else inner.recall(whole)
     return Prediction({task: probabilities(inner.kinds[task], x).cpu() for task, x in outputs.items()}, selection)
 
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ips.bag import Chunk
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import ResNet
-from ips.network.model import IPSModel, normalised, unwrapped
+from ips.network.model import IPSModel, evaluating, normalised, unwrapped
 from ips.network.part import Scores
 from ips.network.strided import guarded
 from ips.selection.changes import Structure, structure
@@ -43,18 +43,6 @@ _STEM_BYTES = 13_000_000
 glibc's 32 MiB, are mapped anew each time; in a larger batch the later stages' weights are repacked less often."""
 _PLACES = 128
 """Positions encoded at once: they cost calls, not arithmetic."""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every submodule's own mode again after, also when the body raises."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 class Scorer:
@@ -205,8 +193,8 @@ class Scorer:
         return to_device(patches, self.device, side_stream=self.side_stream)
 
     @torch.no_grad()
-    def content_logits(self, patches: Tensor) -> Tensor:
-        """Logits of patches (batch, ...) as `receive` gives them, without the positions' part -> (batch, J).
+    def content(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (batch, ...) as `receive` gives them -> (batch, J) logits, and (batch, D), both without positions.
 
         Raises:
             ValueError: the encoder does not give (batch, D).
@@ -216,7 +204,8 @@ class Scorer:
             embeddings = self._embed(patches)
         # out of what is compiled; `_pad_width` would make a wrong width fit without a word
         self.model.check_embeddings(embeddings, patches)
-        return self._product(embeddings.to(self.logit_dtype))
+        embeddings = embeddings.to(self.logit_dtype)
+        return self._product(embeddings), embeddings
 
     def _plain_embed(self, patches: Tensor) -> Tensor:
         x = self.model.normalise(patches) if self._device_normalise else patches

@@ -4,29 +4,36 @@
   the answer does not depend on chunk size, order or sharding.
 - `window` is the official loop: the softmax runs over the M + I patches at hand, so order and chunk size matter where
   J = H*T > 1. A patch's logits do not depend on others, so the buffer holds logits instead of embeddings.
+
+In either, the pass can add up what all N patches put into the pool (`ips.network.context`), or all but the winners:
+those are encoded once more by the same scorer, which gives the same numbers bit for bit, and taken off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ips.bag import Bag, Batch, Certificate, Chunk, Selection
+from ips.bag import Bag, Batch, Certificate, Chunk, Context, Selection, Values
+from ips.network.context import joined, without
 from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
 from ips.selection.intake import check_bags, check_count, check_logits, checked, take
-from ips.selection.pools import LogitCache, Pool, Window
+from ips.selection.pools import LogitCache, Pool, Sums, ValueCache, Window
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
-from ips.selection.stream import Stream
+from ips.selection.stream import Stream, score_rows
 from ips.selection.transfer import arrived
 
 Mode = Literal["exact", "window"]
+Draw = Callable[[Tensor, int], Tensor]
+"""Log scores of all patches (N,) and M -> the rows (<= M,) that win, instead of the best."""
 
 
 @torch.no_grad()
@@ -42,6 +49,9 @@ def select(
     scorer: Scorer | None = None,
     certify: bool = False,
     group: dist.ProcessGroup | None = None,
+    context: Literal["whole", "rest"] | None = None,
+    values: bool = False,
+    draw: Draw | None = None,
 ) -> Selection:
     """Choose the M best patches of each of B images, without gradient and in evaluation mode.
 
@@ -59,6 +69,11 @@ def select(
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
         group: split the rows of every bag over these processes, which all call with the same bags, weights and (see
             `average_statistics`) statistics, which nobody checks, and all get the whole answer; exact only.
+        context: `whole`: also what all N patches put into the pool, for `IPSModel.recall`. `rest`: what those do that
+            are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
+            for the rest; M more patches are encoded for it.
+        values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
+        draw: who wins, where it is not the best; on every process of `group` the same; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -66,7 +81,7 @@ def select(
         RuntimeError: the selection failed on another process of `group`.
     """
     inner = unwrapped(model)
-    _check_modes(mode, attention, exact_only=certify or group is not None)
+    _check_modes(mode, attention, context, exact_only=certify or group is not None or draw is not None)
     shares = None if group is None else strips(group)
     with nullcontext() if shares is None else shares.together():
         check_bags(bags, memory)
@@ -74,22 +89,106 @@ def select(
         scorer = _scorer(inner, dtype, scorer, certify=certify)
     if shares is not None:
         shares.check_alike(bags, {"logits a patch": scorer.width, "bytes a logit": scorer.logit_dtype.itemsize})
-    kind = scorer.width, scorer.logit_dtype
-    caches = [LogitCache(len(bag), *kind) for bag in bags] if attention or mode == "exact" else []
-    pools: Sequence[Pool] = caches if mode == "exact" else [Window(memory, chunk, *kind) for _ in bags]
-    sinks: list[tuple[Pool, ...]] = [(pool,) for pool in pools]
-    if attention and mode == "window":
-        sinks = list(zip(pools, caches, strict=True))
-    _score(scorer, bags, chunk, sinks, shares)
-    if shares is not None:
-        for cache in caches:
-            shares.merge(cache.logits)
-    certificates = _certificates(inner, scorer, bags, caches, memory, chunk, shares) if certify else None
+    taken = _Taken.of(scorer, bags, (memory, chunk, mode), logits=bool(attention), values=values, context=context)
+    _score(scorer, bags, chunk, taken, shares)
+    certificates = _certificates(inner, scorer, bags, taken.caches, memory, chunk, shares) if certify else None
     each = len(inner.tasks) if attention == "each" else None
-    maps = tuple(cache.attention(each) for cache in caches) if attention else None
-    return assemble(
-        [pool.winners(memory) for pool in pools], memory, [pool.scored for pool in pools], maps, certificates
-    )
+    maps = tuple(cache.attention(each) for cache in taken.caches) if attention else None
+    winners, scored = [_won(pool, memory, draw) for pool in taken.pools], [pool.scored for pool in taken.pools]
+    found = assemble(winners, memory, scored, maps, certificates)
+    return _with_embeddings(found, scorer, bags, chunk, taken, shares)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What is collected in the pass over all patches."""
+
+    caches: Sequence[LogitCache]
+    pools: Sequence[Pool]
+    sums: Sums | None
+    values: ValueCache | None
+
+    @classmethod
+    def of(
+        cls,
+        scorer: Scorer,
+        bags: Sequence[Bag],
+        how: tuple[int, int, Mode],
+        *,
+        logits: bool,
+        values: bool,
+        context: str | None,
+    ) -> _Taken:
+        """Nothing yet; `how` is memory, chunk and mode, `logits` whether they are kept for their own sake."""
+        memory, chunk, mode = how
+        model, kind = scorer.model, (scorer.width, scorer.logit_dtype)
+        caches = [LogitCache(len(bag), *kind) for bag in bags] if logits or values or mode == "exact" else []
+        return cls(
+            caches,
+            caches if mode == "exact" else [Window(memory, chunk, *kind) for _ in bags],
+            None if context is None else Sums(model, len(bags), learn=context == "rest"),
+            ValueCache(model, [len(bag) for bag in bags]) if values else None,
+        )
+
+    def sinks(self) -> list[tuple[Pool, ...]]:
+        """Who takes the logits of each image."""
+        if self.pools is self.caches or not self.caches:
+            return [(pool,) for pool in self.pools]
+        return list(zip(self.pools, self.caches, strict=True))
+
+    def watch(self, number: int, index: Tensor, logits: Tensor, x: Tensor) -> None:
+        """Take embeddings, where they are asked for."""
+        for watch in (self.sums, self.values):
+            if watch is not None:
+                watch(number, index, logits, x)
+
+
+def _won(pool: Pool, memory: int, draw: Draw | None) -> tuple[Tensor, Tensor]:
+    """Rows of the winners and their log scores."""
+    if draw is None:
+        return pool.winners(memory)
+    assert isinstance(pool, LogitCache)
+    keys = pool.log_scores()
+    rows = draw(keys, memory)
+    if len(rows) > memory or len(torch.unique(rows)) < len(rows) or ((rows < 0) | (rows >= len(keys))).any():
+        raise ValueError(
+            f"draw gave {rows.tolist()[:9]} ...: it must give at most {memory} different rows of {len(keys)}"
+        )
+    return rows, keys[rows]
+
+
+def _with_embeddings(
+    found: Selection, scorer: Scorer, bags: Sequence[Bag], chunk: int, taken: _Taken, shares: Strips | None
+) -> Selection:
+    """A selection and what is known of embeddings, where it was asked for."""
+    if taken.values is not None:
+        pairs = zip(taken.caches, taken.values.images, strict=True)
+        found = replace(found, values=tuple(Values(cache.logits, every) for cache, every in pairs))
+    if taken.sums is None:
+        return found
+    if not taken.sums.learn:
+        return replace(found, whole=_joined(taken.sums.images, shares))
+    return replace(found, rest=_rest(found, scorer, bags, chunk, taken.sums, shares))
+
+
+def _rest(
+    found: Selection, scorer: Scorer, bags: Sequence[Bag], chunk: int, sums: Sums, shares: Strips | None
+) -> Context:
+    """Of the patches that are no winners: each process takes off those of its own strip."""
+    part = Sums(scorer.model, len(bags), learn=True)
+    with nullcontext() if shares is None else shares.together():
+        for number, (index, mask) in enumerate(zip(found.index, found.mask, strict=True)):
+            rows = index[mask]
+            low, stop = (0, len(bags[number])) if shares is None else shares.own(len(bags[number]))
+            mine = rows[(rows >= low) & (rows < stop)]
+            if len(mine):
+                score_rows(scorer, bags, number, mine, chunk, part)
+    return _joined([without(whole, own) for whole, own in zip(sums.images, part.images, strict=True)], shares)
+
+
+def _joined(images: Sequence[Context], shares: Strips | None) -> Context:
+    """Of B images, from all processes."""
+    return joined(images) if shares is None else shares.sum(joined(images))
 
 
 def _certificates(
@@ -129,27 +228,35 @@ def _scorer(
     return scorer
 
 
-def _check_modes(mode: str, attention: object, *, exact_only: bool) -> None:
+def _check_modes(mode: str, attention: object, context: object, *, exact_only: bool) -> None:
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if attention not in (False, True, "each"):
         raise ValueError(f"attention={attention!r} must be False, True or 'each'")
+    if context not in (None, "whole", "rest"):
+        raise ValueError(f"context={context!r} must be None, 'whole' or 'rest'")
     if exact_only and mode != "exact":
-        raise ValueError(f"mode={mode!r}: certify and group need mode='exact', whose answer no order can change")
+        raise ValueError(f"mode={mode!r}: certify, group and draw need mode='exact', whose answer no order can change")
 
 
-def _score(
-    scorer: Scorer, bags: Sequence[Bag], chunk: int, sinks: Sequence[tuple[Pool, ...]], shares: Strips | None
-) -> None:
-    """Send the logits of all patches, or of this process's share, to the sinks of their bag."""
+def _score(scorer: Scorer, bags: Sequence[Bag], chunk: int, taken: _Taken, shares: Strips | None) -> None:
+    """Take what all patches give, each process those of its own strip; then all have all logits and values."""
+    watched = taken.sums is not None or taken.values is not None
+    stream = Stream(scorer, taken.watch if watched else None)
     if shares is None:
-        _fill(scorer, bags, ((n, part) for n, bag in enumerate(bags) for part in bag.chunks(chunk)), sinks, shares)
+        parts = ((n, part) for n, bag in enumerate(bags) for part in bag.chunks(chunk))
+        _fill(stream, scorer, bags, parts, taken.sinks(), shares)
         return
     with shares.together():
-        _fill(scorer, bags, shares.chunks(bags, chunk), sinks, shares)
+        _fill(stream, scorer, bags, shares.chunks(bags, chunk), taken.sinks(), shares)
+    for cache in taken.caches:
+        shares.merge(cache.logits)
+    for every in taken.values.images if taken.values is not None else []:
+        shares.merge(every)
 
 
 def _fill(
+    stream: Stream,
     scorer: Scorer,
     bags: Sequence[Bag],
     chunks: Iterator[tuple[int, Chunk]],
@@ -159,7 +266,7 @@ def _fill(
     seen = [torch.zeros(len(bag), dtype=torch.bool) for bag in bags]
     came = [0] * len(bags)
     with scorer.evaluating():
-        for number, index, logits in Stream(scorer).run(checked(scorer.model, chunks, [len(bag) for bag in bags])):
+        for number, index, logits in stream.run(checked(scorer.model, chunks, [len(bag) for bag in bags])):
             check_logits(number, index, logits)
             seen[number][index] = True
             came[number] += len(index)
@@ -209,6 +316,7 @@ def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str
         positions=torch.stack(places) if len(places) == B else None,
         index=selection.index,
         mask=selection.mask,
+        rest=selection.rest,
     )
     return batch.to(target)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ips.bag import Bag, Chunk
+from ips.bag import Bag, Chunk, Context
+from ips.network.context import merged, tensors
 from ips.selection.intake import check_taken
 
 
@@ -49,10 +51,15 @@ class Strips:
         """The strips' borders, (world + 1,)."""
         return [N * rank // self.world for rank in range(self.world + 1)]
 
+    def own(self, N: int) -> tuple[int, int]:
+        """Where this process's strip begins and ends."""
+        low, stop = self.bounds(N)[self.rank : self.rank + 2]
+        return low, stop
+
     def chunks(self, bags: Sequence[Bag], size: int) -> Iterator[tuple[int, Chunk]]:
         """This process's strip of every bag, at most `size` rows at a time; ValueError where a bag gives other rows."""
         for number, bag in enumerate(bags):
-            low, stop = self.bounds(len(bag))[self.rank : self.rank + 2]
+            low, stop = self.own(len(bag))
             method = "strip" if isinstance(bag, StripBag) else "take"
             for chunk in strip(bag, size, low, stop):
                 given = len(chunk.patches) if method == "strip" else size
@@ -97,16 +104,26 @@ class Strips:
                 )
 
     def merge(self, logits: Tensor) -> None:
-        """Fill logits (N, J), of which this process holds its strip, with the other processes' strips."""
+        """Fill logits (N, ...), of which this process holds its strip, with the other processes' strips."""
         bounds = self.bounds(len(logits))
         longest = max(stop - start for start, stop in pairwise(bounds))
-        own = torch.zeros(longest, logits.shape[1], dtype=logits.dtype, device=self._device())
-        mine = slice(*bounds[self.rank : self.rank + 2])
+        own = torch.zeros(longest, *logits.shape[1:], dtype=logits.dtype, device=self._device())
+        mine = slice(*self.own(len(logits)))
         own[: mine.stop - mine.start] = logits[mine]
         parts = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(parts, own, self.group)
         for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
             logits[start:stop] = part[: stop - start]
+
+    def sum(self, context: Context) -> Context:
+        """The context of all processes' patches: sums in the order of ranks, the same on all of them."""
+        gathered = []
+        for part in tensors(context):
+            own = part.to(self._device())
+            every = [torch.empty_like(own) for _ in range(self.world)]
+            dist.all_gather(every, own, self.group)
+            gathered.append([x.to(part.device) for x in every])
+        return reduce(merged, (Context(*of_rank) for of_rank in zip(*gathered, strict=True)))
 
     def _device(self) -> torch.device:
         nccl = dist.get_backend(self.group) == "nccl"

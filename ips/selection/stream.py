@@ -2,27 +2,35 @@
 
     chunks -> (duplicates folded) -> queue of patches -> encoder, `batch` at a time -> logits, in the chunks' order
 
-Device memory: one chunk of pixels, one encoder batch, and the logits of the chunks still waiting.
+Device memory: one chunk of pixels, one encoder batch, and the logits of the chunks still waiting; their embeddings too,
+where they are watched.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ips.bag import Chunk
+from ips.bag import Bag, Chunk
+from ips.selection.intake import check_logits, checked, take_rows
 from ips.selection.scorer import Scorer, pad_rows
 from ips.selection.transfer import to_device
 from ips.selection.unique import distinct_rows, unique_rows
 
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Is told of chunks as they leave: bag number, index (n,), logits (n, J), and (n, D) embeddings with positions."""
+
 
 @dataclass
 class _Item:
-    """One chunk on its way: `table` (U, J) holds the logits of its distinct patches, `missing` of them still open."""
+    """One chunk on its way: `table` (U, J) holds the logits of its distinct patches, `missing` of them still open.
+
+    Where embeddings are watched, it is (U, J + D).
+    """
 
     bag: int
     index: Tensor
@@ -46,8 +54,9 @@ class _Queued:
 class Stream:
     """Scores chunks; one use, one pass."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, watch: Watch | None = None) -> None:
+        self._scorer, self._watch = scorer, watch
+        self._columns = scorer.width + (0 if watch is None else scorer.model.pooling.dim)
         self._queue: deque[_Queued] = deque()
         self._queued = 0
         self._colours: dict[tuple[int, ...], Tensor] = {}
@@ -81,7 +90,7 @@ class Stream:
         flat = 0
         if scorer.dedupe:
             rows, inverse, flat = distinct_rows(patches) if patches.ndim == 4 else (*unique_rows(patches), 0)
-        table = torch.empty(len(rows), scorer.width, dtype=scorer.logit_dtype, device=scorer.device)
+        table = torch.empty(len(rows), self._columns, dtype=scorer.logit_dtype, device=scorer.device)
         places = scorer.model.places(chunk.index, chunk.positions)
         if places is not None:
             places = _kept(to_device(places, scorer.device, side_stream=scorer.side_stream), places)
@@ -123,11 +132,12 @@ class Stream:
             taken.append(first)
             left -= len(first.rows)
         patches = torch.cat([part.patches for part in taken]) if len(taken) > 1 else taken[0].patches
-        logits = self._scorer.content_logits(pad_rows(patches, self._scorer.batch))
+        logits, embeddings = self._scorer.content(pad_rows(patches, self._scorer.batch))
+        found = logits if self._watch is None else torch.cat((logits, embeddings), dim=1)
         start = 0
         for part in taken:
             stop = start + len(part.rows)
-            part.item.table[part.rows] = logits[start:stop]
+            part.item.table[part.rows] = found[start:stop]
             part.item.missing -= len(part.rows)
             start = stop
         self._queued -= count
@@ -136,10 +146,32 @@ class Stream:
     def _finish(self, item: _Item) -> _Leaving:
         for colour, row in item.colours.items():
             self._colours[colour] = item.table[row].clone()
-        logits = item.table[item.inverse]
+        logits, x = item.table[item.inverse].tensor_split([self._scorer.width], dim=1)
         if item.places is not None:
             logits = logits + self._scorer.place_logits(item.places)
+        if self._watch is not None:
+            position = self._scorer.model.position
+            x = x if position is None or item.places is None else x + position(item.places)
+            self._watch(item.bag, item.index, logits, x)
         return _Leaving(item.bag, item.index, logits)
+
+
+def score_rows(
+    scorer: Scorer, bags: Sequence[Bag], number: int, rows: Tensor, size: int, watch: Watch | None = None
+) -> Tensor:
+    """Logits (n, J) of rows (n,) of one bag, taken `size` at a time."""
+
+    def chunks() -> Iterator[tuple[int, Chunk]]:
+        for part in rows.tensor_split(list(range(size, len(rows), size))):
+            yield number, take_rows(bags[number], number, part)
+
+    found = []
+    with scorer.evaluating():
+        passed = checked(scorer.model, chunks(), [len(bag) for bag in bags])
+        for _, index, logits in Stream(scorer, watch).run(passed):
+            check_logits(number, index, logits)
+            found.append(logits)
+    return torch.cat(found)
 
 
 def _kept(x: Tensor, given: Tensor) -> Tensor:

@@ -63,6 +63,14 @@ class SelectConfig(Section):
     """M, patches kept an image; every keeps all."""
     chunk: Positive = 256
     """I, patches read at a time; in window mode it changes the result."""
+    explore_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the M patches that are trained on, drawn at random from those that are not among the highest scored; exact
+    only. So a network from scratch finds what it does not look for yet, and its norms see more than winners. Evaluation
+    and prediction take the highest scored alone. 0: the paper."""
+    context: Literal["none", "all"] = "none"
+    """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
+    without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from
+    all patches. exact and window only: they see all patches anyway."""
 
 
 class ModelConfig(Section):
@@ -86,6 +94,14 @@ class ModelConfig(Section):
                 f"mean has {len(self.mean)} values and std {len(self.std)}, for patches of {channels} channels; give "
                 "both one a channel"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _context(self) -> Self:
+        mode = self.select.mode
+        if self.select.context == "all" and mode in ("random", "every"):
+            why = "every keeps all patches already" if mode == "every" else "random looks at no others"
+            raise ValueError(f"select.context: all does not go with select.mode: {mode} ({why}); set context: none")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config.deploy import DeployConfig
 from pipeline.config.embed import EmbedConfig
-from pipeline.config.model import ModelConfig, TrainConfig
+from pipeline.config.model import ModelConfig, SelectConfig, TrainConfig
 from pipeline.config.release import GateConfig, NotifyConfig, RetrainConfig
 
 
@@ -210,9 +210,10 @@ class Config(Section):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """What determines the trained model, as plain data; `train.threads` where it is not its default.
+        """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before that setting keep their names. What training begins with is named by its content.
+        So trainings from before `train.threads` and `model.select.context` and `explore_share` keep their names.
+        What training begins with is named by its content.
         """
         dump = self.model_dump(
             mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source", "begins_with"}}
@@ -221,4 +222,7 @@ class Config(Section):
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
         if self.train.threads == TrainConfig.model_fields["threads"].default:
             del dump["train"]["threads"]
+        for name in ("context", "explore_share"):
+            if getattr(self.model.select, name) == SelectConfig.model_fields[name].default:
+                del dump["model"]["select"][name]
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ips.bag import Bag
 from ips.network.heads import probabilities
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention
 from ips.selection.baselines import every_patch, random_selection
-from ips.selection.scorer import Scorer, evaluating
+from ips.selection.scorer import Scorer
 from ips.selection.select import select
 from ips.selection.transfer import arrived
 from pipeline.bags.sources import PatchSource, open_bag, prepared
@@ -47,7 +48,8 @@ class BagPrediction:
     """(N,) the softmax over the whole bag, averaged over heads and tasks; sums to 1. Where the mode is random or
     every: what the pool gives the selected patches, and 0 for the others."""
     selected: npt.NDArray[np.int64]
-    """(<= M,) rows of the patches that the aggregator saw, most attended first."""
+    """(<= M,) rows of the patches that the aggregator saw, most attended first; with `select.context: all` it saw all,
+    and these are the M most attended."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,14 @@ def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None
         selection = every_patch([bag])
     else:
         scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
-        selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer)
+        pooled: Literal["whole"] | None = "whole" if selecting.context == "all" else None
+        selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer, context=pooled)
     rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():
-        outputs, weights = _pool(model, bag, rows, selecting.chunk)
+        if selection.whole is not None:
+            outputs = model.recall(selection.whole)
+        else:
+            outputs, weights = _pool(model, bag, rows, selecting.chunk)
     if selection.attention is None:
         attention = torch.zeros(len(bag)).index_copy(0, rows, weights)
     else:

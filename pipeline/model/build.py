@@ -14,10 +14,9 @@ from ips.learning.schedule import parameter_groups
 from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights
 from ips.network.heads import linear_head
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
-from ips.selection.scorer import evaluating
 from pipeline.config.model import AggregatorConfig, EncoderConfig, TrainConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError

@@ -7,21 +7,26 @@ answer, which is that of one rank bit for bit, and the rank that has the slide i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from ips.bag import Bag, Chunk, Selection
+from ips.network.context import each, joined
 from ips.selection.shards import strip
 
 Pick = Callable[[Sequence[Bag]], Selection]
 
 
 def each_image(selection: Selection) -> list[Selection]:
-    """A selection in B images as B selections in one; maps and certificates are left out."""
+    """A selection in B images as B selections in one, of what is trained on."""
     parts = (torch.split(part, 1) for part in (selection.index, selection.mask, selection.scores))
-    return [Selection(*image) for image in zip(*parts, strict=True)]
+    images = [Selection(*image) for image in zip(*parts, strict=True)]
+    if selection.rest is None:
+        return images
+    return [replace(image, rest=rest) for image, rest in zip(images, each(selection.rest), strict=True)]
 
 
 def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Selection], pick: Pick) -> Selection:
@@ -39,7 +44,8 @@ def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Se
     picked = iter(each_image(pick([bags[place] for place in others])) if others else [])
     parts = [known[index] if index in known else next(picked) for index in hand]
     index, mask, scores = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "mask", "scores"))
-    return Selection(index, mask, scores)
+    rests = [part.rest for part in parts if part.rest is not None]
+    return Selection(index, mask, scores, rest=joined(rests) if rests else None)
 
 
 class Waits:

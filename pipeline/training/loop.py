@@ -22,7 +22,7 @@ from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.learning.schedule import warmup_cosine
 from ips.network.heads import Kind
 from ips.network.model import IPSModel
-from ips.selection.baselines import every_patch, random_selection
+from ips.selection.baselines import PartAtRandom, RandomDraw, every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from pipeline.config.model import SelectConfig, TrainConfig
@@ -169,6 +169,7 @@ class _Turn:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
         self.waits = Waits()
         self.chosen: Mapping[int, Tensor] = {}
+        self.draw = PartAtRandom(selecting.explore_share) if selecting.explore_share else None
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
@@ -176,13 +177,13 @@ class _Turn:
 
     def sharing(self, epoch: int) -> ShardAbove:
         """Which slides all ranks select together: only an exact selection is the same however it is shared."""
-        exact = self.selecting.mode == "exact" and epoch >= self.settings.explore_epochs
+        exact = self.selecting.mode == "exact" and not self._explores(epoch)
         whole = self.settings.source == "stream"  # a streamed slide stays on one rank
         return self.settings.shard_above if exact and not whole and self.ranks.group is not None else None
 
     def order(self, plan: Sequence[Step], epoch: int) -> list[int]:
         """The slides that this rank will score alone, one after another."""
-        if self.scorer is None or epoch < self.settings.explore_epochs:
+        if self.scorer is None or (self._explores(epoch) and self.selecting.context == "none"):
             return []
         return [index for step in plan for index in step.hands[self.ranks.rank] if index not in step.shared]
 
@@ -265,9 +266,9 @@ class _Turn:
         return self.waits.watched(self.slides.bag(index, epoch))
 
     def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
-        selecting = self.selecting
+        selecting, explores = self.selecting, self._explores(epoch)
         mode = selecting.mode
-        if mode == "random" or mode == "every" or epoch < self.settings.explore_epochs:
+        if mode == "random" or mode == "every" or (explores and selecting.context == "none"):
             return self._drawn(bags)
         with memory_advice(self.settings, selecting, "selection"):
             return select(
@@ -275,10 +276,15 @@ class _Turn:
                 bags,
                 selecting.memory,
                 selecting.chunk,
-                mode,
+                "exact" if explores else mode,  # drawn ones are the same in both
                 scorer=self.scorer,
                 group=group,
+                context="rest" if selecting.context == "all" else None,
+                draw=RandomDraw(torch.default_generator) if explores else self.draw,
             )
+
+    def _explores(self, epoch: int) -> bool:
+        return epoch < self.settings.explore_epochs
 
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""

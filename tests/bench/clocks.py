@@ -64,7 +64,7 @@ class Clocks:
 def clocked() -> Iterator[Clocks]:
     """Clocks that run while the block does."""
     clocks = Clocks()
-    decode, encode = patch_bag._decode_all, Scorer.content_logits
+    decode, encode = patch_bag._decode_all, Scorer.content
 
     def decoded(jobs: Sequence[patch_bag._Job]) -> None:
         clocks.timed("decode", lambda: decode(jobs))
@@ -80,6 +80,6 @@ def clocked() -> Iterator[Clocks]:
     with (
         mock.patch.object(patch_bag, "_decode_all", decoded),
         mock.patch.object(ips.selection.scorer, "to_device", moved),
-        mock.patch.object(Scorer, "content_logits", encoded),
+        mock.patch.object(Scorer, "content", encoded),
     ):
         yield clocks

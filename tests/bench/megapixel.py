@@ -44,11 +44,11 @@ from torch import Tensor, nn
 from ips.bag import Bag, Selection
 from ips.network.aggregator import Aggregator
 from ips.network.heads import Kind, linear_head
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention
 from ips.network.positions import IndexPositions
 from ips.selection.baselines import every_patch, random_selection
-from ips.selection.scorer import Scorer, evaluating
+from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from pipeline.bags.images import TASKS, cohort_csv, open_image
 from pipeline.bags.mnist import Subset

@@ -54,6 +54,18 @@ def _bounded(model: nn.Module, bags: list[TensorBag], labels: Tensor) -> None:
     bounded_backward(model, bags, select(model, bags, 4, 5), loss, 3)
 
 
+def _with_context(model: nn.Module, bags: list[TensorBag], labels: Tensor) -> None:
+    outputs = model(gather(bags, select(model, bags, 4, 5, context="rest"), "cpu"))
+    mean_loss(task_loss(outputs, {"er": labels}, unwrapped(model).kinds)).backward()  # type: ignore[no-untyped-call]
+
+
+def _with_context_bounded(model: nn.Module, bags: list[TensorBag], labels: Tensor) -> None:
+    def loss(outputs: dict[str, Tensor]) -> Tensor:
+        return mean_loss(task_loss(outputs, {"er": labels}, {"er": "binary"}))
+
+    bounded_backward(model, bags, select(model, bags, 4, 5, context="rest"), loss, 3)
+
+
 def _accumulated(model: nn.Module, bags: list[TensorBag], labels: Tensor) -> None:
     """One image at a time; exchanged with the last."""
     assert isinstance(model, DistributedDataParallel)
@@ -74,6 +86,7 @@ def _alone(model: nn.Module, bags: list[TensorBag], labels: Tensor) -> None:
 
 STEPS: dict[str, Callable[[nn.Module, list[TensorBag], Tensor], None]] = {
     "plain": _plain, "bounded": _bounded, "accumulated": _accumulated, "alone": _alone,
+    "context": _with_context, "context bounded": _with_context_bounded,
 }  # fmt: skip
 
 
@@ -124,12 +137,13 @@ def _check_collectives(rank: int) -> None:
 @pytest.mark.slow
 def test_two_processes_make_the_gradient_of_one(tmp_path: Path) -> None:
     spawn(_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    model = _model()
-    _plain(model, _bags(), LABELS)
-    for name in STEPS:
+    expected = {name: _model() for name in STEPS}
+    for name, model in expected.items():
+        (_with_context if name.startswith("context") else _plain)(model, _bags(), LABELS)
+    for name, model in expected.items():
         ours, theirs = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
-        for parameter, expected in model.named_parameters():
-            torch.testing.assert_close(ours[parameter], expected.grad, msg=f"{name} {parameter}")
+        for parameter, wanted in model.named_parameters():
+            torch.testing.assert_close(ours[parameter], wanted.grad, msg=f"{name} {parameter}")
             assert torch.equal(ours[parameter], theirs[parameter])
     first, second = (torch.load(tmp_path / f"statistics-{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from ips.selection.baselines import every_patch, random_selection
-from tests.ips.nets import bag_of
+from ips.learning.gradient import bounded_backward
+from ips.network.aggregator import Aggregator
+from ips.network.model import IPSModel
+from ips.network.pooling import GatedAttention, MeanPool
+from ips.selection.baselines import HalfByScore, PartAtRandom, RandomDraw, every_patch, random_selection, transferred
+from ips.selection.select import assemble, gather, select
+from tests.ips.nets import TinyEncoder, bag_of, tiny_model
 
 
 def test_random_selection_draws_different_rows_evenly() -> None:
@@ -37,3 +45,98 @@ def test_nothing_to_choose_from_is_named() -> None:
             random_selection(bags, 2, generator)
     with pytest.raises(ValueError, match="memory=0 must be a whole number, at least 1"):
         random_selection([bag_of(3)], 0, generator)
+
+
+def test_half_by_score_is_half_of_the_best_and_half_of_the_others() -> None:
+    keys = torch.linspace(0, -8, 30, dtype=torch.float64)[torch.randperm(30)]
+    best = set(keys.argsort(descending=True)[:7].tolist())
+    rule = HalfByScore(torch.Generator().manual_seed(0))
+    seen: set[int] = set()
+    for _ in range(60):
+        rows = rule(keys, 7).tolist()
+        assert len(set(rows)) == 7
+        assert len(set(rows) & best) == 4
+        assert set(rows[:4]) <= best
+        seen |= set(rows)
+    assert seen == set(range(30))
+    assert rule(keys, 7).tolist() != rule(keys, 7).tolist()
+    assert sorted(rule(keys[:5], 7).tolist()) == list(range(5))
+    assert sorted(rule(keys, 30).tolist()) == list(range(30))
+    assert len(set(rule(keys, 29).tolist())) == 16  # 15 of the 29 best, and the one other
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 7), (0.5, 3), (0.3, 5), (0.99, 0)])
+def test_a_part_at_random_is_the_best_and_others_by_the_scores_alone(share: float, kept: int) -> None:
+    keys = torch.randn(30, dtype=torch.float64)
+    order = keys.argsort(descending=True).tolist()
+    rule, seen = PartAtRandom(share), set()
+    for step in range(300):
+        keys *= 0.999  # as training would, a little
+        rows = rule(keys, 7).tolist()
+        assert rows == rule(keys, 7).tolist(), step
+        assert len(set(rows)) == 7
+        assert rows[:kept] == order[:kept]
+        seen |= set(rows)
+    assert seen == (set(range(30)) if share else set(order[:7]))
+    assert sorted(rule(keys[:5], 7).tolist()) == list(range(5))
+
+
+def test_half_by_score_prefers_high_scores() -> None:
+    keys = torch.tensor([0.9, 0.09, 0.01], dtype=torch.float64).log()
+    rule = HalfByScore(torch.Generator().manual_seed(0))
+    first = torch.bincount(torch.cat([rule(keys, 2)[:1] for _ in range(4000)]), minlength=2)
+    softmax = torch.tensor([0.9, 0.09]).softmax(dim=0)  # of the scores, as DBPS has it: nearly even
+    assert first[2:].sum() == 0
+    torch.testing.assert_close(first / 4000, softmax, rtol=0, atol=0.03)
+
+
+def test_drawn_rows_win_whatever_they_score() -> None:
+    model, bags = tiny_model(), [bag_of(20), bag_of(3)]
+    drawn = select(model, bags, 5, 8, draw=RandomDraw(torch.Generator().manual_seed(1)))
+    again = RandomDraw(torch.Generator().manual_seed(1))
+    assert drawn.index[0].tolist() == again(torch.zeros(20), 5).tolist()
+    everyone = select(model, bags, 20, 8)
+    scores = dict(zip(everyone.index[0].tolist(), everyone.scores[0].tolist(), strict=True))
+    assert drawn.scores[0].tolist() == [scores[row] for row in drawn.index[0].tolist()]
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [0, 5], [-1], [0, 1, 2]])
+def test_a_draw_of_other_rows_is_refused(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="it must give at most 2 different rows of 5"):
+        select(tiny_model(), [bag_of(5)], 2, 3, draw=lambda _keys, _memory: torch.tensor(rows))
+
+
+def test_winners_of_a_coarse_tiling_are_looked_at_closely() -> None:
+    """Patches of 4 units and of 1; (column, row) of the fine ones in another order."""
+    coarse = torch.tensor([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]).float()
+    fine = torch.cartesian_prod(torch.arange(12), torch.arange(8)).flip(0).float()
+    chosen = assemble([(torch.tensor([4, 0]), torch.zeros(2))], 3, [6])
+    found = transferred(chosen, [coarse], [fine], 4.0)
+    assert found.mask.tolist() == [[True, True, False]]
+    assert fine[found.index[0, :2]].tolist() == [[6, 6], [2, 2]]  # the patches around the middles
+    torch.testing.assert_close(found.scores[0, :2], torch.full((2,), 0.5))
+    same = transferred(assemble([(torch.tensor([0, 1]), torch.zeros(2))], 2, [6]), [coarse], [coarse // 2], 0.5)
+    assert same.mask.tolist() == [[True, False]]  # both lie in one patch
+    with pytest.raises(ValueError, match=r"onto\[0\]: no patch of it lies where a winner is; are scale=40"):
+        transferred(chosen, [coarse], [fine], 40.0)
+    with pytest.raises(ValueError, match="positions has 1 images, onto 2, the selection 1"):
+        transferred(chosen, [coarse], [fine, fine], 4.0)
+
+
+@pytest.mark.parametrize("pool", [GatedAttention(12, 2, 5), MeanPool(2), Aggregator(12, 2, 2, 3, 3, 5)])
+def test_all_patches_are_trained_on_in_the_memory_of_a_chunk(pool: nn.Module) -> None:
+    """ABMIL, the mean and full attention over every patch, encoded 5 at a time."""
+    model = IPSModel(TinyEncoder(12), pool, {"a": nn.Linear(12, 1), "b": nn.Linear(12, 3)}).double().eval()
+    bags, plain = [bag_of(23, 1), bag_of(4, 2)], copy.deepcopy(model)
+    encoded: list[int] = []
+    model.encoder.register_forward_hook(lambda _module, args, _out: encoded.append(len(args[0])))
+
+    def loss(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([logits.square().mean() for logits in outputs.values()]).sum()
+
+    bounded_backward(model, bags, every_patch(bags), loss, 5)
+    assert max(encoded) == 5
+    assert sum(encoded) == 2 * 27
+    loss(plain(gather(bags, every_patch(bags), "cpu"))).backward()  # type: ignore[no-untyped-call]
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)

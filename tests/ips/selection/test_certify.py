@@ -120,5 +120,5 @@ def test_only_where_there_is_doubt() -> None:
         short = tiny_model().to(dtype)
         with pytest.raises(ValueError, match=f"certify=True scores again with the model, which is in {dtype}"):
             select(short, [bag_of(3)], 2, 3, dtype=torch.bfloat16, certify=True)
-    with pytest.raises(ValueError, match="mode='window': certify and group need mode='exact'"):
+    with pytest.raises(ValueError, match="mode='window': certify, group and draw need mode='exact'"):
         select(tiny_model(), [bag_of(3)], 2, 3, "window", dtype=torch.bfloat16, certify=True)

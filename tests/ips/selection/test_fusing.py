@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ips.network.encoder import ResNet
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, evaluating
 from ips.selection.fusing import fusable
-from ips.selection.scorer import Scorer, evaluating
+from ips.selection.scorer import Scorer
 from tests.ips.nets import bag_of, resnet_model
 
 
@@ -69,7 +69,7 @@ def test_changed_layers_are_scored_as_they_are(change: Callable[[ResNet], None],
     change(model.encoder)
     assert len(fusable(model.encoder)) == fused
     scorer = Scorer(model, batch=8)
-    found = scorer.content_logits(patches)
+    found = scorer.content(patches)[0]
     torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
     if change not in (_without_affine, _synchronised):
         assert not torch.allclose(found, before, rtol=1e-3, atol=1e-2)
@@ -77,7 +77,7 @@ def test_changed_layers_are_scored_as_they_are(change: Callable[[ResNet], None],
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     scorer.refresh()
-    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
@@ -90,7 +90,7 @@ def test_the_old_weight_norm_is_scored_in_place() -> None:
         scorer = Scorer(model, batch=8)
         assert scorer._encoder is model.encoder
         with scorer.evaluating():
-            found = scorer.content_logits(patches)
+            found = scorer.content(patches)[0]
         torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
     model.train().embed(patches).sum().backward()  # type: ignore[no-untyped-call]
     assert conv.get_parameter("weight_g").grad is not None

@@ -7,10 +7,9 @@ from torch import nn
 from ips.bag import TensorBag
 from ips.network.aggregator import Aggregator
 from ips.network.heads import linear_head, probabilities
-from ips.network.model import IPSModel
+from ips.network.model import IPSModel, evaluating
 from ips.network.positions import GridPositions
 from ips.selection.predict import predict
-from ips.selection.scorer import evaluating
 from ips.selection.select import gather, select
 from tests.ips.nets import TinyEncoder, bag_of, tiny_model
 

@@ -9,8 +9,8 @@ from torch import nn
 import ips.selection.transfer
 from ips.bag import Chunk
 from ips.network.encoder import ResNet
-from ips.network.model import IPSModel
-from ips.selection.scorer import Scorer, evaluating, pad_rows
+from ips.network.model import IPSModel, evaluating
+from ips.selection.scorer import Scorer, pad_rows
 from ips.selection.select import select
 from ips.selection.transfer import to_device
 from tests.ips.nets import bag_of, resnet_model, tiny_model
@@ -42,7 +42,7 @@ def _plain(model: IPSModel, patches: torch.Tensor) -> torch.Tensor:
 def test_every_measure_alone_keeps_the_logits(name: str, measures: dict[str, bool]) -> None:
     model, patches = resnet_model(name), _patches()
     scorer = Scorer(model, batch=8, **measures)  # type: ignore[arg-type]
-    found = scorer.content_logits(scorer.receive(Chunk(patches, torch.arange(len(patches)))))
+    found = scorer.content(scorer.receive(Chunk(patches, torch.arange(len(patches)))))[0]
     torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
 
 
@@ -91,7 +91,7 @@ def test_a_float64_model_is_scored_in_float64(kind: str) -> None:
     scorer, patches = Scorer(model, batch=8), _patches()
     assert scorer.dtype == torch.float64
     with scorer.evaluating():
-        found = scorer.content_logits(patches)
+        found = scorer.content(patches)[0]
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, _plain(model, patches), rtol=1e-12, atol=1e-12)
 
@@ -102,7 +102,7 @@ def test_bfloat16_runs_the_encoder_in_bfloat16(encoder: str) -> None:
     patches, full = _patches(), Scorer(model, batch=8)
     half = Scorer(model, batch=8, dtype=torch.bfloat16)
     with half.evaluating():
-        a, b = full.content_logits(patches), half.content_logits(patches)
+        a, b = full.content(patches)[0], half.content(patches)[0]
     assert b.dtype == torch.float32
     assert not torch.equal(a, b)
     torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
@@ -112,17 +112,17 @@ def test_bfloat16_runs_the_encoder_in_bfloat16(encoder: str) -> None:
 def test_refresh_takes_over_weights_and_statistics(fuse: bool) -> None:  # noqa: FBT001
     model, patches = resnet_model(), _patches()
     scorer = Scorer(model, batch=8, fuse=fuse)
-    before = scorer.content_logits(patches)
+    before = scorer.content(patches)[0]
     model.train()
     for _ in range(3):
         model.embed(patches).sum().backward()  # type: ignore[no-untyped-call]  # moves the running statistics
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    assert torch.equal(scorer.content_logits(patches), before)
+    assert torch.equal(scorer.content(patches)[0], before)
     scorer.refresh()
-    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
-    assert not torch.allclose(scorer.content_logits(patches), before, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-3, atol=1e-2)
+    assert not torch.allclose(scorer.content(patches)[0], before, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "resnet"])
@@ -144,19 +144,17 @@ def test_a_scorer_made_in_inference_mode_is_refreshed_out_of_it() -> None:
     model, patches = resnet_model(), _patches()
     with torch.inference_mode():
         scorer = Scorer(model, batch=8)
-        scorer.content_logits(patches)
+        scorer.content(patches)[0]
     with torch.no_grad():
         model.encoder.get_submodule("bn1").bias.add_(0.5)  # type: ignore[operator]
     scorer.refresh()
-    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 5), (40, 1)])
 def test_patches_of_one_pixel_are_scored(h: int, w: int) -> None:
     model, patches = resnet_model(), bag_of(8, h=h, w=w).patches
-    torch.testing.assert_close(
-        Scorer(model, batch=8).content_logits(patches), _plain(model, patches), rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(Scorer(model, batch=8).content(patches)[0], _plain(model, patches), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -164,14 +162,14 @@ def test_patches_of_one_pixel_are_scored(h: int, w: int) -> None:
 def test_a_compiled_scorer_is_refreshed_without_compiling_again() -> None:
     model, patches = resnet_model(), _patches()
     scorer, graphs = Scorer(model, batch=8, compile=True), torch._dynamo.utils.counters["stats"]
-    scorer.content_logits(patches)
+    scorer.content(patches)[0]
     compiled = graphs["unique_graphs"]
     assert compiled > 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     scorer.refresh()
-    torch.testing.assert_close(scorer.content_logits(patches), _plain(model, patches), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-3, atol=1e-2)
     assert graphs["unique_graphs"] == compiled
 
 

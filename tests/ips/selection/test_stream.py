@@ -91,8 +91,8 @@ def test_chunks_leave_in_the_order_they_came() -> None:
 def test_several_images_share_encoder_batches() -> None:
     model, sizes = tiny_model(), []
     scorer = Scorer(model, batch=16)
-    encode = scorer.content_logits
-    scorer.content_logits = lambda patches: (sizes.append(len(patches)), encode(patches))[1]  # type: ignore[func-returns-value, method-assign]
+    encode = scorer.content
+    scorer.content = lambda patches: (sizes.append(len(patches)), encode(patches))[1]  # type: ignore[func-returns-value, method-assign]
     list(Stream(scorer).run(checked(model, [bag_of(5, n) for n in range(9)], 3)))
     assert sizes == [16, 16, 16]
 

@@ -48,6 +48,10 @@ def test_streaming_is_the_store_without_shared_slides() -> None:
 def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> None:
     assert "threads" not in _changed().recipe()["train"]
     assert _changed(train={"threads": 3}).recipe()["train"]["threads"] == 3
+    assert "context" not in _changed().recipe()["model"]["select"]
+    assert "explore_share" not in _changed().recipe()["model"]["select"]
+    for name, value in (("context", "all"), ("explore_share", 0.5)):
+        assert _changed(model={"select": {name: value}}).recipe()["model"]["select"][name] == value
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,18 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
                 "train": {"augment": False},
             },
             "model.encoder.channels=3, but digits are grey; set model.encoder.channels=1",
+        ),
+        (
+            {"model": {"select": {"mode": "random", "context": "all"}}},
+            "all does not go with select.mode: random .random looks at no others.; set context: none",
+        ),
+        (
+            {"model": {"select": {"mode": "every", "context": "all"}, "aggregator": {"pool": "gated"}}},
+            "every keeps all patches already",
+        ),
+        (
+            {"model": {"select": {"context": "all"}, "aggregator": {"pool": "mean"}}},
+            "aggregator.pool: mean has no attention that could select",
         ),
     ],
 )

@@ -30,7 +30,7 @@ READ = {
     "model": "positions",
     "model.encoder": "name features dim",
     "model.aggregator": "pool",
-    "model.select": "mode chunk",
+    "model.select": "mode chunk context",
     "train": "source begins_with epochs batch_size balance_window micro_batch bounded norm lr encoder_lr "
     "freeze_encoder freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best "
     "clip_norm augment stain_jitter compute_dtype threads",
@@ -101,6 +101,8 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         ({"model.aggregator.pool": "gated"}, "model.aggregator.heads", 4),
         ({"model.aggregator.pool": "max"}, "model.aggregator.hidden_dim", 4),
         ({"model.select.mode": "window"}, "train.shard_above", 1000),
+        ({"model.select.mode": "window"}, "model.select.explore_share", 0.5),
+        (BASELINE, "model.select.explore_share", 0.5),
         ({"train.source": "stream"}, "train.shard_above", 1000),
         ({}, "train.grad_chunk", 8),
         ({}, "train.monitor", "score"),

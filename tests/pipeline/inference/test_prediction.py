@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 
 from ips.bag import TensorBag
+from ips.network.model import evaluating
+from ips.selection.baselines import every_patch
+from ips.selection.select import gather
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
@@ -83,6 +86,27 @@ def test_baselines_say_what_they_looked_at(tmp_path: Path, pool: str, mode: str)
     with torch.inference_mode():
         logits = model.pool(model.embed(bag.patches[rows]), torch.ones(1, len(rows), dtype=torch.bool), rows[None])
     assert found.logits["tumour"] == pytest.approx(logits["tumour"].numpy()[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["exact", "window"])
+def test_with_context_a_prediction_is_that_of_all_patches_whatever_the_memory(tmp_path: Path, mode: str) -> None:
+    bag, answers = _bag(23), []
+    for memory in (1, 5, 40):
+        plain = small_config().model.model_dump(mode="json")
+        plain["select"] = {"mode": mode, "memory": memory, "chunk": 4, "context": "all"}
+        model, config = load_model(write_model(tmp_path, small_config(model=plain)))
+        found = predict_bag(model, bag, config)
+        assert len(found.selected) == min(memory, 23)
+        assert found.attention.sum() == pytest.approx(1.0, abs=1e-6)
+        answers.append(found)
+    with evaluating(model), torch.inference_mode():
+        wanted = model(gather([bag], every_patch([bag]), "cpu"))
+    for found in answers:
+        assert np.array_equal(found.logits["tumour"], answers[0].logits["tumour"])
+        np.testing.assert_array_equal(
+            found.selected, np.argsort(-found.attention, kind="stable")[: len(found.selected)]
+        )
+    assert answers[0].logits["tumour"] == pytest.approx(wanted["tumour"].numpy()[0], abs=1e-5)
 
 
 def test_a_multiclass_head_gives_a_softmax(tmp_path: Path) -> None:

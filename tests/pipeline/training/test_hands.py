@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ips.bag import Bag, Chunk, Selection, TensorBag
+from ips.bag import Bag, Chunk, Context, Selection, TensorBag
 from ips.selection.shards import strip
 from pipeline.training.hands import Waits, each_image, select_hand
 
@@ -47,6 +48,23 @@ def test_a_hand_of_shared_slides_only_selects_nothing_more() -> None:
 
 def _refuse(_bags: Sequence[Bag]) -> Selection:
     raise AssertionError("nothing is left to select")
+
+
+def test_the_rest_of_each_slide_stays_with_it() -> None:
+    bags = _bags(3, 5, 7)
+
+    def with_rest(bags: Sequence[Bag]) -> Selection:
+        sizes = torch.tensor([float(len(bag)) for bag in bags], dtype=torch.float64)
+        rest = Context(sizes.view(-1, 1), sizes.view(-1, 1, 1), sizes.view(-1, 1, 1, 1))
+        return replace(_by_length(bags), rest=rest)
+
+    known = {20: each_image(with_rest(bags[1:2]))[0]}
+    for hand, wanted in (([10, 20, 30], [3, 5, 7]), ([20], [5]), ([10, 30], [3, 7])):
+        mine = [bags[n] for n in (hand_index // 10 - 1 for hand_index in hand)]
+        found = select_hand(hand, mine, known, with_rest).rest
+        assert found is not None
+        assert found.second is not None
+        assert [found.log_mass.flatten().tolist(), found.second.flatten().tolist()] == [wanted, wanted]
 
 
 class _SlowBag:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ips.bag import Bag, TensorBag
+from ips.bag import Bag, Chunk, TensorBag
 from ips.learning.schedule import parameter_groups
 from ips.network.model import IPSModel
 from pipeline.config.model import SelectConfig, TrainConfig
@@ -260,3 +260,72 @@ def test_pixels_that_are_not_finite_are_named_before_step_one() -> None:
     steps = train_steps(model, _optimizer(model), slides, TrainConfig(), SELECT, seed=0, start_epoch=0, ranks=Ranks())
     with pytest.raises(StageError, match=r"NaN or infinity, when the largest slides \(case-7\) were tried"):
         next(steps)
+
+
+def test_with_context_the_loss_is_that_of_all_patches_whatever_the_memory() -> None:
+    """Of the same weights, under frozen statistics."""
+    frozen = {"bounded": True, "norm": "frozen", "grad_chunk": 4}
+    every, wanted = _stepped(frozen, selecting=SelectConfig(mode="every", chunk=7))
+    for memory in (1, 3, 50):
+        model, loss = _stepped(frozen, selecting=SelectConfig(memory=memory, chunk=7, context="all"))
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        for (name, p), (_, q) in zip(
+            model.aggregator.named_parameters(), every.aggregator.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
+    _same(model, every)  # of the encoder too, where all are winners
+    assert _stepped(frozen)[1] != pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_share_of_the_patches_is_drawn_at_random_in_training_alone() -> None:
+    """Of the best three, two stay. (The optimiser is of another model: this one does not learn.)"""
+    chosen: dict[float, list[dict[int, list[int]]]] = {}
+    for share in (0.0, 0.4):
+        selecting = SelectConfig(memory=3, chunk=7, explore_share=share)
+        settings = TrainConfig.model_validate({**_STEP, "epochs": 3})
+        steps = train_steps(
+            _still(), _optimizer(_still()), _slides(), settings, selecting, seed=3, start_epoch=0, ranks=Ranks()
+        )
+        chosen[share] = [{n: rows.tolist() for n, rows in step.chosen.items()} for step in steps]
+    assert all(epoch == chosen[0.0][0] for epoch in chosen[0.0])
+    for epoch in chosen[0.4]:
+        for slide, rows in epoch.items():
+            assert rows[:2] == chosen[0.0][0][slide][:2]
+    thirds = [[rows[2] for _, rows in sorted(epoch.items())] for epoch in chosen[0.4]]
+    assert thirds[0] != [rows[2] for _, rows in sorted(chosen[0.0][0].items())]
+
+
+def _still() -> IPSModel:
+    """A model whose norms stay as they are."""
+    model = _model()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            _fix(module)
+    return model
+
+
+def test_exploring_with_context_scores_what_it_does_not_select() -> None:
+    bags, targets = _bags(11)
+    chunks: list[int] = []
+
+    class Counted(TensorBag):
+        def chunks(self, size: int) -> Iterator[Chunk]:
+            for chunk in super().chunks(size):
+                chunks.append(len(chunk.index))
+                yield chunk
+
+    counted = [Counted(bag.patches) for bag in bags if isinstance(bag, TensorBag)]
+    orders: list[list[int]] = []
+    slides = Slides(
+        [len(bag) for bag in bags], targets, {"spot": "binary"}, partial(_open, counted),
+        announce=lambda order: orders.append(list(order)),
+    )  # fmt: skip
+    changes: dict[str, object] = {"epochs": 2, "explore_epochs": 1}
+    for context, scored in (("none", 1), ("all", 2)):
+        chunks.clear()
+        orders.clear()
+        selecting = SelectConfig.model_validate({"memory": 3, "chunk": 7, "context": context})
+        _stepped(changes, slides=slides, selecting=selecting)
+        assert [bool(order) for order in orders] == [context == "all", True]
+        tried = max(slides.sizes)  # the largest slide, before step one
+        assert sum(chunks) == scored * sum(slides.sizes) + tried

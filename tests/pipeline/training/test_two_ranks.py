@@ -32,6 +32,7 @@ from tests.pipeline.training.test_loop import TinyEncoder, _open
 
 LENGTHS = (5, 90, 8, 11, 40, 7, 14, 6, 17, 9, 12)
 SELECT = SelectConfig(memory=3, chunk=7)
+CONTEXT = SelectConfig(memory=3, chunk=7, context="all", explore_share=0.4)
 # Frozen statistics and no dropout: what a rank computes of a slide then does not depend on the others in its hand.
 SETTINGS = TrainConfig(epochs=7, batch_size=4, lr=1e-2, warmup_epochs=1, bounded=True, norm="frozen", grad_chunk=4)
 
@@ -54,7 +55,9 @@ Chosen = dict[tuple[int, int], list[int]]
 """(number of the hand, slide) -> rows selected."""
 
 
-def _train(ranks: Ranks, state: Mapping[str, Any] | None, start: int, stop: int) -> tuple[dict[str, Any], Chosen]:
+def _train(
+    ranks: Ranks, state: Mapping[str, Any] | None, start: int, stop: int, selecting: SelectConfig = SELECT
+) -> tuple[dict[str, Any], Chosen]:
     """Train from one epoch to another; the state after it, and what was selected."""
     model = _model()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1.0)
@@ -72,7 +75,9 @@ def _train(ranks: Ranks, state: Mapping[str, Any] | None, start: int, stop: int)
         return found
 
     with mock.patch.object(loop, "select_hand", recorded):
-        for done in train_steps(model, optimizer, _slides(), SETTINGS, SELECT, seed=3, start_epoch=start, ranks=ranks):
+        for done in train_steps(
+            model, optimizer, _slides(), SETTINGS, selecting, seed=3, start_epoch=start, ranks=ranks
+        ):
             step = done.step
             losses.append(done.loss)
             if done.last_of_epoch and done.epoch + 1 == stop:
@@ -110,6 +115,7 @@ def _worker(rank: int, folder: str) -> None:
         state, more = _train(joined_ranks(), half, 4, 7)
         torch.save((half, state, chosen | more), f"{folder}/{rank}.pt")
         torch.save(_resumed(), f"{folder}/resumed-{rank}.pt")
+        torch.save(_train(joined_ranks(), None, 0, 3, CONTEXT), f"{folder}/context-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +192,19 @@ def test_a_run_goes_on_at_another_world_size(
     assert sorted(index for _, index in after) == sorted(list(range(len(LENGTHS))) * 3)
     assert (before | two(1)[2] | after) == one[1]
     _assert_alike(state["model"], one[0]["model"])
+
+
+@pytest.mark.slow
+def test_two_processes_with_context_train_as_one_does(folder: Path, one: tuple[dict[str, Any], Chosen]) -> None:
+    """Shared slides' sums come from both; the weights are those of one process, and not those without context."""
+    alone, selected = _train(Ranks(), None, 0, 3, CONTEXT)
+    together: Chosen = {}
+    for rank in range(2):
+        state, chosen = torch.load(folder / f"context-{rank}.pt", weights_only=True)
+        _assert_alike(state["model"], alone["model"])
+        together |= chosen
+    assert together == selected
+    assert (
+        alone["model"]["aggregator.attention.queries"] - _model().state_dict()["aggregator.attention.queries"]
+    ).any()
+    assert alone["losses"][0] != pytest.approx(one[0]["losses"][0], rel=1e-6)

@@ -1,0 +1,79 @@
+"""What each patch does to the outputs: the pool over all patches but one, in closed form.
+
+Without patch n the pool of head j is V_j (x_mean - a_n x_n) / (1 - a_n), so from the logits and values that a scoring
+pass has seen, every output without every patch costs one call of the token's layers and the heads; no patch is encoded
+again. Where a_n is so near 1 that the difference would be rounding, the others are summed instead: at most one patch a
+head and task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ips.bag import Values
+from ips.network.model import IPSModel, evaluating
+
+_BLOCK = 4096  # patches at a time: bounds the tokens held at once
+_DOMINANT = 0.5  # of the attention; up to there 1 - a_n keeps all digits but one
+
+
+class Effects(NamedTuple):
+    """What the model says of one image with all its patches, and with each left out."""
+
+    outputs: Mapping[str, Tensor]
+    """Task -> logits (K,) of all patches."""
+    without: Mapping[str, Tensor]
+    """Task -> logits (N, K) without patch n."""
+
+    def changes(self) -> dict[str, Tensor]:
+        """Task -> (N, K): what each patch adds to the logits."""
+        return {task: self.outputs[task] - without for task, without in self.without.items()}
+
+
+@torch.no_grad()
+def effects(model: IPSModel, values: Values) -> Effects:
+    """Outputs of one image, pooled over all N patches, with and without each of them; on the host.
+
+    Args:
+        model: the one that selected; dropout is not applied.
+        values: `Selection.values` of the image, as `select(..., values=True)` gives them.
+
+    Raises:
+        ValueError: an image of one patch, which leaves nothing; where `IPSModel.pooling` raises it.
+    """
+    N, pooling = len(values.logits), model.pooling
+    if N < 2:
+        raise ValueError("values: the image has 1 patch, and without it there is nothing to say")
+    logits, each = values.logits.double(), values.values.double()
+    weights = logits.softmax(dim=0).view(N, pooling.attention.heads, pooling.tasks)
+    whole = torch.einsum("nht,nhv->htv", weights, each)
+    with evaluating(model), torch.autocast(model.mean.device.type, enabled=False):
+        outputs = {task: x[0] for task, x in _outputs(model, whole[None]).items()}
+        parts = [
+            _outputs(model, _left(whole, a.unsqueeze(-1), values_.unsqueeze(2)))
+            for a, values_ in zip(torch.split(weights, _BLOCK), torch.split(each, _BLOCK), strict=True)
+        ]
+        without = {task: torch.cat([part[task] for part in parts]) for task in outputs}
+        for n in (weights.flatten(1) > _DOMINANT).any(dim=1).nonzero().flatten().tolist():
+            others = torch.arange(N) != n
+            again = logits[others].softmax(dim=0).view(N - 1, *weights.shape[1:])
+            for task, x in _outputs(model, torch.einsum("nht,nhv->htv", again, each[others])[None]).items():
+                without[task][n] = x[0]
+    return Effects(outputs, without)
+
+
+def _left(whole: Tensor, a: Tensor, values: Tensor) -> Tensor:
+    """The pool without each of some patches; of no use where a is `_DOMINANT`."""
+    return (whole - a * values) / (1 - a).clamp_min(1 - _DOMINANT)
+
+
+def _outputs(model: IPSModel, pooled: Tensor) -> dict[str, Tensor]:
+    """Pooled values (n, H, T, D_v) -> task -> logits (n, K)."""
+    pooling = model.pooling
+    mixed = pooling.attention.mixed(pooled.to(model.mean))
+    outputs: dict[str, Tensor] = model.heads(pooling.tokens(mixed))
+    return {task: x.cpu() for task, x in outputs.items()}
