@@ -7,9 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.logs import JsonLines, about, context, log_as_json, within
+from pipeline.logs import FIELDS, JsonLines, about, context, log_as_json, within
 
 _SECRET = "PlantedPa55word"
+
+
+@pytest.fixture(autouse=True)
+def _about_nothing() -> None:
+    """A run that another test began is its own."""
+    about(**dict.fromkeys(FIELDS))
 
 
 @pytest.fixture

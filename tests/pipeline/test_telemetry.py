@@ -128,6 +128,7 @@ def test_prometheus_answers_the_dashboard_s_queries(tmp_path: Path) -> None:
                     assert all(math.isfinite(float(one["value"][1])) for one in found), expression
         finally:
             work.kill()
+            work.wait()
 
 
 @contextmanager

@@ -131,12 +131,13 @@ def test_the_services_work_together_by_their_own_commands(tmp_path: Path, monkey
     ):
         uri = f"http://127.0.0.1:{server}"
         wait_for(f"{uri}/health", 200)
-        for name in keys:
-            monkeypatch.delenv(name, raising=False)  # clients need no key: the server hands artifacts on
-        tracker = open_tracking(uri, "stack", "mlflow-artifacts:/stack")
+        for name in (*keys, "AWS_ENDPOINT_URL"):  # as a run's driver, on `storage.root=s3://ips/study`
+            monkeypatch.setenv(name, env[name])
+        tracker = open_tracking(uri, "stack", "s3://ips/study/artifacts")
         with tracker.run("one") as run_id:
             tracker.log_metrics(run_id, {"auc": 0.75})
             tracker.log_text(run_id, "kept", "note.txt")
         assert tracker.latest_metrics(run_id) == {"auc": 0.75}
-    (kept,) = (tmp_path / "s3" / BUCKET).rglob("note.txt")
+    assert (tmp_path / "s3" / BUCKET).is_dir()
+    (kept,) = (tmp_path / "s3" / "ips" / "study").rglob("note.txt")
     assert kept.read_text() == "kept"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_headers_times_rates(tmp_path: Path) -> None:
 def test_a_training_counts_its_epochs_and_looks(tmp_path: Path) -> None:
     slides = _cohort(tmp_path).slides
     splits = ("train", "train", "train", "val", "val", "test", "test")
-    split = tuple(s.__class__(**{**vars(s), "split": name}) for s, name in zip(slides, splits, strict=True))
+    split = tuple(replace(slide, split=name) for slide, name in zip(slides, splits, strict=True))
     config = small_config(train={"epochs": 5, "validate_every": 2}, cluster={"gpus_per_worker": 1})
     like = Measured(_AREA, 10, 1.0, 1.0, 1.0)
     rows = _rows(estimate(config, Cohort("c", split), _rates(like, like)))
