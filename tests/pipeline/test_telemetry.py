@@ -108,9 +108,10 @@ def test_the_dashboard_draws_every_metric_and_no_other() -> None:
 def test_prometheus_answers_the_dashboard_s_queries(tmp_path: Path) -> None:
     """From a real head's exporter; the queries where Prometheus itself is installed."""
     with serve_head() as head:
+        exporter = f"127.0.0.1:{head.metrics_port}"
+        wait_for(f"http://{exporter}/metrics", 60)  # a process that comes before its node's agent offers nothing at all
         work = subprocess.Popen([sys.executable, "-c", _WORK], env=head.env)
         try:
-            exporter = f"127.0.0.1:{head.metrics_port}"
             with _prometheus(exporter, tmp_path) as address:
                 offered: set[str] = set()
                 while offered != set(METRICS):  # until pytest's own limit: a node tells of new ones in seconds
