@@ -50,6 +50,7 @@ GRACE_S = 3600.0  # a look takes minutes at most
 WIDE = frozenset({"error", "picture", "facts"})
 """Columns of KB a row, which a look leaves out."""
 THREADS = 16  # they wait on the storage
+AGAIN = 3  # looks at a catalogue of which a file went while it was read
 BATCH = 8192  # rows of all columns held at a time: 20 MB
 _NAME = re.compile(r"^(\d\d)-([0-9a-f]{32})\.parquet$")
 _REPLACES, _SPEC = b"ips.replaces", b"ips.spec"
@@ -78,8 +79,14 @@ class View:
         self.members = {member.name: member for member in members}
         self.listed = listed
         """All files that were there, by name; those that others replace too."""
-        self.rows = _visible(pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)]))
+        everything = pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)])
+        gone = pc.is_in(everything["id"], value_set=_removed(everything))
+        removal = pc.equal(everything["kind"], "removal")
+        self.rows = _firsts(everything.filter(pc.invert(pc.or_(removal, gone))), "id", {})
         """Sources and slides in the order of their ids, also those that others stand before."""
+        taken_away = pc.any(pc.and_not(gone, removal)).as_py()
+        self.holds_removed = bool(taken_away) or self.members.keys() != listed.keys()
+        """Whether files may hold rows that were taken away, as `Catalogue.purge` leaves none."""
 
     @cached_property
     def slides(self) -> pa.Table:
@@ -139,6 +146,15 @@ class Catalogue:
             DamagedError: a file is cut short or was changed.
             StorageError: one is of a newer release, or the storage fails.
         """
+        for _ in range(AGAIN):
+            try:
+                return self._read(without)
+            except StorageError as error:  # merged since it was listed, by a machine whose clock is ahead
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+        return self._read(without)
+
+    def _read(self, without: Collection[str]) -> View:
         listed = {name: file for name, file in self._listed().items() if name not in without}
         members: list[Member] = []
         replaced: set[str] = set()
@@ -168,12 +184,12 @@ class Catalogue:
             files.delete(files.join(self.uri, name))
 
     def purge(self, ids: Sequence[bytes]) -> None:
-        """Take away rows so that no file holds them any more. While nobody else is at work."""
+        """Take away rows so that no file holds them any more, nor any removed before. While nobody else is at work."""
         self.remove(ids)
         view = self.read()
         if view.members:
             names = sorted(view.members)
-            merged = self._merge(view, names, _generation(names[-1]) + 1)
+            merged = self._merge(view, names, max(1, _generation(names[-1])))  # a purge a day ends not at 99
             self.delete(view.listed.keys() - {merged})
 
     def wide(self, view: View, columns: Sequence[str], ids: pa.Array) -> Iterator[pa.Table]:
@@ -202,8 +218,8 @@ class Catalogue:
                 return  # what is over in the generations above waits for the next time
 
     def _listed(self) -> dict[str, Found]:
-        found = {file.uri.rpartition("/")[2]: file for file in walk(self.uri)}
-        return {name: file for name, file in found.items() if _NAME.match(name)}
+        found = ((*file.uri.rsplit("/", 2)[1:], file) for file in walk(self.uri))
+        return {name: file for folder, name, file in found if folder == FOLDER and _NAME.match(name)}
 
     def _add(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -281,14 +297,6 @@ def _values(column: pa.ChunkedArray) -> pa.Array:
 
 def _removed(rows: pa.Table) -> pa.Array:
     return _values(rows.filter(pc.equal(rows["kind"], "removal"))["id"])
-
-
-def _visible(rows: pa.Table) -> pa.Table:
-    """Each row that no removal names once, in the order of their ids."""
-    gone = _removed(rows)
-    rows = rows.filter(pc.not_equal(rows["kind"], "removal"))
-    rows = rows.filter(pc.invert(pc.is_in(rows["id"], value_set=gone)))
-    return _firsts(rows, "id", {})
 
 
 def _firsts(rows: pa.Table, column: str, merits: Mapping[str, pa.ChunkedArray]) -> pa.Table:

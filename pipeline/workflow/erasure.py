@@ -163,7 +163,7 @@ def _from_catalogue(spec: str, traces: Traces) -> None:
     traces.keys |= set(of_sources["key"].drop_null().to_pylist()) - traces.shared
     ids = dict.fromkeys(of_sources["id"].to_pylist())
     ids |= dict.fromkeys(one for kind in ("source", "slide") for one in view.ids(kind, "key", traces.keys))
-    if ids:
+    if ids or view.holds_removed:  # a killed erasure's
         traces.rows[spec] = list(ids)
 
 
