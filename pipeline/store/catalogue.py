@@ -31,7 +31,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -194,17 +194,19 @@ class Catalogue:
 
     def wide(self, view: View, columns: Sequence[str], ids: pa.Array) -> Iterator[pa.Table]:
         """Further columns of some rows of a view, and their ids, some thousands at a time."""
-        for name in view.members:
-            for rows in self._batches(name, ["id", "kind", *columns]):
-                wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
-                yield rows.filter(wanted)
+        for rows in self._batches(view.members, ["id", "kind", *columns]):
+            wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
+            yield rows.filter(wanted)
 
-    def tidy(self, view: View, now: float | None = None) -> None:
+    def tidy(self, view: View, now: float | None = None) -> bool:
         """Merge the files of a view where they are many, and delete those that were merged long ago.
 
         Args:
             view: just read.
             now: s since 1970.
+
+        Returns:
+            Whether it merged any: another look then reads fewer.
         """
         before = (time.time() if now is None else now) - GRACE_S
         for member in view.members.values():
@@ -215,11 +217,16 @@ class Catalogue:
             young = [name for name in active if _generation(name) <= generation]
             if sum(_generation(name) == generation for name in young) >= FAN:
                 self._merge(view, young, generation + 1)
-                return  # what is over in the generations above waits for the next time
+                return True  # what is over in the generations above waits for the next time
+        return False
 
     def _listed(self) -> dict[str, Found]:
-        found = ((*file.uri.rsplit("/", 2)[1:], file) for file in walk(self.uri))
-        return {name: file for folder, name, file in found if folder == FOLDER and _NAME.match(name)}
+        found: dict[str, Found] = {}
+        for file in walk(self.uri):
+            folder, _, name = file.uri.rpartition("/")
+            if folder.endswith(f"/{FOLDER}") and _NAME.match(name):  # not of a copy that somebody put below it
+                found[name] = file
+        return found
 
     def _add(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -231,10 +238,9 @@ class Catalogue:
         gone = _removed(pa.concat_tables([view.members[name].rows for name in names]))
 
         def rows() -> Iterator[pa.Table]:
-            for name in names:
-                for batch in self._batches(name, CATALOGUE.names):
-                    removal = pc.equal(batch["kind"], "removal")
-                    yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
+            for batch in self._batches(names, CATALOGUE.names):
+                removal = pc.equal(batch["kind"], "removal")
+                yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
 
         return self._write(generation, rows(), sorted(replaces))
 
@@ -256,9 +262,14 @@ class Catalogue:
         replaces = json.loads(file.schema_arrow.metadata[_REPLACES])
         return Member(name, file.read(_LOOKED_AT.names).cast(_LOOKED_AT), frozenset(replaces))
 
-    def _batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        for batch in self._open(name).iter_batches(BATCH, columns=columns):
-            yield pa.Table.from_batches([batch])
+    def _batches(self, names: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Rows of these files, in their order; some files are fetched at a time."""
+        rest = iter(names)
+        with ThreadPoolExecutor(THREADS) as pool:
+            while some := list(islice(rest, THREADS)):
+                for file in pool.map(self._open, some):
+                    for batch in file.iter_batches(BATCH, columns=columns):
+                        yield pa.Table.from_batches([batch])
 
     def _open(self, name: str) -> pq.ParquetFile:
         """A file's bytes, checked by its name."""
