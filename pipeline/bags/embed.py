@@ -137,6 +137,7 @@ def embed_slides(
     pending = [slide for slide in slides if slide.key in missing]
     if not pending:
         return
+    store.forget_gone()  # what is made in their place may be otherwise
     store.look_again()  # what was seen need not travel
     import ray.data  # loads for seconds
 

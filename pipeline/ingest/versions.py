@@ -28,7 +28,8 @@ Looked = SourceVersion | SlideError
 def look_at(slides: Sequence[CohortSlide], spec: TilingConfig) -> list[Looked]:
     """The versions of all slides, their masks and coordinates included; on S3 a request for a thousand files."""
     ask = ask_all(uri for slide in slides for uri in (slide.uri, *may_guide(slide, spec)))
-    portions = [slides[start : start + TOGETHER] for start in range(0, len(slides), TOGETHER)]
+    size = max(1, min(TOGETHER, -(-len(slides) // THREADS)))  # formats of several files ask for each slide
+    portions = [slides[start : start + size] for start in range(0, len(slides), size)]
     found: list[Looked] = []
     with progress("tile", len(slides), "files looked at") as steps, ThreadPoolExecutor(THREADS) as pool:
         for part in pool.map(lambda portion: [_look(slide, spec, ask) for slide in portion], portions):

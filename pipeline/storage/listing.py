@@ -1,8 +1,9 @@
 """The state of many files at once: on S3 by pages of listings instead of a request a file.
 
 A page says which objects there are from a name on, a thousand at most. The next one starts at the first name that is
-wanted and not yet told of, so there are never more pages than files, and one for each thousand of them where they lie
-together.
+wanted and not yet told of: one page for each thousand files where they lie together. Where they do not, as slides among
+millions of DICOM files, pages tell of few: then some files are asked alone, side by side, and twice as many after the
+next such page.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeline.storage.files import SourceVersion, failures, is_remote, list_name
 
 THREADS = 16  # they wait on the storage
 PAGE = 1000  # names, S3's limit
+FEW = THREADS  # files that are asked alone in the time of a page
 TOLD = 256  # absent files that are asked for one by one, which tells a folder from nothing
 
 Ask = Callable[[str], SourceVersion]
@@ -28,7 +30,7 @@ _Found = SourceVersion | StorageError | None
 def ask_all(uris: Iterable[str]) -> Ask:
     """The versions of these files, asked for now; the function then knows them, and asks for any other file."""
     wanted = list(dict.fromkeys(uris))
-    found = _ask_s3([uri for uri in wanted if is_remote(uri) and "/" in s3.key(uri)])
+    found = _ask_s3([uri for uri in wanted if is_remote(uri) and "/" in s3.key(uri) and not s3.is_arn(uri)])
 
     def ask(uri: str) -> SourceVersion:
         version = found.get(uri)
@@ -43,7 +45,7 @@ def folder_names(uri: str) -> frozenset[str]:
     """Names of the folders in one that begin with a hexadecimal digit; S3 is asked for all digits at a time."""
     if not is_remote(uri):
         return frozenset(list_names(uri))
-    bucket, _, folder = s3.key(uri).partition("/")
+    bucket, folder, _ = s3.client(uri).split_path(s3.key(uri))
 
     def names(digit: str) -> list[str]:
         prefix, found = f"{folder}/{digit}", list[str]()
@@ -68,6 +70,8 @@ def _ask_s3(uris: Sequence[str]) -> dict[str, SourceVersion | StorageError]:
         runs += [bucket[start : start + size] for start in range(0, len(bucket), size)]
     with ThreadPoolExecutor(THREADS) as pool:
         found: dict[str, _Found] = {uri: one for part in pool.map(_run, runs) for uri, one in part.items()}
+        untold = [uri for uri in uris if uri not in found]
+        found |= zip(untold, pool.map(_alone, untold), strict=True)
         absent = [uri for uri, one in found.items() if one is None]
         found |= zip(absent, pool.map(_alone if len(absent) <= TOLD else _missing, absent), strict=True)
     return {uri: one for uri, one in found.items() if one is not None}
@@ -79,32 +83,37 @@ def _place(uri: str) -> tuple[bool, str, str]:
 
 
 def _run(uris: Sequence[str]) -> dict[str, _Found]:
-    """The versions of objects of one bucket, in the order of their names; None of those that are not there."""
+    """The versions of objects of one bucket, in the order of their names; None of those that are not there.
+
+    Those of which pages did not tell are left out.
+    """
     try:
         return _listed(uris)
-    except PermissionError:  # who may read need not be allowed to list
-        return {uri: _alone(uri) for uri in uris}
     except Exception as error:
         reason = s3.reason(error, uris[0])
         if reason is None:
             raise
+        if s3.code(error) not in (None, "NoSuchBucket"):  # who may read need not be allowed to list; or one odd name
+            return {}
         return {uri: StorageError(f"cannot read {uri}: {reason}") for uri in uris}
 
 
 def _listed(uris: Sequence[str]) -> dict[str, _Found]:
     found: dict[str, _Found] = {}
-    place = 0
+    place = leap = 0
     while place < len(uris):
+        first = place
         _, bucket, name = _place(uris[place])
         page = _page(uris[place], Bucket=bucket, StartAfter=_before(name), MaxKeys=PAGE)
         entries = {str(entry["Key"]): entry for entry in page.get("Contents", ())}
         last = max(entries, default="") if page.get("IsTruncated") else None
-        if last is not None and last < name:  # a server that begins elsewhere, or a thousand names between
-            found[uris[place]] = _alone(uris[place])
-            place += 1
+        if last is not None and list(entries) != sorted(entries):  # so what it leaves out may yet be there
+            return found
         while place < len(uris) and (last is None or _place(uris[place])[2] <= last):
             found[uris[place]] = _version(entries.get(_place(uris[place])[2]))
             place += 1
+        leap = max(FEW, 2 * leap) if place - first < FEW else 0
+        place += leap
     return found
 
 

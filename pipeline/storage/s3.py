@@ -33,6 +33,11 @@ def is_anonymous(uri: str) -> bool:
     return uri.split("://", 1)[1].startswith(ANONYMOUS)
 
 
+def is_arn(uri: str) -> bool:
+    """Whether the bucket is named by an access point's ARN, which has slashes of its own."""
+    return key(uri).startswith("arn:")
+
+
 def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
     """A method of the URI's client, tried again for `PATIENCE_S` where the failure may pass.
 

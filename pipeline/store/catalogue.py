@@ -31,7 +31,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ GRACE_S = 3600.0  # a look takes minutes at most
 WIDE = frozenset({"error", "picture", "facts"})
 """Columns of KB a row, which a look leaves out."""
 THREADS = 16  # they wait on the storage
+AGAIN = 3  # looks at a catalogue of which a file went while it was read
 BATCH = 8192  # rows of all columns held at a time: 20 MB
 _NAME = re.compile(r"^(\d\d)-([0-9a-f]{32})\.parquet$")
 _REPLACES, _SPEC = b"ips.replaces", b"ips.spec"
@@ -78,8 +79,14 @@ class View:
         self.members = {member.name: member for member in members}
         self.listed = listed
         """All files that were there, by name; those that others replace too."""
-        self.rows = _visible(pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)]))
+        everything = pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)])
+        gone = pc.is_in(everything["id"], value_set=_removed(everything))
+        removal = pc.equal(everything["kind"], "removal")
+        self.rows = _firsts(everything.filter(pc.invert(pc.or_(removal, gone))), "id", {})
         """Sources and slides in the order of their ids, also those that others stand before."""
+        taken_away = pc.any(pc.and_not(gone, removal)).as_py()
+        self.holds_removed = bool(taken_away) or self.members.keys() != listed.keys()
+        """Whether files may hold rows that were taken away, as `Catalogue.purge` leaves none."""
 
     @cached_property
     def slides(self) -> pa.Table:
@@ -139,6 +146,15 @@ class Catalogue:
             DamagedError: a file is cut short or was changed.
             StorageError: one is of a newer release, or the storage fails.
         """
+        for _ in range(AGAIN):
+            try:
+                return self._read(without)
+            except StorageError as error:  # merged since it was listed, by a machine whose clock is ahead
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+        return self._read(without)
+
+    def _read(self, without: Collection[str]) -> View:
         listed = {name: file for name, file in self._listed().items() if name not in without}
         members: list[Member] = []
         replaced: set[str] = set()
@@ -168,27 +184,29 @@ class Catalogue:
             files.delete(files.join(self.uri, name))
 
     def purge(self, ids: Sequence[bytes]) -> None:
-        """Take away rows so that no file holds them any more. While nobody else is at work."""
+        """Take away rows so that no file holds them any more, nor any removed before. While nobody else is at work."""
         self.remove(ids)
         view = self.read()
         if view.members:
             names = sorted(view.members)
-            merged = self._merge(view, names, _generation(names[-1]) + 1)
+            merged = self._merge(view, names, max(1, _generation(names[-1])))  # a purge a day ends not at 99
             self.delete(view.listed.keys() - {merged})
 
     def wide(self, view: View, columns: Sequence[str], ids: pa.Array) -> Iterator[pa.Table]:
         """Further columns of some rows of a view, and their ids, some thousands at a time."""
-        for name in view.members:
-            for rows in self._batches(name, ["id", "kind", *columns]):
-                wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
-                yield rows.filter(wanted)
+        for rows in self._batches(view.members, ["id", "kind", *columns]):
+            wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
+            yield rows.filter(wanted)
 
-    def tidy(self, view: View, now: float | None = None) -> None:
+    def tidy(self, view: View, now: float | None = None) -> bool:
         """Merge the files of a view where they are many, and delete those that were merged long ago.
 
         Args:
             view: just read.
             now: s since 1970.
+
+        Returns:
+            Whether it merged any: another look then reads fewer.
         """
         before = (time.time() if now is None else now) - GRACE_S
         for member in view.members.values():
@@ -199,11 +217,16 @@ class Catalogue:
             young = [name for name in active if _generation(name) <= generation]
             if sum(_generation(name) == generation for name in young) >= FAN:
                 self._merge(view, young, generation + 1)
-                return  # what is over in the generations above waits for the next time
+                return True  # what is over in the generations above waits for the next time
+        return False
 
     def _listed(self) -> dict[str, Found]:
-        found = {file.uri.rpartition("/")[2]: file for file in walk(self.uri)}
-        return {name: file for name, file in found.items() if _NAME.match(name)}
+        found: dict[str, Found] = {}
+        for file in walk(self.uri):
+            folder, _, name = file.uri.rpartition("/")
+            if folder.endswith(f"/{FOLDER}") and _NAME.match(name):  # not of a copy that somebody put below it
+                found[name] = file
+        return found
 
     def _add(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -215,10 +238,9 @@ class Catalogue:
         gone = _removed(pa.concat_tables([view.members[name].rows for name in names]))
 
         def rows() -> Iterator[pa.Table]:
-            for name in names:
-                for batch in self._batches(name, CATALOGUE.names):
-                    removal = pc.equal(batch["kind"], "removal")
-                    yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
+            for batch in self._batches(names, CATALOGUE.names):
+                removal = pc.equal(batch["kind"], "removal")
+                yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
 
         return self._write(generation, rows(), sorted(replaces))
 
@@ -240,9 +262,14 @@ class Catalogue:
         replaces = json.loads(file.schema_arrow.metadata[_REPLACES])
         return Member(name, file.read(_LOOKED_AT.names).cast(_LOOKED_AT), frozenset(replaces))
 
-    def _batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        for batch in self._open(name).iter_batches(BATCH, columns=columns):
-            yield pa.Table.from_batches([batch])
+    def _batches(self, names: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Rows of these files, in their order; some files are fetched at a time."""
+        rest = iter(names)
+        with ThreadPoolExecutor(THREADS) as pool:
+            while some := list(islice(rest, THREADS)):
+                for file in pool.map(self._open, some):
+                    for batch in file.iter_batches(BATCH, columns=columns):
+                        yield pa.Table.from_batches([batch])
 
     def _open(self, name: str) -> pq.ParquetFile:
         """A file's bytes, checked by its name."""
@@ -281,14 +308,6 @@ def _values(column: pa.ChunkedArray) -> pa.Array:
 
 def _removed(rows: pa.Table) -> pa.Array:
     return _values(rows.filter(pc.equal(rows["kind"], "removal"))["id"])
-
-
-def _visible(rows: pa.Table) -> pa.Table:
-    """Each row that no removal names once, in the order of their ids."""
-    gone = _removed(rows)
-    rows = rows.filter(pc.not_equal(rows["kind"], "removal"))
-    rows = rows.filter(pc.invert(pc.is_in(rows["id"], value_set=gone)))
-    return _firsts(rows, "id", {})
 
 
 def _firsts(rows: pa.Table, column: str, merits: Mapping[str, pa.ChunkedArray]) -> pa.Table:

@@ -176,7 +176,7 @@ class PatchStore(Shelf):
         """What became of these versions of the sources; None of one that was never tiled, or whose slide is gone."""
         asked = [None if v is None else asked_digest(s, v) for s, v in zip(slides, versions, strict=True)]
         places = self.view.source_places(asked)
-        sources = self.view.sources.take(places.drop_null())
+        sources = self._counted(self.view.sources.take(places.drop_null()))
         refused = sources.filter(pc.is_null(sources["key"]))["id"].combine_chunks()
         batches = self.catalogue.wide(self.view, _DETAILS, refused) if len(refused) else ()
         details = {row["id"]: row for rows in batches for row in rows.to_pylist()}
@@ -190,6 +190,14 @@ class PatchStore(Shelf):
             else:
                 found.append(SlideStatus(slide.slide_id, slide.uri, **outcome({**row, **details.get(row["id"], {})})))
         return found
+
+    def _counted(self, sources: pa.Table) -> pa.Table:
+        """Sources with the counts of the slides that are there, which may have been made anew since."""
+        slides = self.view.slides.take(self.view.slide_places(sources["key"].to_pylist()))
+        for name in ("n_patches", "n_bad_tiles"):
+            place = sources.schema.get_field_index(name)
+            sources = sources.set_column(place, name, pc.coalesce(slides[name], sources[name]))
+        return sources
 
     def status(self, slide: CohortSlide, version: SourceVersion) -> SlideStatus | None:
         """Of one source; see `statuses`."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -14,9 +13,9 @@ from pipeline.errors import DamagedError
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.catalogue import Row
-from pipeline.store.rows import compact, features_row, slide_row, source_row
+from pipeline.store.rows import features_row, slide_row, source_row
 from pipeline.store.shelf import Shelf
-from pipeline.store.verify import SLIDE, spec_folders
+from pipeline.store.verify import REMEDY, SLIDE, is_of, spec_folders
 
 SOURCES = "sources"
 """Folder of an older release: a file for each source."""
@@ -77,24 +76,43 @@ def _repair(shelf: Shelf, done: Repaired) -> None:
         for rows in shelf.catalogue.wide(view, ["key", "facts"], view.slides["id"].combine_chunks())
         for row in rows.to_pylist()
     }
-    names = [name for name in files.list_names(shelf.uri) if SLIDE.match(name)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = {name: facts for name, facts in zip(names, pool.map(shelf.commit_of, names), strict=True) if facts}
-    other = [key for key, facts in found.items() if said.get(key) != compact(facts)]
+    found, refused = _folders(shelf)
+    done.refused += refused
+    other = [key for key, row in found.items() if said.get(key) != row["facts"]]
     gone = [key for key in known if key not in found]
     stale = [*gone, *(key for key in other if key in known)]
     if stale:
         shelf.catalogue.remove(view.ids("slide", "key", stale))
     for start in range(0, len(other), TOGETHER):
-        shelf.append([_row(found[key]) for key in other[start : start + TOGETHER]])
+        shelf.append([found[key] for key in other[start : start + TOGETHER]])
     shelf.catalogue.delete(cut)
     done.added += len(other)
     done.removed += len(gone)
     done.deleted += [files.join(shelf.catalogue.uri, name) for name in cut]
 
 
-def _row(facts: Mapping[str, Any]) -> Row:
-    return features_row(facts) if "encoder" in facts else slide_row(facts)
+def _folders(shelf: Shelf) -> tuple[dict[str, Row], list[str]]:
+    """By key the row that each slide's folder gives, and those that give none though they have a `slide.json`."""
+    names = [name for name in files.list_names(shelf.uri) if SLIDE.match(name)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        rows = dict(zip(names, pool.map(lambda name: _row(shelf, name), names), strict=True))
+    found = {name: row for name, row in rows.items() if row is not None and not isinstance(row, str)}
+    return found, [row for row in rows.values() if isinstance(row, str)]
+
+
+def _row(shelf: Shelf, key: str) -> Row | str | None:
+    """What a slide's folder says; in words why it does not, None where it is not committed."""
+    uri = files.join(shelf.uri, key, "slide.json")
+    try:
+        facts = shelf.commit_of(key)
+        if facts is None:
+            return None
+        if is_of(facts, key, shelf.uri.rpartition("/")[2]):
+            return features_row(facts) if "encoder" in facts else slide_row(facts)
+        what = "is of another slide, or of another tiling spec"
+    except (DamagedError, KeyError, TypeError, ValueError) as error:
+        what = f"no commit that can be read ({type(error).__name__}: {error})"
+    return f"{uri}: {what}; {REMEDY}"
 
 
 def _take_over(spec: str, done: Repaired) -> None:

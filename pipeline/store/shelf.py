@@ -39,6 +39,11 @@ class Shelf:
         self.catalogue.append(rows)
         self.look_again()
 
+    def tidy(self) -> None:
+        """Merge the catalogue's files where they are many."""
+        if self.catalogue.tidy(self.view):
+            self.look_again()
+
     def forget(self, keys: Collection[str]) -> None:
         """Take these slides out of the catalogue; sources that became them are looked at again."""
         self.catalogue.remove(self.view.ids("slide", "key", keys))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config.base import fingerprint
 from pipeline.errors import StorageError
 from pipeline.schema import INDEX
 from pipeline.storage import files
@@ -30,7 +31,7 @@ _SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fing
 SLIDE = re.compile(r"^[0-9a-f]{32}$")
 """Names of what is in them: slides by their key."""
 _CLEAN = "delete it when no run is active"
-_REPAIR = "delete the slide's folder, and run the tile stage (for features the embed stage)"
+REMEDY = "delete the slide's folder, and run the tile stage (for features the embed stage)"
 _REBUILD = "run `pipeline store repair`"
 _GIVEN_UP = "delete the folder when no run is active"
 _GO_ON = "the next run goes on with it if its slide is still in the cohort, and what it was; else delete the folder"
@@ -88,7 +89,7 @@ class _Fates:
 _Check = Callable[[], list[Finding]]
 
 
-def _damage(uri: str, what: str, remedy: str = _REPAIR) -> Finding:
+def _damage(uri: str, what: str, remedy: str = REMEDY) -> Finding:
     return Finding(uri, what, remedy, damage=True)
 
 
@@ -165,11 +166,13 @@ def _entries(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*facts["parts"], facts["index"], *thumbnail, *facts.get("files", ())]
 
 
-def _is_of(facts: Mapping[str, Any], key: str) -> bool:
-    """Whether a commit is that of the slide in whose folder it stands."""
-    names = ("content", "mpp", "guide", "series")
-    made = facts["key"] if "encoder" in facts else slide_key(*(facts[name] for name in names))
-    return bool(facts["key"] == key == made)
+def is_of(facts: Mapping[str, Any], key: str, spec: str) -> bool:
+    """Whether a commit is that of the slide, and of the spec, in whose folder it stands."""
+    if "encoder" in facts:
+        return bool(facts["key"] == key)
+    made = slide_key(*(facts[name] for name in ("content", "mpp", "guide", "series")))
+    cut_by = fingerprint({"schema": facts["schema_version"], "tiling": facts["spec"]})
+    return bool(facts["key"] == key == made and cut_by == spec)
 
 
 def _look_at(uri: str, fates: _Fates) -> tuple[_Commit | None, list[Finding]]:
@@ -181,12 +184,12 @@ def _look_at(uri: str, fates: _Fates) -> tuple[_Commit | None, list[Finding]]:
         return None, [*found, _uncommitted(uri, len(names) - len(stale), fates)]
     try:
         facts = files.read_json(files.join(uri, "slide.json"))
-        right = _is_of(facts, key)
+        right = is_of(facts, key, uri.split("/")[-2])
         known = {"slide.json", *(entry["name"] for entry in _entries(facts))}
     except (StorageError, KeyError, TypeError) as error:
         return None, [*found, _damage(files.join(uri, "slide.json"), f"no commit that can be read: {error}")]
     if not right:
-        found.append(_damage(uri, "slide.json is of another slide"))
+        found.append(_damage(uri, "slide.json is of another slide, or of another tiling spec"))
     elif key not in fates.committed:
         found.append(Finding(uri, "a whole slide that the catalogue does not know", _REBUILD))
     elif fates.committed[key] != compact(facts):

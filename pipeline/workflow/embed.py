@@ -48,6 +48,7 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
             done.advance()
 
         embed_slides(slides, settings, store, actors=(least, most), cpus=cpus, gpus=gpus, on_done=on_done)
+    store.tidy()
     metrics = {"slides": float(len(slides)), "features": float(sum(slide.n_patches for slide in slides))}
     space.tracker().log_metrics(run_id, metrics, 0)
     return Record("embed", stage_fingerprint, {"features": store.uri}, metrics, {"made": len(made)})

@@ -160,10 +160,11 @@ def _from_catalogue(spec: str, traces: Traces) -> None:
         raise StageError(f"erase: {join(spec, SOURCES)} is of an older release; run `pipeline store migrate` first")
     view = Catalogue(spec).read()
     of_sources = view.rows.filter(pc.is_in(view.rows["uri"], value_set=pa.array(traces.slides.values(), pa.string())))
-    traces.keys |= set(of_sources["key"].drop_null().to_pylist()) - traces.shared
+    for name in ("key", "left"):  # of slides that were given up, their first parts
+        traces.keys |= set(of_sources[name].drop_null().to_pylist()) - traces.shared
     ids = dict.fromkeys(of_sources["id"].to_pylist())
     ids |= dict.fromkeys(one for kind in ("source", "slide") for one in view.ids(kind, "key", traces.keys))
-    if ids:
+    if ids or view.holds_removed:  # a killed erasure's
         traces.rows[spec] = list(ids)
 
 

@@ -70,11 +70,11 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     else:
         statuses = _tile_slides(space, outputs["ledger"])
         store = patch_store(config)
+        store.tidy()
         outputs["store"] = store.uri
         outputs |= _review(config, store, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
         outputs |= write_ledger(store, slides, _known(space.versions), statuses, folder)
-        store.catalogue.tidy(store.view)
     write_bytes(outputs["ledger"], ledger_csv(statuses))
     tracker = space.tracker()
     tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")

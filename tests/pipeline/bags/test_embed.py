@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pipeline.errors import StageError
 from pipeline.model.build import build_encoder
 from pipeline.store.features import FeatureStore
 from pipeline.store.patches import StoredSlide
+from pipeline.store.rows import features_row
 from tests.pipeline.small import small_config, store_slides, write_cohort
 from tests.pipeline.tiled import part_file
 
@@ -109,6 +112,12 @@ def test_actors_make_what_is_missing(ray_session: None, slides: list[StoredSlide
     done.clear()
     embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
     assert done == []
+    for _ in range(12):  # what an earlier tiling of it gave: the lowest id is one of theirs
+        store.append([features_row({"key": slides[0].key, "n_patches": 1, "dim": 2, "dtype": "float16"})])
+    shutil.rmtree(store.slides([replace(slides[0], n_patches=1)])[0].uri)
+    embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
+    assert done == [slides[0].key]
+    assert store.slides([slides[0]])[0].n_patches == slides[0].n_patches
     part = part_file(slides[0].uri)
     part.rename(tmp_path / "away")
     try:

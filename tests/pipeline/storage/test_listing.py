@@ -57,6 +57,7 @@ def test_versions_by_pages_are_those_of_each_file(
     page: int, bucket: str, requests: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "PAGE", page)
+    monkeypatch.setattr(listing, "FEW", 1)
     uris = [f"{bucket}/{name}" for name in [*NAMES, "none", "deep", "deep/er", "zz"]]
     alone = [said(files.source_version, uri) for uri in uris]
     requests.clear()
@@ -77,6 +78,45 @@ def test_many_absent_files_cost_no_request_each(
     ask = ask_all(uris)
     assert sum(requests.values()) == 1
     assert said(ask, uris[7]) == said(files.source_version, uris[7])
+
+
+def test_files_far_apart_are_asked_side_by_side(
+    bucket: str, tmp_path: Path, requests: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE", 3)
+    monkeypatch.setattr(listing, "THREADS", 1)
+    monkeypatch.setattr(listing, "FEW", 2)
+    (tmp_path / "s3" / "slides" / "far").mkdir()
+    for number in range(120):
+        (tmp_path / "s3" / "slides" / "far" / f"{number:03d}").write_bytes(b"x" * (number + 1))
+    uris = [f"{bucket}/far/{number:03d}" for number in range(0, 120, 4)]
+    ask = ask_all(uris)
+    assert requests["list_objects_v2"] <= 5  # after 1 file, 2, 4, 8 and 16 that are asked alone
+    assert requests["list_objects_v2"] + requests["info"] <= len(uris) + 1
+    assert [ask(uri).size for uri in uris] == list(range(1, 121, 4))
+    assert ask_all(uris[:1])(uris[0]).size == 1
+
+
+def test_a_name_that_the_server_refuses_costs_the_others_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PATIENCE_S", 0.0)
+    uris = [f"{bucket}/\0", f"{bucket}/{NAMES[0]}", f"{bucket}/{NAMES[1]}"]
+    alone = [said(files.source_version, uri) for uri in uris]
+    ask = ask_all(uris)
+    assert [said(ask, uri) for uri in uris] == alone
+
+
+def test_a_server_that_lists_in_no_order_is_not_believed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = listing._page
+
+    def shuffled(uri: str, **options: Any) -> Any:
+        found = page(uri, **options)
+        return {"Contents": found["Contents"][:0:-1], "IsTruncated": True}
+
+    monkeypatch.setattr(listing, "_page", shuffled)
+    monkeypatch.setattr(listing, "TOLD", 0)
+    uris = [f"{bucket}/{name}" for name in [*NAMES, "none"]]
+    ask = ask_all(uris)
+    assert [said(ask, uri) for uri in uris] == [said(files.source_version, uri) for uri in uris]
 
 
 def test_a_bucket_that_is_not_there_is_named_for_each_file(bucket: str) -> None:

@@ -180,6 +180,74 @@ def test_rows_that_are_purged_are_in_no_file(catalogue: Catalogue) -> None:
     assert [row["asked"] for row in seen(catalogue)["sources"]] == ["b"]
 
 
+def test_a_hundred_purges_lose_nothing(catalogue: Catalogue) -> None:
+    catalogue.append([slide("stays")])
+    for number in range(101):
+        catalogue.append([source(f"a{number}", None)])
+        catalogue.purge(catalogue.read().ids("source", "asked", [f"a{number}"]))
+        assert len(members(catalogue)) == 1
+    view = catalogue.read()
+    assert view.slides["key"].to_pylist() == ["stays"]
+    assert len(view.sources) == 0
+
+
+def test_a_purge_that_was_killed_is_seen_until_it_is_done(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert not catalogue.read().holds_removed
+    for late in (["_merge", "delete"], ["delete"], []):
+        catalogue.append([source("a", "k1", reason="of patient p-one"), slide("k2")])
+        assert not catalogue.read().holds_removed
+        ids = catalogue.read().ids("source", "asked", ["a"])
+        with monkeypatch.context() as patch:
+            for name in late:
+                patch.setattr(Catalogue, name, killed)
+            if late:
+                with pytest.raises(KeyboardInterrupt):
+                    catalogue.purge(ids)
+        assert catalogue.read().holds_removed == bool(late)
+        catalogue.purge([] if late else ids)
+        assert not catalogue.read().holds_removed
+        assert all("p-one" not in str(pq.read_table(path).to_pylist()) for path in Path(catalogue.uri).iterdir())
+        assert catalogue.read().slides["key"].to_pylist() == ["k2"]
+
+
+def test_one_that_another_merges_meanwhile_is_read_again(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine does whose clock is hours ahead: what this one has listed is gone."""
+    for number in range(FAN):
+        catalogue.append([slide(f"k{number}")])
+    catalogue.tidy(catalogue.read())
+    (merged,) = catalogue.read().members
+    Path(catalogue.uri, merged).rename(Path(catalogue.uri).parent / merged)
+    listed = Catalogue._listed
+
+    def slow(self: Catalogue) -> object:
+        found = listed(self)
+        if (Path(self.uri).parent / merged).exists():
+            (Path(self.uri).parent / merged).rename(Path(self.uri, merged))
+            for name in found:
+                Path(self.uri, name).unlink()
+        return found
+
+    monkeypatch.setattr(Catalogue, "_listed", slow)
+    assert len(catalogue.read().slides) == FAN
+
+
+def test_what_is_below_its_folder_is_none_of_it(catalogue: Catalogue) -> None:
+    catalogue.append([slide("k")])
+    shutil.copytree(catalogue.uri, Path(catalogue.uri, "copy"))
+    catalogue.append([slide("l")])
+    shutil.rmtree(Path(catalogue.uri).parent / "none", ignore_errors=True)
+    for path in Path(catalogue.uri).glob("*.parquet"):
+        shutil.copy(path, Path(catalogue.uri, "copy", f"99-{'0' * 32}.parquet"))
+    Path(catalogue.uri, "notes.txt").write_text("x")
+    assert catalogue.read().slides["key"].to_pylist() == ["k", "l"]
+    assert catalogue.broken() == {}
+
+
 def test_a_file_cut_short_changed_or_of_a_newer_release_is_named(catalogue: Catalogue, tmp_path: Path) -> None:
     catalogue.append([slide("k")])
     (name,) = members(catalogue)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -125,6 +126,22 @@ def test_features_of_other_patches_are_refused(stored: StoredSlide, tmp_path: Pa
     anew = replace(stored, n_patches=stored.n_patches - 1)
     with pytest.raises(StorageError, match=f"features of {stored.n_patches} patches.*remove the folder"):
         store.slides([anew])
+
+
+def test_features_made_anew_stand_for_those_that_are_gone(stored: StoredSlide, tmp_path: Path) -> None:
+    """Whichever row of the catalogue has the lower id."""
+    for number in range(6):
+        store = FeatureStore(str(tmp_path / str(number)), "spec", "encoder")
+        store.write(replace(stored), [vectors(stored.n_patches)], {})
+        store.commit([stored.key])
+        facts = Path(store.uri, stored.key, "slide.json")
+        said = facts.read_text().replace(f'"n_patches": {stored.n_patches}', '"n_patches": 1')
+        shutil.rmtree(facts.parent)
+        store.forget_gone()
+        facts.parent.mkdir()
+        facts.write_text(said)
+        store.commit([stored.key])
+        assert [slide.n_patches for slide in store.slides([replace(stored, n_patches=1)])] == [1]
 
 
 def test_largest_slides_first_each_once(tmp_path: Path) -> None:

@@ -147,3 +147,16 @@ def test_quarantine_is_remembered(tmp_path: Path) -> None:
     status = SlideStatus("s1", slide.uri, None, "quarantined", "no-tissue: none", error="Traceback ...")
     store.record(slide, VERSION, status)
     assert store.status(slide, VERSION) == status
+
+
+def test_counts_are_those_of_the_slide_that_is_there(stored: StoredSlide, tmp_path: Path) -> None:
+    """A plan that is made anew after a patch could not be decoded has fewer; whichever row has the lower id."""
+    slide = cohort_slide(str(tmp_path / "a.tiff"))
+    status = SlideStatus("s1", slide.uri, stored.key, "committed", None, stored.n_patches)
+    patches = PatchStore(str(tmp_path / "store"), SPEC.fingerprint())
+    for _ in range(8):
+        patches.append(patches.rows(slide, VERSION, replace(status, n_patches=stored.n_patches + 1)))
+        patches.forget([stored.key])
+    assert patches.status(slide, VERSION) is None
+    patches.record(slide, VERSION, status)
+    assert patches.status(slide, VERSION) == status

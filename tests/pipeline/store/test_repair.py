@@ -16,7 +16,7 @@ from pipeline.schema import CATALOGUE
 from pipeline.store import catalogue as module
 from pipeline.store.patches import PatchStore
 from pipeline.store.repair import SOURCES, Repaired, migrate_store, repair_store
-from pipeline.store.verify import verify_store
+from pipeline.store.verify import Report, verify_store
 from tests.pipeline.store.test_catalogue import slide
 from tests.pipeline.tiled import RGB, SPEC, contents, row
 from tests.synth import tissue_rgb, write_pyramid
@@ -47,8 +47,12 @@ def slides(store: Path) -> list[dict[str, Any]]:
     return list(opened(store).view.slides.drop_columns(["id"]).to_pylist())
 
 
+def verify(store: Path) -> Report:
+    return verify_store(str(store), 1, lambda done, total: None)
+
+
 def is_whole(store: Path) -> bool:
-    report = verify_store(str(store), 1, lambda done, total: None)
+    report = verify(store)
     return report.damage == report.leftovers == []
 
 
@@ -83,6 +87,30 @@ def test_what_contradicts_the_folders_is_corrected(store: Path) -> None:
     assert (done.added, done.removed, done.deleted, done.refused) == (1, 2, [], [])
     assert slides(store) == before[:1]
     assert is_whole(store)
+
+
+def test_folders_that_say_nothing_or_are_of_another_spec_are_told_and_the_others_mended(store: Path) -> None:
+    before, patches = slides(store), opened(store)
+    one, two = (known["key"] for known in before)
+    commit = store / SPEC.fingerprint() / one / "slide.json"
+    whole = commit.read_text()
+    other = SPEC.model_copy(update={"min_tissue": 0.1})
+    copied = whole.replace('"min_tissue": 0.4', '"min_tissue": 0.1')
+    assert copied != whole
+    for text in ("{", "[]", "{}", '{"key": 1}', copied, whole.replace(one, two)):
+        commit.write_text(text)
+        patches.forget([two])
+        done = repair_store(str(store))
+        assert [str(commit) in told and "folder" in told for told in done.refused] == [True], text
+        assert slides(store) == before[1:]
+        assert any(finding.uri.startswith(str(commit.parent)) for finding in verify(store).damage)
+        patches.look_again()
+    commit.write_text(whole)
+    assert repair_store(str(store)).added == 1
+    assert slides(store) == before
+    Path(shutil.copytree(store / SPEC.fingerprint() / one, store / other.fingerprint() / one))
+    assert len(repair_store(str(store)).refused) == 1
+    assert not PatchStore(str(store), other.fingerprint()).has(one)
 
 
 def test_a_file_of_a_newer_release_is_left_and_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

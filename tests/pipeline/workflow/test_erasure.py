@@ -6,11 +6,12 @@ import pytest
 
 from pipeline.errors import StageError
 from pipeline.store.verify import verify_store
-from pipeline.workflow.erasure import erase, find_patient
+from pipeline.workflow.erasure import Traces, _from_catalogue, erase, find_patient
 from pipeline.workflow.leftovers import find_leftovers
 from pipeline.workflow.run import plan, run
-from tests.pipeline.tiled import contents
+from tests.pipeline.tiled import RGB, SPEC, contents, row, small_tasks, spoilt, tile_in_shares
 from tests.pipeline.workflow.images import image_config, write_images
+from tests.synth import write_pyramid
 
 pytestmark = pytest.mark.ray
 
@@ -59,6 +60,17 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     assert find_leftovers(config, 0) == []
     with pytest.raises(StageError, match="no slide of patient 'p-two'"):
         find_patient(config, "p-two")
+
+
+def test_what_a_slide_that_was_given_up_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tasks(monkeypatch.setattr)
+    path = spoilt("zeroed", write_pyramid(tmp_path / "good.tiff", RGB, levels=1), tmp_path)
+    assert str(tile_in_shares(row(path), str(tmp_path / "store")).reason).startswith("bad-tiles")
+    spec = tmp_path / "store" / SPEC.fingerprint()
+    (left,) = (folder.name for folder in spec.iterdir() if len(folder.name) == 32)
+    traces = Traces("p", {"slide": str(path)})
+    _from_catalogue(str(spec), traces)
+    assert traces.keys == {left}
 
 
 def test_a_picture_that_another_patient_has_too_stays(ray_session: None, tmp_path: Path) -> None:
