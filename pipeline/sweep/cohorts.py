@@ -13,10 +13,10 @@ from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import CohortError, ConfigError, PipelineError, SlideError
-from pipeline.ingest.tiler import version_of
+from pipeline.errors import CohortError, ConfigError, SlideError
+from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import Seen
-from pipeline.progress import each
+from pipeline.storage.files import SourceVersion
 from pipeline.sweep.models import SweepModel
 from pipeline.tiling.guide import check_environment
 from pipeline.workflow.run import split_as_asked
@@ -24,7 +24,6 @@ from pipeline.workflow.run import split_as_asked
 Contents = Mapping[str, Set[str]]
 """Digest of a source -> keys and content digests of its slide."""
 
-_THREADS = 16  # look-ups wait on the storage, not on the CPU
 _SHOWN = 5
 
 
@@ -104,43 +103,32 @@ def _read(config: Config, model: SweepModel, name: str) -> SweptCohort:
     if not slides:
         raise CohortError(cohort.uri, [f"sweep.cohorts.{name}: no slide in split {asked.split}"])
     check_environment(slides, model.config.tiling)
-    return SweptCohort(name, cohort.uri, slides, tuple(_sources(model.config, slides)), _contents(config, slides))
+    generated = model.config.cohort.megapixel_mnist is not None
+    looked = [SlideError("missing", "generated")] * len(slides) if generated else look_at(slides, model.config.tiling)
+    sources = _sources(model.config, slides, looked)
+    return SweptCohort(name, cohort.uri, slides, tuple(sources), _contents(config, slides, looked))
 
 
-def _sources(config: Config, slides: Sequence[CohortSlide]) -> list[str]:
+def _sources(config: Config, slides: Sequence[CohortSlide], looked: Sequence[Looked]) -> list[str]:
+    """A version that cannot be read is none, which scoring then reports by slide."""
     images = config.cohort.megapixel_mnist
     made = None if images is None else source_versions(images)
-
-    def source(slide: CohortSlide) -> str:
-        version = made if made is not None else _version(config, slide)
-        return fingerprint([slide.uri, slide.mpp, slide.mask, slide.coords, slide.series, version])
-
-    return each(source, slides, "sweep", "files looked at", _THREADS)
-
-
-def _version(config: Config, slide: CohortSlide) -> object:
-    """None where it cannot be read, which scoring then reports by slide."""
-    try:
-        return asdict(version_of(slide, config.tiling))
-    except SlideError:
-        return None
+    return [
+        fingerprint(
+            [s.uri, s.mpp, s.mask, s.coords, s.series, made or (asdict(v) if isinstance(v, SourceVersion) else None)]
+        )
+        for s, v in zip(slides, looked, strict=True)
+    ]
 
 
-def _contents(config: Config, slides: Sequence[CohortSlide]) -> dict[str, str]:
+def _contents(config: Config, slides: Sequence[CohortSlide], looked: Sequence[Looked]) -> dict[str, str]:
     """Keys of the slides that this recipe has tiled."""
     if config.cohort.megapixel_mnist is not None:
         return {}
-    store = patch_store(config)
-
-    def key(slide: CohortSlide) -> str | None:
-        try:
-            status = store.status(slide, version_of(slide, config.tiling))
-        except PipelineError:
-            return None
-        return None if status is None else status.key
-
-    keys = each(key, slides, "sweep", "slides looked for in the store", _THREADS)
-    return {slide.slide_id: key for slide, key in zip(slides, keys, strict=True) if key is not None}
+    versions = [version if isinstance(version, SourceVersion) else None for version in looked]
+    statuses = patch_store(config).statuses(slides, versions)
+    found = zip(slides, statuses, strict=True)
+    return {slide.slide_id: one.key for slide, one in found if one is not None and one.key is not None}
 
 
 def check_unseen(cohort: SweptCohort, models: Sequence[SweepModel], found: Contents) -> None:

@@ -30,7 +30,7 @@ from pipeline.sweep.page import render_page
 from pipeline.sweep.rows import contents_of
 from pipeline.sweep.statistics import CellResult, CellRows, CohortResult, cell_rows, cohort_result, most_wrong
 from pipeline.tracking.tracker import Tracker, open_tracking
-from pipeline.workflow.run import lineage
+from pipeline.workflow.lineage import lineage
 
 log = logging.getLogger(__name__)
 

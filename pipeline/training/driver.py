@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from pipeline.errors import PipelineError, ResourceError, StageError, TrackingEr
 from pipeline.logs import RUN_VARIABLE, VARIABLE, chosen_format, context
 from pipeline.model.checkpoint import Progress, check_plan
 from pipeline.model.folder import SEEN, Seen
-from pipeline.progress import each, progress
+from pipeline.progress import progress
 from pipeline.storage.files import join, write_json
 from pipeline.storage.lease import Lease
 from pipeline.storage.scratch import scratch_folder
@@ -99,7 +100,8 @@ def train(
 
 def _note_seen(folder: str, slides: Sequence[LabelledSource]) -> None:
     """Beside the checkpoints: by what a test on the same slides or patients is known."""
-    contents = each(content_of, [source for _, source in slides], "train", "slides noted", 16)
+    with ThreadPoolExecutor(16) as pool:  # they wait on the storage
+        contents = list(pool.map(content_of, [source for _, source in slides]))
     keys = {source.key for _, source in slides}
     patients = {Seen.patient(slide.patient_id) for slide, _ in slides}
     write_json(join(folder, SEEN), Seen(frozenset({*contents, *keys}), frozenset(patients)).as_json())
