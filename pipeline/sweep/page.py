@@ -17,9 +17,9 @@ from pipeline.config.recipe import Config
 from pipeline.inference.figures import reliability_png
 from pipeline.inference.metrics import MEASURES
 from pipeline.results.report import TITLES
+from pipeline.sweep.cells import SweptStratum
 from pipeline.sweep.charts import Point, against_png, ranking_png
 from pipeline.sweep.statistics import CellResult, CohortResult, Pair, most_wrong
-from pipeline.sweep.strata import SweptStratum
 from pipeline.sweep.tables import calibrations
 
 WORST = 12

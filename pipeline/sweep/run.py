@@ -24,10 +24,9 @@ from pipeline.storage.scratch import scratch_folder
 from pipeline.sweep.cells import Cell, Expansion, expand
 from pipeline.sweep.cohorts import SweptCohort, check_unseen, read_cohorts
 from pipeline.sweep.models import SweepModel, keep, resolve_models, same_tasks
-from pipeline.sweep.passes import Reading, readings
 from pipeline.sweep.reports import Swept, write_report
 from pipeline.sweep.rows import Row, RowStore, contents_of, done_sources
-from pipeline.sweep.scoring import Task, lost
+from pipeline.sweep.scoring import Reading, Task, lost, readings
 from pipeline.workflow.run import ensure_cohort
 
 log = logging.getLogger(__name__)

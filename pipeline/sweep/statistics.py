@@ -17,9 +17,8 @@ from pipeline.inference.metrics import MEASURES, Floats, labelled
 from pipeline.inference.resampling import Difference, ResamplingPlan, delong, draw_plan, holm, paired_difference
 from pipeline.inference.scores import scores, with_failures
 from pipeline.inference.weighted import resampled_measures
-from pipeline.sweep.cells import Cell
+from pipeline.sweep.cells import Cell, SweptStratum, cell_strata
 from pipeline.sweep.cohorts import SweptCohort
-from pipeline.sweep.strata import SweptStratum, cell_strata
 
 Bools = npt.NDArray[np.bool_]
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipeline.inference.metrics import labelled
 from pipeline.inference.operating import Reliability, reliability
+from pipeline.sweep.cells import SweptStratum
 from pipeline.sweep.statistics import CellResult, CellRows, CohortResult
-from pipeline.sweep.strata import SweptStratum
 
 Row = dict[str, Any]
 

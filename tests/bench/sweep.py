@@ -26,9 +26,9 @@ import numpy as np
 from pipeline.config.recipe import Config
 from pipeline.schema import SWEEP_ROWS
 from pipeline.sweep.page import render_page
-from pipeline.sweep.passes import readings
 from pipeline.sweep.rows import RowStore, done_sources
 from pipeline.sweep.run import run
+from pipeline.sweep.scoring import readings
 from pipeline.sweep.statistics import cell_rows, cohort_result
 from pipeline.sweep.tables import cells_table, pairs_table, predictions_table
 from tests.pipeline.small import small_config
