@@ -109,7 +109,8 @@ def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise ConfigError("config", lines) from error
-    if problems := unused(tree):
+    before = unused(config.model_dump(mode="json", exclude={"sweep"}))  # places that composing fills in
+    if problems := [problem for problem in unused(tree) if problem not in before]:
         raise ConfigError("config", problems)
     return found
 
