@@ -142,3 +142,28 @@ CORRUPTION_LEDGER = pa.schema(
     ],
     metadata=_META,
 )
+
+SWEEP_ROWS = pa.schema(
+    [
+        pa.field("scoring", pa.string(), nullable=False),  # digest of model and setting
+        pa.field("source", pa.string(), nullable=False),  # digest of the slide's place, version and what is beside it
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("key", pa.string()),  # of the tiled slide; null where there is none
+        pa.field("content", pa.string()),  # sha256 over what identifies the slide
+        pa.field("outputs", pa.list_(pa.float64())),  # of all tasks, one after the other; null where it failed
+        pa.field("patches_scored", pa.int64(), nullable=False),
+        pa.field("patches_total", pa.int64(), nullable=False),
+        pa.field("n_bad_tiles", pa.int64(), nullable=False),
+        pa.field("precision", pa.string(), nullable=False),
+        pa.field("seed", pa.int64()),  # null where nothing is drawn
+        pa.field("seconds", pa.float64(), nullable=False),  # of this model alone
+        pa.field("read_seconds", pa.float64(), nullable=False),  # waited for patches, for all models that shared them
+        pa.field("bytes_read", pa.int64(), nullable=False),  # of patches, for all models that shared them
+        pa.field("peak_bytes", pa.int64(), nullable=False),  # of device memory, else of the process's
+        pa.field("device", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),  # the category of a failure
+        pa.field("message", pa.string()),
+        pa.field("finished", pa.float64(), nullable=False),  # s since 1970
+    ],
+    metadata=_META,
+)

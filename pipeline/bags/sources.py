@@ -31,7 +31,9 @@ from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
 from pipeline.ingest.isolated import store_slide
+from pipeline.ingest.tiler import version_of
 from pipeline.ingest.versions import Looked, look_at
+from pipeline.storage import files
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
@@ -117,6 +119,25 @@ def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
             assert_never(source)
 
 
+def content_of(source: Source) -> str:
+    """Digest of the slide's content, whatever its microns, mask and tiling; one small read.
+
+    Raises:
+        StorageError: its commit cannot be read.
+    """
+    match source:
+        case StoredSlide():
+            return str(files.read_json(files.join(source.uri, "slide.json"))["content"])
+        case StreamedSlide():
+            return content_of(source.plan)
+        case FeatureSlide():
+            return content_of(source.patches)
+        case PastedImage():
+            return source.key
+        case _:
+            assert_never(source)
+
+
 def patch_store(config: Config) -> PatchStore:
     """The store of the config's tiling spec; that of plans where patches are streamed."""
     return PatchStore(patch_root(config), config.tiling.fingerprint())
@@ -196,20 +217,42 @@ def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
     Raises:
         SlideError: the slide cannot be read or used.
     """
+    with tiled(config, slide) as (source, scratch):
+        yield featured(config, source, scratch)
+
+
+@contextmanager
+def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+    """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
+
+    Where the patch store with the root `store` has this version of the slide they are that one's; errors as `prepared`.
+    """
     if config.cohort.megapixel_mnist is not None:
-        yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)
+        yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri), ""
         return
     with scratch_folder() as folder:
-        scratch = str(folder)
-        status = store_slide(slide, config.tiling, scratch)
+        scratch, status = str(folder), None
+        if store is not None:
+            status, scratch_store = _known(config, slide, store), store
+        if status is None:
+            status, scratch_store = store_slide(slide, config.tiling, scratch), scratch
         if status.key is None:
             reason, _, message = str(status.reason).partition(": ")
             raise SlideError(reason, message)
-        stored = PatchStore(scratch, config.tiling.fingerprint()).slide(status.key)
-        if config.model.encoder.name != "features":
-            yield stored
-            return
-        store, settings = feature_store(config, scratch)
-        features = embed_slide(shared_embedder(settings), stored, store, torch.get_num_threads())
-        _check_width(config, [features])
-        yield features
+        yield PatchStore(scratch_store, config.tiling.fingerprint()).slide(status.key), scratch
+
+
+def _known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
+    """What a patch store says of this version of the slide, where it is committed there."""
+    status = PatchStore(store, config.tiling.fingerprint()).status(slide, version_of(slide, config.tiling))
+    return status if status is not None and status.key is not None else None
+
+
+def featured(config: Config, source: Source, scratch: str) -> Source:
+    """What the config's model takes of a slide whose pixels are at hand: these, or features made below `scratch`."""
+    if config.model.encoder.name != "features" or not isinstance(source, StoredSlide):
+        return source
+    store, settings = feature_store(config, scratch)
+    features = embed_slide(shared_embedder(settings), source, store, torch.get_num_threads())
+    _check_width(config, [features])
+    return features

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.cli import data, jobs, release
+from pipeline.cli import data, jobs, release, sweep
 from pipeline.cli import store as store_commands
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
@@ -316,6 +316,7 @@ def _must_be_local(folder: Path) -> None:
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
 
 
+app.add_typer(sweep.app, name="sweep", rich_help_panel=_MODEL)
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)
 app.add_typer(store_commands.app, name="store", rich_help_panel=_TILED)

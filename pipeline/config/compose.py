@@ -113,7 +113,8 @@ def _sort_overrides(overrides: Sequence[str], folder: Path) -> tuple[list[str], 
 def _composed(name: str, groups: list[str], folder: Path) -> Any:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            tree = compose(name, overrides=groups)
+            own = compose(name)  # a group that the config takes no file of, as sweep, is added
+            tree = compose(name, overrides=[g if g.partition("=")[0] in own else f"+{g}" for g in groups])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"config {name}", [f"{folder}: {error}"]) from error
     OmegaConf.set_struct(tree, value=False)
@@ -287,5 +288,6 @@ def _with_absolute_paths(config: Config) -> Config:
     train = config.train
     if train.begins_with is not None:
         train = train.model_copy(update={"begins_with": absolute(train.begins_with)})
+    sweep = config.sweep.with_places(absolute) if config.sweep is not None else None
     sections = {"storage": storage, "cohort": cohort, "tiling": tiling, "embed": embed, "model": model, "train": train}
-    return config.model_copy(update={**sections, "tracking": tracking})
+    return config.model_copy(update={**sections, "tracking": tracking, "sweep": sweep})

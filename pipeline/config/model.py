@@ -127,6 +127,12 @@ class TrainConfig(Section):
     """Path or URI of the weights.safetensors of a model of the same shape, which training goes on from: all of the
     network, where `model.encoder.weights` is of the encoder alone. null: from scratch, or that."""
     epochs: Positive = 20
+    folds: Annotated[int, Field(ge=2)] | str | None = None
+    """Cross-validation: so many folds by patient, stratified and seeded, or the column of the cohort that names them;
+    `pipeline sweep folds` trains each (execution: which slides train stands in a training's identity). null: none."""
+    fold: Annotated[int, Field(ge=0)] | None = None
+    """Which of the folds tests, from 0 (execution, as `folds`); of the others a share validates, by the val : train of
+    cohort.split."""
     batch_size: Positive = 16
     """Slides a step, over all workers."""
     balance_window: Positive = 1
@@ -211,6 +217,14 @@ class TrainConfig(Section):
                 f"freeze_encoder_epochs={self.freeze_encoder_epochs} leaves no epoch of {self.epochs} in which the "
                 "encoder learns; lower it, or set freeze_encoder: true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _folds(self) -> Self:
+        if self.fold is not None and self.folds is None:
+            raise ValueError(f"fold={self.fold} is one of none; set folds")
+        if isinstance(self.folds, int) and self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold}: of {self.folds} folds the last one is {self.folds - 1}")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from pipeline.config.deploy import DeployConfig
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.model import ModelConfig, SelectConfig, TrainConfig
 from pipeline.config.release import GateConfig, NotifyConfig, RetrainConfig
+from pipeline.config.sweep import SweepConfig
 
 
 class StorageConfig(Section):
@@ -142,6 +143,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
     deploy: DeployConfig = DeployConfig()
+    sweep: SweepConfig | None = None
+    """Set: what `pipeline sweep` compares."""
 
     @model_validator(mode="after")
     def _tasks(self) -> Config:
@@ -216,7 +219,9 @@ class Config(Section):
         What training begins with is named by its content.
         """
         dump = self.model_dump(
-            mode="json", include={"seed", "tasks", "model", "train"}, exclude={"train": {"source", "begins_with"}}
+            mode="json",
+            include={"seed", "tasks", "model", "train"},
+            exclude={"train": {"source", "begins_with", "folds", "fold"}},
         )
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands

@@ -27,7 +27,7 @@ from scipy.stats import beta
 
 from pipeline.config.data import TaskConfig
 from pipeline.errors import StageError
-from pipeline.inference.metrics import MEASURES, Bools, Floats, Ints
+from pipeline.inference.metrics import MEASURES, Bools, Floats, Ints, labelled
 
 SHARES = ("accuracy", "exact_match")
 _ALPHA = 0.05
@@ -86,7 +86,7 @@ def floor(task: TaskConfig, name: str, truth: Floats, patients: Sequence[str]) -
 
 def _labelled(truth: Floats, patients: Sequence[str]) -> tuple[Floats, list[str]]:
     """Truth and patient of the slides that have a label."""
-    known = np.flatnonzero(~np.isnan(truth.reshape(len(truth), -1)).any(axis=1)).tolist()
+    known = np.flatnonzero(labelled(truth)).tolist()
     return truth[known], [patients[place] for place in known]
 
 

@@ -68,6 +68,20 @@ def decide(scores: Floats, positive: Bools, threshold: float = 0.5) -> Decision:
     )
 
 
+def choose_threshold(scores: Floats, positive: Bools) -> float | None:
+    """The score (n,) from which to call positive: largest sensitivity + specificity (Youden 1950).
+
+    Half-way between the two scores that it parts, the cut nearest to one half of equally good ones; None where one of
+    the two kinds is absent. For slides that nothing else is reported on.
+    """
+    if not 0 < positive.sum() < len(positive):
+        return None
+    values = np.unique(scores)
+    cuts = np.concatenate([[values[0]], (values[1:] + values[:-1]) / 2])
+    gains = [float((scores[positive] >= cut).mean() + (scores[~positive] < cut).mean()) for cut in cuts]
+    return float(min(zip(gains, cuts, strict=True), key=lambda one: (-round(one[0], 12), abs(one[1] - 0.5)))[1])
+
+
 @dataclass(frozen=True)
 class Reliability:
     """Slides in groups of like probability. Arrays of length g, empty groups left out."""

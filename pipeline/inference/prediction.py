@@ -34,6 +34,8 @@ from pipeline.schema import ATTENTION
 
 RGB = npt.NDArray[np.uint8]
 
+_SPREAD = 0x9E3779B1  # odd, so that no two seeds meet
+
 
 @dataclass(frozen=True)
 class BagPrediction:
@@ -93,19 +95,27 @@ def _with_embed_weights(config: Config, packed: Path) -> Config:
     return config.model_copy(update={"embed": config.embed.model_copy(update={"encoder": encoder})})
 
 
-def bag_scorer(model: IPSModel, config: Config) -> Scorer | None:
-    """The scorer for `predict_bag` on many bags, of the model as it is now; None where nothing is scored."""
-    return Scorer(model, batch=config.train.score_batch) if config.model.select.mode in ("exact", "window") else None
+def bag_scorer(model: IPSModel, config: Config, dtype: torch.dtype | None = None) -> Scorer | None:
+    """The scorer for `predict_bag` on many bags, of the model as it is now; None where nothing is scored.
+
+    It encodes in bfloat16 where that is the `dtype`, else in the model's own.
+    """
+    if config.model.select.mode not in ("exact", "window"):
+        return None
+    return Scorer(model, batch=config.train.score_batch, dtype=dtype)
 
 
-def predict_bag(model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None) -> BagPrediction:
+def predict_bag(
+    model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None, seed: int = 0
+) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
-    `scorer` (`bag_scorer`) saves preparing the encoder for each of many bags.
+    `scorer` (`bag_scorer`) saves preparing the encoder for each of many bags; `seed` draws the patches of mode random.
     """
     selecting = config.model.select
     if selecting.mode == "random":
-        selection = random_selection([bag], selecting.memory, torch.Generator().manual_seed(len(bag)))
+        generator = torch.Generator().manual_seed((len(bag) + seed * _SPREAD) % 2**32)  # it takes no more bits
+        selection = random_selection([bag], selecting.memory, generator)
     elif selecting.mode == "every":
         selection = every_patch([bag])
     else:

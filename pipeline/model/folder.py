@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,6 +21,35 @@ WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 EMBED_WEIGHTS = "embed.weights"
 """Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
+SEEN = "seen.json"
+"""Beside a registered model, and beside the checkpoints of a training: what it was trained and validated on."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model has been shown, by which a test on the same is known; no patient's name."""
+
+    slides: frozenset[str]
+    """Keys and content digests of slides."""
+    patients: frozenset[str]
+    """sha256 (hex) of patients' ids."""
+
+    @staticmethod
+    def patient(patient_id: str) -> str:
+        """As `patients` has it."""
+        return hashlib.sha256(patient_id.encode()).hexdigest()
+
+    def as_json(self) -> dict[str, list[str]]:
+        """Sorted, so that equal ones give equal bytes."""
+        return {"slides": sorted(self.slides), "patients": sorted(self.patients)}
+
+
+def read_seen(folder: Path) -> Seen | None:
+    """What stands beside a model; None where nothing does, as of models of earlier versions."""
+    if not (folder / SEEN).is_file():
+        return None
+    known = json.loads((folder / SEEN).read_bytes())
+    return Seen(frozenset(known["slides"]), frozenset(known["patients"]))
 
 
 def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> None:

@@ -16,7 +16,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
 from pipeline.config.recipe import Config
-from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, WEIGHTS
+from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, SEEN, WEIGHTS
 from pipeline.storage import files
 
 _PACKAGES = Path(__file__).resolve().parents[2]
@@ -34,6 +34,8 @@ def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, s
     cannot be read.
     """
     artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
+    if (folder / SEEN).is_file():
+        artifacts["seen"] = str(folder / SEEN)
     if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
         files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
         artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)

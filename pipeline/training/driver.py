@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,14 +21,15 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
-from pipeline.bags.sources import LabelledSource
+from pipeline.bags.sources import LabelledSource, content_of
 from pipeline.cluster import Bundle, ended, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
 from pipeline.logs import RUN_VARIABLE, VARIABLE, chosen_format, context
 from pipeline.model.checkpoint import Progress, check_plan
+from pipeline.model.folder import SEEN, Seen
 from pipeline.progress import progress
-from pipeline.storage.files import join
+from pipeline.storage.files import join, write_json
 from pipeline.storage.lease import Lease
 from pipeline.storage.scratch import scratch_folder
 from pipeline.tracking.tracker import Tracker
@@ -85,6 +87,7 @@ def train(
             "committed; see the tile stage's ledger, give the split slides, or turn both off"
         )
     _warn_of_threads(config)
+    _note_seen(folder, [*slides, *validation])
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
         job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
@@ -93,6 +96,15 @@ def train(
         send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
     kept = done.best or done.name
     return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
+
+
+def _note_seen(folder: str, slides: Sequence[LabelledSource]) -> None:
+    """Beside the checkpoints: by what a test on the same slides or patients is known."""
+    with ThreadPoolExecutor(16) as pool:  # they wait on the storage
+        contents = list(pool.map(content_of, [source for _, source in slides]))
+    keys = {source.key for _, source in slides}
+    patients = {Seen.patient(slide.patient_id) for slide, _ in slides}
+    write_json(join(folder, SEEN), Seen(frozenset({*contents, *keys}), frozenset(patients)).as_json())
 
 
 def _warn_of_threads(config: Config) -> None:

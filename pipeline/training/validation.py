@@ -18,7 +18,8 @@ from ips.learning.losses import mean_loss, task_loss
 from pipeline.cohort.labels import Label, target, truth
 from pipeline.config.data import TaskConfig
 from pipeline.errors import PipelineError, StageError
-from pipeline.inference.metrics import MEASURES, measure
+from pipeline.inference.metrics import MEASURES, labelled, measure
+from pipeline.inference.operating import choose_threshold
 from pipeline.inference.prediction import BagPrediction
 from pipeline.training.plan import deal
 from pipeline.training.ranks import Ranks, gathered
@@ -93,7 +94,8 @@ def check_finite(found: Sequence[Outputs], metrics: Mapping[str, float], names: 
 def look(
     tasks: Sequence[TaskConfig], labels: Sequence[Mapping[str, Label | None]], found: Sequence[Outputs]
 ) -> dict[str, float]:
-    """Metrics of n slides: val_loss, val_score (the mean over tasks of the first measure), val_<measure>_<task>.
+    """Metrics of n slides: val_loss, val_score (the mean over tasks of the first measure), val_<measure>_<task>, and
+    of binary tasks val_threshold_<task>, the score from which positive is called.
 
     What the labels cannot give is absent: an AUC of one class, a loss where no slide has a label. The loss is that of
     training without class weights.
@@ -107,12 +109,15 @@ def look(
         first.append(measures[0])
         named = zip(MEASURES[task.kind], measures, strict=True)
         result |= {f"val_{name}_{task.name}": value for name, value in named if not math.isnan(value)}
+        known = labelled(truths)
+        if task.kind == "binary" and (cut := choose_threshold(values[known, 1], truths[known] == 1)) is not None:
+            result[f"val_threshold_{task.name}"] = cut
     if not math.isnan(sum(first)):
         result["val_score"] = sum(first) / len(first)
     outputs = {task.name: torch.from_numpy(np.stack([one.logits[task.name] for one in found])) for task in tasks}
     targets = {task.name: torch.tensor([target(task, slide[task.name]) for slide in labels]) for task in tasks}
     losses = task_loss(outputs, targets, {task.name: task.kind for task in tasks})
-    labelled = {task: loss for task, loss in losses.items() if loss.weight > 0}
-    if labelled:
-        result["val_loss"] = float(mean_loss(labelled))
+    measured = {task: loss for task, loss in losses.items() if loss.weight > 0}
+    if measured:
+        result["val_loss"] = float(mean_loss(measured))
     return result

@@ -62,12 +62,13 @@ def find_patient(config: Config, patient: str) -> Traces:
     in_cohort = {slide.slide_id: slide.uri for slide in listed if slide.patient_id == patient}
     traces.slides |= in_cohort
     _from_ledgers(config.storage.root, traces)
+    _from_sweeps(config.storage.root, traces)
     if not traces.slides:
         raise StageError(
             f"erase: no slide of patient {patient!r} in {config.cohort.uri}, nor in any ledger; check the id"
         )
     traces.keys -= traces.shared
-    traces.erasable = [*_records(config, traces), *_stored(config, traces)]
+    traces.erasable = [*_records(config, traces), *_swept(config, traces), *_stored(config, traces)]
     traces.left = list(_left(config, traces, in_cohort))
     return traces
 
@@ -96,6 +97,18 @@ def _from_ledgers(root: str, traces: Traces) -> None:
     traces.shared = traces.keys & others
 
 
+def _from_sweeps(root: str, traces: Traces) -> None:
+    """Add what sweeps tested, also of cohorts of others."""
+    folder = join(root, "sweeps", "reports")
+    for name in list_names(folder):
+        uri = join(folder, name, "predictions.parquet")
+        columns = ["slide_id", "patient_id", "uri"]
+        rows = pq.read_table(pa.BufferReader(read_bytes(uri)), columns=columns).to_pylist() if exists(uri) else []
+        for row in rows:
+            if row["patient_id"] == traces.patient:
+                traces.slides.setdefault(row["slide_id"], row["uri"])
+
+
 def _records(config: Config, traces: Traces) -> Iterator[str]:
     """Stage records, ledgers and reports that show the patient's slides."""
     root = config.storage.root
@@ -103,8 +116,8 @@ def _records(config: Config, traces: Traces) -> Iterator[str]:
         stage, _, rest = name.partition("-")
         if stage == "tile" and rest.partition(".")[0].removesuffix("-slides") in traces.tilings:
             yield join(root, "stages", name)
-    for name in list_names(join(root, "reports")):
-        folder = join(root, "reports", name)
+    folders = [join(root, kind, name) for kind in ("reports", "folds") for name in list_names(join(root, kind))]
+    for folder in folders:
         if any(_shows(join(folder, table), traces.slides) for table in ("predictions.csv", "quality.csv")):
             yield from _of_outputs(root, folder)
             yield folder
@@ -115,6 +128,27 @@ def _records(config: Config, traces: Traces) -> Iterator[str]:
         named = [file for file in list_names(folder) if not file.endswith(".json")]
         if any(_shows(join(folder, file), traces.slides) for file in named if file.endswith(".csv")):
             yield from (join(folder, file) for file in named)
+
+
+def _swept(config: Config, traces: Traces) -> Iterator[str]:
+    """Reports, heatmaps and rows of sweeps that show the slides; what else a file of rows holds is scored again."""
+    root = join(config.storage.root, "sweeps")
+    for name in list_names(join(root, "reports")):
+        if _shows(join(root, "reports", name, "predictions.csv"), traces.slides):
+            yield join(root, "reports", name)
+    rows, sources = list[str](), set[str]()
+    for scoring in list_names(join(root, "rows")):
+        for name in list_names(join(root, "rows", scoring)):
+            uri = join(root, "rows", scoring, name)
+            table = pq.read_table(pa.BufferReader(read_bytes(uri)), columns=["slide_id", "source"])
+            own = [row["source"] for row in table.to_pylist() if row["slide_id"] in traces.slides]
+            sources.update(own)
+            if own:
+                rows.append(uri)
+    for name in list_names(join(root, "overlays")):
+        if name.removesuffix(".png").rpartition("-")[2] in sources:
+            yield join(root, "overlays", name)
+    yield from rows
 
 
 def _of_outputs(root: str, folder: str) -> Iterator[str]:
@@ -180,7 +214,8 @@ def _left(config: Config, traces: Traces, in_cohort: Mapping[str, str]) -> Itera
         yield f"weights that may have been learned with them: {', '.join(trained)}, and models registered from these"
     yield (
         f"MLflow's history at {config.tracking.uri}: of runs of {config.name}, the artifacts slides.csv, quality.html, "
-        "report.html, pages and tables of decisions and selected patches, and input examples of registered models"
+        "report.html, predictions.csv, pages and tables of decisions and selected patches, and input examples of "
+        "registered models"
     )
     yield f"copies of slides on nodes' disks, until others take their room ({config.tiling.cache or 'tiling.cache'})"
     yield (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrackingError
+from pipeline.model.folder import SEEN
+from pipeline.storage.files import download, exists, join, parent
 from pipeline.tracking.tracker import connect
 from pipeline.training.saver import model_folder
 from pipeline.workflow.stage import Record, Workspace, slide_tags
@@ -62,6 +65,19 @@ def _description(space: Workspace) -> str:
     )
 
 
+def _thresholds(train: Record) -> dict[str, str]:
+    """What positive is called from, by the validation slides; and where the training is found."""
+    chosen = {name: str(value) for name, value in train.metrics.items() if name.startswith("val_threshold_")}
+    return {**chosen, "train_run_id": str(train.run_id)}
+
+
+def _add_seen(checkpoint: str, folder: Path) -> None:
+    """What the model was trained on, where the training noted it."""
+    noted = join(parent(checkpoint), SEEN)
+    if exists(noted):
+        download(noted, folder / SEEN)
+
+
 def register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     """Make the model a version, unless it is one already; and that version the champion, unless a gate decides that."""
     from pipeline.tracking.registry import gated_by, promote
@@ -96,12 +112,13 @@ def enter(
     if found is not None:
         return found
     with model_folder(train.outputs["checkpoint"]) as folder:
+        _add_seen(train.outputs["checkpoint"], folder)
         return register_model(
             tracker,
             name,
             folder,
             run_id,
-            tags={**space.lineage, **tags, **slide_tags(space), "train_run_id": str(train.run_id)},
+            tags={**space.lineage, **tags, **slide_tags(space), **_thresholds(train)},
             metrics=metrics,
             example_uri=space.cohort.slides[0].uri,
             description=description,

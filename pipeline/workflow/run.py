@@ -14,12 +14,14 @@ from typing import Any
 from pipeline import telemetry
 from pipeline.bags.images import cohort_csv
 from pipeline.cluster import connected
+from pipeline.cohort.folds import with_fold
 from pipeline.cohort.recorded import read_recorded, record
 from pipeline.cohort.splits import check_apart, check_trainable, with_splits
 from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.demo.cohort import write_demo
+from pipeline.errors import ConfigError, StageError
 from pipeline.logs import about, within
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
@@ -140,6 +142,22 @@ def plan(config: Config, last: str = "register") -> list[Planned]:
     return planned
 
 
+def finished(config: Config, last: str) -> Record:
+    """The record of a stage that is done and unchanged, as are those before it; changes nothing.
+
+    Raises:
+        StageError: it is not.
+    """
+    cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
+    space = Workspace(config, cohort, _no_tracker, _no_ray, {})
+    for stage in stages_for(config, last):
+        record, why = _find(space, stage, stage.identity(space))
+        if record is None:
+            raise StageError(f"{config.name}: the stage {stage.name} has to run first ({why}); use `pipeline {last}`")
+        space.records[stage.name] = record
+    return space.records[last]
+
+
 def ensure_cohort(config: Config) -> None:
     """Write the cohort where the config asks for a generated one and it is not there."""
     if _missing_cohort(config) is None:
@@ -177,8 +195,7 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     check_environment(cohort.slides, config.tiling)
     if not needs_labels:
         return cohort
-    recorded = read_recorded(config.storage.root)
-    cohort = with_splits(cohort, config.cohort.split, config.seed, recorded, config.retrain.new_patients)
+    cohort = split_as_asked(config, cohort)
     splits = ["train", config.evaluate.split]
     if config.train.keeps_best and "val" not in splits:
         splits.append("val")  # by which early stopping and the best checkpoint go
@@ -187,9 +204,21 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     return cohort
 
 
+def split_as_asked(config: Config, cohort: Cohort) -> Cohort:
+    """With the splits that it has, that were recorded or drawn by the config, or those of a fold."""
+    folds, fold = config.train.folds, config.train.fold
+    if folds is None:
+        recorded = read_recorded(config.storage.root)
+        return with_splits(cohort, config.cohort.split, config.seed, recorded, config.retrain.new_patients)
+    if fold is None:
+        problem = f"train.folds={folds}: this command knows one training; use `pipeline sweep folds`, or set train.fold"
+        raise ConfigError("config", [problem])
+    return with_fold(cohort, folds, fold, config.cohort.split, config.seed, config.tasks)
+
+
 def _record_splits(config: Config, cohort: Cohort) -> None:
-    """Where the splits were drawn, so that patients keep theirs."""
-    if not read_cohort(config.cohort.uri).has_splits:
+    """Where the splits were drawn, so that patients keep theirs; those of a fold are its own."""
+    if config.train.folds is None and not read_cohort(config.cohort.uri).has_splits:
         root = config.storage.root
         record(root, cohort, config.cohort.split, config.seed, read_recorded(root))
 

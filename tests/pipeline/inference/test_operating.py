@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix
 
-from pipeline.inference.operating import Proportion, decide, reliability
+from pipeline.inference.operating import Proportion, choose_threshold, decide, reliability
 
 
 def test_an_interval_knows_n_at_the_ends() -> None:
@@ -42,3 +42,24 @@ def test_calibration_is_sklearns(rows: list[tuple[float, bool]]) -> None:
     assert found.counts.sum() == len(rows)
     assert (found.low <= found.share + 1e-12).all()
     assert (found.share <= found.high + 1e-12).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40))
+def test_no_other_threshold_parts_the_slides_better(rows: list[tuple[int, bool]]) -> None:
+    scores, positive = np.array([score / 9 for score, _ in rows]), np.array([held for _, held in rows])
+    found = choose_threshold(scores, positive)
+    if positive.all() or not positive.any():
+        assert found is None
+        return
+    assert found is not None
+
+    def gain(threshold: float) -> float:
+        decision = decide(scores, positive, threshold)
+        return decision.sensitivity.value + decision.specificity.value
+
+    assert gain(found) == pytest.approx(max(gain(threshold) for threshold in np.arange(-0.05, 1.1, 0.01)))
+
+
+def test_a_threshold_lies_between_what_it_parts() -> None:
+    scores, positive = np.array([0.1, 0.2, 0.6, 0.9]), np.array([False, False, True, True])
+    assert choose_threshold(scores, positive) == pytest.approx(0.4)

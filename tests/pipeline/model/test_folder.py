@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.inference.prediction import BagPrediction, load_model, predict_bag
 from pipeline.model.build import build_model
-from pipeline.model.folder import WEIGHTS, load_weights, read_config, save_model
+from pipeline.model.folder import SEEN, WEIGHTS, Seen, load_weights, read_config, read_seen, save_model
 from tests.pipeline.small import PATCH, small_config, write_model
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
@@ -55,6 +56,15 @@ def _number_heads(folder: Path) -> None:
 def _predicted(folder: Path, bag: TensorBag) -> BagPrediction:
     model, config = load_model(folder)
     return predict_bag(model, bag, config)
+
+
+def test_what_a_model_has_seen_stands_beside_it_without_names(tmp_path: Path) -> None:
+    assert read_seen(tmp_path) is None
+    seen = Seen(frozenset({"b", "a"}), frozenset({Seen.patient("Jane Doe")}))
+    (tmp_path / SEEN).write_text(json.dumps(seen.as_json()))
+    assert read_seen(tmp_path) == seen
+    assert "Jane" not in (tmp_path / SEEN).read_text()
+    assert seen.as_json()["slides"] == ["a", "b"]
 
 
 def test_a_model_saved_before_heads_had_names_predicts_the_same_bits(tmp_path: Path) -> None:

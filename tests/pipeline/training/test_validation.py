@@ -43,6 +43,7 @@ def test_a_look_has_every_measure_their_mean_and_the_loss() -> None:
     binary = np.mean([math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), math.log1p(math.exp(-0.5))])
     assert found["val_loss"] == pytest.approx((binary + (0.5**2 + 0) / 2) / 2)
     assert found["val_auc_tumour"] == 1.0
+    assert 1 / (1 + math.e) < found["val_threshold_tumour"] < 1 / (1 + math.exp(-0.5))  # between negative and positive
     assert found["val_r2_age"] == pytest.approx(1 - 25 / 312.5)
     assert found["val_mae_age"] == pytest.approx(2.5)
     assert found["val_score"] == pytest.approx((1.0 + found["val_r2_age"]) / 2)

@@ -1,0 +1,212 @@
+"""Models x settings x cohorts, as cells that are named by what they are: equal digests, equal predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from pipeline.config.base import fingerprint
+from pipeline.config.data import TaskConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.recipe import Config
+from pipeline.config.sweep import SettingsGrid
+from pipeline.errors import ConfigError
+from pipeline.inference.metrics import MEASURES, Floats, labelled, measure
+from pipeline.results.strata import MOST
+from pipeline.sweep.cohorts import SweptCohort
+from pipeline.sweep.models import SweepModel
+
+_VERSION = 1  # of what a prediction is made of, beyond the settings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model predicts."""
+
+    mode: Literal["exact", "window", "random", "every"]
+    memory: int | None
+    """M; None where all patches are kept."""
+    chunk: int | None
+    """I, where it changes the result."""
+    precision: str
+    mpp: float | None
+    """Microns per px of a patch; None: as it was trained."""
+    seed: int | None
+    """Of what is drawn; None where nothing is."""
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        parts = [self.mode, *([] if self.memory is None else [f"M {self.memory}"])]
+        parts += [] if self.mpp is None else [f"{self.mpp:g} \N{MICRO SIGN}m"]
+        parts += [] if self.precision == "float32" else [self.precision]
+        return ", ".join([*parts, *([] if self.seed is None else [f"seed {self.seed}"])])
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A model under a setting: what gives a slide its row."""
+
+    model: SweepModel
+    setting: Setting
+    config: Config
+    """The model's, with the setting."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides its rows, but for the slide."""
+        setting = {**asdict(self.setting), "tiling": self.config.tiling.fingerprint(), "version": _VERSION}
+        return fingerprint({"model": self.model.digest, "setting": setting})
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        return f"{self.model.name} ({self.setting.text})"
+
+    @property
+    def pixels(self) -> str:
+        """Names what it sees of a slide: scorings that share it share one reading."""
+        images = self.config.cohort.megapixel_mnist
+        return fingerprint(
+            [self.config.tiling.fingerprint(), None if images is None else images.model_dump(mode="json")]
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A scoring on a cohort."""
+
+    scoring: Scoring
+    cohort: SweptCohort
+
+    @property
+    def digest(self) -> str:
+        """Of its rows and of what they are measured against."""
+        return fingerprint([self.scoring.digest, self.cohort.digest])
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """All cells, and what has none."""
+
+    cells: tuple[Cell, ...]
+    left_out: tuple[str, ...]
+    """Combinations that a model cannot take, and why."""
+
+
+def expand(models: Sequence[SweepModel], cohorts: Sequence[SweptCohort], grid: SettingsGrid) -> Expansion:
+    """Every model with every setting that it can take, on every cohort; in the order of the config.
+
+    Settings that mean the same for a model, as two M where all patches are kept, are one.
+
+    Raises:
+        ConfigError: there is no cell.
+    """
+    scorings: dict[str, Scoring] = {}
+    left_out: list[str] = []
+    for model in models:
+        for asked in _combinations(model, grid):
+            try:
+                found = _scoring(model, asked)
+            except (ValidationError, ValueError) as error:
+                reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                left_out.append(f"{model.name} ({asked.text}): {reason.removeprefix('Value error, ')}")
+            else:
+                scorings.setdefault(found.digest, found)
+    if not scorings:
+        raise ConfigError("config", [f"sweep.grid: no model can take any of its settings: {'; '.join(left_out)}"])
+    cells = tuple(Cell(scoring, cohort) for cohort in cohorts for scoring in scorings.values())
+    return Expansion(cells, tuple(dict.fromkeys(left_out)))
+
+
+def _combinations(model: SweepModel, grid: SettingsGrid) -> Iterator[Setting]:
+    own = model.config.model.select
+    for mode, memory, precision, mpp, seed in product(
+        grid.mode or (own.mode,),
+        grid.memory or (own.memory,),
+        grid.precision or ("float32",),
+        grid.mpp or (model.config.tiling.mpp,),
+        grid.seed or (0,),
+    ):
+        yield Setting(
+            mode=mode,
+            memory=None if mode == "every" else memory,
+            chunk=own.chunk if mode == "window" else None,
+            precision="float32" if mode in ("random", "every") else precision,
+            mpp=None if mpp == model.config.tiling.mpp else mpp,
+            seed=seed if mode == "random" else None,
+        )
+
+
+def _scoring(model: SweepModel, setting: Setting) -> Scoring:
+    """The model under the setting; ValueError says why it cannot take it."""
+    config = model.config
+    if setting.mpp is not None:
+        if config.tiling.mpp is None:
+            raise ValueError("it was trained on level 0 as it is, whatever its microns")
+        if config.tiling.coords is not None:
+            raise ValueError("its patches stand where tiling.coords says")
+    select = {"mode": setting.mode, **({} if setting.memory is None else {"memory": setting.memory})}
+    dump = config.model.model_dump()
+    changed = ModelConfig.model_validate({**dump, "select": {**dump["select"], **select}})
+    tiling = config.tiling.model_copy(update={} if setting.mpp is None else {"mpp": setting.mpp})
+    return Scoring(model, setting, config.model_copy(update={"model": changed, "tiling": tiling}))
+
+
+@dataclass(frozen=True)
+class SweptStratum:
+    """One group of one column, for one task of one cell."""
+
+    cell: Cell
+    task: str
+    column: str
+    value: str
+    slides: int
+    patients: int
+    measures: Mapping[str, float] | None
+    """The task's `MEASURES`, NaN where the group's labels cannot give one; None: too few patients to judge."""
+
+
+def cell_strata(
+    cohort: SweptCohort,
+    cell: Cell,
+    task: TaskConfig,
+    values: Floats,
+    truths: Floats,
+    shared: npt.NDArray[np.bool_],
+    few: int,
+) -> list[SweptStratum]:
+    """All groups of all columns that part the cohort into 2 to `MOST`.
+
+    Args:
+        cohort: n slides.
+        cell: whose predictions they are.
+        task: what was predicted.
+        values: (n, K).
+        truths: as of `metrics.measure`.
+        shared: (n,) the slides that are looked at.
+        few: patients below which a group is not judged.
+    """
+    known = shared & labelled(truths)
+    patients = np.asarray(cohort.patients, dtype=np.str_)
+    found = []
+    for column in dict.fromkeys(name for slide in cohort.slides for name in slide.extra):
+        groups = np.asarray([slide.extra.get(column, "") for slide in cohort.slides], dtype=np.str_)
+        names = np.unique(groups)
+        for name in names if 2 <= len(names) <= MOST else ():
+            inside = known & (groups == name)
+            count = len(np.unique(patients[inside]))
+            measures = None
+            if count >= few:
+                numbers = measure(task, values[inside], truths[inside])
+                measures = dict(zip(MEASURES[task.kind], numbers, strict=True))
+            found.append(
+                SweptStratum(cell, task.name, column, str(name) or "(empty)", int(inside.sum()), count, measures)
+            )
+    return found

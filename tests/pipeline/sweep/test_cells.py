@@ -1,0 +1,121 @@
+"""Cells are named by what they are, and settings that mean the same are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.sweep import SettingsGrid
+from pipeline.errors import ConfigError
+from pipeline.sweep.cells import expand
+from pipeline.sweep.cohorts import SweptCohort
+from pipeline.sweep.models import SweepModel
+from tests.pipeline.small import small_config
+from tests.pipeline.sweep.made import made_cells, made_cohort, made_result, made_rows
+
+SLIDE = CohortSlide("s", "/s.png", "p", None, None, {"tumour": "no"}, {})
+COHORT = SweptCohort("all", "cohort.csv", (SLIDE,), ("source",), {})
+
+
+def _model(digest: str = "d", **changes: Any) -> SweepModel:
+    return SweepModel(f"m-{digest}", "models:/m/1", digest, small_config(**changes), "/folder", 100)
+
+
+def _texts(model: SweepModel, **grid: Any) -> list[str]:
+    return [cell.scoring.setting.text for cell in expand([model], [COHORT], SettingsGrid(**grid)).cells]
+
+
+def test_without_a_grid_a_model_predicts_as_it_was_trained() -> None:
+    (cell,) = expand([_model()], [COHORT], SettingsGrid()).cells
+    assert cell.scoring.setting.text == "exact, M 5"
+    assert cell.scoring.config == cell.scoring.model.config
+
+
+def test_a_grid_is_every_combination_that_means_something() -> None:
+    assert _texts(_model(), mode=("exact", "every"), memory=(4, 9)) == ["exact, M 4", "exact, M 9", "every"]
+    assert _texts(_model(), mode=("random", "window"), seed=(0, 1)) == [
+        "random, M 5, seed 0",
+        "random, M 5, seed 1",
+        "window, M 5",
+    ]
+    assert _texts(_model(), precision=("float32", "bfloat16")) == ["exact, M 5", "exact, M 5, bfloat16"]
+    assert _texts(_model(), mode=("every", "random"), precision=("float32", "bfloat16")) == [
+        "every",
+        "random, M 5, seed 0",
+    ]
+
+
+def test_digests_are_of_what_decides_predictions() -> None:
+    base = expand([_model()], [COHORT], SettingsGrid()).cells[0]
+    moved = expand(
+        [_model(name="other", storage={"root": "elsewhere"}, train={"lr": 0.5})], [COHORT], SettingsGrid()
+    ).cells[0]
+    assert moved.digest == base.digest  # where it lies and how it was trained are in the model's own digest
+    others = [
+        expand([_model("e")], [COHORT], SettingsGrid()),
+        expand([_model()], [COHORT], SettingsGrid(memory=(6,))),
+        expand([_model()], [SweptCohort("all", "c", (SLIDE,), ("changed",), {})], SettingsGrid()),
+    ]
+    assert len({base.digest, *(found.cells[0].digest for found in others)}) == 4
+    renamed = SweptCohort("other", "c", (SLIDE,), ("source",), {})
+    assert expand([_model()], [renamed], SettingsGrid()).cells[0].digest == base.digest
+
+
+def test_the_chunk_counts_in_window_mode_alone() -> None:
+    def digest(mode: str, chunk: int) -> str:
+        select = {"mode": mode, "memory": 5, "chunk": chunk}
+        model = {"encoder": {"stages": 2}, "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16}, "select": select}
+        return expand([_model(model=model)], [COHORT], SettingsGrid()).cells[0].scoring.digest
+
+    assert digest("exact", 7) == digest("exact", 9)
+    assert digest("window", 7) != digest("window", 9)
+
+
+def test_magnification_is_a_setting_where_the_tiling_knows_microns() -> None:
+    tiling = {"patch_px": 32, "mpp": 2.0}
+    found = expand([_model(tiling=tiling), _model("e")], [COHORT], SettingsGrid(mpp=(1.0, 2.0)))
+    assert [cell.scoring.setting.mpp for cell in found.cells] == [1.0, None]
+    assert [cell.scoring.config.tiling.mpp for cell in found.cells] == [1.0, 2.0]
+    assert len({cell.scoring.pixels for cell in found.cells}) == 2
+    assert found.left_out[0].startswith("m-e (exact, M 5, 1 ")
+    assert "level 0 as it is" in found.left_out[0]
+
+
+def test_what_a_pool_cannot_do_is_left_out_and_told() -> None:
+    gated = {
+        "encoder": {"stages": 2},
+        "aggregator": {"pool": "gated", "hidden_dim": 16},
+        "select": {"mode": "every", "memory": 64, "chunk": 7},
+    }
+    found = expand([_model(model=gated)], [COHORT], SettingsGrid(mode=("every", "exact")))
+    assert [cell.scoring.setting.mode for cell in found.cells] == ["every"]
+    assert "has no attention that could select" in found.left_out[0]
+    with pytest.raises(ConfigError, match="no model can take any of its settings"):
+        expand([_model(model=gated)], [COHORT], SettingsGrid(mode=("exact",)))
+
+
+def test_every_model_meets_every_cohort() -> None:
+    other = SweptCohort("other", "c", (SLIDE,), ("b",), {})
+    cells = expand([_model(), _model("e")], [COHORT, other], SettingsGrid(memory=(3, 4))).cells
+    assert len(cells) == len({cell.digest for cell in cells}) == 8
+    assert Path(cells[0].scoring.model.folder) == Path("/folder")
+
+
+def test_each_group_is_measured_alone_and_small_ones_are_not() -> None:
+    rows = made_rows(made_cells(made_cohort(97), ["m"]), [0.5])
+    found = {part.value: part for part in made_result(rows, few=5).strata}
+    assert list(found) == ["a", "b", "c"]
+    assert (found["c"].slides, found["c"].patients, found["c"].measures) == (3, 2, None)
+    for site in "ab":
+        inside = np.array([slide.extra["site"] == site for slide in rows[0].cell.cohort.slides])
+        y = np.array([slide.labels["tumour"] == "yes" for slide in rows[0].cell.cohort.slides])
+        measures = found[site].measures
+        assert measures is not None
+        assert measures["auc"] == pytest.approx(roc_auc_score(y[inside], rows[0].outputs[inside, 1]))
+        assert found[site].slides == inside.sum()
+    assert all(part.measures is None for part in made_result(rows, few=60).strata)

@@ -1,0 +1,102 @@
+"""Cross-validation: every patient is predicted by a training that knew neither him nor his label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipeline.cohort.table import read_cohort
+from pipeline.config.compose import load_config
+from pipeline.config.recipe import Config
+from pipeline.errors import ConfigError
+from pipeline.model.folder import WEIGHTS
+from pipeline.sweep.folds import fold_config, run_folds
+from pipeline.workflow.run import run
+from tests.pipeline.small import write_slide
+
+SITES = "aaaabbbbccccc"
+
+
+def _config(folder: Path, root: str, *overrides: str) -> Config:
+    base = [
+        f"cohort.uri={folder}/cohort.csv", f"storage.root={folder}/{root}", "tiling=image", "tiling.patch_px=64",
+        "model=resnet18_small", "model.select.memory=4", "train.epochs=2", "train.warmup_epochs=0", "name=small",
+        "train.validate_every=1", "train.keep_best=true", "cluster.cpus_per_worker=1", "train.threads=1",
+        "evaluate.bootstrap=50", f"storage.patches={folder}/patches", "train.folds=site",
+    ]  # fmt: skip
+    return load_config("default", [*base, *overrides])
+
+
+def _cohort(folder: Path, flipped: str = "") -> None:
+    """Labels in turns; those of one site are turned over."""
+    lines = ["slide_id,uri,site,label"]
+    for number, site in enumerate(SITES):
+        path = folder / f"s{number}.png"
+        if not path.exists():
+            write_slide(path, number)
+        lines.append(f"s{number},s{number}.png,{site},{(number + (site == flipped)) % 2}")
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_without_folds_it_says_what_to_set(tmp_path: Path) -> None:
+    _cohort(tmp_path)
+    config = _config(tmp_path, "root", "train.folds=null")
+    with pytest.raises(ConfigError, match="train.folds: is required"):
+        run_folds(config)
+    with pytest.raises(ConfigError, match="this command knows one training"):
+        run(_config(tmp_path, "root"), "train")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_no_label_of_the_fold_that_is_reported_reaches_its_training(ray_session: None, tmp_path: Path) -> None:
+    """Its labels are turned over: the training is the same to the last bit, with its best checkpoint and threshold."""
+
+    def trained(root: str, flipped: str) -> tuple[str, dict[str, float], float]:
+        _cohort(tmp_path, flipped)
+        found = run(fold_config(_config(tmp_path, root), 1), "evaluate").stages
+        record = found["train"].record
+        weights = hashlib.sha256((Path(record.outputs["checkpoint"]) / WEIGHTS).read_bytes()).hexdigest()
+        learned = {
+            name: value for name, value in record.metrics.items() if name.startswith(("val_", "best_", "train_"))
+        }
+        return weights, learned, found["evaluate"].record.metrics["test_auc"]
+
+    plain = trained("plain", "")
+    leak = trained("leak", "b")
+    assert leak[:2] == plain[:2]
+    assert "val_threshold_label" in plain[1]
+    assert leak[2] == pytest.approx(1 - plain[2])  # and the report saw it
+    other = trained("other", "a")  # a site that trains or validates: the test above can fail
+    assert other[1] != plain[1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_each_slide_is_predicted_by_the_fold_that_did_not_train_on_it(ray_session: None, tmp_path: Path) -> None:
+    _cohort(tmp_path)
+    config = _config(tmp_path, "root")
+    result = run_folds(config)
+    assert [fold.name for fold in result.folds] == ["a", "b", "c"]
+    assert len({fold.checkpoint for fold in result.folds}) == 3
+    table = pq.read_table(result.outputs["predictions.parquet"]).to_pydict()
+    assert sorted(table["slide_id"]) == sorted(f"s{n}" for n in range(len(SITES)))
+    assert [SITES[int(name[1:])] for name in table["slide_id"]] == table["fold"]
+    labels = {slide.slide_id: slide.labels["label"] for slide in read_cohort(config.cohort.uri, config.tasks).slides}
+    y = np.array([labels[name] == "1" for name in table["slide_id"]])
+    pooled = result.measures["label"]["auc"]
+    assert pooled.value == pytest.approx(roc_auc_score(y, table["label_1"]))
+    assert pooled.low <= pooled.value <= pooled.high
+    told = json.loads(Path(result.outputs["folds.json"]).read_text())
+    assert told["measures"]["label"]["auc"]["value"] == pooled.value
+    for fold in result.folds:
+        own = [place for place, name in enumerate(table["fold"]) if name == fold.name]
+        assert fold.metrics["test_auc"] == pytest.approx(roc_auc_score(y[own], np.array(table["label_1"])[own]))
+    again = run_folds(config)
+    assert again.outputs == result.outputs

@@ -1,0 +1,121 @@
+"""What a worker makes of a slide."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipeline.bags.sources import open_bag, tiled
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.sweep import SettingsGrid
+from pipeline.inference.prediction import load_model, predict_bag
+from pipeline.ingest.tiler import store_slide
+from pipeline.sweep.cells import Scoring, expand
+from pipeline.sweep.cohorts import SweptCohort
+from pipeline.sweep.models import SweepModel
+from pipeline.sweep.scoring import Pass, Task, lost, readings
+from tests.pipeline.small import small_config, write_slide
+from tests.pipeline.sweep.made import made_cells, made_cohort
+from tests.pipeline.sweep.small_sweep import write_model
+
+
+def _scorings(tmp_path: Path, slide: CohortSlide) -> list[Scoring]:
+    """Two models: one of pixels, one whose weights are no numbers."""
+    models = []
+    for number, name in enumerate(("good", "broken")):
+        folder = write_model(tmp_path / name, number)
+        models.append(SweepModel(name, str(folder), name, small_config(), str(folder), 100))
+    broken, _ = load_model(tmp_path / "broken")
+    from pipeline.model.folder import save_model
+
+    state = {key: value.cpu() for key, value in broken.state_dict().items()}
+    head = next(key for key in state if key.startswith("heads."))
+    save_model(tmp_path / "broken", {**state, head: torch.full_like(state[head], float("nan"))}, small_config())
+    cohort = SweptCohort("all", "c", (slide,), ("source",), {})
+    return [cell.scoring for cell in expand(models, [cohort], SettingsGrid()).cells]
+
+
+def test_each_scoring_has_its_row_and_fails_alone(tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.png", 4)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
+    scorings = _scorings(tmp_path, slide)
+    score = Pass(tuple(scorings), None).worker()
+    task = Task(slide, "source", tuple(scoring.digest for scoring in scorings))
+    good, broken = score(task)
+    config = scorings[0].config
+    model, _ = load_model(tmp_path / "good")
+    with tiled(config, slide) as (source, _):
+        expected = predict_bag(model, open_bag(source, threads=1, augment=None), config)
+        assert good["key"] == source.key
+    assert good["outputs"] == expected.values["tumour"].tolist()
+    assert (good["patches_scored"], good["patches_total"], good["source"]) == (20, 20, "source")
+    assert good["seconds"] > 0
+    assert good["read_seconds"] > 0
+    assert good["peak_bytes"] > 10**6
+    assert broken["outputs"] is None
+    assert broken["reason"] in ("not-finite", "crash")
+    (alone,) = score(Task(slide, "source", (scorings[0].digest,)))
+    assert alone["outputs"] == good["outputs"]
+
+
+def test_what_the_store_has_is_taken_from_there(tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.png", 4)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
+    config = small_config()
+    status = store_slide(slide, config.tiling, str(tmp_path / "store"))
+    with tiled(config, slide, str(tmp_path / "store")) as (source, _):
+        assert getattr(source, "uri", "").startswith(str(tmp_path / "store"))
+        assert source.key == status.key
+    with tiled(config, slide, str(tmp_path / "empty")) as (source, scratch):
+        assert getattr(source, "uri", "").startswith(scratch)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_lost_worker_s_slide_is_a_failure_that_may_pass(tmp_path: Path) -> None:
+    slide = CohortSlide("s", "/s.png", "p", None, None, {}, {})
+    scorings = _scorings(tmp_path, slide)
+    rows = lost(Task(slide, "source", ("a",)), scorings, "killed")
+    assert [(row["reason"], row["message"]) for row in rows] == [("crash", "killed")] * 2
+
+
+GIB = 2**30
+
+
+def test_one_reading_for_all_that_share_a_tiling() -> None:
+    cells = made_cells(made_cohort(5), ["a", "b"], memory=(3, 4))
+    (one,) = readings(cells, defaultdict(set), 1.0, "store")
+    assert one.models == ("a", "b")
+    assert [task.source for task in one.tasks] == [f"source{i}" for i in range(5)]
+    assert all(len(task.wanted) == 4 for task in one.tasks)
+    assert one.bytes == 2 * 2 * 100  # each model once, whatever its settings, and its scoring copy
+
+
+def test_what_is_done_is_not_read_and_nothing_is_nothing() -> None:
+    cells = made_cells(made_cohort(5), ["a", "b"])
+    done = {cells[0].scoring.digest: {f"source{i}" for i in range(5)}, cells[1].scoring.digest: {"source1"}}
+    (one,) = readings(cells, done, 1.0, None)
+    assert one.models == ("b",)
+    assert [task.source for task in one.tasks] == ["source0", "source2", "source3", "source4"]
+    done[cells[1].scoring.digest] = done[cells[0].scoring.digest]
+    assert readings(cells, done, 1.0, None) == []
+
+
+def test_a_slide_of_two_cohorts_is_read_once() -> None:
+    whole, part = made_cohort(5), made_cohort(3, "part")
+    first, second = made_cells(whole, ["a"])[0], made_cells(part, ["a"])[0]
+    (one,) = readings([first, second], defaultdict(set), 1.0, None)
+    assert len(one.tasks) == 5
+
+
+def test_models_are_packed_into_the_memory_that_there_is() -> None:
+    cells = [
+        replace(cell, scoring=replace(cell.scoring, model=replace(cell.scoring.model, bytes=GIB)))
+        for cell in made_cells(made_cohort(3), ["a", "b", "c"], memory=(3, 4))
+    ]
+    assert [one.models for one in readings(cells, defaultdict(set), 4.5, None)] == [("a", "b"), ("c",)]
+    assert [one.models for one in readings(cells, defaultdict(set), 0.5, None)] == [("a",)] * 2 + [("b",)] * 2 + [
+        ("c",)
+    ] * 2
