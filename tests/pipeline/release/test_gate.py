@@ -89,11 +89,16 @@ def test_a_decision_can_be_taken_again_to_the_byte(tmp_path: Path) -> None:
     said["verdict"] = "reject"
     uri.write_bytes(decision_bytes(said))
     assert replay(str(uri)) == (data, "it was changed, or is of another evidence")
-    _store(tmp_path, replace(found, software={**found.software, "numpy": "1.0"}))
-    uri.write_bytes(uri.read_bytes().replace(b"0.", b"1."))
-    assert "it was taken with numpy 1.0, and this is 2" in str(replay(str(uri))[1])
     changed = replace(found, candidate=predictions("2", scores(0.2)))
     write_json(str(tmp_path / EVIDENCE), changed.plain())
     with pytest.raises(StageError, match=f"was decided by {found.digest}: it is another file"):
         replay(str(uri))
     assert digest(decide(found)) != digest(decide(changed))
+
+
+def test_a_decision_of_other_software_that_differs_says_so(tmp_path: Path) -> None:
+    found = evidence(GATE)
+    uri = _store(tmp_path, replace(found, software={**found.software, "numpy": "1.0"}))
+    assert replay(str(uri))[1] is None
+    uri.write_bytes(uri.read_bytes().replace(b'"hold"', b'"block"'))
+    assert str(replay(str(uri))[1]).startswith("it was taken with numpy 1.0, and this is ")
