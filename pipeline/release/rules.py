@@ -185,8 +185,8 @@ def _no_worse(rule: NoWorseRule, judged: Judged, champion: Predictions) -> Outco
     )
     if undecided:
         says = (
-            f"{name} of {task.name} is the same for both models whoever is drawn, which {patients} patients are too few "
-            f"to judge by: they do not exclude a loss of {-low:.4f}, and the margin is {rule.margin:g}"
+            f"{name} of {task.name} is the same for both models whoever is drawn, and {patients} patients are "
+            f"too few to judge by: they do not exclude a loss of {-low:.4f}, and the margin is {rule.margin:g}"
         )
     figures = _figures(difference=found.value, low=low, margin=rule.margin, patients=patients)
     return Outcome(title, met, "hold" if undecided else rule.action, figures, says)
