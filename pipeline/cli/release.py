@@ -45,11 +45,11 @@ def gate(
     with errors(as_json=as_json):
         from pipeline.release.gate import replay as take_again
 
-        data, same = take_again(replay)
+        data, difference = take_again(replay)
         sys.stdout.write(data.decode())
         sys.stdout.flush()
-        if not same:
-            print(f"error: {replay} says something else than its evidence", file=sys.stderr)
+        if difference is not None:
+            print(f"error: {replay} says something else than its evidence: {difference}", file=sys.stderr)
             raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ names neither slides nor patients but by digests of their ids; the cohort says w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.cohort.labels import Label
@@ -103,7 +103,7 @@ def present(manifest: Manifest, slides: Sequence[CohortSlide], keys: Mapping[str
         slide = now.get(case.slide)
         if slide is not None and slide.slide_id in keys:
             others = dict(slide.labels) != dict(case.labels)
-            frozen = CohortSlide(**{**vars(slide), "split": manifest.split, "labels": dict(case.labels)})
+            frozen = replace(slide, split=manifest.split, labels=dict(case.labels))
             found.append(Present(case, frozen, others, keys[slide.slide_id] != case.key))
     return found
 

@@ -87,6 +87,8 @@ class Evidence:
     seed: int
     force: str | None
     """Why a person wants the model promoted although it would be held."""
+    software: Mapping[str, str]
+    """Versions of what decides: another one may draw other resamples of the same seed."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""

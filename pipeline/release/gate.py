@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.config.release import Action, GateConfig
@@ -57,8 +58,13 @@ def digest(decision: Mapping[str, Any]) -> str:
     return hashlib.sha256(decision_bytes(decision)).hexdigest()
 
 
-def replay(uri: str) -> tuple[bytes, bool]:
-    """The decision of a `decision.json` taken again by the evidence beside it, and whether the bytes are the same.
+def software() -> dict[str, str]:
+    """Versions of what decides."""
+    return {name: version(name) for name in ("ips-pipeline", "numpy", "scipy")}
+
+
+def replay(uri: str) -> tuple[bytes, str | None]:
+    """The decision of a `decision.json` taken again by the evidence beside it; and, where the bytes differ, why.
 
     Raises:
         StageError: the evidence is not the one that was decided by.
@@ -72,8 +78,13 @@ def replay(uri: str) -> tuple[bytes, bool]:
             f"{join(parent(uri), EVIDENCE)} has the digest {evidence.digest}, and {uri} was decided by {named}: it is "
             "another file, or was changed; restore it from the run's artifacts in MLflow"
         )
-    again = decision_bytes(decide(evidence))
-    return again, again == stored
+    again, now = decision_bytes(decide(evidence)), software()
+    if again == stored:
+        return again, None
+    others = [
+        f"{name} {was}, and this is {now.get(name)}" for name, was in evidence.software.items() if now[name] != was
+    ]
+    return again, f"it was taken with {'; '.join(others)}" if others else "it was changed, or is of another evidence"
 
 
 def _model(judged: Judged, of: Predictions) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline.errors import StageError
 from pipeline.release.arrivals import Arrivals, diff, named
 from pipeline.release.drift import Sides, View, appearances, drift_csv, find_drift, views
 from pipeline.release.evidence import Evidence, Finding, TestSlide
-from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest
+from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest, software
 from pipeline.release.history import Act, acts
 from pipeline.release.pages import drift_page, gate_page
 from pipeline.release.promotion import challenge, decision_folder
@@ -195,6 +195,7 @@ class _Judgement:
             gate=self.config.gate.model_dump(mode="json"),
             seed=self.config.seed,
             force=question.force,
+            software=software(),
         )
 
     def _columns(self, slides: Sequence[CohortSlide]) -> list[str]:

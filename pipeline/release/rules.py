@@ -183,6 +183,11 @@ def _no_worse(rule: NoWorseRule, judged: Judged, champion: Predictions) -> Outco
         f"{difference} in {name} of {task.name} is {found.value:+.4f}, and not below {low:+.4f} at "
         f"{rule.level:.0%}; the margin is {-rule.margin:+g}"
     )
+    if undecided:
+        says = (
+            f"{name} of {task.name} is the same for both models whoever is drawn, and {patients} patients are "
+            f"too few to judge by: they do not exclude a loss of {-low:.4f}, and the margin is {rule.margin:g}"
+        )
     figures = _figures(difference=found.value, low=low, margin=rule.margin, patients=patients)
     return Outcome(title, met, "hold" if undecided else rule.action, figures, says)
 

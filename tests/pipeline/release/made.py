@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.config.data import TaskConfig
 from pipeline.config.release import GateConfig
 from pipeline.release.evidence import Evidence, Finding, Predictions, TestSlide
+from pipeline.release.gate import software
 
 TASK = TaskConfig(name="tumour", column="label", classes=("no", "yes"))
 SLIDES = 47
@@ -51,6 +52,7 @@ def evidence(gate: GateConfig, **changes: Any) -> Evidence:
         gate=gate.model_dump(mode="json"),
         seed=0,
         force=None,
+        software=software(),
     )  # fmt: skip
     return replace(whole, **changes)
 

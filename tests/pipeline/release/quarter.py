@@ -25,6 +25,8 @@ class Growing:
     folder: Path
     rows: list[tuple[str, str]] = field(default_factory=list)
     """Name and label of each slide; every one is its own patient."""
+    painted: int = 0
+    """Slides so far, of which no two are alike."""
 
     def add(self, month: str, count: int, *, shade: int = 0, flipped: bool = False, broken: int = 0) -> None:
         """New slides. `shade`: of another stain; `flipped`: with wrong labels; `broken`: as many that are no images."""
@@ -32,7 +34,8 @@ class Growing:
         for number in range(count):
             name, label = f"{month}-{number:02d}", ("no", "yes")[number % 2]
             path = self.folder / f"{name}.png"
-            paint(path, len(self.rows), label, shade)
+            paint(path, self.painted, label, shade)
+            self.painted += 1
             if number < broken:
                 path.write_bytes(path.read_bytes()[:200])
             self.rows.append((name, ("yes" if label == "no" else "no") if flipped else label))

@@ -82,15 +82,23 @@ def _store(folder: Path, found: Evidence) -> Path:
 def test_a_decision_can_be_taken_again_to_the_byte(tmp_path: Path) -> None:
     found = evidence(GATE)
     uri = _store(tmp_path, found)
-    data, same = replay(str(uri))
-    assert same
+    data, difference = replay(str(uri))
+    assert difference is None
     assert data == uri.read_bytes() == decision_bytes(decide(parse(found.plain())))
     said = json.loads(data)
     said["verdict"] = "reject"
     uri.write_bytes(decision_bytes(said))
-    assert replay(str(uri)) == (data, False)
+    assert replay(str(uri)) == (data, "it was changed, or is of another evidence")
     changed = replace(found, candidate=predictions("2", scores(0.2)))
     write_json(str(tmp_path / EVIDENCE), changed.plain())
     with pytest.raises(StageError, match=f"was decided by {found.digest}: it is another file"):
         replay(str(uri))
     assert digest(decide(found)) != digest(decide(changed))
+
+
+def test_a_decision_of_other_software_that_differs_says_so(tmp_path: Path) -> None:
+    found = evidence(GATE)
+    uri = _store(tmp_path, replace(found, software={**found.software, "numpy": "1.0"}))
+    assert replay(str(uri))[1] is None
+    uri.write_bytes(uri.read_bytes().replace(b'"hold"', b'"block"'))
+    assert str(replay(str(uri))[1]).startswith("it was taken with numpy 1.0, and this is ")

@@ -57,8 +57,8 @@ def _first(study: Study, **gate: Any) -> tuple[Record, RegisteredVersion]:
 def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Study) -> None:
     record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0}])
     assert record.facts["verdict"] == "promote"
-    data, same = replay(record.outputs["decision"])
-    assert same
+    data, difference = replay(record.outputs["decision"])
+    assert difference is None
     decision = json.loads(data)
     assert (decision["champion"], decision["names_champion"]) == (None, None)
     assert decision["manifest"]["slides"] == decision["manifest"]["patients"] == 6

@@ -80,6 +80,7 @@ def test_two_models_that_never_differ_are_as_good_as_the_number_of_patients_show
     found = _one(GateConfig(no_worse=NoWorseRule(margin=0.02)), **same)
     assert (found.outcome, found.action) == ("too few", "hold")
     assert found.figures["difference"] == 0
+    assert "31 patients are too few to judge by: they do not exclude a loss of 0." in found.says
     assert _one(GateConfig(no_worse=NoWorseRule(margin=0.4)), **same).outcome == "met"
 
 

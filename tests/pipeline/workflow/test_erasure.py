@@ -38,6 +38,12 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     keys = run(config, "tile").stages["tile"].record.facts["keys"]
     others = {name: data for name, data in contents(root).items() if keys["alpha"] in name or keys["delta"] in name}
     assert len(others) >= 10
+    for decision, name in (("abc", "beta"), ("def", "alpha")):
+        folder = root / "release" / "decisions" / decision
+        folder.mkdir(parents=True)
+        (folder / "changes.csv").write_text(f'"slide_id","change"\n"{name}","added"\n')
+        (folder / "gate.html").write_text(f"{name} was added")
+        (folder / "decision.json").write_text("{}")
     assert _naming(root, words)
 
     traces = find_patient(config, "p-two")
@@ -46,6 +52,8 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     erase(traces)
     assert _naming(root, [*words, keys["beta"], keys["gamma"]]) == set()
     assert {name: data for name, data in contents(root).items() if name in others} == others
+    kept = sorted(str(path.relative_to(root / "release" / "decisions")) for path in root.glob("release/decisions/*/*"))
+    assert kept == ["abc/decision.json", "def/changes.csv", "def/decision.json", "def/gate.html"]
     verified = verify_store(str(config.storage.patches), 2, lambda *_: None)
     assert verified.damage + verified.leftovers == []
     said = "\n".join(traces.left)
