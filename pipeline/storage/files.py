@@ -130,7 +130,7 @@ def read_if_there(uri: str) -> bytes | None:
 def _read(uri: str) -> bytes:
     if not is_remote(uri):
         return local_path(uri).read_bytes()
-    data: bytes = s3.call(uri, "cat_file", s3.key(uri))
+    data: bytes = s3.call(uri, "cat_file", s3.key(uri), max_concurrency=1)  # more would ask for the size first
     return data
 
 
