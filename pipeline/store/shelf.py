@@ -12,6 +12,8 @@ from pipeline.storage import files
 from pipeline.storage.listing import folder_names
 from pipeline.store.catalogue import Catalogue, Row, View
 
+FEW = 16  # slides on S3 that are asked for one by one: a listing of all takes as many requests at least
+
 
 class Shelf:
     """Slides by key. Catalogue and names are read once, until this object writes."""
@@ -59,7 +61,7 @@ class Shelf:
         places = self.view.slide_places(wanted)
         packs = iter(self.view.slides["pack"].take(places.drop_null()).to_pylist())
         there = (
-            known and (next(packs) is not None or self._is_there(key))
+            known and (next(packs) is not None or self._is_there(key, len(wanted)))
             for key, known in zip(wanted, places.is_valid().to_pylist(), strict=True)
         )
         return [key for key, found in zip(wanted, there, strict=True) if not found]
@@ -85,10 +87,12 @@ class Shelf:
         data = files.read_if_there(uri)
         return None if data is None else files.parsed_json(uri, data)
 
-    def _is_there(self, key: str) -> bool:
-        """Whether a slide's folder is there; on a disk, where that costs microseconds, whether its commit is."""
+    def _is_there(self, key: str, asked: int) -> bool:
+        """Whether a slide's folder is there; on a disk, and where few are asked for, whether its commit is."""
         if not files.is_remote(self.uri):
             return os.path.exists(os.path.join(self._local, key, "slide.json"))  # noqa: PTH110, PTH118
+        if self._names is None and asked <= FEW:
+            return files.exists(files.join(self.uri, key, "slide.json"))
         if self._names is None:
             self._names = folder_names(self.uri)
         return key in self._names

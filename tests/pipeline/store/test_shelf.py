@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import files
+from pipeline.store import shelf as module
 from pipeline.store.shelf import Shelf
 from tests.pipeline.store.test_catalogue import slide
 from tests.s3 import serve_s3
@@ -23,12 +24,9 @@ def fill(uri: str) -> Shelf:
     return shelf
 
 
-@pytest.mark.parametrize("remote", [0, 1])
-def test_what_is_committed_and_there(
-    remote: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(("remote", "few"), [(0, 16), (1, 16), (1, 0)])
+def test_what_is_committed_and_there(remote: int, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW", few)
     with serve_s3(tmp_path / "s3") as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
