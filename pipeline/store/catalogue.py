@@ -145,11 +145,12 @@ class Catalogue:
         self.uri = files.join(spec_uri, FOLDER)
         self._spec = spec_uri.rstrip("/").rpartition("/")[2]
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Commit these rows, all or none."""
+    def append(self, rows: Sequence[Row], instead_of: Sequence[bytes] = ()) -> None:
+        """Commit these rows, all or none, and take away those of these ids with them."""
         tag = uuid.uuid4().bytes[:12]
         texts = ({name: _text(value) for name, value in row.items()} for row in rows)
-        self._add([{**row, "id": tag + number.to_bytes(4, "big")} for number, row in enumerate(texts)])
+        added = [{**row, "id": tag + number.to_bytes(4, "big")} for number, row in enumerate(texts)]
+        self._add([*added, *({"id": one, "kind": "removal"} for one in instead_of)])
 
     def remove(self, ids: Sequence[bytes]) -> None:
         """Take away the rows of these ids, for ever."""
