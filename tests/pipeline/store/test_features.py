@@ -99,7 +99,7 @@ def test_features_of_two_writers_are_those_of_the_first(
 
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
         store.write(stored, second(), {"name": "second"})
-    store.commit([stored.key])
+    store.append(store.rows(stored.key))
     (slide,) = store.slides([stored])
     assert (slide.vectors(np.arange(len(whole))) == whole).all()
     report = verify_store(str(tmp_path), 1, lambda _done, _all: None)
@@ -121,7 +121,7 @@ def test_features_of_other_patches_are_refused(stored: StoredSlide, tmp_path: Pa
     store = FeatureStore(str(tmp_path), "spec", "encoder")
     store.write(stored, [vectors(stored.n_patches)], {})
     assert not store.has(stored.key)
-    store.commit([stored.key])
+    store.append(store.rows(stored.key))
     anew = replace(stored, n_patches=stored.n_patches - 1)
     with pytest.raises(StorageError, match=f"features of {stored.n_patches} patches.*remove the folder"):
         store.slides([anew])
