@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -13,8 +12,9 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
-from pipeline.store.catalogue import Row
-from pipeline.store.rows import compact, features_row, slide_row, source_row
+from pipeline.store.catalogue import Row, View
+from pipeline.store.packs import PACKS, is_pack, pack_uri, read_pack
+from pipeline.store.rows import compact, source_row, stored_row
 from pipeline.store.shelf import Shelf
 from pipeline.store.verify import SLIDE, spec_folders
 
@@ -86,15 +86,48 @@ def _repair(shelf: Shelf, done: Repaired) -> None:
     if stale:
         shelf.catalogue.remove(view.ids("slide", "key", stale))
     for start in range(0, len(other), TOGETHER):
-        shelf.append([_row(found[key]) for key in other[start : start + TOGETHER]])
+        shelf.append([stored_row(found[key]) for key in other[start : start + TOGETHER]])
+    _repair_packs(shelf, view, said, done)
     shelf.catalogue.delete(cut)
     done.added += len(other)
     done.removed += len(gone)
     done.deleted += [files.join(shelf.catalogue.uri, name) for name in cut]
 
 
-def _row(facts: Mapping[str, Any]) -> Row:
-    return features_row(facts) if "encoder" in facts else slide_row(facts)
+def _repair_packs(shelf: Shelf, view: View, said: Mapping[str, str], done: Repaired) -> None:
+    """Correct what the catalogue says of slides in packs; take in packs that it does not know, out those that are gone.
+
+    The rows of a pack are written together: one that some are about has lost none, but slides may have been taken out.
+
+    Args:
+        shelf: where they are.
+        view: its catalogue.
+        said: facts by key, of the slides that are seen.
+        done: what was done.
+    """
+    stored = [name for name in files.list_names(files.join(shelf.uri, PACKS)) if is_pack(name)]
+    rows: dict[str, list[Row]] = {name: [] for name in stored}
+    lost: list[bytes] = []
+    for row in view.rows.filter(pc.is_valid(view.rows["pack"])).select(["id", "key", "pack", "place"]).to_pylist():
+        if row["pack"] in rows:
+            rows[row["pack"]].append(row)
+        else:
+            lost.append(row["id"])
+    if lost:
+        shelf.catalogue.remove(lost)
+    done.removed += len(lost)
+    for name in stored:
+        try:
+            pack, slides = read_pack(pack_uri(shelf.uri, name))
+        except DamagedError as error:
+            done.refused.append(str(error))
+            continue
+        right = {one.key: (pack.places[one.key].json(), compact(one.facts)) for one in slides}
+        wrong = [row for row in rows[name] if right.get(row["key"]) != (row["place"], said.get(row["key"]))]
+        keys = {row["key"] for row in wrong} if rows[name] else right.keys()
+        added = [stored_row(one.facts, name, right[one.key][0]) for one in slides if one.key in keys]
+        shelf.catalogue.append(added, instead_of=[row["id"] for row in wrong])
+        done.added += len(added)
 
 
 def _take_over(spec: str, done: Repaired) -> None:

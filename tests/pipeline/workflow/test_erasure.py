@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bags.sources import patch_store
 from pipeline.errors import StageError
 from pipeline.store.verify import verify_store
 from pipeline.workflow.erasure import erase, find_patient
 from pipeline.workflow.leftovers import find_leftovers
 from pipeline.workflow.run import plan, run
-from tests.pipeline.tiled import contents
+from tests.pipeline.tiled import what_is_stored
 from tests.pipeline.workflow.images import image_config, write_images
 
 pytestmark = pytest.mark.ray
@@ -35,16 +36,21 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     root = Path(config.storage.root)
     words = ["p-two", "beta", "gamma", "badly"]
     keys = run(config, "tile").stages["tile"].record.facts["keys"]
-    others = {name: data for name, data in contents(root).items() if keys["alpha"] in name or keys["delta"] in name}
-    assert len(others) >= 10
+    theirs = (keys["alpha"], keys["delta"])
+    others = {name: patches for name, patches in what_is_stored(root).items() if name.endswith(theirs)}
+    assert len(others) == 2
+    secret = patch_store(config).slide(keys["beta"]).payloads([0])[0]
+    assert any(secret in path.read_bytes() for path in root.rglob("*.arrow"))
     assert _naming(root, words)
 
     traces = find_patient(config, "p-two")
     assert set(traces.slides) == {"beta", "gamma", "badly"}
+    assert traces.packs
     assert _naming(root, words)  # told, not done
     erase(traces)
     assert _naming(root, [*words, keys["beta"], keys["gamma"]]) == set()
-    assert {name: data for name, data in contents(root).items() if name in others} == others
+    assert {name: patches for name, patches in what_is_stored(root).items() if name in others} == others
+    assert not any(secret in path.read_bytes() for path in root.rglob("*.arrow"))
     verified = verify_store(str(config.storage.patches), 2, lambda *_: None)
     assert verified.damage + verified.leftovers == []
     said = "\n".join(traces.left)
