@@ -19,6 +19,18 @@ PATCHES = pa.schema(
     metadata=_META,
 )
 
+PACK = pa.schema(
+    [
+        *PATCHES,  # of a plan the images are empty
+        pa.field("slide", pa.int32(), nullable=False),  # number of the slide in its batch
+        pa.field("index", pa.binary()),  # in a slide's first row: int32 of cell, x, y, length (of a plan: left, top)
+        pa.field("overview", pa.binary()),  # likewise: one JPEG
+        pa.field("mask", pa.binary()),  # likewise: where the tissue is, a PNG of one bit a px
+        pa.field("slides", pa.binary()),  # in a batch's first row: what each slide's commit says, JSON by zlib
+    ],
+    metadata=_META,
+)
+
 INDEX = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),  # of the slide's stored patches, without gaps

@@ -233,7 +233,7 @@ def uncovered(mask: npt.NDArray[np.bool_], scale: int, boxes: npt.NDArray[np.flo
 def catalogue_view(
     appended: Sequence[Mapping[str, Any]], removed: Collection[bytes]
 ) -> dict[str, list[dict[str, Any]]]:
-    """What a catalogue says where these rows were appended, and those of these ids removed; without wide columns."""
+    """What a catalogue says where these rows were appended, and those of these ids removed."""
     rows = sorted((row for row in appended if row["id"] not in removed), key=lambda row: row["id"])
     slides: dict[str, Mapping[str, Any]] = {}
     for row in rows:
@@ -247,10 +247,8 @@ def catalogue_view(
         best = sources.get(row["asked"])
         if best is None or _weight(row) > _weight(best):
             sources[row["asked"]] = row
-    wide = ("error", "picture", "facts")
     return {
-        name: [{column: found[key][column] for column in found[key] if column not in wide} for key in sorted(found)]
-        for name, found in (("sources", sources), ("slides", slides))
+        name: [dict(found[key]) for key in sorted(found)] for name, found in (("sources", sources), ("slides", slides))
     }
 
 

@@ -138,8 +138,7 @@ def test_streamed_slides_to_a_champion_while_a_second_run_of_the_recipe_is_refus
     first = json.loads(said)
     assert {stage["outcome"] for stage in first["stages"].values()} == {"done"}
     assert first["stages"]["train"]["metrics"]["epoch"] == 2
-    assert list(root.glob("patches/plans/*/*/slide.json"))
-    assert not list(root.rglob("*.arrow"))
+    assert len(list(root.rglob("*.arrow"))) == len(list(root.glob("patches/plans/*/packs/*.arrow"))) > 0
     assert all(json.loads(file.read_text())["free"] for file in root.glob("stages/*.lease"))
     client = MlflowClient(first["tracking_uri"])
     assert {client.get_run(stage["run_id"]).info.status for stage in first["stages"].values()} == {"FINISHED"}
@@ -157,7 +156,7 @@ def test_everything_in_a_bucket(tmp_path: Path) -> None:
         checkpoint = first["stages"]["train"]["outputs"]["checkpoint"]
         assert checkpoint.startswith(f"{bucket}/root/train/")
         made = tmp_path / "s3" / "hospital" / "root"
-        assert list(made.glob("patches/*/*/slide.json"))
+        assert list(made.glob("patches/*/packs/*.arrow"))
         assert list(made.glob("train/*/step-*/weights.safetensors"))
         assert list(made.rglob("artifacts/**/report.html"))
         assert _ips("run", *arguments, cwd=tmp_path, env=server.env)["outcome"] == "nothing to do"

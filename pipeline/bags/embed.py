@@ -24,11 +24,13 @@ from pipeline.model.build import build_encoder
 from pipeline.storage import files
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.storage.files import SourceVersion
+from pipeline.store.catalogue import Row
 from pipeline.store.features import Features, FeatureSlide, FeatureStore
 from pipeline.store.patches import StoredSlide
 from pipeline.telemetry import add, drain, spending
 
-TOGETHER = 256  # slides whose features one file of the catalogue commits
+TOGETHER = 256  # slides whose features one file of the catalogue commits, at least
+PACK_PATCHES = 2048  # of small slides that are embedded together: a minute on a CPU; 4 to 16 MB of features
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -109,6 +111,15 @@ def embed_slide(embedder: Embedder, stored: StoredSlide, store: FeatureStore, th
     return store.write(stored, chunks, embedder.config.model_dump(mode="json"))
 
 
+def embed_together(embedder: Embedder, slides: Sequence[StoredSlide], store: FeatureStore, threads: int) -> list[Row]:
+    """The features of small slides, put into one pack; what commits them. Errors as `embed_slide`."""
+    bag = PatchBag(slides, threads=threads, augment=None)
+    vectors = np.concatenate([embedder(chunk.patches) for chunk in bag.chunks(embedder.config.batch)])
+    ends = np.cumsum([slide.n_patches for slide in slides])
+    made = list(zip(slides, np.split(vectors, ends[:-1]), strict=True))
+    return store.pack(made, embedder.config.model_dump(mode="json"))
+
+
 def embed_slides(
     slides: Sequence[StoredSlide],
     config: EmbedConfig,
@@ -141,9 +152,10 @@ def embed_slides(
     store.look_again()  # what was seen need not travel
     import ray.data  # loads for seconds
 
-    most = max(1, min(actors[1], len(pending)))
+    groups = _together(pending)
+    most = max(1, min(actors[1], len(groups)))
     run = uuid.uuid4().hex
-    rows = [{"slide": pickle.dumps(slide), "name": f"{run}-{slide.key}"} for slide in pending]
+    rows = [{"slides": pickle.dumps(group), "name": f"{run}-{group[0].key}"} for group in groups]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Actor,
         fn_constructor_kwargs={"config": config, "store": store, "threads": max(1, int(cpus))},
@@ -151,19 +163,35 @@ def embed_slides(
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    made: list[str] = []
+    made: list[Row] = []
     try:
         for row in dataset.iter_rows():
             add(pickle.loads(row["sums"]))
             if row["failure"]:
                 raise pickle.loads(row["failure"])
-            made.append(row["key"])
-            on_done(row["key"])
-            if len(made) == TOGETHER:
-                store.commit(made)
+            done = pickle.loads(row["rows"])
+            made += done
+            for one in done:
+                on_done(one["key"])
+            if len(made) >= TOGETHER:
+                store.append(made)
                 made.clear()
     finally:
-        store.commit(made)
+        store.append(made)
+
+
+def _together(slides: Sequence[StoredSlide]) -> list[list[StoredSlide]]:
+    """Each slide with a folder alone; those in packs with others, in the same order."""
+    groups: list[list[StoredSlide]] = [[slide] for slide in slides if slide.place is None]
+    patches = PACK_PATCHES
+    for slide in slides:
+        if slide.place is not None:
+            if patches >= PACK_PATCHES:
+                groups.append([])
+                patches = 0
+            groups[-1].append(slide)
+            patches += slide.n_patches
+    return groups
 
 
 class _Actor:
@@ -175,25 +203,29 @@ class _Actor:
         self._embedder = Embedder(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        stored: StoredSlide = pickle.loads(row["slide"])
-        failure: Exception | None
+        slides: list[StoredSlide] = pickle.loads(row["slides"])
+        made: list[Row] = []
+        failure: Exception | None = None
         try:
             with attempt(row["name"]) as attempts:
-                failure = self._failure(stored, attempts)
+                try:
+                    made = self._rows(slides, attempts)
+                except (StorageError, StageError) as error:
+                    failure = error
         except NodeError as full:
             failure = full
         failed = b"" if failure is None else pickle.dumps(failure)
-        return {"key": stored.key, "failure": failed, "sums": pickle.dumps(drain())}
+        return {"rows": pickle.dumps(made), "failure": failed, "sums": pickle.dumps(drain())}
 
-    def _failure(self, stored: StoredSlide, attempts: int) -> Exception | None:
+    def _rows(self, slides: Sequence[StoredSlide], attempts: int) -> list[Row]:
+        first = slides[0]
         if attempts > MAX_ATTEMPTS:
             killed = (
                 f"its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs out; lower "
                 f"embed.batch={self._embedder.config.batch}"
             )
-            return StageError(f"embed: {stored.uri}: {killed}")
-        try:
-            embed_slide(self._embedder, stored, self._store, self._threads)
-        except (StorageError, StageError) as error:
-            return error
-        return None
+            raise StageError(f"embed: {first.uri}: {killed}")
+        if first.place is not None:
+            return embed_together(self._embedder, slides, self._store, self._threads)
+        embed_slide(self._embedder, first, self._store, self._threads)
+        return self._store.rows(first.key)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ips.bag import Chunk
 from pipeline.store.features import FeatureSlide
-from pipeline.store.patches import Ints
+from pipeline.store.index import Ints
 
 
 class FeatureBag:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ips.bag import Chunk
 from pipeline.bags.augment import Augment, joined
 from pipeline.errors import DamagedError
-from pipeline.store.patches import PatchIndex
+from pipeline.store.index import PatchIndex
 from pipeline.telemetry import level, spending
 
 _AHEAD = 2  # chunks read ahead of the one in use
@@ -197,6 +197,6 @@ def _damaged(job: _Job, reason: str) -> DamagedError:
             "out, copy the slide again, or take it out of the cohort"
         )
     return DamagedError(
-        f"{job.slide.uri}, part {part}: {reason}; the store is damaged: remove that folder and tile again. If `verify` "
+        f"{job.slide.uri}, part {part}: {reason}; the store is damaged: remove it and tile again. If `verify` "
         "finds it whole, the slide itself is damaged there: tiling.codec=checked leaves such patches out"
     )

@@ -31,7 +31,7 @@ from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
 from pipeline.ingest.isolated import store_slide
-from pipeline.ingest.tiler import version_of
+from pipeline.ingest.source import version_of
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage import files
 from pipeline.storage.scratch import scratch_folder

@@ -12,23 +12,21 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
-from pipeline.ingest.tiler import opened, version_of
+from pipeline.ingest.source import opened, version_of
 from pipeline.ingest.versions import Looked
 from pipeline.slides.identity import reading_source
 from pipeline.slides.open import SlideReader
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
-from pipeline.store.patches import PLANS, PatchIndex, PatchStore, StoredSlide
+from pipeline.store.index import PatchIndex
+from pipeline.store.patches import PLANS, PatchStore, StoredSlide
 from pipeline.tiling.cutting import Cutter
 from pipeline.tiling.grid import Grid
 from pipeline.units import LevelPx, PatchPx
@@ -160,7 +158,7 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     Raises:
         PlanError: one of them cannot be decoded.
     """
-    plan, origins = streamed.plan, _origins(streamed.plan.uri, streamed.n_patches)[rows]
+    plan, origins = streamed.plan, streamed.plan.origins()[rows]
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
@@ -208,11 +206,3 @@ def _close() -> None:
     """Close all, while OpenSlide can: a process that ends takes it apart before what is still open."""
     while _open:
         _open.popitem()[1][1].close()
-
-
-@lru_cache(maxsize=8)  # slides: 16 bytes a patch each
-def _origins(uri: str, _n: int) -> Ints:  # a plan that is made anew has fewer
-    """(n, 2) corners of a plan's patches, px of the level that is read."""
-    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(uri, "index.parquet"))), columns=["left", "top"])
-    origins: Ints = np.stack([table.column(name).to_numpy() for name in ("left", "top")], axis=1)
-    return origins

@@ -30,7 +30,7 @@ from pipeline.bags.augment import Augment
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.streamed import StreamedSlide, cut, open_unchanged
 from pipeline.errors import SlideError, StageError
-from pipeline.store.patches import PatchIndex
+from pipeline.store.index import PatchIndex
 
 TASK_PATCHES = 4096  # patches of a read task: seconds of work, so that several tasks can share a large slide
 BLOCK_PATCHES = 64  # 1 to 4 MB of 256 px patches, so that Ray's object store holds little of what is read ahead

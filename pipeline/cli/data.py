@@ -79,9 +79,9 @@ def erase(
     if delete:
         erase_traces(traces)
     if chosen.as_json:
-        facts = {"slides": sorted(traces.slides), "erased": traces.erasable, "left": traces.left}
+        facts = {"slides": sorted(traces.slides), "erased": [*traces.erasable, *traces.packs], "left": traces.left}
         print_json({"outcome": "done" if delete else "dry run", **facts})
         return
     print(f"{'erased' if delete else 'to be erased with --delete'}, of {len(traces.slides)} slides of {patient}:")
-    print(*(f"  {uri}" for uri in traces.erasable), sep="\n")
+    print(*(f"  {uri}" for uri in traces.erasable), *(f"  the slides in {uri}" for uri in traces.packs), sep="\n")
     print("not erased:", *(f"  {what}" for what in traces.left), sep="\n")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cohort.labels import MISSING, Label, NotAClass, finite, is_missing, other_classes, read_label
-from pipeline.cohort.rows import REQUIRED, parse
+from pipeline.cohort.rows import REQUIRED, Rows, parse
 from pipeline.config.data import TaskConfig
 from pipeline.credentials import refusal
 from pipeline.errors import CohortError, StorageError
@@ -99,9 +99,9 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
     folder = files.parent(uri)
-    numbered = [(number, _slide(number, row, folder, tasks, found)) for number, row in rows]
-    slides = tuple(slide for _, slide in numbered)
-    _check_rows([number for number, _ in numbered], slides, found)
+    numbers: list[int] = []
+    slides = tuple(_slide(number, row, folder, tasks, found) for number, row in _counted(rows, numbers))
+    _check_rows(numbers, slides, found)
     for task in tasks:
         found.add_other_classes(task, places[task.name], [slide.labels[task.name] for slide in slides])
     problems += [*absent, *found.lines()]
@@ -110,6 +110,13 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     if problems:
         raise CohortError(uri, problems)
     return Cohort(uri, slides)
+
+
+def _counted(rows: Rows, numbers: list[int]) -> Rows:
+    """The same, with the numbers of those that were taken."""
+    for number, row in rows:
+        numbers.append(number)
+        yield number, row
 
 
 class _Problems:

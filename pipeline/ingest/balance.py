@@ -14,7 +14,7 @@ from pipeline.store.parts import part_patches
 
 TASK_PX = 2**29  # 8192 patches of 256 px
 TASK_BYTES = TASK_PX // 4  # of slide files: scanners write 0.17 (quality 30) to 0.5 bytes per px
-SLIDE_BYTES = 2**20  # opening, identifying and committing a slide takes as long as tiling about 4 MPx
+SLIDE_BYTES = 2**18  # opening and identifying a slide and finding its tissue takes as long as tiling about 1 MPx
 TASKS_PER_SLOT = 4  # so that slots end together although the estimate is rough
 
 

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import ConfigError, NodeError, PipelineError, SlideError, StorageError
+from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
-from pipeline.ingest.isolated import begin_slide, store_share
-from pipeline.ingest.tiler import LargeSlide, finish_slide, may_go_further, quarantined
+from pipeline.ingest.group import Group, Keys
+from pipeline.ingest.isolated import read_slide, store_share
+from pipeline.ingest.tiler import LargeSlide, ReadSlide, finish_slide, may_go_further, quarantined
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.progress import progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
+from pipeline.storage.files import SourceVersion
+from pipeline.store.catalogue import Row
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.telemetry import add, drain
@@ -32,6 +37,7 @@ from pipeline.telemetry import add, drain
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class _Job:
     store: str
     cpus: float
     pixels: bool
+    known: Callable[[], Keys]
+    """Gives the keys of the slides that were committed before."""
 
 
 def tile_cohort(
@@ -77,18 +85,19 @@ def tile_cohort(
     """
     versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
-    statuses, sizes = _look_up(slides, versions, spec, patches)
+    statuses, fresh = _look_up(slides, versions, spec, patches)
     unreachable = [s for s in statuses.values() if s.reason is not None and s.reason.startswith("source: ")]
     if unreachable and len(unreachable) == len(slides):
         raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
     for status in statuses.values():
         on_status(status)
-    if sizes:
+    if fresh:
         patches.forget_gone()  # what is tiled in their place may be otherwise
         start()
-    for number, status in _tile(slides, sizes, _Job(uuid.uuid4().hex, spec, store, cpus, pixels)):
-        statuses[number] = status
-        on_status(status)
+        job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared_keys(patches))
+        for number, status in _tile(slides, fresh, job):
+            statuses[number] = status
+            on_status(status)
     return [statuses[number] for number in range(len(slides))]
 
 
@@ -97,28 +106,37 @@ def _look_up(
     versions: Sequence[Looked],
     spec: TilingConfig,
     patches: PatchStore,
-) -> tuple[dict[int, SlideStatus], dict[int, int]]:
-    """Statuses of the slides that need no work, done before or out of reach; bytes of the others' files. By number."""
+) -> tuple[dict[int, SlideStatus], dict[int, SourceVersion]]:
+    """Statuses of the slides that need no work, done before or out of reach; versions of the others. By number."""
     statuses: dict[int, SlideStatus] = {}
-    sizes: dict[int, int] = {}
+    fresh: dict[int, SourceVersion] = {}
     known = patches.statuses(slides, [None if isinstance(v, SlideError) else v for v in versions])
     for number, (slide, version, status) in enumerate(zip(slides, versions, known, strict=True)):
         if isinstance(version, SlideError):
             statuses[number] = quarantined(slide, version.reason, version)
         elif status is None or may_go_further(status, spec):
-            sizes[number] = version.size
+            fresh[number] = version
         else:
             statuses[number] = status
-    return statuses, sizes
+    return statuses, fresh
 
 
-def _tile(slides: Sequence[CohortSlide], sizes: dict[int, int], job: _Job) -> Iterator[tuple[int, SlideStatus]]:
-    """Tile the slides whose numbers and bytes are given; statuses come as they are final."""
-    if not sizes:
-        return
-    numbers = list(sizes)
-    groups = group_slides(list(sizes.values()), _slots(job.cpus))
-    items = [pickle.dumps([(numbers[place], slides[numbers[place]]) for place in group]) for group in groups]
+def _shared_keys(patches: PatchStore) -> Callable[[], Keys]:
+    """Gives tasks the keys of all committed slides, 32 bytes each, once a node."""
+    import ray
+
+    keys = patches.view.slides["key"].to_numpy()
+    return partial(ray.get, ray.put(np.sort(keys.astype("S32"))))
+
+
+def _tile(
+    slides: Sequence[CohortSlide], fresh: Mapping[int, SourceVersion], job: _Job
+) -> Iterator[tuple[int, SlideStatus]]:
+    """Tile the slides whose numbers and versions are given; statuses come as they are final."""
+    numbers = list(fresh)
+    groups = group_slides([version.size for version in fresh.values()], _slots(job.cpus))
+    named = ([numbers[place] for place in group] for group in groups)
+    items = (pickle.dumps([(number, slides[number], fresh[number]) for number in group]) for group in named)
     large: dict[int, LargeSlide] = {}
     for number, outcome in _run(_tile_group, items, job):
         if isinstance(outcome, LargeSlide):
@@ -177,42 +195,73 @@ def _run(
 
 def _tile_group(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
     """Small slides to statuses, large ones to plans."""
-    work: list[tuple[int, CohortSlide]] = pickle.loads(row["item"])
-    for number, slide in work:
-        begin = partial(begin_slide, slide, job.spec, job.store, pixels=job.pixels)
-        yield _guarded(number, f"{job.run}-{number}", slide, begin)
+    yield from _rows(_grouped(pickle.loads(row["item"]), job))
+
+
+def _grouped(work: Sequence[tuple[int, CohortSlide, SourceVersion]], job: _Job) -> Iterator[tuple[int, Outcome]]:
+    """Slides with a final status are committed together, also those that were done before the store or node failed."""
+    group = Group(PatchStore(job.store, job.spec.fingerprint()), job.known())
+    try:
+        for number, slide, version in work:
+            read = partial(read_slide, slide, version, job.spec, job.store, pixels=job.pixels)
+            found, rows = _attempted(f"{job.run}-{number}", read, partial(_killed_alone, slide))
+            if isinstance(found, ReadSlide):
+                group.add(number, found)
+            elif isinstance(found, SlideStatus):
+                group.add_status(number, found, rows)
+            else:
+                yield number, found
+            if group.is_full:
+                yield from group.commit()
+    except (StorageError, ConfigError):
+        yield from group.commit()
+        raise
+    yield from group.commit()
 
 
 def _tile_share(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
     """Some parts of a large slide."""
-    work: tuple[int, LargeSlide, range] = pickle.loads(row["item"])
+    yield from _rows(_shared(pickle.loads(row["item"]), job))
+
+
+def _shared(work: tuple[int, LargeSlide, range], job: _Job) -> Iterator[tuple[int, Outcome]]:
     number, large, parts = work
     share = partial(store_share, large, parts, job.spec, job.store)
-    yield _guarded(number, f"{job.run}-{number}-{parts.start}", large.slide, share)
+    yield number, _attempted(f"{job.run}-{number}-{parts.start}", share, lambda: _killed(large.slide))
 
 
-def _guarded(number: int, name: str, slide: CohortSlide, work: Callable[[], Outcome]) -> dict[str, Any]:
-    """The row of what the work gives; a failing store or node is data, so that Ray neither retries nor wraps it."""
+def _attempted(name: str, work: Callable[[], Result], killed: Callable[[], Result]) -> Result:
+    """What the work gives; what `killed` gives where the process was ended at it too often.
+
+    Raises:
+        StorageError, ConfigError: the store, or this node, fails.
+    """
+    with attempt(name) as attempts:
+        if attempts > MAX_ATTEMPTS:
+            return killed()
+        try:
+            return work()
+        except (StorageError, ConfigError) as error:
+            failure = error
+    raise failure
+
+
+def _killed(slide: CohortSlide) -> SlideStatus:
+    killed = RuntimeError(
+        f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs out; "
+        "raise tiling.cpus, so that fewer tasks share a node's memory"
+    )
+    return quarantined(slide, "crash", killed)
+
+
+def _killed_alone(slide: CohortSlide) -> tuple[SlideStatus, list[Row]]:
+    return _killed(slide), []
+
+
+def _rows(outcomes: Iterator[tuple[int, Outcome]]) -> Iterator[dict[str, Any]]:
+    """As rows; a failing store or node is one of them, so that Ray neither retries nor wraps it."""
     try:
-        with attempt(name) as attempts:
-            if attempts <= MAX_ATTEMPTS:
-                return _row(number, work)
-            killed = RuntimeError(
-                f"{slide.uri}: its process was killed {MAX_ATTEMPTS} times, as Ray and the kernel do where memory runs "
-                "out; raise tiling.cpus, so that fewer tasks share a node's memory"
-            )
-            return _row(number, lambda: quarantined(slide, "crash", killed))
-    except NodeError as error:
-        return _failure(number, error)
-
-
-def _row(number: int, work: Callable[[], Outcome]) -> dict[str, Any]:
-    try:
-        outcome = work()
+        for number, outcome in outcomes:
+            yield {"number": number, "outcome": pickle.dumps(outcome), "failure": None, "sums": pickle.dumps(drain())}
     except (StorageError, ConfigError) as error:
-        return _failure(number, error)
-    return {"number": number, "outcome": pickle.dumps(outcome), "failure": None, "sums": pickle.dumps(drain())}
-
-
-def _failure(number: int, error: PipelineError) -> dict[str, Any]:
-    return {"number": number, "outcome": b"", "failure": pickle.dumps(error), "sums": pickle.dumps(drain())}
+        yield {"number": -1, "outcome": b"", "failure": pickle.dumps(error), "sums": pickle.dumps(drain())}

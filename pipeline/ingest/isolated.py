@@ -16,9 +16,11 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import child, tiler
 from pipeline.ingest.balance import share_count, shares
-from pipeline.ingest.tiler import LargeSlide, finish_slide, quarantined, version_of
+from pipeline.ingest.source import version_of
+from pipeline.ingest.tiler import LargeSlide, ReadSlide, finish_slide, quarantined
 from pipeline.storage.attempts import MAX_ATTEMPTS
 from pipeline.storage.files import SourceVersion
+from pipeline.store.catalogue import Row
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
 
@@ -50,14 +52,27 @@ def begin_slide(slide: CohortSlide, spec: TilingConfig, store: str, *, pixels: b
     except SlideError as error:
         return quarantined(slide, error.reason, error)
     work = partial(tiler.begin_slide, slide, spec, store, whole=False, pixels=pixels)
-    return _guarded(slide, version, spec, patches, work)
+    found, rows = _guarded(slide, version, spec, patches, work)
+    patches.append(rows)
+    return found
+
+
+def read_slide(
+    slide: CohortSlide, version: SourceVersion, spec: TilingConfig, store: str, *, pixels: bool
+) -> tuple[SlideStatus | LargeSlide | ReadSlide, list[Row]]:
+    """As `tiler.read_slide`, of a file that is known to be in this version."""
+    work = partial(tiler.read_slide, slide, version.size, spec, store, pixels=pixels)
+    found, rows = _guarded(slide, version, spec, PatchStore(store, spec.fingerprint()), work)
+    return (found, rows) if isinstance(found, SlideStatus) else found
 
 
 def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str) -> SlideStatus | None:
     """As `tiler.store_share`."""
     work = partial(tiler.store_share, large, parts, spec, store)
     patches = PatchStore(store, spec.fingerprint())
-    return _guarded(large.slide, large.version, spec, patches, work, large.planned.key)
+    status, rows = _guarded(large.slide, large.version, spec, patches, work, large.planned.key)
+    patches.append(rows)
+    return status
 
 
 def _guarded(
@@ -67,19 +82,19 @@ def _guarded(
     patches: PatchStore,
     work: Callable[[], Result],
     left: str | None = None,
-) -> Result | SlideStatus:
-    """What the work gives; where its process ended, the slide's status, recorded if it was too expensive.
+) -> tuple[Result | SlideStatus, list[Row]]:
+    """What the work gives; where its process ended, the slide's status, with rows for it if it was too expensive.
 
     `left` is the key under which the slide left files.
     """
     try:
-        return _run(slide, spec, work)
+        return _run(slide, spec, work), []
     except SlideError as error:
         status = quarantined(slide, error.reason, error)
-        if error.reason == tiler.TOO_EXPENSIVE:
-            status = replace(status, limits=(spec.max_seconds, spec.max_slide_gib))
-            patches.record(slide, version, status, left)
-        return status
+        if error.reason != tiler.TOO_EXPENSIVE:
+            return status, []
+        status = replace(status, limits=(spec.max_seconds, spec.max_slide_gib))
+        return status, patches.rows(slide, version, status, left)
 
 
 def _run(slide: CohortSlide, spec: TilingConfig, work: Callable[[], Result]) -> Result:

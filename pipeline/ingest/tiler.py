@@ -6,7 +6,7 @@ import base64
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -15,12 +15,11 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.ingest.balance import share_count
-from pipeline.slides.identity import fetch_small, is_several, reading_source, slide_digest, slide_files, slide_version
-from pipeline.slides.open import SlideReader, open_uri
+from pipeline.ingest.source import OpenedSlide, identified, look_at, opened, unchanged, version_of
+from pipeline.slides.identity import reading_source, slide_digest
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
-from pipeline.storage.listing import Ask
-from pipeline.storage.staging import GIB, Fetched, Staging
+from pipeline.store.catalogue import Row
 from pipeline.store.commit import (
     PlannedSlide,
     commit_shares,
@@ -30,11 +29,12 @@ from pipeline.store.commit import (
     write_share,
     write_slide,
 )
+from pipeline.store.packs import SmallSlide
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_key, stored_slide
+from pipeline.store.small import is_small, plan_small, read_small
 from pipeline.tiling.evidence import THUMBNAIL
-from pipeline.tiling.guide import guided_version, read_guide
-from pipeline.tiling.slide import effective_mpp, tile_slide
+from pipeline.tiling.slide import SlideTiling
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,22 @@ class LargeSlide:
         return replace(self, planned=self.planned.share(parts))
 
 
+@dataclass(frozen=True)
+class ReadSlide:
+    """A small slide whose patches wait for others, to be committed in one pack with them. Picklable."""
+
+    slide: CohortSlide
+    version: SourceVersion
+    small: SmallSlide
+
+    @property
+    def status(self) -> SlideStatus:
+        """What it ends with once its pack is committed."""
+        facts = self.small.facts
+        counts = facts["n_patches"], facts["n_bad_tiles"]
+        return SlideStatus(self.slide.slide_id, self.slide.uri, self.small.key, "committed", None, *counts)
+
+
 def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:
     """Tile one slide into the store, here and now; whatever is wrong with it becomes its status.
 
@@ -83,7 +99,27 @@ def begin_slide(
         version = version_of(slide, spec)
     except SlideError as error:
         return quarantined(slide, error.reason, error)
-    return _outcome(slide, version, patches, lambda: _begin(slide, version, spec, patches, whole=whole, pixels=pixels))
+    known = known_status(patches, slide, version, spec)
+    if known is not None:
+        return known
+    found, rows = _begun(slide, version.size, spec, store, partial(_stored, whole=whole, pixels=pixels))
+    patches.append(rows)
+    return found
+
+
+def read_slide(
+    slide: CohortSlide, size: int, spec: TilingConfig, store: str, *, pixels: bool = True
+) -> tuple[SlideStatus | LargeSlide | ReadSlide, list[Row]]:
+    """As `begin_slide`, of a slide that is committed with others: what it came to, and rows for the catalogue.
+
+    Args:
+        slide: which one.
+        size: bytes that its file is known to have.
+        spec: how to tile.
+        store: where to.
+        pixels: see `begin_slide`.
+    """
+    return _begun(slide, size, spec, store, partial(_read_or_stored, pixels=pixels))
 
 
 def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str) -> SlideStatus | None:
@@ -98,14 +134,16 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         return known
 
     def work() -> None:
-        check = _unchanged(slide, spec, large.version)
+        check = unchanged(slide, spec, large.version)
         check()
         if large.planned.is_done(patches):  # from another file with the same content
             return
         with opened(slide, spec) as reader, _leaving(patches, large.planned):
             write_share(patches, large.planned.attached(reader), parts, check)
 
-    return _outcome(slide, large.version, patches, work)
+    status, rows = _outcome(slide, large.version, patches, work)
+    patches.append(rows)
+    return status
 
 
 def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStatus:
@@ -117,11 +155,13 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
     patches = PatchStore(store, spec.fingerprint())
 
     def work() -> SlideStatus:
-        _unchanged(large.slide, spec, large.version)()
+        unchanged(large.slide, spec, large.version)()
         with _leaving(patches, large.planned):
             return _committed(large.slide, commit_shares(patches, large.planned))
 
-    return _outcome(large.slide, large.version, patches, work)
+    status, rows = _outcome(large.slide, large.version, patches, work)
+    patches.append(rows)
+    return status
 
 
 def known_status(
@@ -152,44 +192,70 @@ def quarantined(slide: CohortSlide, reason: str, error: Exception) -> SlideStatu
     return SlideStatus(slide.slide_id, slide.uri, None, "quarantined", message, error=trace, picture=small)
 
 
-def _begin(
-    slide: CohortSlide, version: SourceVersion, spec: TilingConfig, patches: PatchStore, *, whole: bool, pixels: bool
+def _begun(
+    slide: CohortSlide, size: int, spec: TilingConfig, store: str, work: Callable[[OpenedSlide, PatchStore], Result]
+) -> tuple[Result | SlideStatus, list[Row]]:
+    """What the work gives of the slide, opened and identified, or what is wrong with it."""
+    patches = PatchStore(store, spec.fingerprint())
+    try:
+        source = look_at(slide, spec, size)
+    except SlideError as error:
+        return quarantined(slide, error.reason, error), []
+
+    def opened_first() -> Result:
+        with identified(source) as found:
+            return work(found, patches)
+
+    return _outcome(slide, source.version, patches, opened_first)
+
+
+def _read_or_stored(found: OpenedSlide, patches: PatchStore, *, pixels: bool) -> SlideStatus | LargeSlide | ReadSlide:
+    """A small slide read for a pack; another one stored."""
+    if not found.digest.whole:  # what is small has every byte in its digest, so copies that share it are the same
+        return _stored(found, patches, whole=False, pixels=pixels)
+    tiling = found.tiling()
+    if not is_small(found.reader, tiling):
+        return _stored(found, patches, tiling, whole=False, pixels=pixels)
+    slide, source = (found.digest.sha256, found.mpp, found.reader, tiling, found.guide.digest), found.source
+    try:
+        if pixels:
+            small = read_small(*slide)
+        else:
+            small = plan_small(*slide, source.version.size, distrusted=patches.is_distrusted(found.key))
+    except SlideError as error:
+        error.picture = tiling.thumbnail.jpeg
+        raise
+    source.check()
+    return ReadSlide(source.slide, source.version, small)
+
+
+def _stored(
+    found: OpenedSlide, patches: PatchStore, tiling: SlideTiling | None = None, *, whole: bool, pixels: bool
 ) -> SlideStatus | LargeSlide:
-    if version.size == 0:
-        raise SlideError("empty-file", f"{slide.uri}: zero bytes; copy the slide again")
-    with ExitStack() as stack:
+    """The slide in a folder of its own, or planned for that."""
+    source, slide, reader, digest = found.source, found.source.slide, found.reader, found.digest
+    known = patches.written(found.key)
+    if known is not None and (digest.whole or known["n_bad_tiles"] == 0):
+        return _committed(slide, stored_slide(patches.uri, known))
+    tiling = found.tiling() if tiling is None else tiling
+    if known is not None:
+        lost = {(x, y) for x, y in known["bad_tiles"]}
         with reading_source():
-            place, fetched = stack.enter_context(_at_hand(slide, spec))
-            digest, guide = slide_digest(place, fetched), read_guide(slide, spec)
-        reader = stack.enter_context(_opened(place, slide.series, spec, fetched))
-        if reader.picked is not None and reader.picked.plane is not None:
-            log.info("%s: %s is read", slide.uri, reader.picked.plane)
-        mpp = effective_mpp(reader.mpp, spec, slide.mpp)
-        key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
+            if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
+                digest = slide_digest(found.place, whole=True)
+        key = slide_key(digest.sha256, found.mpp, found.guide.digest, reader.series)
         known = patches.written(key)
-        if known is not None and (digest.whole or known["n_bad_tiles"] == 0):
-            return _committed(slide, stored_slide(patches.uri, known))
-        with reading_source():
-            tiling = tile_slide(reader, spec, mpp, guide)
         if known is not None:
-            lost = {(x, y) for x, y in known["bad_tiles"]}
-            with reading_source():
-                if tiling.reads_any(lost):  # a mended copy: the samples do not tell it
-                    digest = slide_digest(place, whole=True)
-            key = slide_key(digest.sha256, mpp, guide.digest, reader.series)
-            known = patches.written(key)
-            if known is not None:
-                return _committed(slide, stored_slide(patches.uri, known))
-        sampled = None if digest.whole else version
-        planned = plan_slide(digest.sha256, mpp, reader, tiling, guide.digest, sampled)
-        check = _unchanged(slide, spec, version)
-        if not pixels:
-            return _committed(slide, write_plan(patches, planned, check))
-        if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
-            check()  # the plan is of this version
-            return LargeSlide(slide, version, write_pictures(patches, planned))
-        with _leaving(patches, planned):
-            return _committed(slide, write_slide(patches, planned, check))
+            return _committed(slide, stored_slide(patches.uri, known))
+    sampled = None if digest.whole else source.version
+    planned = plan_slide(digest.sha256, found.mpp, reader, tiling, found.guide.digest, sampled)
+    if not pixels:
+        return _committed(slide, write_plan(patches, planned, source.check))
+    if not whole and share_count(part_count(planned.tiling), planned.tiling.grid.patch_px) > 1:
+        source.check()  # the plan is of this version
+        return LargeSlide(slide, source.version, write_pictures(patches, planned))
+    with _leaving(patches, planned):
+        return _committed(slide, write_slide(patches, planned, source.check))
 
 
 @contextmanager
@@ -205,73 +271,24 @@ def _leaving(patches: PatchStore, planned: PlannedSlide) -> Iterator[None]:
 
 def _outcome(
     slide: CohortSlide, version: SourceVersion, patches: PatchStore, work: Callable[[], Result]
-) -> Result | SlideStatus:
-    """What the work gives; whatever is wrong with the slide as its status. A final status is recorded."""
+) -> tuple[Result | SlideStatus, list[Row]]:
+    """What the work gives; whatever is wrong with the slide as its status. With the rows of a final status."""
     left = None
     try:
         found = work()
     except SlideError as error:
         status, left = quarantined(slide, error.reason, error), error.left
         if error.reason in TRANSIENT:
-            return status
+            return status, []
     except (StorageError, ConfigError, MemoryError):
         raise  # the store's, or this node's: what concerns the slide is a SlideError by now
     except Exception as error:  # one slide's unforeseen failure must not end the others' run
-        return quarantined(slide, "crash", error)
+        return quarantined(slide, "crash", error), []
     else:
         if not isinstance(found, SlideStatus):
-            return found
+            return found, []
         status = found
-    patches.record(slide, version, status, left)
-    return status
-
-
-def opened(slide: CohortSlide, spec: TilingConfig) -> AbstractContextManager[SlideReader]:
-    """The slide, open for the block; SlideError where it cannot be."""
-    return _opened(slide.uri, slide.series, spec)
-
-
-def _opened(
-    uri: str, series: int | None, spec: TilingConfig, fetched: Fetched | None = None
-) -> AbstractContextManager[SlideReader]:
-    return open_uri(uri, partial(slide_files, uri), _staging(spec), fetched, series)
-
-
-@contextmanager
-def _at_hand(slide: CohortSlide, spec: TilingConfig) -> Iterator[tuple[str, Fetched | None]]:
-    """Where to identify and open a slide so that its bytes travel once, and all of them where they are few.
-
-    That is the slide's place; for several files on S3, which only a copy can be opened of, that copy.
-    """
-    if files.is_remote(slide.uri) and is_several(slide.uri):
-        with _staging(spec).hold(slide.uri, slide_files(slide.uri)) as path:
-            yield str(path), None
-    else:
-        yield slide.uri, fetch_small(slide.uri)
-
-
-def _staging(spec: TilingConfig) -> Staging:
-    return Staging(spec.cache, round(spec.cache_gib * GIB))
-
-
-def _unchanged(slide: CohortSlide, spec: TilingConfig, version: SourceVersion) -> Callable[[], None]:
-    """A check that the slide's file is still the one that was looked at first."""
-
-    def check() -> None:
-        if version_of(slide, spec) != version:
-            raise SlideError("changed", f"{slide.uri}: the file was replaced while it was read; run again")
-
-    return check
-
-
-def version_of(slide: CohortSlide, spec: TilingConfig, ask: Ask = files.source_version) -> SourceVersion:
-    """Which state the slide's files are in, its mask and coordinates included; `ask` gives that of one file.
-
-    Raises:
-        SlideError: one of them cannot be reached ("missing", "directory", "source", "coords").
-    """
-    with reading_source():
-        return guided_version(slide, spec, slide_version(slide.uri, ask), ask)
+    return status, patches.rows(slide, version, status, left)
 
 
 def _committed(slide: CohortSlide, stored: StoredSlide) -> SlideStatus:

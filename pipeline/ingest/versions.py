@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.ingest.tiler import version_of
+from pipeline.ingest.source import version_of
 from pipeline.progress import progress
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask, ask_all

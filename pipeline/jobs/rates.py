@@ -22,7 +22,8 @@ from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.inference.prediction import bag_scorer, predict_bag
-from pipeline.ingest.tiler import opened, store_slide
+from pipeline.ingest.source import opened
+from pipeline.ingest.tiler import store_slide
 from pipeline.model.build import build_model, build_optimizer
 from pipeline.storage.files import join, list_names, read_json, write_json
 from pipeline.store.patches import PatchStore

@@ -70,7 +70,7 @@ def wholly_inside(grid: StoredGrid) -> npt.NDArray[np.bool_]:
 
 def stored_grid(stored: StoredSlide, name: str) -> StoredGrid:
     """What a coordinate file says of a committed slide; patches that came from another such file overlap as there."""
-    facts, index = files.read_json(files.join(stored.uri, "slide.json")), stored.index()
+    facts, index = stored.facts(), stored.index()
     width, height, downsample = facts["levels"][stored.level]
     return StoredGrid(
         name=name,

@@ -28,8 +28,7 @@ from pipeline.results.quality_pictures import SlidePicture, picture
 from pipeline.results.tables import table_csv
 from pipeline.slides.reader import square_mpp
 from pipeline.storage import files
-from pipeline.store.patches import PatchStore, SlideStatus
-from pipeline.tiling.evidence import OUTLINE
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.tiling.interchange import file_stems
 from pipeline.tiling.tissue import BIN
 
@@ -157,14 +156,13 @@ def write_quality(
 def write_outlines(store: PatchStore, rows: Sequence[QualityRow], folder: str) -> None:
     """Write `tissue/<slide id>.geojson` for each tiled slide into a folder."""
     names = file_stems([row.slide_id for row in rows])
+    tiled = [row for row in rows if row.key is not None]
 
-    def copy(row: QualityRow) -> None:
-        if row.key is not None:
-            data = files.read_bytes(files.join(store.uri, row.key, OUTLINE))
-            files.write_bytes(files.join(folder, "tissue", f"{names[row.slide_id]}.geojson"), data)
+    def copy(row: QualityRow, stored: StoredSlide) -> None:
+        files.write_bytes(files.join(folder, "tissue", f"{names[row.slide_id]}.geojson"), stored.outline())
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(copy, rows))
+        list(pool.map(copy, tiled, store.slides([str(row.key) for row in tiled])))
 
 
 def _order(row: QualityRow | SlideStatus) -> tuple[bool, int, str]:

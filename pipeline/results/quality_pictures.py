@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.storage import files
 from pipeline.store.patches import StoredSlide
-from pipeline.tiling.evidence import EXAMPLE_PX, MASK, REJECTED, outlined, read_mask_png
+from pipeline.tiling.evidence import EXAMPLE_PX, REJECTED, outlined, read_mask_png
 
 KEPT = 6
 QUALITY = 82
@@ -55,14 +55,14 @@ def picture(stored: StoredSlide) -> SlidePicture:
     Raises:
         StorageError: a file of the slide cannot be read.
     """
-    facts = files.read_json(files.join(stored.uri, "slide.json"))
+    facts = stored.facts()
     thumbnail = np.asarray(Image.open(io.BytesIO(stored.thumbnail())).convert("RGB"))
-    mask = read_mask_png(files.read_bytes(files.join(stored.uri, MASK)))
+    mask = read_mask_png(stored.mask())
     index = stored.index()
     corners = np.stack([index.x, index.y], axis=1)
     drawn = overlay(thumbnail, mask, corners, stored.extent, stored.thumbnail_scale)
     height, width = drawn.shape[:2]
-    shown = KEPT if facts["parts"] else 0  # a plan of a slide to be streamed has no patches
+    shown = KEPT if index.part[0] >= 0 else 0  # a plan of a slide to be streamed has no patches
     rows = np.unique(np.linspace(0, stored.n_patches - 1, shown).round().astype(np.int64))
     kept = [
         PatchPicture(_data_uri(_resized(data)), int(index.x[row]), int(index.y[row]), "kept")

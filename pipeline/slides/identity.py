@@ -31,7 +31,7 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
 from pipeline.storage.ranges import Range, SourceFile
-from pipeline.storage.staging import Fetched
+from pipeline.storage.staging import Fetched, fetch
 
 COMPANIONS = frozenset({"mrxs", "vms", "dcm"})
 """Suffixes of formats whose slides are several files."""
@@ -77,16 +77,19 @@ def slide_digest(uri: str, fetched: Fetched | None = None, *, whole: bool = Fals
     return Digest(joined, whole or max(sizes.values()) < WHOLE)
 
 
-def fetch_small(uri: str) -> Fetched | None:
+def fetch_small(uri: str, size: int) -> Fetched | None:
     """All bytes of a remote slide whose digest needs all of them, so that they travel once; None of any other.
+
+    Args:
+        uri: of its main file.
+        size: that it is known to have, bytes.
 
     Raises:
         StorageError: the slide cannot be read.
     """
-    if not files.is_remote(uri) or is_several(uri):
+    if not files.is_remote(uri) or is_several(uri) or size >= WHOLE:
         return None
-    version = files.source_version(uri)
-    return Fetched(version, files.read_bytes(uri)) if version.size < WHOLE else None
+    return fetch(uri)
 
 
 def is_several(uri: str) -> bool:

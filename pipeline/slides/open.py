@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.errors import NodeError, SlideError, StorageError
-from pipeline.slides.image import ImageReader
+from pipeline.slides.identity import is_several
+from pipeline.slides.image import PLAIN, ImageReader
 from pipeline.slides.layout import Elsewhere, Layout, read_layout
 from pipeline.slides.limits import check_lengths
 from pipeline.slides.openslide import LIBRARY_VERSION, OpenSlideReader, is_openslide
@@ -54,16 +56,25 @@ def open_slide(path: Path, series: int | None = None) -> SlideReader:
         raise SlideError("not-a-file", f"{path}: a pipe, a device or a socket; name a file")
     if path.stat().st_size == 0:
         raise SlideError("empty-file", f"{path}: zero bytes; copy the slide again")
-    found = _tiff(LocalSource(path), series)
+    source = LocalSource(path)
+    plain = source.read([(0, len(PLAIN[0]))])[0].startswith(PLAIN) and not is_several(path.name)  # an MRXS is a JPEG
+    if plain:
+        source.close()
+    found = None if plain else _tiff(source, series)
     if isinstance(found, SlideReader):
         return found
-    if found is None and series is not None:
+    if found is None:
+        _check_series(path.name, series)
+    return ImageReader(path) if plain else _through_library(path, found)
+
+
+def _check_series(name: str, series: int | None) -> None:
+    if series is not None:
         raise SlideError(
             "series",
-            f"{path.name}: the cohort names series {series}, but of this format the library picks the slide; leave "
+            f"{name}: the cohort names series {series}, but of this format the library picks the slide; leave "
             "the column empty",
         )
-    return _through_library(path, found)
 
 
 def _through_library(path: Path, found: Elsewhere | None) -> SlideReader:
@@ -109,6 +120,11 @@ def open_uri(
         if not files.is_remote(uri):
             yield stack.enter_context(open_slide(Path(files.absolute(uri)), series))
             return
+        if fetched is not None and fetched.data.startswith(PLAIN):
+            name = uri.rpartition("/")[2]
+            _check_series(name, series)
+            yield stack.enter_context(ImageReader(Path(name), data=fetched.data))
+            return
         in_place = _tiff(RemoteSource(uri) if fetched is None else FetchedSource(uri, fetched.data), series)
         if isinstance(in_place, SlideReader):
             yield stack.enter_context(in_place)
@@ -136,6 +152,7 @@ def _tiff(source: ByteSource, series: int | None) -> SlideReader | Elsewhere | N
     return layout
 
 
+@cache
 def tool_versions() -> dict[str, str]:
     """Versions of what decodes and encodes pixels, for the patch store's record."""
     names = ("imagecodecs", "numpy", "pillow", "simplejpeg", "tifffile")

@@ -73,7 +73,7 @@ def parent(uri: str) -> str:
 def absolute(uri: str) -> str:
     """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
     if not is_remote(uri):
-        return str(local_path(uri))
+        return _local_name(uri)
     return "s3://" + (s3.ANONYMOUS if s3.is_anonymous(uri) else "") + s3.key(uri)
 
 
@@ -101,7 +101,7 @@ def source_version(uri: str) -> SourceVersion:
         if is_remote(uri):
             version = _s3_version(s3.call(uri, "info", s3.key(uri)))
         else:
-            found = local_path(uri).stat()
+            found = os.stat(_local_name(uri))  # noqa: PTH116
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
                 raise NoFileError
             version = None if stat.S_ISDIR(found.st_mode) else _local_version(found)
@@ -130,7 +130,7 @@ def read_if_there(uri: str) -> bytes | None:
 def _read(uri: str) -> bytes:
     if not is_remote(uri):
         return local_path(uri).read_bytes()
-    data: bytes = s3.call(uri, "cat_file", s3.key(uri))
+    data: bytes = s3.call(uri, "cat_file", s3.key(uri), max_concurrency=1)  # more would ask for the size first
     return data
 
 
@@ -272,13 +272,18 @@ def upload(path: Path, uri: str) -> None:
 
 def local_path(uri: str) -> Path:
     """The absolute path of a local URI."""
+    return Path(_local_name(uri))
+
+
+def _local_name(uri: str) -> str:
+    """That path; of a million files a `Path` each would take longer than looking at them."""
     if _SCHEME.match(uri):
         split = urlsplit(uri.replace("?", "%3F").replace("#", "%23"))
         if split.netloc not in ("", "localhost"):
             raise StorageError(f"{uri}: file:// names the host {split.netloc}; write file:///absolute/path")
-        return Path(unquote(split.path))
+        return str(Path(unquote(split.path)))
     # resolve() would follow links, which may lead elsewhere on another machine
-    return Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100
+    return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111
 
 
 def is_temporary(name: str) -> bool:

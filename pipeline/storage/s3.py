@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -43,12 +43,31 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
 
     Such are a busy server and one that restarts. Only for what may be repeated: reads, writes of whole objects.
     """
+    return _patiently(method, lambda: getattr(client(uri), method)(*arguments, **options))
+
+
+def fetch(uri: str) -> tuple[str, bytes]:
+    """An object's entity tag, as the server writes it, and all its bytes: of one state, by one request."""
+    bucket, _, name = key(uri).partition("/")
+
+    def get() -> tuple[str, bytes]:
+        from fsspec.asyn import sync
+
+        filesystem = client(uri)
+        answer = filesystem.call_s3("get_object", Bucket=bucket, Key=name)
+        return str(answer["ETag"]), sync(filesystem.loop, answer["Body"].read)
+
+    found: tuple[str, bytes] = _patiently("get_object", get)
+    return found
+
+
+def _patiently(method: str, work: Callable[[], Any]) -> Any:
     given_up = time.monotonic() + PATIENCE_S
     pause = 0.1
     note(f"requests.{method}", 1)
     while True:
         try:
-            return getattr(client(uri), method)(*arguments, **options)
+            return work()
         except Exception as error:
             if not _may_pass(error) or time.monotonic() + pause > given_up:
                 raise

@@ -55,7 +55,18 @@ BATCH = 8192  # rows of all columns held at a time: 20 MB
 _NAME = re.compile(r"^(\d\d)-([0-9a-f]{32})\.parquet$")
 _REPLACES, _SPEC = b"ips.replaces", b"ips.spec"
 """Keys of a file's metadata: names of the files merged to it, and of the folder that it was written for."""
-_LOOKED_AT = pa.schema([field for field in CATALOGUE if field.name not in WIDE])
+_OF_SOURCES = (
+    "id", "key", "asked", "uri", "given_mpp", "mask", "coords", "series", "size", "etag", "mtime", "status", "reason",
+    "max_seconds", "max_gib", "left", "n_patches", "n_bad_tiles",
+)  # fmt: skip
+_OF_SLIDES = (
+    "id", "key", "n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "width", "height",
+    "thumbnail_scale", "imported", "dim", "dtype", "pack", "place",
+)  # fmt: skip
+_KINDS = {kind: pa.schema([CATALOGUE.field(name) for name in names]) for kind, names in (
+    ("source", _OF_SOURCES), ("slide", _OF_SLIDES), ("removal", ("id",))
+)}  # fmt: skip
+"""Columns of each kind of row that a look reads."""
 
 Row = Mapping[str, Any]
 """Columns of CATALOGUE but the id; absent ones are null."""
@@ -66,8 +77,8 @@ class Member:
     """One file of the catalogue."""
 
     name: str
-    rows: pa.Table
-    """Without the `WIDE` columns."""
+    rows: Mapping[str, pa.Table]
+    """By kind, without the `WIDE` columns."""
     replaces: frozenset[str]
     """Files that were merged to it."""
 
@@ -76,34 +87,43 @@ class View:
     """What the catalogue says at one moment."""
 
     def __init__(self, members: Sequence[Member], listed: Mapping[str, Found]) -> None:
-        self.members = {member.name: member for member in members}
+        self.members = {member.name: member.replaces for member in members}
+        """Files that it was read from -> those that were merged to each."""
         self.listed = listed
         """All files that were there, by name; those that others replace too."""
-        everything = pa.concat_tables([_LOOKED_AT.empty_table(), *(member.rows for member in members)])
-        gone = pc.is_in(everything["id"], value_set=_removed(everything))
-        removal = pc.equal(everything["kind"], "removal")
-        self.rows = _firsts(everything.filter(pc.invert(pc.or_(removal, gone))), "id", {})
-        """Sources and slides in the order of their ids, also those that others stand before."""
-        taken_away = pc.any(pc.and_not(gone, removal)).as_py()
-        self.holds_removed = bool(taken_away) or self.members.keys() != listed.keys()
+        rows = {
+            kind: pa.concat_tables([schema.empty_table(), *(member.rows[kind] for member in members)])
+            for kind, schema in _KINDS.items()
+        }
+        self.removed = rows["removal"]["id"].combine_chunks()
+        """Ids that removals name."""
+        slides, sources = (_left(rows[kind], self.removed) for kind in ("slide", "source"))
+        taken_away = sum(len(rows[kind]) for kind in ("slide", "source")) - len(slides) - len(sources)
+        self.holds_removed = taken_away > 0 or self.members.keys() != listed.keys()
         """Whether files may hold rows that were taken away, as `Catalogue.purge` leaves none."""
+        self._slides = _ordered(slides, slides["key"], slides["n_bad_tiles"])
+        limits = (pc.negate(pc.fill_null(sources[name], np.inf)) for name in ("max_seconds", "max_gib"))
+        refused = pc.cast(pc.is_null(sources["key"]), pa.int8())
+        self._sources = _ordered(sources, sources["asked"], refused, *limits)
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """All slides and sources that were not removed, also those that others stand before; with their kind."""
+        kinds = {"slide": self._slides, "source": self._sources}
+        named = [rows.append_column("kind", pa.repeat(kind, len(rows))) for kind, rows in kinds.items()]
+        return pa.concat_tables(named, promote_options="default")
 
     @cached_property
     def slides(self) -> pa.Table:
-        """One row for each key."""
-        rows = self.rows.filter(pc.equal(self.rows["kind"], "slide"))
-        return _firsts(rows, "key", {"n_bad_tiles": rows["n_bad_tiles"]})
+        """One row for each key, in their order."""
+        return _firsts(self._slides, "key")
 
     @cached_property
     def sources(self) -> pa.Table:
         """One row for each version of a source that was asked for; those whose slide is not there are left out."""
-        rows = self.rows.filter(pc.equal(self.rows["kind"], "source"))
-        there = pc.is_in(rows["key"], value_set=_values(self.slides["key"]))
-        rows = rows.filter(pc.or_(there, pc.is_null(rows["key"])))
-        merits = {"key": pc.cast(pc.is_null(rows["key"]), pa.int8())}
-        for limit in ("max_seconds", "max_gib"):
-            merits[limit] = pc.negate(pc.fill_null(rows[limit], np.inf))
-        return _firsts(rows, "asked", merits)
+        keys = self._sources["key"]
+        there = pc.or_(pc.is_null(keys), pc.is_in(keys, value_set=_values(self.slides["key"])))
+        return _firsts(self._sources if pc.all(there).as_py() else self._sources.filter(there), "asked")
 
     def slide_places(self, keys: Collection[str | None]) -> pa.Array:
         """Where in `slides` each key stands; null where it does not."""
@@ -129,11 +149,12 @@ class Catalogue:
         self.uri = files.join(spec_uri, FOLDER)
         self._spec = spec_uri.rstrip("/").rpartition("/")[2]
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Commit these rows, all or none."""
+    def append(self, rows: Sequence[Row], instead_of: Sequence[bytes] = ()) -> None:
+        """Commit these rows, all or none, and take away those of these ids with them."""
         tag = uuid.uuid4().bytes[:12]
         texts = ({name: _text(value) for name, value in row.items()} for row in rows)
-        self._add([{**row, "id": tag + number.to_bytes(4, "big")} for number, row in enumerate(texts)])
+        added = [{**row, "id": tag + number.to_bytes(4, "big")} for number, row in enumerate(texts)]
+        self._add([*added, *({"id": one, "kind": "removal"} for one in instead_of)])
 
     def remove(self, ids: Sequence[bytes]) -> None:
         """Take away the rows of these ids, for ever."""
@@ -209,9 +230,9 @@ class Catalogue:
             Whether it merged any: another look then reads fewer.
         """
         before = (time.time() if now is None else now) - GRACE_S
-        for member in view.members.values():
-            if view.listed[member.name].modified < before:
-                self.delete(member.replaces & view.listed.keys())
+        for name, replaces in view.members.items():
+            if view.listed[name].modified < before:
+                self.delete(replaces & view.listed.keys())
         active = sorted(view.members)
         for generation in range(_generation(active[-1]) + 1 if active else 0):
             young = [name for name in active if _generation(name) <= generation]
@@ -221,12 +242,9 @@ class Catalogue:
         return False
 
     def _listed(self) -> dict[str, Found]:
-        found: dict[str, Found] = {}
-        for file in walk(self.uri):
-            folder, _, name = file.uri.rpartition("/")
-            if folder.endswith(f"/{FOLDER}") and _NAME.match(name):  # not of a copy that somebody put below it
-                found[name] = file
-        return found
+        """Its files by name; not those of a copy that somebody put below it."""
+        parts = ((file, file.uri.rpartition("/")) for file in walk(self.uri))
+        return {name: file for file, (folder, _, name) in parts if folder.endswith(f"/{FOLDER}") and _NAME.match(name)}
 
     def _add(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -234,13 +252,12 @@ class Catalogue:
 
     def _merge(self, view: View, names: Sequence[str], generation: int) -> str:
         """Write the rows of these files as one file, without those that they take away; its name."""
-        replaces = set(names).union(*(view.members[name].replaces for name in names)) & view.listed.keys()
-        gone = _removed(pa.concat_tables([view.members[name].rows for name in names]))
+        replaces = set(names).union(*(view.members[name] for name in names)) & view.listed.keys()
 
         def rows() -> Iterator[pa.Table]:
             for batch in self._batches(names, CATALOGUE.names):
                 removal = pc.equal(batch["kind"], "removal")
-                yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=gone))))
+                yield batch.filter(pc.or_(removal, pc.invert(pc.is_in(batch["id"], value_set=view.removed))))
 
         return self._write(generation, rows(), sorted(replaces))
 
@@ -259,8 +276,14 @@ class Catalogue:
 
     def _member(self, name: str) -> Member:
         file = self._open(name)
+        columns = list(dict.fromkeys(["kind", *_OF_SOURCES, *_OF_SLIDES]))
+        parts: dict[str, list[pa.Table]] = {kind: [schema.empty_table()] for kind, schema in _KINDS.items()}
+        for batch in file.iter_batches(BATCH, columns=columns):
+            rows = pa.Table.from_batches([batch])
+            for kind, schema in _KINDS.items():
+                parts[kind].append(rows.filter(pc.equal(rows["kind"], kind)).select(schema.names).cast(schema))
         replaces = json.loads(file.schema_arrow.metadata[_REPLACES])
-        return Member(name, file.read(_LOOKED_AT.names).cast(_LOOKED_AT), frozenset(replaces))
+        return Member(name, {kind: pa.concat_tables(found) for kind, found in parts.items()}, frozenset(replaces))
 
     def _batches(self, names: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Rows of these files, in their order; some files are fetched at a time."""
@@ -306,19 +329,22 @@ def _values(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
-def _removed(rows: pa.Table) -> pa.Array:
-    return _values(rows.filter(pc.equal(rows["kind"], "removal"))["id"])
+def _left(rows: pa.Table, removed: pa.Array) -> pa.Table:
+    """The rows that no removal names."""
+    return rows.filter(pc.invert(pc.is_in(rows["id"], value_set=removed))) if len(removed) else rows
 
 
-def _firsts(rows: pa.Table, column: str, merits: Mapping[str, pa.ChunkedArray]) -> pa.Table:
-    """Of the rows with one value in a column that with the least merits, the first one of the least id."""
-    order = pa.table({"of": rows[column], **{f"merit {name}": values for name, values in merits.items()}})
-    if column != "id":
-        order = order.append_column("id", rows["id"])
-    places = pc.sort_indices(order, [(name, "ascending") for name in order.column_names])
-    rows = rows.take(places)
-    names = _values(rows[column])
-    if len(names) < 2:
+def _ordered(rows: pa.Table, *merits: pa.ChunkedArray) -> pa.Table:
+    """Each row once, by the least merits and then by id."""
+    names = [str(number) for number in range(len(merits) + 1)]
+    places = pc.sort_indices(pa.table([*merits, rows["id"]], names), [(name, "ascending") for name in names])
+    return _firsts(rows.take(places), "id")
+
+
+def _firsts(rows: pa.Table, column: str) -> pa.Table:
+    """Of neighbours with one value in a column the first one."""
+    values = _values(rows[column])
+    if len(values) < 2:
         return rows
-    other = pc.not_equal(names.slice(1), names.slice(0, len(names) - 1))
-    return rows.filter(pa.concat_arrays([pa.array([True]), other]))
+    other = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1))
+    return rows if pc.all(other).as_py() else rows.filter(pa.concat_arrays([pa.array([True]), other]))

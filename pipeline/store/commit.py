@@ -22,6 +22,7 @@ from pipeline.slides.identity import reading_source
 from pipeline.slides.open import SlideReader, tool_versions
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.store.index import Ints
 from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
 from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key, stored_slide
 from pipeline.telemetry import spending
@@ -89,7 +90,7 @@ def plan_slide(
         guide: digest of the mask and coordinates that were given beside it.
         version: of the slide's file, where the digest is of samples: parts of another version are not its parts.
     """
-    facts = {**_slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
+    facts = {**slide_facts(reader), **_tiling_facts(tiling), "tools": tool_versions(), "guide": guide}
     pictures = {THUMBNAIL: tiling.thumbnail.jpeg, **tiling.evidence.files}
     key = slide_key(digest, mpp, guide, reader.series)
     return PlannedSlide(key, digest, mpp, facts, tiling, pictures, codec_fingerprint(), version)
@@ -127,15 +128,7 @@ def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[],
     errors as `write_slide`.
     """
     grid, tiling = planned.tiling.grid, planned.tiling
-    if store.is_distrusted(planned.key):
-        with reading_source():
-            deque(tiling.rows(), maxlen=0)
-    lost = set(tiling.bad_tiles)
-    kept = [
-        number for number, corner in enumerate(grid.level0_origins(tiling.cells).tolist()) if tuple(corner) not in lost
-    ]
-    numbers = np.array(kept, np.int64)
-    corners, origins = grid.level0_origins(tiling.cells[numbers]), grid.level_origins(tiling.cells[numbers])
+    numbers, corners, origins = planned_patches(tiling, distrusted=store.is_distrusted(planned.key))
     rows, nothing = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
     columns = [rows, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
@@ -144,6 +137,22 @@ def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[],
         index = index.append_column(name, pa.array(column))
     unchanged()
     return _commit(store, planned, [], index, tiling.bad_tiles)
+
+
+def planned_patches(tiling: SlideTiling, *, distrusted: bool) -> tuple[Ints, Ints, Ints]:
+    """(n,) cells, (n, 2) level-0 x, y and (n, 2) px of the level of the patches that are not read.
+
+    Args:
+        tiling: of an open slide.
+        distrusted: they are read all the same, to leave out those that cannot be.
+    """
+    if distrusted:
+        with reading_source():
+            deque(tiling.rows(), maxlen=0)
+    grid, lost = tiling.grid, set(tiling.bad_tiles)
+    corners = grid.level0_origins(tiling.cells)
+    kept = np.array([number for number, corner in enumerate(corners.tolist()) if tuple(corner) not in lost], np.int64)
+    return kept, corners[kept], grid.level_origins(tiling.cells[kept])
 
 
 def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
@@ -252,7 +261,8 @@ def _committed(
     return stored_slide(store.uri, known)
 
 
-def _slide_facts(reader: SlideReader) -> dict[str, Any]:
+def slide_facts(reader: SlideReader) -> dict[str, Any]:
+    """What a commit says of the slide itself."""
     return {
         "vendor": reader.vendor,
         "stated_mpp": None if reader.mpp is None else list(reader.mpp),
@@ -265,8 +275,19 @@ def _slide_facts(reader: SlideReader) -> dict[str, Any]:
 
 
 def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
+    facts = plan_facts(tiling)
+    return {
+        **facts,
+        "evidence": dict(tiling.evidence.facts),
+        "thumbnail": {**_file_facts(THUMBNAIL, tiling.thumbnail.jpeg), **facts["thumbnail"]},
+        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
+    }
+
+
+def plan_facts(tiling: SlideTiling) -> dict[str, Any]:
+    """What a commit says of how the slide was tiled, and of the size of its thumbnail."""
     grid, thumbnail = tiling.grid, tiling.thumbnail
-    size = {name: getattr(thumbnail, name) for name in ("width", "height", "scale")}
+    height, width = thumbnail.rgb.shape[:2]
     return {
         "spec": tiling.spec.identity(),
         "level": grid.level,
@@ -276,9 +297,7 @@ def _tiling_facts(tiling: SlideTiling) -> dict[str, Any]:
         "stride": grid.stride_px * grid.downsample,
         "grid": None if isinstance(grid, PlacedGrid) else [grid.columns, grid.rows],
         "rejects": dict(tiling.rejects),
-        "evidence": dict(tiling.evidence.facts),
-        "thumbnail": {**_file_facts(THUMBNAIL, thumbnail.jpeg), **size},
-        "files": [_file_facts(name, data) for name, data in tiling.evidence.files.items()],
+        "thumbnail": {"width": width, "height": height, "scale": thumbnail.scale},
     }
 
 

@@ -20,14 +20,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config.embed import FEATURE_VERSION
 from pipeline.errors import StorageError
-from pipeline.schema import INDEX
+from pipeline.schema import INDEX, PATCHES
 from pipeline.storage import files
-from pipeline.store.parts import content_name, naming, parquet_bytes
-from pipeline.store.patches import Ints, PatchIndex, PatchStore, StoredSlide
+from pipeline.store.catalogue import Row
+from pipeline.store.index import Ints, PatchIndex
+from pipeline.store.packs import Place, SmallSlide, pack_uri, write_pack
+from pipeline.store.parts import binaries, content_name, naming, parquet_bytes
+from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.store.rows import features_row
 from pipeline.store.shelf import Shelf
 
@@ -45,11 +47,13 @@ class FeatureSlide:
     patches: StoredSlide
     """The slide they were made of; only its pictures are read from the patch store."""
     uri: str
-    """Folder of the slide in the feature store."""
+    """Folder of the slide in the feature store, or the pack that it is in."""
     encoder: str
     """Fingerprint."""
     dim: int
     dtype: Dtype
+    place: Place | None = None
+    """In the pack."""
 
     @property
     def key(self) -> str:
@@ -109,7 +113,7 @@ class FeatureSlide:
     @property
     def _vectors(self) -> StoredSlide:
         """The same kind of index and range reads as the patch store's, over vectors."""
-        return replace(self.patches, uri=self.uri)
+        return replace(self.patches, uri=self.uri, place=self.place)
 
 
 class FeatureStore(Shelf):
@@ -140,13 +144,15 @@ class FeatureStore(Shelf):
         return None if facts is None else self._slide(stored, facts)
 
     def _slide(self, stored: StoredSlide, facts: Mapping[str, Any]) -> FeatureSlide:
-        uri = files.join(self.uri, stored.key)
+        pack = facts.get("pack")
+        uri = files.join(self.uri, stored.key) if pack is None else pack_uri(self.uri, pack)
         if facts["n_patches"] != stored.n_patches:
             raise StorageError(
                 f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
                 "anew since; remove the folder and the embed stage's records (stages/embed-*.json), and run again"
             )
-        return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"])
+        place = None if pack is None else Place.of(facts["place"])
+        return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"], place)
 
     def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:
         """Write a slide's features, which `commit` makes seen; those of another writer that was faster are kept.
@@ -190,16 +196,48 @@ class FeatureStore(Shelf):
         files.write_json(files.join(uri, "slide.json"), record)
         return self._slide(stored, record)
 
-    def commit(self, keys: Iterable[str]) -> None:
-        """Make the features of these slides seen, whose folders are whole."""
-        facts = (self.commit_of(key) for key in keys)
-        self.append([features_row(one) for one in facts if one is not None])
+    def rows(self, key: str) -> list[Row]:
+        """What commits a slide's features, whose folder is whole (`append`)."""
+        facts = self.commit_of(key)
+        return [] if facts is None else [features_row(facts)]
+
+    def pack(self, made: Sequence[tuple[StoredSlide, Features]], facts: Mapping[str, Any]) -> list[Row]:
+        """Write the features of small slides into one pack; what commits them.
+
+        A pack as of patches, with a vector's bytes in the place of a JPEG.
+
+        Args:
+            made: (N, D) of each slide.
+            facts: of the encoder, for the record.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        slides = [_packed(stored, vectors, facts) for stored, vectors in made]
+        pack = write_pack(slides)
+        files.write_bytes(pack_uri(self.uri, pack.name), pack.data)
+        return [features_row(slide.facts, pack.name, pack.places[slide.key].json()) for slide in slides]
 
 
 def stored_slides(store: PatchStore, keys: Iterable[str]) -> list[StoredSlide]:
     """The committed slides of `keys`, each once, largest first: so no actor is left with a large one at the end."""
     slides = store.slides(list(dict.fromkeys(keys)))
     return sorted(slides, key=lambda slide: (-slide.n_patches, slide.key))
+
+
+def _packed(stored: StoredSlide, vectors: Features, encoder: Mapping[str, Any]) -> SmallSlide:
+    index = stored.index_table()
+    columns = [index.column(field.name).combine_chunks() for field in PATCHES if field.name != "image"]
+    patches = pa.record_batch([*columns, binaries([vector.tobytes() for vector in vectors])], schema=PATCHES)
+    facts = {
+        "feature_version": FEATURE_VERSION,
+        "key": stored.key,
+        "n_patches": len(vectors),
+        "dim": vectors.shape[1],
+        "dtype": vectors.dtype.name,
+        "encoder": dict(encoder),
+    }
+    return SmallSlide(facts, patches, b"", b"")
 
 
 def _parts(chunks: Iterable[Features]) -> Iterator[Features]:
@@ -236,7 +274,7 @@ def _part_bytes(vectors: Features, first: int) -> tuple[bytes, Ints]:
 
 def _index(stored: StoredSlide, places: list[tuple[int, Ints]], length: int) -> pa.Table:
     """The patch store's index with the vectors' places in it."""
-    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(stored.uri, "index.parquet"))))
+    table = stored.index_table()
     columns = {
         "part": np.concatenate([np.full(len(offsets), number) for number, offsets in places]),
         "offset": np.concatenate([offsets for _, offsets in places]),

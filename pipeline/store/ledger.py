@@ -17,6 +17,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
+from pipeline.store.packs import PACKS, pack_sha256, pack_uri
 from pipeline.store.parts import parquet_bytes
 from pipeline.store.patches import PatchStore, SlideStatus
 
@@ -46,11 +47,12 @@ def write_ledger(
     Raises:
         StorageError: the folder cannot be written.
     """
-    commits, stored, torn = _stored(store, dict.fromkeys(s.key for s in statuses if s.key is not None))
+    keys = list(dict.fromkeys(status.key for status in statuses if status.key is not None))
+    commits, stored, torn = _stored(store, keys)
     sources = _table(_sources(slides, versions, statuses), FILE_LEDGER)
     tables = {
         "slides": _slides(slides, statuses, commits),
-        "files": pa.concat_tables([sources, stored]),
+        "files": pa.concat_tables([sources, stored, _packs(store, keys)]),
         "corruption": _table(_corruption(slides, statuses, torn), CORRUPTION_LEDGER),
     }
     uris = {f"ledger_{name}": files.join(folder, f"{name}.parquet") for name in tables}
@@ -111,10 +113,30 @@ def _commit(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files(store: PatchStore, key: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if "parts" not in facts:  # of a slide in a pack
+        return
     for file in (*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]):
         names = ("bytes", "sha256", "patches")
         place = files.join(store.uri, key, file["name"])
         yield {"role": "stored", "key": key, "uri": place, **{name: file.get(name) for name in names}}
+
+
+def _packs(store: PatchStore, keys: Iterable[str]) -> pa.Table:
+    """The packs that slides are in, with the patches of those slides."""
+    chosen = store.view.slides.take(store.view.slide_places(list(keys)).drop_null())
+    counts = chosen.filter(pc.is_valid(chosen["pack"])).group_by("pack").aggregate([("n_patches", "sum")])
+    sizes = {name: version.size for name, version in files.list_versions(files.join(store.uri, PACKS)).items()}
+    rows = [
+        {
+            "role": "stored",
+            "uri": pack_uri(store.uri, row["pack"]),
+            "bytes": sizes.get(row["pack"]),
+            "sha256": pack_sha256(row["pack"]),
+            "patches": row["n_patches_sum"],
+        }
+        for row in counts.sort_by("pack").to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=FILE_LEDGER)
 
 
 def _slides(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], commits: pa.Table) -> pa.Table:

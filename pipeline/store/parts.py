@@ -86,7 +86,7 @@ def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
     rows = tiling.rows(start, stop)
     with reading_source(), pa.ipc.new_file(sink, PATCHES) as writer:
         while batch := list(itertools.islice(rows, BATCH_PATCHES)):
-            writer.write_batch(_batch(batch))
+            writer.write_batch(record_batch(batch))
     data = bytes(sink.getvalue())
     index = part_index(data, number)
     bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
@@ -160,7 +160,8 @@ def unpack(data: bytes) -> Part:
     return Part(**facts, index=table.cast(INDEX))
 
 
-def _batch(rows: Sequence[PatchRow]) -> pa.RecordBatch:
+def record_batch(rows: Sequence[PatchRow]) -> pa.RecordBatch:
+    """The rows in schema PATCHES."""
     columns = [
         [row.cell for row in rows],
         [row.x for row in rows],
@@ -168,10 +169,10 @@ def _batch(rows: Sequence[PatchRow]) -> pa.RecordBatch:
         [row.level for row in rows],
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, list(PATCHES)[:-1], strict=True)]
-    return pa.record_batch([*arrays, _images([row.image for row in rows])], schema=PATCHES)
+    return pa.record_batch([*arrays, binaries([row.image for row in rows])], schema=PATCHES)
 
 
-def _images(images: Sequence[bytes]) -> pa.Array:
+def binaries(images: Sequence[bytes]) -> pa.Array:
     """The column of JPEGs; joined here, because Arrow's own conversion takes longer than all else of a patch."""
     ends = np.cumsum([0, *map(len, images)], dtype=np.int64)
     return pa.Array.from_buffers(

@@ -14,26 +14,28 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.errors import StorageError
-from pipeline.schema import SCHEMA_VERSION
+from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.tree import delete_folder
 from pipeline.store.catalogue import BATCH, Row
+from pipeline.store.index import Ints, PatchIndex, folder_index, folder_origins, folder_table, packed_index, runs
+from pipeline.store.packs import PACKS, Place, read_facts, read_index
 from pipeline.store.parts import file_name
+from pipeline.store.pictures import drawn
 from pipeline.store.rows import asked_digest, outcome, slide_row, source_row, stored
 from pipeline.store.shelf import Shelf
+from pipeline.tiling.evidence import MASK, OUTLINE, THUMBNAIL, read_mask_png
+from pipeline.tiling.geojson import tissue_geojson
 from pipeline.tiling.grid import cells_at
 
 UNFINISHED = "unfinished"
@@ -41,8 +43,6 @@ UNFINISHED = "unfinished"
 _DETAILS = ["error", "picture"]
 PLANS = "plans"
 """Folder below the root: a store of slides without parts (`commit.write_plan`)."""
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +67,11 @@ class SlideStatus:
 
 
 @dataclass(frozen=True)
-class PatchIndex:
-    """Where each patch stands, in the slide and in the store. Arrays of length n, by row."""
-
-    x: Ints
-    """Level-0 px of the patch's left edge."""
-    y: Ints
-    """Level-0 px of its upper edge."""
-    part: Ints
-    offset: Ints
-    """Absolute byte offset of the JPEG in its part."""
-    length: Ints
-
-
-@dataclass(frozen=True)
 class StoredSlide:
     """A committed slide. Small, picklable; patches and index are read when asked for."""
 
     uri: str
-    """Folder of the slide in the store."""
+    """Folder of the slide in the store, or the pack that it is in."""
     key: str
     n_patches: int
     n_bad_tiles: int
@@ -105,6 +91,8 @@ class StoredSlide:
     """Level-0 px per px of the thumbnail."""
     imported: bool
     """Its patches stand where a file said, not on a grid."""
+    place: Place | None = None
+    """In the pack that `uri` is; None: `uri` is a folder of its own."""
 
     @property
     def extent(self) -> float:
@@ -113,7 +101,26 @@ class StoredSlide:
 
     def index(self) -> PatchIndex:
         """Position and place of every patch; the last few slides' are kept in memory."""
-        return _read_index(self.uri, self.n_patches)[0]
+        if self.place is None:
+            return folder_index(self.uri, self.n_patches)[0]
+        return packed_index(self.uri, self.place, self.n_patches)
+
+    def index_table(self) -> pa.Table:
+        """The index in schema INDEX."""
+        if self.place is None:
+            return folder_table(self.uri).select(INDEX.names)
+        index = self.index()
+        cells, rows = read_index(self.uri, self.place, self.n_patches)[:, 0], np.arange(self.n_patches)
+        level = np.full(len(rows), self.level)
+        columns = [rows, cells, index.x, index.y, level, index.part, index.offset, index.length]
+        arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
+        return pa.table(arrays, schema=INDEX)
+
+    def origins(self) -> Ints:
+        """(n, 2) left and top of the patches of a plan (`commit.write_plan`), px of the level that is read."""
+        if self.place is None:
+            return folder_origins(self.uri, self.n_patches)
+        return read_index(self.uri, self.place, self.n_patches)[:, 4:].astype(np.int64)
 
     def positions(self, rows: Ints) -> Ints:
         """(n, 2) grid column and row of `rows` (n,); of imported patches in strides from the corner, rounded."""
@@ -126,26 +133,60 @@ class StoredSlide:
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
-        (index, schema), wanted = _read_index(self.uri, self.n_patches), np.asarray(rows, np.int64)
+        index, wanted = self.index(), np.asarray(rows, np.int64)
         found: dict[int, bytes] = {}
         for part in np.unique(index.part[wanted]).tolist():
             members = np.unique(wanted[index.part[wanted] == part])
-            runs = _runs(index, members)
+            neighbours = runs(index, members)
             ranges = [
                 (int(index.offset[run[0]]), int(index.offset[run[-1]] + index.length[run[-1]] - index.offset[run[0]]))
-                for run in runs
+                for run in neighbours
             ]
-            file = files.join(self.uri, file_name(schema, part))
-            for run, data in zip(runs, files.read_ranges(file, ranges), strict=True):
+            for run, data in zip(neighbours, files.read_ranges(self._file(part), ranges), strict=True):
                 start = index.offset[run[0]]
                 for row in run.tolist():
                     first = int(index.offset[row] - start)
                     found[row] = data[first : first + int(index.length[row])]
         return [found[row] for row in wanted.tolist()]
 
+    def _file(self, part: int) -> str:
+        """URI of a part, or of the pack."""
+        if self.place is not None:
+            return self.uri
+        return files.join(self.uri, file_name(folder_index(self.uri, self.n_patches)[1], part))
+
+    def facts(self) -> Mapping[str, Any]:
+        """All that its commit says."""
+        if self.place is not None:
+            return read_facts(self.uri, self.place)
+        facts: Mapping[str, Any] = files.read_json(files.join(self.uri, "slide.json"))
+        return facts
+
     def thumbnail(self) -> bytes:
-        """The slide's thumbnail, a JPEG of at most 512 px."""
-        return files.read_bytes(files.join(self.uri, "thumbnail.jpg"))
+        """The slide's thumbnail, a JPEG of at most 512 px; of a packed slide it is drawn of its patches."""
+        if self.place is None:
+            return files.read_bytes(files.join(self.uri, THUMBNAIL))
+        overview = self._kept(self.place.overview, self.place.overview_bytes)
+        images = [] if self.place.planned else self.payloads(np.arange(self.n_patches))
+        index = self.index()
+        corners = np.stack([index.x, index.y], axis=1)[: len(images)]
+        return drawn(overview, self.dimensions, self.thumbnail_scale, images, corners, self.extent)
+
+    def mask(self) -> bytes:
+        """Where the tissue is: a PNG of one bit a px over the whole slide."""
+        if self.place is None:
+            return files.read_bytes(files.join(self.uri, MASK))
+        return self._kept(self.place.mask, self.place.mask_bytes)
+
+    def outline(self) -> bytes:
+        """The tissue's outlines as GeoJSON, for QuPath."""
+        if self.place is None:
+            return files.read_bytes(files.join(self.uri, OUTLINE))
+        return tissue_geojson(read_mask_png(self.mask()), self.dimensions)
+
+    def _kept(self, offset: int, length: int) -> bytes:
+        (data,) = files.read_ranges(self.uri, [(offset, length)])
+        return data
 
 
 class PatchStore(Shelf):
@@ -211,7 +252,14 @@ class PatchStore(Shelf):
         """
         self.require(dict.fromkeys(keys), "no committed slide; run the tile stage")
         rows = self.view.slides.take(self.view.slide_places(keys)).to_pylist()
-        return [StoredSlide(uri=files.join(self.uri, row["key"]), key=row["key"], **stored(row)) for row in rows]
+        return [self._stored(row) for row in rows]
+
+    def _stored(self, row: Row) -> StoredSlide:
+        """The slide of a row of the catalogue."""
+        packed = row["pack"] is not None
+        uri = files.join(self.uri, PACKS, row["pack"]) if packed else files.join(self.uri, row["key"])
+        place = Place.of(row["place"]) if packed else None
+        return StoredSlide(uri=uri, key=row["key"], place=place, **stored(row))
 
     def slide(self, key: str) -> StoredSlide:
         """One of them; see `slides`."""
@@ -274,16 +322,3 @@ def slide_key(digest: str, mpp: float | None, guide: str | None = None, series: 
     """
     identity = [digest, mpp, guide, series]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-
-
-@lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each
-def _read_index(uri: str, _n: int) -> tuple[PatchIndex, pa.Schema]:  # a plan that is made anew has fewer
-    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(uri, "index.parquet"))))
-    columns = (table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__)
-    return PatchIndex(*columns), table.schema
-
-
-def _runs(index: PatchIndex, rows: Ints) -> list[Ints]:
-    """Cut ascending rows of one part where the next patch does not start at the end of the one before."""
-    ends = index.offset[rows] + index.length[rows]
-    return np.split(rows, np.flatnonzero(index.offset[rows][1:] != ends[:-1]) + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,8 +12,9 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
-from pipeline.store.catalogue import Row
-from pipeline.store.rows import features_row, slide_row, source_row
+from pipeline.store.catalogue import Row, View
+from pipeline.store.packs import PACKS, is_pack, pack_uri, read_pack
+from pipeline.store.rows import compact, source_row, stored_row
 from pipeline.store.shelf import Shelf
 from pipeline.store.verify import REMEDY, SLIDE, is_of, spec_folders
 
@@ -85,6 +86,7 @@ def _repair(shelf: Shelf, done: Repaired) -> None:
         shelf.catalogue.remove(view.ids("slide", "key", stale))
     for start in range(0, len(other), TOGETHER):
         shelf.append([found[key] for key in other[start : start + TOGETHER]])
+    _repair_packs(shelf, view, said, done)
     shelf.catalogue.delete(cut)
     done.added += len(other)
     done.removed += len(gone)
@@ -108,11 +110,47 @@ def _row(shelf: Shelf, key: str) -> Row | str | None:
         if facts is None:
             return None
         if is_of(facts, key, shelf.uri.rpartition("/")[2]):
-            return features_row(facts) if "encoder" in facts else slide_row(facts)
+            return stored_row(facts)
         what = "is of another slide, or of another tiling spec"
     except (DamagedError, KeyError, TypeError, ValueError) as error:
         what = f"no commit that can be read ({type(error).__name__}: {error})"
     return f"{uri}: {what}; {REMEDY}"
+
+
+def _repair_packs(shelf: Shelf, view: View, said: Mapping[str, str], done: Repaired) -> None:
+    """Correct what the catalogue says of slides in packs; take in packs that it does not know, out those that are gone.
+
+    The rows of a pack are written together: one that some are about has lost none, but slides may have been taken out.
+
+    Args:
+        shelf: where they are.
+        view: its catalogue.
+        said: facts by key, of the slides that are seen.
+        done: what was done.
+    """
+    stored = [name for name in files.list_names(files.join(shelf.uri, PACKS)) if is_pack(name)]
+    rows: dict[str, list[Row]] = {name: [] for name in stored}
+    lost: list[bytes] = []
+    for row in view.rows.filter(pc.is_valid(view.rows["pack"])).select(["id", "key", "pack", "place"]).to_pylist():
+        if row["pack"] in rows:
+            rows[row["pack"]].append(row)
+        else:
+            lost.append(row["id"])
+    if lost:
+        shelf.catalogue.remove(lost)
+    done.removed += len(lost)
+    for name in stored:
+        try:
+            pack, slides = read_pack(pack_uri(shelf.uri, name))
+        except DamagedError as error:
+            done.refused.append(str(error))
+            continue
+        right = {one.key: (pack.places[one.key].json(), compact(one.facts)) for one in slides}
+        wrong = [row for row in rows[name] if right.get(row["key"]) != (row["place"], said.get(row["key"]))]
+        keys = {row["key"] for row in wrong} if rows[name] else right.keys()
+        added = [stored_row(one.facts, name, right[one.key][0]) for one in slides if one.key in keys]
+        shelf.catalogue.append(added, instead_of=[row["id"] for row in wrong])
+        done.added += len(added)
 
 
 def _take_over(spec: str, done: Repaired) -> None:

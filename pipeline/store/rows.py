@@ -78,10 +78,15 @@ def slide_row(facts: Mapping[str, Any], pack: str | None = None, place: str | No
     }
 
 
-def features_row(facts: Mapping[str, Any]) -> Row:
-    """A slide's committed features; `facts` as `slide_row`."""
-    names = ("key", "n_patches", "dim", "dtype")
-    return {"kind": "slide", **{name: facts[name] for name in names}, "n_bad_tiles": 0, "facts": compact(facts)}
+def features_row(facts: Mapping[str, Any], pack: str | None = None, place: str | None = None) -> Row:
+    """A slide's committed features; arguments as `slide_row`."""
+    known = {name: facts[name] for name in ("key", "n_patches", "dim", "dtype")}
+    return {"kind": "slide", **known, "n_bad_tiles": 0, "pack": pack, "place": place, "facts": compact(facts)}
+
+
+def stored_row(facts: Mapping[str, Any], pack: str | None = None, place: str | None = None) -> Row:
+    """`features_row` of a commit of features, `slide_row` of one of patches."""
+    return features_row(facts, pack, place) if "encoder" in facts else slide_row(facts, pack, place)
 
 
 def outcome(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,17 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.errors import StorageError
 from pipeline.storage import files
 from pipeline.storage.listing import folder_names
 from pipeline.store.catalogue import Catalogue, Row, View
+from pipeline.store.packs import PACKS, pack_uri, read_pack, without
+from pipeline.store.rows import stored_row
+
+FEW = 16  # slides on S3 that are asked for one by one: a listing of all takes as many requests at least
 
 
 class Shelf:
@@ -22,6 +29,7 @@ class Shelf:
         self._view: View | None = None
         self._names: frozenset[str] | None = None
         self._local = "" if files.is_remote(uri) else str(files.local_path(uri))
+        self._packs: frozenset[str] | None = None
 
     @property
     def view(self) -> View:
@@ -32,7 +40,7 @@ class Shelf:
 
     def look_again(self) -> None:
         """Forget what was seen: others may have written."""
-        self._view = self._names = None
+        self._view = self._names = self._packs = None
 
     def append(self, rows: Sequence[Row]) -> None:
         """Commit these rows (`rows`), all or none."""
@@ -54,17 +62,46 @@ class Shelf:
         if gone := self.gone(self.view.slides["key"].to_pylist()):
             self.forget(gone)
 
+    def take_out(self, keys: Collection[str]) -> None:
+        """Write the packs that hold these slides anew without them, while nobody reads them; then they are not there.
+
+        What the catalogue says of the slides themselves stays, so that after a kill the same call goes on.
+
+        Raises:
+            DamagedError: a pack was changed.
+        """
+        rows = self.view.rows.filter(pc.is_valid(self.view.rows["pack"]))
+        theirs = pc.is_in(rows["key"], value_set=pa.array(keys, pa.string()))
+        for name in pc.unique(rows.filter(theirs)["pack"]).to_pylist():
+            uri = pack_uri(self.uri, name)
+            if files.exists(uri):
+                left = rows.filter(pc.and_(pc.equal(rows["pack"], name), pc.invert(theirs)))
+                self._rewrite(uri, keys, left["id"].to_pylist())
+                files.delete(uri)
+        self.look_again()
+
+    def _rewrite(self, uri: str, keys: Collection[str], ids: Sequence[bytes]) -> None:
+        """Put the other slides of a pack, which rows of these ids are about, into another one."""
+        slides = read_pack(uri)[1]
+        pack = without(slides, keys)
+        if pack is not None:
+            files.write_bytes(pack_uri(self.uri, pack.name), pack.data)
+            facts = {slide.key: slide.facts for slide in slides}
+            new = [stored_row(facts[key], pack.name, place.json()) for key, place in pack.places.items()]
+            self.catalogue.append(new, instead_of=ids)
+
     def has(self, key: str) -> bool:
         """Whether the slide is committed, and there."""
         return not self.gone([key])
 
     def gone(self, keys: Iterable[str]) -> list[str]:
-        """Which of the slides are not committed, or whose folder is not there any more."""
+        """Which of the slides are not committed, or whose folder or pack is not there any more."""
         wanted = list(keys)
         places = self.view.slide_places(wanted)
         packs = iter(self.view.slides["pack"].take(places.drop_null()).to_pylist())
         there = (
-            known and (next(packs) is not None or self._is_there(key))
+            known
+            and (self._is_there(key, len(wanted)) if (pack := next(packs)) is None else pack in self._pack_files())
             for key, known in zip(wanted, places.is_valid().to_pylist(), strict=True)
         )
         return [key for key, found in zip(wanted, there, strict=True) if not found]
@@ -90,10 +127,17 @@ class Shelf:
         data = files.read_if_there(uri)
         return None if data is None else files.parsed_json(uri, data)
 
-    def _is_there(self, key: str) -> bool:
-        """Whether a slide's folder is there; on a disk, where that costs microseconds, whether its commit is."""
+    def _is_there(self, key: str, asked: int) -> bool:
+        """Whether a slide's folder is there; on a disk, and where few are asked for, whether its commit is."""
         if not files.is_remote(self.uri):
             return os.path.exists(os.path.join(self._local, key, "slide.json"))  # noqa: PTH110, PTH118
+        if self._names is None and asked <= FEW:
+            return files.exists(files.join(self.uri, key, "slide.json"))
         if self._names is None:
             self._names = folder_names(self.uri)
         return key in self._names
+
+    def _pack_files(self) -> frozenset[str]:
+        if self._packs is None:
+            self._packs = frozenset(files.list_names(files.join(self.uri, PACKS)))
+        return self._packs

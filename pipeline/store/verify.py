@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.base import fingerprint
-from pipeline.errors import StorageError
+from pipeline.errors import DamagedError, StorageError
 from pipeline.schema import INDEX
 from pipeline.storage import files
-from pipeline.store.catalogue import FOLDER, Catalogue
+from pipeline.store.catalogue import FOLDER, Catalogue, View
+from pipeline.store.packs import PACKS, pack_uri, read_pack
 from pipeline.store.parts import part_index
 from pipeline.store.patches import PLANS, UNFINISHED, slide_key
 from pipeline.store.rows import compact
@@ -32,6 +33,7 @@ SLIDE = re.compile(r"^[0-9a-f]{32}$")
 """Names of what is in them: slides by their key."""
 _CLEAN = "delete it when no run is active"
 REMEDY = "delete the slide's folder, and run the tile stage (for features the embed stage)"
+_TILE = "the next run tiles its slides (for features, embeds them)"
 _REBUILD = "run `pipeline store repair`"
 _GIVEN_UP = "delete the folder when no run is active"
 _GO_ON = "the next run goes on with it if its slide is still in the cohort, and what it was; else delete the folder"
@@ -114,14 +116,19 @@ def verify_store(store: str, threads: int, on_progress: Callable[[int, int], Non
 
 def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progress: Callable[[int, int], None]) -> None:
     folders = [files.join(spec, name) for name in files.list_names(spec) if SLIDE.match(name)]
-    fates, damaged = _fates(Catalogue(spec))
-    report.add(damaged)
+    catalogue = Catalogue(spec)
+    broken = catalogue.broken()
+    view = catalogue.read(without=broken)
+    report.add(_damage(files.join(catalogue.uri, name), str(error), _REBUILD) for name, error in broken.items())
+    fates = _fates(catalogue, view)
     commits = []
     for commit, findings in pool.map(lambda uri: _look_at(uri, fates), folders):
         report.add(findings)
         if commit is not None:
             commits.append(commit)
+    packs = _packs(view)
     checks = [check for commit in commits for check in _checks(commit)]
+    checks += [partial(_pack, pack_uri(spec, name), rows) for name, rows in packs.items()]
     for done, findings in enumerate(pool.map(_run, checks), 1):
         report.add(findings)
         on_progress(done, len(checks))
@@ -131,11 +138,15 @@ def _verify_spec(spec: str, report: Report, pool: ThreadPoolExecutor, on_progres
         if key not in looked_at:
             report.add([Finding(files.join(spec, key), "the catalogue says that it is there", "the next run tiles it")])
     report.add(_unfinished(spec, keys, fates))
+    stored = files.list_versions(files.join(spec, PACKS))
+    report.add(_strange_packs(spec, stored, packs))
+    packed = view.slides.filter(pc.is_in(view.slides["pack"], value_set=pa.array(stored, pa.string())))
     entries = [entry for commit in commits for entry in _entries(commit.facts)]
-    report.slides += len(commits)
-    report.patches += sum(commit.facts["n_patches"] for commit in commits)
-    report.files += len(entries)
+    report.slides += len(commits) + len(packed)
+    report.patches += sum(commit.facts["n_patches"] for commit in commits) + (pc.sum(packed["n_patches"]).as_py() or 0)
+    report.files += len(entries) + len(packs.keys() & stored.keys())
     report.bytes += sum(entry["bytes"] for entry in entries)
+    report.bytes += sum(stored[name].size for name in packs.keys() & stored.keys())
 
 
 def _run(check: _Check) -> list[Finding]:
@@ -271,16 +282,43 @@ def _read(uri: str, entry: Mapping[str, Any]) -> tuple[bytes | None, list[Findin
     return None, [_damage(uri, what)]
 
 
-def _fates(catalogue: Catalogue) -> tuple[_Fates, list[Finding]]:
-    """What the files of a catalogue say that can be read, and the others."""
-    broken = catalogue.broken()
-    view = catalogue.read(without=broken)
+def _packs(view: View) -> dict[str, list[tuple[str, str]]]:
+    """Key and place of all slides that the catalogue says are in packs, by the pack's name."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in view.rows.filter(pc.is_valid(view.rows["pack"])).select(["pack", "key", "place"]).to_pylist():
+        found.setdefault(row["pack"], []).append((row["key"], row["place"]))
+    return found
+
+
+def _pack(uri: str, rows: Sequence[tuple[str, str]]) -> list[Finding]:
+    """A pack, read whole."""
+    if not files.exists(uri):
+        return [_damage(uri, f"is gone, and the catalogue says that {len(rows)} slides are in it", _TILE)]
+    try:
+        pack, _ = read_pack(uri)
+    except DamagedError as error:
+        return [_damage(uri, str(error), "delete it, and run the tile stage (for features the embed stage)")]
+    wrong = [key for key, place in rows if key not in pack.places or pack.places[key].json() != place]
+    what = f"the catalogue does not lead to its slides {', '.join(wrong[:5])}"
+    return [_damage(uri, what, _REBUILD)] if wrong else []
+
+
+def _strange_packs(spec: str, stored: Iterable[str], packs: Collection[str]) -> Iterator[Finding]:
+    """Files among the packs that the catalogue does not name."""
+    for name in stored:
+        if files.is_temporary(name):
+            yield Finding(pack_uri(spec, name), "its writer was killed or is still writing", _CLEAN)
+        elif name not in packs:
+            yield Finding(pack_uri(spec, name), "a pack that the catalogue does not know", f"{_CLEAN}, or {_REBUILD}")
+
+
+def _fates(catalogue: Catalogue, view: View) -> _Fates:
+    """What the files of a catalogue say that can be read."""
     own = view.slides.filter(pc.is_null(view.slides["pack"]))
     wide = catalogue.wide(view, ["key", "facts"], own["id"].combine_chunks())
     committed = {row["key"]: row["facts"] for rows in wide for row in rows.to_pylist()}
     left = view.sources.filter(pc.is_valid(view.sources["left"])).select(["left", "reason"]).to_pylist()
-    damaged = [_damage(files.join(catalogue.uri, name), str(error), _REBUILD) for name, error in broken.items()]
-    return _Fates(committed, {row["left"]: row["reason"] for row in left}), damaged
+    return _Fates(committed, {row["left"]: row["reason"] for row in left})
 
 
 def _unfinished(spec: str, keys: set[str], fates: _Fates) -> list[Finding]:

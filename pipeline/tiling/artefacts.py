@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from pipeline.tiling.tissue import Colour, brightness, deviation, glass_colour, mean_filter, optical_density, reached
 from pipeline.tiling.windows import Mask, all_of, any_of, in_bands, sums
@@ -57,10 +56,11 @@ def _rules(rgb: npt.NDArray[np.uint8], glass: Colour) -> list[Mask]:
     grey = (of_red > 0.8) & (of_red < 1.15) & (of_blue > 0.95) & (of_blue < 1.35) & (green > 0.03)
     over_tissue = (of_red > 0.75) & (of_red < 1.15) & (of_blue > 0.85) & (of_blue < 1.35) & (green > 0.9)
     dark = over_tissue | (grey & (green > 0.5))
-    black = any_of(sums(dark.astype(np.int32), 3, "nothing") == 9, 3), grey
+    black = any_of(sums(dark.astype(np.int32), 3, "nothing") == 9, 3) if dark.any() else dark, grey
     pale = (of_red > 0.35) & (green > 0.02) & (green < 0.1)
     brown = (pale | ((of_red > 0.78) & (green < 0.25))) & (of_red < 1.15) & (of_blue > 0.95) & (green > 0.02)
-    return [*cool, *warm, *black, brown, brown & (deviation(rgb, _WINDOW) < BROWN_SMOOTH * green)]
+    flat = brown & (deviation(rgb, _WINDOW) < BROWN_SMOOTH * green) if brown.any() else brown
+    return [*cool, *warm, *black, brown, flat]
 
 
 def _near_flat(flat: Mask) -> Mask:
@@ -79,8 +79,18 @@ def smooth_mask(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
     return smooth
 
 
+def _without_rim(mask: Mask) -> Mask:
+    """Px of a mask (h, w) with no px beside, above or below that is not in it."""
+    inner = mask.copy()
+    inner[1:] &= mask[:-1]
+    inner[:-1] &= mask[1:]
+    inner[:, 1:] &= mask[:, :-1]
+    inner[:, :-1] &= mask[:, 1:]
+    return inner
+
+
 def _smooth(rgb: npt.NDArray[np.uint8], coloured: Mask) -> Mask:
-    inner = ndimage.binary_erosion(coloured, border_value=1)
+    inner = _without_rim(coloured)
     px = sums(inner.astype(np.int32), _WINDOW, "nothing")
     judged = inner & (px >= _ENOUGH)
     bright = brightness(rgb) * inner

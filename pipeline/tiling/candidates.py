@@ -15,7 +15,7 @@ from pipeline.tiling.artefacts import artefact_mask
 from pipeline.tiling.grid import Cells, Grid, LevelSize, placed_grid, plan_grid
 from pipeline.tiling.guide import Guide
 from pipeline.tiling.masks import Mask
-from pipeline.tiling.tissue import Tissue, closed, find_tissue, integral_image, tissue_fraction
+from pipeline.tiling.tissue import Table, Tissue, closed, find_tissue, integral_image, tissue_fraction
 from pipeline.units import Box
 
 EXAMPLES = 6  # rejected patches that are kept to be looked at
@@ -93,14 +93,15 @@ def find_candidates(
     grid = plan_grid(levels, spec, mpp)
     seen = _look(overview, grid, spec, guide, levels[0], bounds)
     mask, cells = seen.mask, grid.cells()
-    share = _shares(mask, overview, grid, cells)
+    table = integral_image(mask)
+    share, beyond = _shares(table, overview, grid, cells), _beyond(table, grid, levels[grid.level])
+    del table  # 16 MB of 2048 x 2048 px
     kept = _enough(share, spec)
-    with_artefacts = _shares(seen.coloured, overview, grid, cells) if seen.artefact.any() else share
+    with_artefacts = _shares(integral_image(seen.coloured), overview, grid, cells) if seen.artefact.any() else share
     spoilt = _enough(with_artefacts, spec) & ~kept
     rejects = {"tissue": int((~kept & ~spoilt).sum())}
     if spoilt.any():
         rejects["artefact"] = int(spoilt.sum())
-    beyond = _beyond(mask, grid, levels[grid.level])
     if not kept.any():
         nothing = _nothing(share, spec, guide, mask=mask, artefact=seen.artefact, spoilt=spoilt, beyond=beyond)
         nothing.coloured = seen.coloured
@@ -143,9 +144,10 @@ def _look(
     return _Seen(mask, coloured, artefact, tissue)
 
 
-def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
-    """Share of each cell (n, 2) that is tissue, of what lies on the slide."""
-    edges, table = np.array([*mask.shape[::-1], *mask.shape[::-1]]), integral_image(mask)
+def _shares(table: Table, overview: Overview, grid: Grid, cells: Cells) -> Shares:
+    """Share of each cell (n, 2) that is tissue, by its `integral_image`, of what lies on the slide."""
+    height, width = overview.unread.shape
+    edges = np.array([width, height, width, height])
     shares = [
         tissue_fraction(table, np.minimum(grid.level0_boxes(some) / overview.scale, edges))
         for some in np.split(cells, range(_AT_ONCE, len(cells), _AT_ONCE))
@@ -153,11 +155,12 @@ def _shares(mask: Mask, overview: Overview, grid: Grid, cells: Cells) -> Shares:
     return np.asarray(np.round(np.concatenate(shares), _DECIMALS), np.float64)
 
 
-def _beyond(mask: Mask, grid: Grid, level: LevelSize) -> float:
-    """Share of the tissue that lies beyond the patches of the last column and row."""
-    covered = np.minimum((np.array(grid.last) + grid.read_px) / (level.width, level.height), 1) * mask.shape[::-1]
-    within = tissue_fraction(integral_image(mask), np.array([[0.0, 0.0, *covered]]))[0] * np.prod(covered)
-    return max(0.0, round(1 - float(within / mask.sum()), _DECIMALS)) if mask.any() else 0.0
+def _beyond(table: Table, grid: Grid, level: LevelSize) -> float:
+    """Share of the tissue, by its `integral_image`, that lies beyond the patches of the last column and row."""
+    size, all_of_it = (table.shape[1] - 1, table.shape[0] - 1), int(table[-1, -1])
+    covered = np.minimum((np.array(grid.last) + grid.read_px) / (level.width, level.height), 1) * size
+    within = tissue_fraction(table, np.array([[0.0, 0.0, *covered]]))[0] * np.prod(covered)
+    return max(0.0, round(1 - float(within / all_of_it), _DECIMALS)) if all_of_it else 0.0
 
 
 def _enough(share: Shares, spec: TilingConfig) -> Mask:

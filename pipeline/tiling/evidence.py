@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,15 @@ OUTLINE = "tissue.geojson"
 class Thumbnail:
     """A small picture of the slide."""
 
-    jpeg: bytes
-    width: int
-    height: int
+    rgb: RGB
+    """(h, w, 3)."""
     scale: float
     """Level-0 px per thumbnail px."""
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        """As it is kept."""
+        return _jpeg(self.rgb)
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,9 @@ def thumbnail(overview: Overview, mask: Mask | None = None) -> Thumbnail:
     image = Image.fromarray(overview.rgb)
     share = min(1.0, THUMBNAIL_PX / max(image.size))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-    small = np.asarray(image.resize(size, Image.Resampling.BOX))
+    small = overview.rgb if size == image.size else np.asarray(image.resize(size, Image.Resampling.BOX))
     shown = small if mask is None else outlined(small, mask)
-    return Thumbnail(_jpeg(shown), *size, overview.scale * max(image.size) / max(size))
+    return Thumbnail(shown, overview.scale * max(image.size) / max(size))
 
 
 def outlined(rgb: RGB, mask: Mask) -> RGB:
@@ -84,6 +89,11 @@ def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) 
     files = {MASK: mask_png(found.mask), OUTLINE: tissue_geojson(found.mask, reader.dimensions, reader.bounds[:2])}
     if squares:
         files[REJECTED] = _jpeg(np.concatenate(squares, axis=1))
+    return Evidence(files, {"mask": mask_facts(overview, found), "rejected": listed})
+
+
+def mask_facts(overview: Overview, found: Candidates) -> dict[str, Any]:
+    """What `Evidence.facts` says of the mask."""
     mask: dict[str, Any] = {
         "scale": overview.scale,
         "share": round(float(found.mask.mean()), 6),
@@ -91,7 +101,7 @@ def gather_evidence(reader: SlideReader, overview: Overview, found: Candidates) 
     }
     if found.tissue is not None:
         mask |= {"threshold": found.tissue.threshold, "histogram": list(found.tissue.histogram)}
-    return Evidence(files, {"mask": mask, "rejected": listed})
+    return mask
 
 
 def mask_png(mask: Mask) -> bytes:

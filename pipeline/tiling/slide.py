@@ -6,19 +6,21 @@ import copy
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, SlideError
-from pipeline.slides.open import SlideReader
+from pipeline.slides.open import Overview, SlideReader
 from pipeline.slides.reader import Mpp, square_mpp
-from pipeline.tiling.candidates import NothingFoundError, find_candidates
+from pipeline.tiling.candidates import Candidates, NothingFoundError, find_candidates
 from pipeline.tiling.cutting import Cutter
-from pipeline.tiling.evidence import THUMBNAIL_PX, gather_evidence, thumbnail
+from pipeline.tiling.evidence import THUMBNAIL_PX, Evidence, gather_evidence, mask_facts, thumbnail
 from pipeline.tiling.grid import Cells, Grid, choose_level
 from pipeline.tiling.guide import Guide
+from pipeline.tiling.masks import Mask
 
 MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
 MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
@@ -62,9 +64,22 @@ class SlideTiling:
         self.rejects = found.rejects
         """Reason -> places that are no patches."""
         self.thumbnail = thumbnail(overview)
-        self.evidence = gather_evidence(reader, overview, found)
+        self._looked: tuple[Overview, Candidates] | None = overview, found
         self.bad_tiles: list[tuple[int, int]] = []
         """Level-0 x, y of the patches that could not be decoded, so far."""
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What is kept beside the patches; asked for once, while the slide is open, because the overview is let go."""
+        assert self._looked is not None
+        (overview, found), self._looked = self._looked, None
+        return gather_evidence(self._reader, overview, found)
+
+    def mask(self) -> tuple[Mask, dict[str, Any]]:
+        """(h, w) where the tissue is over the whole slide, and what is known of that; instead of all `evidence`."""
+        assert self._looked is not None
+        overview, found = self._looked
+        return found.mask, mask_facts(overview, found)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[PatchRow]:
         """The patches of `cells[start:stop]`, row by row of the grid; slices one after another give all of them.
@@ -129,7 +144,7 @@ class SlideTiling:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open slide and the pictures; the cells as bits of the grid: 10 KB for 250,000 patches."""
-        left_out = {"_reader", "thumbnail", "evidence"}
+        left_out = {"_reader", "thumbnail", "evidence", "_looked"}
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         kept = np.zeros((self.grid.rows, self.grid.columns), np.bool_)
         kept[self.cells[:, 1], self.cells[:, 0]] = True

@@ -188,9 +188,10 @@ def otsu(levels: npt.NDArray[np.int64]) -> float:
 def integral_image(mask: Mask) -> Table:
     """(h + 1, w + 1) sums of mask (h, w) above and left of each corner."""
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)
-    for above, row, line in zip(table, table[1:], mask, strict=False):  # whole, numpy would sum in a second table
-        np.cumsum(line, out=row[1:])
-        row += above
+    for band in bands(len(mask)):  # whole, numpy would sum in a second table
+        part = table[band.start + 1 : band.stop + 1]
+        part[:, 1:] = np.cumsum(np.cumsum(mask[band], axis=1, dtype=np.int32), axis=0)
+        part += table[band.start]
     return table
 
 

@@ -41,33 +41,40 @@ def in_bands(work: Callable[..., Sequence[Mask]], *images: npt.NDArray[Any]) -> 
 
 def sums(values: npt.NDArray[_Number], edge: int, beyond: _Beyond = "nearest") -> npt.NDArray[_Number]:
     """(h, w) sums of edge x edge px (odd); beyond the rim the outermost px go on, or there is nothing."""
-    for axis in (0, 1):
-        values = _gathered(np.add, values, edge, axis, beyond)
-    return values
+    return _gathered(np.add, values, edge, beyond)
 
 
 def any_of(mask: Mask, edge: int) -> Mask:
     """(h, w) whether any px of edge x edge (odd) is in the mask: dilation."""
-    for axis in (0, 1):
-        mask = _gathered(np.logical_or, mask, edge, axis, "nothing")
-    return mask
+    return _gathered(np.logical_or, mask, edge, "nothing")
 
 
 def all_of(mask: Mask, edge: int) -> Mask:
     """(h, w) whether all px of edge x edge (odd) are in the mask: erosion; what is beyond the rim does not count."""
-    for axis in (0, 1):
-        mask = _gathered(np.logical_and, mask, edge, axis, "nothing")
-    return mask
+    return _gathered(np.logical_and, mask, edge, "nothing")
 
 
-def _gathered(add: np.ufunc, values: npt.NDArray[_Any], edge: int, axis: int, beyond: _Beyond) -> npt.NDArray[_Any]:
-    """Each px with those up to edge // 2 px before and after it along an axis."""
-    total = values.copy()
-    source, target = (values.T, total.T) if axis else (values, total)
+def _gathered(add: np.ufunc, values: npt.NDArray[_Any], edge: int, beyond: _Beyond) -> npt.NDArray[_Any]:
+    """Each px with those of edge x edge px around it, lines first."""
+    source, total = values, values.copy()
     for shift in range(1, edge // 2 + 1):
-        add(target[shift:], source[:-shift], out=target[shift:])
-        add(target[:-shift], source[shift:], out=target[:-shift])
+        add(total[shift:], source[:-shift], out=total[shift:])
+        add(total[:-shift], source[shift:], out=total[:-shift])
         if beyond == "nearest":
-            add(target[:shift], source[:1], out=target[:shift])
-            add(target[-shift:], source[-1:], out=target[-shift:])
+            add(total[:shift], source[:1], out=total[:shift])
+            add(total[-shift:], source[-1:], out=total[-shift:])
+    source = np.ascontiguousarray(total)
+    total = source.copy()
+    flat, px = total.reshape(-1), source.reshape(-1)
+    for shift in range(1, edge // 2 + 1):
+        # along a line as if all were one: four times as fast as line by line, but for px that another line reaches
+        first, last = total[:, :shift].copy(), slice(max(0, source.shape[1] - shift), None)
+        add(flat[shift:], px[:-shift], out=flat[shift:])
+        total[:, :shift] = first
+        end = total[:, last].copy()
+        add(flat[:-shift], px[shift:], out=flat[:-shift])
+        total[:, last] = end
+        if beyond == "nearest":
+            add(total[:, :shift], source[:, :1], out=total[:, :shift])
+            add(total[:, last], source[:, -1:], out=total[:, last])
     return total

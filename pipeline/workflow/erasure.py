@@ -23,8 +23,10 @@ from pipeline.errors import StageError
 from pipeline.storage.files import delete, exists, join, list_names, read_bytes, read_json
 from pipeline.storage.tree import delete_folder
 from pipeline.store.catalogue import Catalogue
+from pipeline.store.packs import pack_uri
 from pipeline.store.patches import PLANS, UNFINISHED
 from pipeline.store.repair import SOURCES
+from pipeline.store.shelf import Shelf
 from pipeline.workflow.leftovers import check_idle
 
 
@@ -45,6 +47,8 @@ class Traces:
     """Folder of a spec -> ids of the rows of its catalogue that are about the slides; they go first."""
     erasable: list[str] = field(default_factory=list)
     """Folders and files, in the order in which they go: what names a slide before the slide."""
+    packs: list[str] = field(default_factory=list)
+    """Packs with such slides: they are written anew without them."""
     left: list[str] = field(default_factory=list)
     """What is not erased, in words."""
 
@@ -76,6 +80,7 @@ def find_patient(config: Config, patient: str) -> Traces:
 def erase(traces: Traces) -> None:
     """Erase what `find_patient` found. After a kill the same command goes on."""
     for spec, ids in traces.rows.items():
+        Shelf(spec).take_out(traces.keys)
         Catalogue(spec).purge(ids)
     for uri in traces.erasable:
         delete_folder(uri)
@@ -200,6 +205,8 @@ def _from_catalogue(spec: str, traces: Traces) -> None:
     ids |= dict.fromkeys(one for kind in ("source", "slide") for one in view.ids(kind, "key", traces.keys))
     if ids or view.holds_removed:  # a killed erasure's
         traces.rows[spec] = list(ids)
+    packed = view.rows.filter(pc.is_in(view.rows["key"], value_set=pa.array(traces.keys, pa.string())))
+    traces.packs += [pack_uri(spec, name) for name in pc.unique(packed["pack"].drop_null()).to_pylist()]
 
 
 def _left(config: Config, traces: Traces, in_cohort: Mapping[str, str]) -> Iterable[str]:

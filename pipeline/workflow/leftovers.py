@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+
+import pyarrow.compute as pc
 
 from pipeline.config.recipe import Config
 from pipeline.storage.files import delete, is_temporary, join, list_names, parent, read_json
 from pipeline.storage.lease import check_free
 from pipeline.storage.tree import Found, delete_folder, walk
 from pipeline.store.catalogue import FOLDER
+from pipeline.store.packs import PACKS
 from pipeline.store.patches import PLANS, UNFINISHED
 from pipeline.store.repair import SOURCES
 from pipeline.store.shelf import Shelf
@@ -37,6 +40,8 @@ class Leftover:
     """When anything in it was last written, s since 1970."""
     key: str | None = None
     """Of a slide: what the catalogue beside it says of it goes before it."""
+    packed: tuple[str, ...] = ()
+    """Of a pack: keys of the slides that go; it is written anew without them."""
 
 
 @dataclass
@@ -82,9 +87,14 @@ def remove(leftovers: Iterable[Leftover]) -> None:
     for leftover in found:
         if leftover.key is not None:
             keys[parent(leftover.uri)].add(leftover.key)
+        if leftover.packed:
+            keys[parent(parent(leftover.uri))].update(leftover.packed)
     for spec, gone in keys.items():
+        Shelf(spec).take_out(gone)
         Shelf(spec).forget(gone)
     for leftover in found:
+        if leftover.packed:
+            continue
         delete_folder(leftover.uri)
         delete(leftover.uri)
 
@@ -132,10 +142,30 @@ def _store(store: str, named: _Named) -> Iterator[Leftover]:
             yield _leftover(spec, "no finished tiling or embedding names it", files)
             continue
         keys = {join(spec, key) for key in named.keys.get(spec, known)}
-        keys |= {join(spec, name) for name in (FOLDER, SOURCES, UNFINISHED)}
+        keys |= {join(spec, name) for name in (FOLDER, PACKS, SOURCES, UNFINISHED)}
         for one in _whole(files, spec, keys.__contains__, "no cohort that was tiled here has this slide"):
             yield replace(one, key=one.uri.rpartition("/")[2])
         yield from _unfinished(spec, files)
+        yield from _packs(spec, files, named.keys.get(spec, known))
+
+
+def _packs(spec: str, files: Iterable[Found], named: Collection[str]) -> Iterator[Leftover]:
+    """Packs that the catalogue does not know, and those with slides that no tiling's record names."""
+    slides: defaultdict[str, set[str]] = defaultdict(set)
+    rows = Shelf(spec).view.rows
+    for row in rows.filter(pc.is_valid(rows["pack"])).select(["pack", "key"]).to_pylist():
+        slides[row["pack"]].add(row["key"])
+    for file in files:
+        name = file.uri.rpartition("/")[2]
+        if file.uri != join(spec, PACKS, name) or is_temporary(name):
+            continue
+        others = slides[name] - set(named)
+        if not slides[name]:
+            yield _leftover(file.uri, "the catalogue does not know it: its writer was killed", [file])
+        elif others:
+            why = f"{len(others)} of its {len(slides[name])} slides are of no cohort that was tiled here"
+            part = replace(file, size=file.size * len(others) // len(slides[name]))
+            yield replace(_leftover(file.uri, why, [part]), packed=tuple(sorted(others)))
 
 
 def _unfinished(spec: str, files: Iterable[Found]) -> Iterator[Leftover]:

@@ -154,7 +154,9 @@ def measured(step: str, count: int, place: Place, env: Mapping[str, str], seen: 
         raise RuntimeError(f"{step}: {done.stderr[-2000:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     peak = int(done.stderr.rpartition("peak ")[2]) / 1024
-    return Cost(step, count, time.monotonic() - began, cpu, peak, dict(Counter(_kind(*one[:2]) for one in seen)))
+    cost = Cost(step, count, time.monotonic() - began, cpu, peak, dict(Counter(_kind(*one[:2]) for one in seen)))
+    print(cost, file=sys.stderr, flush=True)
+    return cost
 
 
 _PEAK = """

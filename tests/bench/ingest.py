@@ -35,7 +35,7 @@ NOTES = "IPS_BENCH_NOTES"  # folder of the workers' notes
 
 def note_work() -> None:
     """Run in each Ray worker when it starts: its pieces of work are timed from then on."""
-    original: Callable[..., Any] = graph._guarded
+    original: Callable[..., Any] = graph._attempted
 
     @functools.wraps(original)
     def timed(*arguments: Any) -> Any:
@@ -47,7 +47,7 @@ def note_work() -> None:
             with Path(os.environ[NOTES], str(os.getpid())).open("a") as file:
                 file.write(line + "\n")
 
-    graph._guarded = timed  # type: ignore[assignment]
+    graph._attempted = timed  # type: ignore[assignment]
 
 
 def write_cohort(folder: Path, large: int, small: int) -> list[CohortSlide]:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.ingest.tiler import store_slide
+from pipeline.ingest.group import Group
+from pipeline.ingest.tiler import ReadSlide, read_slide, store_slide
 from pipeline.model.build import build_model
 from pipeline.model.folder import save_model
 from pipeline.store.patches import PatchStore, StoredSlide
@@ -82,3 +83,14 @@ def store_slides(cohort: Cohort, root: Path, config: Config) -> list[tuple[Cohor
         assert status.key is not None, status.error
         pairs.append((slide, store.slide(status.key)))
     return pairs
+
+
+def pack_slides(cohort: Cohort, root: Path, config: Config) -> list[tuple[CohortSlide, StoredSlide]]:
+    """Tile the slides, and commit them in one pack."""
+    store = PatchStore(str(root), config.tiling.fingerprint())
+    group = Group(store, np.array([], "S32"))
+    for number, slide in enumerate(cohort.slides):
+        read, _ = read_slide(slide, Path(slide.uri).stat().st_size, config.tiling, str(root))
+        assert isinstance(read, ReadSlide), read
+        group.add(number, read)
+    return [(cohort.slides[number], store.slide(str(status.key))) for number, status in [*group.commit()]]

@@ -71,6 +71,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def what_is_stored(folder: Path) -> dict[str, object]:
+    """What readers see of a store's specs: what became of each source, and each slide's patches, wherever they lie."""
+    found: dict[str, object] = {}
+    for place in folder.rglob("catalogue"):
+        store = PatchStore(str(place.parent.parent), place.parent.name)
+        found[f"{place.parent.name}/sources"] = store.view.sources.drop_columns(["id"]).to_pylist()
+        for stored in store.slides(store.view.slides["key"].to_pylist()):
+            index = stored.index_table().select(["row", "cell", "x", "y", "level", "length"])
+            found[f"{place.parent.name}/{stored.key}"] = index.to_pydict(), stored.payloads(range(stored.n_patches))
+    return found
+
+
 def part_file(folder: Path | str, number: int = 0) -> Path:
     """The file of one part of a stored slide."""
     (path,) = Path(folder).glob(f"part-{number:05d}-*.arrow")

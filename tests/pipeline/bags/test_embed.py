@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.bags.embed import Embedder, embed_slide, embed_slides, encoder_fingerprint
+from pipeline.bags.embed import Embedder, _together, embed_slide, embed_slides, embed_together, encoder_fingerprint
 from pipeline.config.embed import EmbedConfig
 from pipeline.errors import StageError
 from pipeline.model.build import build_encoder
 from pipeline.store.features import FeatureStore
+from pipeline.store.packs import Place
 from pipeline.store.patches import StoredSlide
 from pipeline.store.rows import features_row
-from tests.pipeline.small import small_config, store_slides, write_cohort
+from pipeline.store.verify import verify_store
+from tests.pipeline.small import pack_slides, small_config, store_slides, write_cohort
 from tests.pipeline.tiled import part_file
 
 
@@ -53,6 +55,41 @@ def test_features_are_the_networks_patch_by_patch(slides: list[StoredSlide], tmp
             wanted = encoder(scaled[None])[0].numpy()
         assert wanted.shape == (dim,)
         assert found.vectors(np.array([row]))[0] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_small_slides_have_the_same_features_in_one_pack(slides: list[StoredSlide], tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    cohort = write_cohort(tmp_path, ["no", "yes"])
+    packed = [slide for _, slide in pack_slides(cohort, tmp_path / "store", small_config())]
+    assert [slide.place is not None for slide in packed] == [True, True]
+    store = FeatureStore(str(tmp_path / "features"), "0" * 16, encoder_fingerprint(config))
+    store.append(embed_together(Embedder(config), packed, store, threads=1))
+    alone = FeatureStore(str(tmp_path / "alone"), "spec", encoder_fingerprint(config))
+    for slide, other, found in zip(packed, slides, store.slides(packed), strict=True):
+        assert slide.key == other.key
+        one = embed_slide(Embedder(config), other, alone, threads=1)
+        rows = np.arange(slide.n_patches)[::-2]
+        assert (found.vectors(rows) == one.vectors(rows)).all()
+        assert (found.positions(rows) == one.positions(rows)).all()
+        assert found.payloads(rows[:2]) == one.payloads(rows[:2])
+    assert len(list((tmp_path / "features").rglob("*.arrow"))) == 1
+    verified = verify_store(str(tmp_path / "features"), 1, lambda *_: None)
+    assert verified.damage + verified.leftovers == []
+    assert verified.slides == 2
+    kept = store.slides(packed)[1].vectors(np.arange(3))
+    store.take_out([packed[0].key])
+    assert store.gone([slide.key for slide in packed]) == [packed[0].key]
+    assert (store.slides(packed[1:])[0].vectors(np.arange(3)) == kept).all()
+
+
+def test_small_slides_go_together() -> None:
+    def slide(number: int, patches: int, *, packed: bool) -> StoredSlide:
+        place = Place(0, 0, 0, 0, 0, 0, 0, 0, 0) if packed else None
+        return StoredSlide("", str(number), patches, 0, 32, 0, 1.0, 32.0, None, (9, 9), 1.0, False, place)
+
+    slides = [slide(0, 5000, packed=False), *(slide(number, 900, packed=True) for number in range(1, 6))]
+    groups = [[one.key for one in group] for group in _together(slides)]
+    assert groups == [["0"], ["1", "2", "3"], ["4", "5"]]
 
 
 def test_a_feature_is_the_same_in_any_company(tmp_path: Path) -> None:
@@ -103,6 +140,7 @@ def test_actors_make_what_is_missing(ray_session: None, slides: list[StoredSlide
     here = FeatureStore(str(tmp_path / "here"), "spec", encoder_fingerprint(config))
     done: list[str] = []
     embed_slide(Embedder(config), slides[0], store, threads=1)
+    store.append(store.rows(slides[0].key))
     embed_slides(slides, config, store, actors=(1, 1), cpus=1.0, gpus=0.0, on_done=done.append)
     assert done == [slides[1].key]
     for slide in slides:

@@ -16,7 +16,7 @@ from ips.selection.transfer import arrived
 from pipeline.bags import streamed as module
 from pipeline.bags.augment import Augment
 from pipeline.bags.patch_bag import PatchBag
-from pipeline.bags.sources import patch_root
+from pipeline.bags.sources import patch_root, patch_store
 from pipeline.bags.streamed import StreamedSlide, plan_root
 from pipeline.cohort.table import Cohort
 from pipeline.config.data import TilingConfig
@@ -276,7 +276,7 @@ def test_a_run_that_meets_it_removes_the_plan_and_the_next_one_trains_on_a_mende
     with pytest.raises(StageError, match=r"s3.tiff: the patch of row 5 .*\. Run again: the tile stage then reads this"):
         run(config, "train")
     assert len(list(tmp_path.glob("root/train/*/*/checkpoint.json"))) in (1, 2)
-    assert len(list(tmp_path.glob("root/patches/plans/*/*/slide.json"))) == 5
+    assert len(patch_store(config).view.slides) == 5
     done = run(config, "train").stages
     assert (done["tile"].outcome, done["train"].outcome) == ("done", "done")
     assert done["tile"].record.metrics["bad_tiles"] == 1

@@ -33,6 +33,13 @@ def refused() -> None:
     raise SlideError("too-small", "a.tiff: as it is")
 
 
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    assert [run(partial(os.getenv, name), PLENTY) for name in names] == [str(2**24), str(2**25)]
+    monkeypatch.setenv(names[1], "77")
+    assert [run(partial(os.getenv, name), PLENTY) for name in names] == [str(2**24), "77"]
+
+
 def test_one_process_does_what_comes() -> None:
     first, second = run(os.getpid, PLENTY), run(os.getpid, PLENTY)
     assert first == second != os.getpid()

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.ingest.tiler import store_slide
+from pipeline.store.shelf import Shelf
 from pipeline.store.verify import verify_store
-from tests.pipeline.tiled import SPEC, contents, row
+from tests.pipeline.tiled import SPEC, row, what_is_stored
 from tests.synth import cut, tissue_rgb, write_pyramid
 
 SLIDES = 200
@@ -62,9 +63,10 @@ def start(cohort: Path, store: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def committed(store: Path) -> dict[Path, int]:
-    """When each slide was committed."""
-    return {path: path.stat().st_mtime_ns for path in store.rglob("slide.json")}
+def committed(store: Path) -> dict[str, Path]:
+    """Slide -> the pack that it was committed in."""
+    shelves = (Shelf(str(place.parent)) for place in store.rglob("catalogue"))
+    return {row["key"]: row["pack"] for shelf in shelves for row in shelf.view.slides.to_pylist()}
 
 
 @pytest.mark.ray
@@ -72,14 +74,14 @@ def committed(store: Path) -> dict[Path, int]:
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_job_killed_three_times_ends_as_one_that_was_not(cohort: Path, tmp_path: Path) -> None:
-    store, before = tmp_path / "store", dict[Path, int]()
+    store, before = tmp_path / "store", dict[str, Path]()
     for wanted in (20, 75, 130):
         with start(cohort, store) as job:
             while job.poll() is None and len(committed(store)) < wanted:
                 time.sleep(0.01)
             job.send_signal(signal.SIGKILL)
         assert job.returncode == -signal.SIGKILL, "the job ended before it could be killed"
-        before |= {path: at for path, at in committed(store).items() if path not in before}
+        before = committed(store)
     with start(cohort, store) as job:
         out, errors = job.communicate(timeout=200)
     assert job.returncode == 0, errors
@@ -89,13 +91,12 @@ def test_a_job_killed_three_times_ends_as_one_that_was_not(cohort: Path, tmp_pat
     assert reasons == {17: "no-tissue", 58: "not-a-slide", 99: "empty-file", 140: "truncated"}
     after = committed(store)
     assert len(after) == SLIDES - len(BAD) - 1
-    assert {path: after[path] for path in before} == before  # what was committed stayed as it was
+    assert {key: after[key] for key in before} == before  # what was committed stayed as it was
     assert verify_store(str(store), 2, lambda done, total: None).damage == []
     for path in sorted(cohort.iterdir()):
         store_slide(row(path), SPEC, str(tmp_path / "undisturbed"))
-    found, undisturbed = contents(store), contents(tmp_path / "undisturbed")
-    assert {name for name in found if "/catalogue/sources" in name} == {
-        name for name in undisturbed if "/catalogue/sources" in name
+    found, undisturbed = what_is_stored(store), what_is_stored(tmp_path / "undisturbed")
+    sources = {name for name in undisturbed if name.endswith("/sources")}
+    assert {name: found[name] for name in found if name not in sources} == {
+        name: undisturbed[name] for name in undisturbed if name not in sources
     }
-    assert all(found[name] == data for name, data in undisturbed.items() if "/catalogue/sources" not in name)
-    assert found.keys() == undisturbed.keys()

@@ -338,15 +338,15 @@ def test_a_slide_beyond_the_nodes_cache_is_tried_again_with_a_larger_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bucket").mkdir()
-    Image.fromarray(RGB).save(tmp_path / "bucket" / "slide.png")
+    Image.fromarray(RGB).save(tmp_path / "bucket" / "slide.tiff")
     spec = SPEC.model_copy(update={"mpp": None, "cache_gib": 1e-9, "cache": str(tmp_path / "cache")})
     with serve_s3(tmp_path) as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        status = store_slide(row("s3://bucket/slide.png"), spec, str(tmp_path / "store"))
+        status = store_slide(row("s3://bucket/slide.tiff"), spec, str(tmp_path / "store"))
         assert (status.reason or "").startswith("cache: ")
         roomy = spec.model_copy(update={"cache_gib": 1.0})
-        assert store_slide(row("s3://bucket/slide.png"), roomy, str(tmp_path / "store")).status == "committed"
+        assert store_slide(row("s3://bucket/slide.tiff"), roomy, str(tmp_path / "store")).status == "committed"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pipeline.ingest.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.storage import files
 from pipeline.store.patches import SlideStatus
 from tests.bench.canvas import repeat, write_canvas
-from tests.pipeline.tiled import RGB, SPEC, contents, row, spoilt
+from tests.pipeline.tiled import RGB, SPEC, row, spoilt, what_is_stored
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
 
@@ -40,9 +40,9 @@ def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> l
 
 
 def kill_a_tiler(store: Path, ended: threading.Event) -> bool:
-    """Kills the first Ray worker seen at work after two slides are committed; False if the stage ended before."""
+    """Kills the first Ray worker seen at work after two groups are committed; False if the stage ended before."""
     while not ended.wait(0.002):
-        if len(list(store.glob("*/*/slide.json"))) < 2:
+        if len(list(store.glob("*/catalogue/*"))) < 2:
             continue
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -99,7 +99,7 @@ def test_a_cohort_on_ray(good: Path, tmp_path: Path, store: Path, ray_session: N
     statuses = tile(slides, store)
     assert [s.status for s in statuses] == ["quarantined", "committed", "quarantined", "committed", "committed"]
     assert statuses[1].key == statuses[4].key != statuses[3].key
-    assert len(list(store.rglob("slide.json"))) == 2
+    assert len(what_is_stored(store)) == 2 + 1
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
     shutil.copy(good, tmp_path / "gone.tiff")  # what was missing is there now: only that one is done
     again = tile(slides, store)
@@ -131,9 +131,10 @@ import os, pickle, signal, sys
 from pipeline.ingest import graph
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-graph.begin_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}))]
-rows = graph._tile_group({"item": pickle.dumps(work)}, graph._Job("run", TilingConfig(), "store", 1, True))
+from pipeline.storage.files import SourceVersion
+graph.read_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}), SourceVersion(1, None, 1.0))]
+rows = graph._tile_group({"item": pickle.dumps(work)}, graph._Job("run", TilingConfig(), "store", 1, True, list))
 status = pickle.loads(next(rows)["outcome"])
 print(status.status, status.reason)
 """
@@ -163,8 +164,9 @@ with Path(folder, "fill").open("wb", buffering=0) as file:
             file.write(bytes(4096))
     except OSError as error:
         print(error.strerror)
-work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}))]
-job = graph._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True)
+from pipeline.storage.files import source_version
+work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}), source_version(slide))]
+job = graph._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True, list)
 (row,) = graph._tile_group({"item": pickle.dumps(work)}, job)
 assert row["failure"] is not None, row
 error = pickle.loads(row["failure"])
@@ -185,14 +187,14 @@ def test_a_full_disk_of_a_node_is_the_nodes_fault_and_names_the_folder(
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces")
     (tmp_path / "s3" / "bucket").mkdir(parents=True)
-    Image.fromarray(RGB).save(tmp_path / "s3" / "bucket" / "slide.png")
+    Image.fromarray(RGB).save(tmp_path / "s3" / "bucket" / "slide.tiff")  # not of tiles: only a copy can be opened
     with serve_s3(tmp_path / "s3") as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        script, slide, store = FULL, str(tmp_path / "s3" / "bucket" / "slide.png"), str(tmp_path / "store")
+        script, slide, store = FULL, str(tmp_path / "s3" / "bucket" / "slide.tiff"), str(tmp_path / "store")
         if what == "copies of slides":
             script = FULL.replace("tempfile.tempdir = folder\n", "").replace("mpp=None", "mpp=None, cache=folder")
-            slide = "s3://bucket/slide.png"
+            slide = "s3://bucket/slide.tiff"
         command = [sys.executable, "-c", script, str(disk), slide, store]
         run = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
@@ -260,7 +262,7 @@ def test_two_tasks_share_a_slide_of_13824_patches(
     assert isinstance(begin_slide(slides[0], spec, str(tmp_path / "other"), whole=False), LargeSlide)
     for slide in slides:
         store_slide(slide, spec, str(tmp_path / "whole"))
-    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert what_is_stored(tmp_path / "store") == what_is_stored(tmp_path / "whole")
 
 
 @pytest.mark.ray
@@ -286,4 +288,4 @@ def test_a_ray_worker_killed_mid_slide_costs_nothing(tmp_path: Path, ray_session
     assert killed.result()
     for slide in slides:
         store_slide(slide, spec, str(tmp_path / "undisturbed"))
-    assert contents(store) == contents(tmp_path / "undisturbed")
+    assert what_is_stored(store) == what_is_stored(tmp_path / "undisturbed")

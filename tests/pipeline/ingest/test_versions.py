@@ -9,7 +9,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import versions
-from pipeline.ingest.tiler import version_of
+from pipeline.ingest.source import version_of
 from pipeline.ingest.versions import Looked, look_at
 from tests.pipeline.tiled import SPEC, row
 from tests.s3 import serve_s3

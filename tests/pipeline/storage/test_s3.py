@@ -238,3 +238,26 @@ def test_patience_outlives_a_server_that_is_away(
             assert reading.result(60) == b"old"
             writing.result(60)
     assert (server.folder / "bucket" / "late").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("call", "requests"),
+    [
+        (lambda uri: files.read_bytes(f"{uri}/file"), ["GET"]),
+        (lambda uri: files.read_if_there(f"{uri}/file"), ["GET"]),
+        (lambda uri: files.read_if_there(f"{uri}/none"), ["GET"]),
+        (lambda uri: files.exists(f"{uri}/file"), ["HEAD"]),
+        (lambda uri: files.source_version(f"{uri}/file"), ["HEAD"]),
+        (lambda uri: files.write_bytes(f"{uri}/new", b"1"), ["PUT"]),
+        (lambda uri: files.read_ranges(f"{uri}/file", [(0, 1)]), ["GET"]),
+    ],
+)
+def test_a_call_is_one_request(
+    call: Callable[[str], object], requests: list[str], server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faulty_s3(server.endpoint) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        files.list_names("s3://bucket")  # the client looks at the bucket once
+        faults.seen.clear()
+        call("s3://bucket")
+        assert [method for method, *_ in faults.seen] == requests

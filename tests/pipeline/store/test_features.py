@@ -100,7 +100,7 @@ def test_features_of_two_writers_are_those_of_the_first(
 
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
         store.write(stored, second(), {"name": "second"})
-    store.commit([stored.key])
+    store.append(store.rows(stored.key))
     (slide,) = store.slides([stored])
     assert (slide.vectors(np.arange(len(whole))) == whole).all()
     report = verify_store(str(tmp_path), 1, lambda _done, _all: None)
@@ -122,7 +122,7 @@ def test_features_of_other_patches_are_refused(stored: StoredSlide, tmp_path: Pa
     store = FeatureStore(str(tmp_path), "spec", "encoder")
     store.write(stored, [vectors(stored.n_patches)], {})
     assert not store.has(stored.key)
-    store.commit([stored.key])
+    store.append(store.rows(stored.key))
     anew = replace(stored, n_patches=stored.n_patches - 1)
     with pytest.raises(StorageError, match=f"features of {stored.n_patches} patches.*remove the folder"):
         store.slides([anew])
@@ -133,14 +133,14 @@ def test_features_made_anew_stand_for_those_that_are_gone(stored: StoredSlide, t
     for number in range(6):
         store = FeatureStore(str(tmp_path / str(number)), "spec", "encoder")
         store.write(replace(stored), [vectors(stored.n_patches)], {})
-        store.commit([stored.key])
+        store.append(store.rows(stored.key))
         facts = Path(store.uri, stored.key, "slide.json")
         said = facts.read_text().replace(f'"n_patches": {stored.n_patches}', '"n_patches": 1')
         shutil.rmtree(facts.parent)
         store.forget_gone()
         facts.parent.mkdir()
         facts.write_text(said)
-        store.commit([stored.key])
+        store.append(store.rows(stored.key))
         assert [slide.n_patches for slide in store.slides([replace(stored, n_patches=1)])] == [1]
 
 

@@ -16,7 +16,8 @@ from pipeline.ingest.tiler import store_slide
 from pipeline.ingest.versions import look_at
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.store.ledger import write_ledger
-from pipeline.store.patches import PatchStore
+from pipeline.store.patches import PatchStore, SlideStatus
+from tests.pipeline.small import pack_slides, small_config, write_cohort
 from tests.pipeline.tiled import PATCH, RGB, SPEC, row, spoilt
 from tests.synth import write_pyramid, zero_tile
 
@@ -102,3 +103,17 @@ def test_what_could_not_be_read_is_listed(ledgers: dict[str, pa.Table]) -> None:
         ("text", "not-a-slide"),
         ("short", "truncated"),
     ]
+
+
+def test_packs_are_files_too(tmp_path: Path) -> None:
+    config = small_config()
+    pairs = pack_slides(write_cohort(tmp_path, ["no", "yes"]), tmp_path / "store", config)
+    store = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint())
+    slides = [slide for slide, _ in pairs]
+    statuses = [SlideStatus(slide.slide_id, slide.uri, stored.key, "committed") for slide, stored in pairs]
+    uris = write_ledger(store, slides, [None, None], statuses, str(tmp_path / "ledger"))
+    rows = pq.read_table(uris["ledger_files"]).to_pylist()
+    (pack,) = (line for line in rows if line["role"] == "stored")
+    data = Path(pack["uri"]).read_bytes()
+    assert (pack["bytes"], pack["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert pack["patches"] == sum(stored.n_patches for _, stored in pairs)

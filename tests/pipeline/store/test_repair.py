@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from pipeline.cli.main import app
 from pipeline.ingest.tiler import store_slide
 from pipeline.schema import CATALOGUE
 from pipeline.store import catalogue as module
-from pipeline.store.patches import PatchStore
+from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.store.repair import SOURCES, Repaired, migrate_store, repair_store
+from pipeline.store.rows import slide_row
 from pipeline.store.verify import Report, verify_store
+from tests.pipeline.small import pack_slides, small_config, write_cohort
 from tests.pipeline.store.test_catalogue import slide
 from tests.pipeline.tiled import RGB, SPEC, contents, row
 from tests.synth import tissue_rgb, write_pyramid
@@ -169,3 +172,69 @@ def test_a_store_of_an_older_release_is_read_without_tiling_again(store: Path, o
         assert store_slide(row(original.parent / f"{name}.tiff"), SPEC, str(store)).status == "committed"
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.arrow")} == before
     assert len(slides(store)) == 2
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[PatchStore, list[StoredSlide]]:
+    """Three slides in one pack."""
+    config = small_config()
+    pairs = pack_slides(write_cohort(tmp_path, ["no", "yes", "no"]), tmp_path / "packed", config)
+    return PatchStore(str(tmp_path / "packed"), config.tiling.fingerprint()), [stored for _, stored in pairs]
+
+
+def test_slides_of_packs_are_found_again(packed: tuple[PatchStore, list[StoredSlide]]) -> None:
+    store, slides = packed
+    keys = [slide.key for slide in slides]
+    (member,) = Path(store.catalogue.uri).iterdir()
+    member.write_bytes(member.read_bytes()[:-9])
+    done = repair_store(store.uri)
+    assert (done.added, done.removed, done.refused) == (3, 0, [])
+    store.look_again()
+    assert store.slides(keys) == slides
+    again = repair_store(store.uri)
+    assert (again.added, again.removed) == (0, 0)
+    store.forget(keys[:1])  # as when it was taken out: that is no damage
+    assert repair_store(store.uri).added == 0
+
+
+def test_a_wrong_place_in_a_pack_is_corrected(packed: tuple[PatchStore, list[StoredSlide]]) -> None:
+    store, slides = packed
+    wrong, uri = slides[1], Path(slides[1].uri)
+    assert wrong.place is not None
+    facts = store.facts(wrong.key)
+    store.forget([wrong.key])
+    store.append([slide_row(facts, uri.name, replace(wrong.place, first=0).json())])
+    report = verify_store(store.uri, 1, lambda *_: None)
+    assert [(finding.uri, finding.remedy) for finding in report.damage] == [(str(uri), "run `pipeline store repair`")]
+    done = repair_store(store.uri)
+    assert (done.added, done.removed) == (1, 0)
+    store.look_again()
+    assert store.slide(wrong.key) == wrong
+    report = verify_store(store.uri, 1, lambda *_: None)
+    assert (report.damage, report.leftovers) == ([], [])
+    assert (report.slides, report.files) == (3, 1)
+    assert report.patches == sum(slide.n_patches for slide in slides)
+
+
+def test_a_pack_that_is_gone_or_changed_is_named(packed: tuple[PatchStore, list[StoredSlide]]) -> None:
+    store, slides = packed
+    pack, strange = Path(slides[0].uri), Path(slides[0].uri).with_name(f"pack-{'0' * 64}.arrow")
+    data = pack.read_bytes()
+    strange.write_bytes(data)
+    report = verify_store(store.uri, 1, lambda *_: None)
+    assert report.damage == []
+    assert [(finding.uri, finding.what) for finding in report.leftovers] == [
+        (str(strange), "a pack that the catalogue does not know")
+    ]
+    strange.unlink()
+    pack.write_bytes(data[:-1])
+    assert [finding.what for finding in verify_store(store.uri, 1, lambda *_: None).damage] == [
+        f"{pack}: was changed: its sha256 is not that of its name; tile its slides again"
+    ]
+    assert len(repair_store(store.uri).refused) == 1
+    pack.unlink()
+    (damage,) = verify_store(store.uri, 1, lambda *_: None).damage
+    assert damage.what == "is gone, and the catalogue says that 3 slides are in it"
+    assert repair_store(store.uri).removed == 3
+    store.look_again()
+    assert store.gone([slide.key for slide in slides]) == [slide.key for slide in slides]

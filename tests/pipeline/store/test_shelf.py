@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import files
+from pipeline.store import shelf as module
 from pipeline.store.shelf import Shelf
 from tests.pipeline.store.test_catalogue import slide
 from tests.s3 import serve_s3
@@ -15,27 +16,26 @@ KEYS = ["a" * 32, "0" * 32, "f" * 32]
 
 
 def fill(uri: str) -> Shelf:
-    """Three slides, of which one is committed and has no folder, and a folder that is not committed."""
+    """Three slides with folders, one of them gone, two in packs, one of those gone, and a folder not committed."""
     for key in (*KEYS[:2], "b" * 32):
         files.write_json(files.join(uri, key, "slide.json"), {"key": key})
+    files.write_bytes(files.join(uri, "packs", "pack-1.arrow"), b"")
     shelf = Shelf(uri)
-    shelf.append([slide(key) for key in KEYS] + [{**slide("packed"), "pack": "pack-1.arrow"}])
+    packed = [{**slide(key), "pack": f"pack-{number}.arrow"} for number, key in enumerate(("lost", "packed"))]
+    shelf.append([*(slide(key) for key in KEYS), *packed])
     return shelf
 
 
-@pytest.mark.parametrize("remote", [0, 1])
-def test_what_is_committed_and_there(
-    remote: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(("remote", "few"), [(0, 16), (1, 16), (1, 0)])
+def test_what_is_committed_and_there(remote: int, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW", few)
     with serve_s3(tmp_path / "s3") as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         server.bucket("store")
         shelf = fill("s3://store/spec" if remote else str(tmp_path / "s3" / "store" / "spec"))
-        asked = [KEYS[2], "packed", "b" * 32, KEYS[0], "never"]
-        assert shelf.gone(asked) == [KEYS[2], "b" * 32, "never"]
+        asked = [KEYS[2], "packed", "lost", "b" * 32, KEYS[0], "never"]
+        assert shelf.gone(asked) == [KEYS[2], "lost", "b" * 32, "never"]
         assert (shelf.has(KEYS[1]), shelf.has("b" * 32)) == (True, False)
         assert shelf.commit_of("b" * 32) == {"key": "b" * 32}
         assert shelf.commit_of(KEYS[2]) is None

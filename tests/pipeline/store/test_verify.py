@@ -254,7 +254,7 @@ def test_features_and_plans_are_verified_too(store: Path, slide: Path, tmp_path:
     vectors = np.arange(stored.n_patches * 4, dtype=np.float32).reshape(-1, 4)
     store_of_features = FeatureStore(str(tmp_path / "features"), SPEC.fingerprint(), "e" * 16)
     features = store_of_features.write(stored, [vectors], {})
-    store_of_features.commit([stored.key])
+    store_of_features.append(store_of_features.rows(stored.key))
     source = store.parent / "a.tiff"
     write_pyramid(source, RGB, levels=1)
     planned = begin_slide(row(source), SPEC, plan_root(str(store)), whole=True, pixels=False)

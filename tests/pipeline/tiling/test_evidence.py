@@ -18,13 +18,13 @@ from tests.synth import tissue_rgb, write_pyramid, zero_tile
 def test_the_mask_and_the_rejected_patches_are_of_the_slide(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(1013, 787))
     with open_slide(path) as reader:
-        tiling = tile_slide(reader, TilingConfig(patch_px=64), 0.5)
-    mask = read_mask_png(tiling.evidence.files[MASK])
+        evidence = tile_slide(reader, TilingConfig(patch_px=64), 0.5).evidence
+    mask = read_mask_png(evidence.files[MASK])
     assert mask.shape == (398, 512)
     assert mask[int(0.4 * 398), int(0.35 * 512)]
     assert not mask[int(0.2 * 398), int(0.85 * 512)]
-    strip = np.asarray(Image.open(io.BytesIO(tiling.evidence.files[REJECTED])))
-    listed = tiling.evidence.facts["rejected"]
+    strip = np.asarray(Image.open(io.BytesIO(evidence.files[REJECTED])))
+    listed = evidence.facts["rejected"]
     assert strip.shape == (EXAMPLE_PX, EXAMPLE_PX * len(listed), 3)
     rgb = tissue_rgb(1013, 787)
     for number, one in enumerate(listed):
@@ -33,7 +33,7 @@ def test_the_mask_and_the_rejected_patches_are_of_the_slide(tmp_path: Path) -> N
         assert np.abs(square - np.asarray(patch)).mean() < 12
         assert one["tissue"] < 0.25
     with open_slide(path) as reader:
-        assert tile_slide(reader, TilingConfig(patch_px=64), 0.5).evidence == tiling.evidence
+        assert tile_slide(reader, TilingConfig(patch_px=64), 0.5).evidence == evidence
 
 
 def test_examples_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_examples_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     for number in range(4):
         zero_tile(path, 0, number)  # the overview is read from the level above
     with open_slide(path) as reader:
-        tiling = tile_slide(reader, TilingConfig(patch_px=64, max_bad_tiles=1.0), 0.5)
-    assert tiling.evidence.facts["rejected"] == []
-    assert REJECTED not in tiling.evidence.files
+        evidence = tile_slide(reader, TilingConfig(patch_px=64, max_bad_tiles=1.0), 0.5).evidence
+    assert evidence.facts["rejected"] == []
+    assert REJECTED not in evidence.files
 
 
 def test_a_mask_survives_its_png() -> None:

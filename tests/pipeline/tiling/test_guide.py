@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from pipeline.cli.main import app
 from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.errors import ConfigError, SlideError, StorageError
-from pipeline.ingest.tiler import store_slide, version_of
+from pipeline.ingest.source import version_of
+from pipeline.ingest.tiler import store_slide
 from pipeline.storage.files import source_version
 from pipeline.store.patches import PatchStore
 from pipeline.tiling.guide import check_environment, guide_files, guided_version, read_guide

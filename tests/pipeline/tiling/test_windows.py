@@ -26,6 +26,24 @@ def test_sums_are_exact(shape: tuple[int, int], edge: int, beyond: Literal["near
     assert np.array_equal(floats, want)
 
 
+def shifted(values: np.ndarray, edge: int) -> np.ndarray:
+    """Sums along the first axis: of each px first the one before, then the one after, nearest ones first."""
+    total = values.copy()
+    for shift in range(1, edge // 2 + 1):
+        total[shift:] += values[:-shift]
+        total[:-shift] += values[shift:]
+        total[:shift] += values[:1]
+        total[-shift:] += values[-1:]
+    return total
+
+
+@given(shape=SHAPES, edge=st.sampled_from([1, 3, 5, 7, 15]), seed=st.integers(0, 99))
+def test_floats_are_added_in_one_order(shape: tuple[int, int], edge: int, seed: int) -> None:
+    """A mask must not change by a px because a sum was rounded otherwise."""
+    values = np.random.default_rng(seed).normal(0, 9, shape).astype(np.float32)
+    assert np.array_equal(sums(values, edge), shifted(shifted(values, edge).T, edge).T)
+
+
 @given(shape=SHAPES, edge=st.sampled_from([1, 3, 5, 9, 15]), share=st.floats(0, 1))
 def test_any_and_all_are_the_greatest_and_the_least(shape: tuple[int, int], edge: int, share: float) -> None:
     mask = np.random.default_rng(4).random(shape) < share

@@ -64,7 +64,7 @@ def test_features_without_their_commit_are_made_again(tmp_path: Path) -> None:
     store, settings = feature_store(config)
     for _, slide in stored:
         embed_slide(Embedder(settings), slide, store, threads=1)
-    store.commit(slide.key for _, slide in stored)
+    store.append([row for _, slide in stored for row in store.rows(slide.key)])
     tile = Record("tile", "f", {}, {}, {"keys": {slide.slide_id: kept.key for slide, kept in stored}})
     space = Workspace(
         config, cohort, lambda: pytest.fail("no tracker"), lambda: pytest.fail("no Ray"), {}, {"tile": tile}
@@ -93,7 +93,7 @@ def test_a_model_learns_from_features_and_predicts_a_new_slide(tmp_path: Path) -
     store, settings = feature_store(config)
     for _, slide in stored:
         embed_slide(Embedder(settings), slide, store, threads=1)
-    store.commit(slide.key for _, slide in stored)
+    store.append([row for _, slide in stored for row in store.rows(slide.key)])
     sources = open_sources(config, cohort.slides, {slide.slide_id: kept.key for slide, kept in stored})
     bags = [open_bag(source, threads=1, augment=None) for _, source in sources]
     slides = Slides(

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bags.sources import patch_store
 from pipeline.errors import StageError
 from pipeline.store.verify import verify_store
 from pipeline.workflow.erasure import Traces, _from_catalogue, erase, find_patient
 from pipeline.workflow.leftovers import find_leftovers
 from pipeline.workflow.run import plan, run
-from tests.pipeline.tiled import RGB, SPEC, contents, row, small_tasks, spoilt, tile_in_shares
+from tests.pipeline.tiled import RGB, SPEC, row, small_tasks, spoilt, tile_in_shares, what_is_stored
 from tests.pipeline.workflow.images import image_config, write_images
 from tests.synth import write_pyramid
 
@@ -36,8 +37,11 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     root = Path(config.storage.root)
     words = ["p-two", "beta", "gamma", "badly"]
     keys = run(config, "tile").stages["tile"].record.facts["keys"]
-    others = {name: data for name, data in contents(root).items() if keys["alpha"] in name or keys["delta"] in name}
-    assert len(others) >= 10
+    theirs = (keys["alpha"], keys["delta"])
+    others = {name: patches for name, patches in what_is_stored(root).items() if name.endswith(theirs)}
+    assert len(others) == 2
+    secret = patch_store(config).slide(keys["beta"]).payloads([0])[0]
+    assert any(secret in path.read_bytes() for path in root.rglob("*.arrow"))
     for decision, name in (("abc", "beta"), ("def", "alpha")):
         folder = root / "release" / "decisions" / decision
         folder.mkdir(parents=True)
@@ -48,10 +52,12 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
 
     traces = find_patient(config, "p-two")
     assert set(traces.slides) == {"beta", "gamma", "badly"}
+    assert traces.packs
     assert _naming(root, words)  # told, not done
     erase(traces)
     assert _naming(root, [*words, keys["beta"], keys["gamma"]]) == set()
-    assert {name: data for name, data in contents(root).items() if name in others} == others
+    assert {name: patches for name, patches in what_is_stored(root).items() if name in others} == others
+    assert not any(secret in path.read_bytes() for path in root.rglob("*.arrow"))
     kept = sorted(str(path.relative_to(root / "release" / "decisions")) for path in root.glob("release/decisions/*/*"))
     assert kept == ["abc/decision.json", "def/changes.csv", "def/decision.json", "def/gate.html"]
     verified = verify_store(str(config.storage.patches), 2, lambda *_: None)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.storage.lease import held
+from pipeline.store.shelf import Shelf
 from pipeline.store.verify import verify_store
 from pipeline.workflow.leftovers import find_leftovers, remove
 from pipeline.workflow.run import run
@@ -46,7 +48,9 @@ def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_
     record.unlink()  # a run that never ended: c is stored, and nothing names it
     (root / "train" / "small-0123" / "step-00000010").mkdir(parents=True)
     (root / "train" / "small-0123" / "step-00000010" / "state.pt").write_bytes(bytes(1000))
-    (store / keys["a"] / ".77.tmp").write_bytes(b"half")
+    (store / "packs" / ".77.tmp").write_bytes(b"half")
+    (store / "packs" / f"pack-{'0' * 64}.arrow").write_bytes(b"half of a group")
+    pack = Path(Shelf(str(store)).view.slides.filter(pc.field("key") == keys["c"])["pack"][0].as_py()).name
     unfinished = store / "unfinished" / "k"
     unfinished.mkdir(parents=True)
     for name in ("part-00000-x.parquet", "damaged"):
@@ -61,8 +65,9 @@ def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_
         f"ledger/{new}": "no finished stage names it",
         f"reports/default-{new}": "no finished stage names it",
         "train/small-0123": "no finished stage names it",
-        f"{spec}/{keys['c']}": "no cohort that was tiled here has this slide",
-        f"{spec}/{keys['a']}/.77.tmp": "its writer was killed",
+        f"{spec}/packs/{pack}": "1 of its 1 slides are of no cohort that was tiled here",
+        f"{spec}/packs/pack-{'0' * 64}.arrow": "the catalogue does not know it: its writer was killed",
+        f"{spec}/packs/.77.tmp": "its writer was killed",
         f"{spec}/unfinished/k/part-00000-x.parquet": "a part of a slide whose tiling was not gone on with",
     }
     with held(str(root / "stages" / "train-1.lease"), "train"), pytest.raises(StageError, match="is at work on it"):
@@ -71,7 +76,7 @@ def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_
     command = ["gc", f"storage.root={root}", f"cohort.uri={tmp_path / 'cohort.csv'}", "tiling=image"]
     told = CliRunner().invoke(app, [*command, "tiling.patch_px=64"])
     assert told.exit_code == 0, told.output
-    assert "6 leftovers" in told.stdout
+    assert "7 leftovers" in told.stdout
     assert "--delete removes them" in told.stdout
     assert _names(config) == found
     remove(find_leftovers(config, 7))

@@ -1,0 +1,64 @@
+"""Where each patch of a stored slide is: its position on the slide, and its bytes in a part or a pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import files
+from pipeline.store.packs import Place, read_index
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PatchIndex:
+    """Where each patch stands, in the slide and in the store. Arrays of length n, by row."""
+
+    x: Ints
+    """Level-0 px of the patch's left edge."""
+    y: Ints
+    """Level-0 px of its upper edge."""
+    part: Ints
+    offset: Ints
+    """Absolute byte offset of the JPEG in its part."""
+    length: Ints
+
+
+@lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each
+def folder_index(uri: str, _n: int) -> tuple[PatchIndex, pa.Schema]:
+    """That of a slide's folder, and its schema, which names the parts. A plan that is made anew has fewer patches."""
+    table = folder_table(uri)
+    columns = (table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__)
+    return PatchIndex(*columns), table.schema
+
+
+def folder_table(uri: str) -> pa.Table:
+    """The file itself."""
+    return pq.read_table(pa.BufferReader(files.read_bytes(files.join(uri, "index.parquet"))))
+
+
+@lru_cache(maxsize=8)  # slides: 16 bytes a patch each
+def folder_origins(uri: str, _n: int) -> Ints:
+    """(n, 2) left and top of a plan's patches, px of the level that is read."""
+    table = folder_table(uri)
+    return np.stack([table.column(name).to_numpy() for name in ("left", "top")], axis=1)
+
+
+def packed_index(uri: str, place: Place, n: int) -> PatchIndex:
+    """That of a slide of n patches in a pack; a plan's patches have the part -1."""
+    columns = read_index(uri, place, n).astype(np.int64)
+    x, y, length = columns[:, 1], columns[:, 2], columns[:, 3]
+    ends = place.first + np.cumsum(length)
+    return PatchIndex(x, y, np.full(n, -1 if place.planned else 0, np.int64), ends - length, length)
+
+
+def runs(index: PatchIndex, rows: Ints) -> list[Ints]:
+    """Cut ascending rows of one part where the next patch does not start at the end of the one before."""
+    ends = index.offset[rows] + index.length[rows]
+    return np.split(rows, np.flatnonzero(index.offset[rows][1:] != ends[:-1]) + 1)
