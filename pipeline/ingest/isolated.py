@@ -71,7 +71,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
     work = partial(tiler.store_share, large, parts, spec, store)
     patches = PatchStore(store, spec.fingerprint())
     status, rows = _guarded(large.slide, large.version, spec, patches, work, large.planned.key)
-    patches.append(rows)
+    tiler.give_up(large, spec, patches, rows)
     return status
 
 

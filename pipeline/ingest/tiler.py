@@ -12,6 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.config.base import fingerprint
 from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.ingest.balance import share_count
@@ -31,7 +32,8 @@ from pipeline.store.commit import (
 )
 from pipeline.store.packs import SmallSlide
 from pipeline.store.parts import part_count
-from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_key, stored_slide
+from pipeline.store.patches import UNFINISHED, PatchStore, SlideStatus, StoredSlide, slide_key, stored_slide
+from pipeline.store.rows import asked_digest
 from pipeline.store.small import is_small, plan_small, read_small
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.slide import SlideTiling
@@ -129,21 +131,34 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         StorageError: the store itself cannot be read or written.
     """
     slide, patches = large.slide, PatchStore(store, spec.fingerprint())
-    known = known_status(patches, slide, large.version, spec)  # given up by another share, committed by another job
-    if known is not None:
-        return known
+    if files.exists(_given_up(large, spec, patches)):  # by another share; the catalogue would be hundreds of files
+        return known_status(patches, slide, large.version, spec)
 
     def work() -> None:
         check = unchanged(slide, spec, large.version)
         check()
-        if large.planned.is_done(patches):  # from another file with the same content
+        if large.planned.is_done(patches):  # by another job, or from another file with the same content
             return
         with opened(slide, spec) as reader, _leaving(patches, large.planned):
             write_share(patches, large.planned.attached(reader), parts, check)
 
     status, rows = _outcome(slide, large.version, patches, work)
-    patches.append(rows)
+    give_up(large, spec, patches, rows)
     return status
+
+
+def give_up(large: LargeSlide, spec: TilingConfig, patches: PatchStore, rows: list[Row]) -> None:
+    """Record a share's final status, if `rows` hold one, and leave a mark by which the slide's other shares know it."""
+    patches.append(rows)
+    if rows:
+        files.write_bytes(_given_up(large, spec, patches), b"a share of this slide was given up\n")
+
+
+def _given_up(large: LargeSlide, spec: TilingConfig, patches: PatchStore) -> str:
+    """The mark of this version of the file, as long as it may take no more."""
+    limits = [spec.max_seconds, spec.max_slide_gib]
+    name = fingerprint({"asked": asked_digest(large.slide, large.version), "limits": limits})
+    return files.join(patches.uri, UNFINISHED, large.planned.key, f"given-up-{name}")
 
 
 def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStatus:

@@ -24,6 +24,7 @@ from pipeline.ingest.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.storage import files, s3
 from pipeline.storage.ranges import LocalSource
 from pipeline.store import commit, parts
+from pipeline.store.catalogue import Catalogue
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore
 from pipeline.store.verify import verify_store
@@ -117,10 +118,34 @@ def test_a_share_is_not_written_for_a_slide_that_another_job_finished(slide: Pat
     store = str(tmp_path / "store")
     begun = begin_slide(row(slide), SPEC, store, whole=False)
     assert isinstance(begun, LargeSlide)
-    status = store_slide(row(slide), SPEC, store)
+    store_slide(row(slide), SPEC, store)
     before = contents(tmp_path)
-    assert tiler.store_share(begun, range(2), SPEC, store) == status
+    assert tiler.store_share(begun, range(2), SPEC, store) is None
     assert contents(tmp_path) == before
+
+
+def test_a_share_reads_the_catalogue_only_where_another_one_gave_the_slide_up(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a thousand large slides are tiled it is hundreds of files."""
+    store = str(tmp_path / "store")
+    begun = begin_slide(row(slide), SPEC, store, whole=False)
+    assert isinstance(begun, LargeSlide)
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "read", lambda *_: pytest.fail("the catalogue was read"))
+        assert tiler.store_share(begun, range(2), SPEC, store) is None
+
+    def hopeless(*_: object) -> None:
+        raise SlideError("bad-tiles", "every second one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiler, "write_share", hopeless)
+        status = tiler.store_share(begun, range(2, 4), SPEC, store)
+    assert status is not None
+    assert status.reason == "bad-tiles: every second one"
+    assert tiler.store_share(begun, range(4, 6), SPEC, store) == status
+    assert len(list((tmp_path / "store").rglob("part-*.arrow"))) == 2
+    assert verify_store(store, 1, lambda *_: None).damage == []
 
 
 def test_a_slide_replaced_between_its_shares_is_tiled_anew(slide: Path, tmp_path: Path) -> None:
