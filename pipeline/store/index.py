@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import StorageError
 from pipeline.storage import files
 from pipeline.store.packs import Place, read_index
 
@@ -31,9 +32,18 @@ class PatchIndex:
 
 
 @lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each
-def folder_index(uri: str, _n: int) -> tuple[PatchIndex, pa.Schema]:
-    """That of a slide's folder, and its schema, which names the parts. A plan that is made anew has fewer patches."""
+def folder_index(uri: str, n: int) -> tuple[PatchIndex, pa.Schema]:
+    """That of a slide's folder, and its schema, which names the parts.
+
+    Raises:
+        StorageError: it is not of n patches.
+    """
     table = folder_table(uri)
+    if len(table) != n:
+        raise StorageError(
+            f"{uri}: {len(table)} patches lie there and the catalogue says {n}: the folder was replaced, or the plan "
+            "made anew; run `pipeline store repair`, then again"
+        )
     columns = (table.column(name).to_numpy().astype(np.int64) for name in PatchIndex.__annotations__)
     return PatchIndex(*columns), table.schema
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
+from pipeline.errors import StorageError
 from pipeline.storage import files
-from pipeline.store.index import PatchIndex, packed_index, runs
+from pipeline.store.index import PatchIndex, folder_index, packed_index, runs
 from pipeline.store.packs import write_pack
 from tests.pipeline.store.test_packs import small
 
@@ -32,3 +36,12 @@ def test_patches_of_a_pack_follow_one_another(tmp_path: Path) -> None:
     assert index.part.tolist() == [0, 0, 0]
     assert index.y.tolist() == [42, 153, 264]
     assert packed_index(uri, pack.places["c"], 2).part.tolist() == [-1, -1]
+
+
+def test_a_folder_of_other_patches_than_the_catalogue_says_is_not_read(tmp_path: Path) -> None:
+    """As where another spec's was put in its place."""
+    index = pa.table({name: [0, 1, 2] for name in PatchIndex.__annotations__})
+    pq.write_table(index, tmp_path / "index.parquet")
+    assert len(folder_index(str(tmp_path), 3)[0].x) == 3
+    with pytest.raises(StorageError, match=r"3 patches lie there and the catalogue says 5: .*store repair"):
+        folder_index(str(tmp_path), 5)
