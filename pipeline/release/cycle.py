@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from typing import Any
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, ReleaseError
 from pipeline.release.arrivals import Arrivals
-from pipeline.release.gate import DECISION
 from pipeline.release.history import Act, acts, last_act
 from pipeline.release.judge import SAME, Question, judging
-from pipeline.release.promotion import act_on, decision_folder, lease_uri, project, settled
+from pipeline.release.promotion import act_on, lease_uri, project, read_decision, settled
 from pipeline.release.rules import problems
 from pipeline.release.trained import read_trained, replayed, warmed
-from pipeline.storage.files import join, read_bytes
+from pipeline.storage.files import join
 from pipeline.storage.lease import held
 from pipeline.tracking.registry import GATED, find_version, tag_model
 from pipeline.tracking.tracker import Tracker, open_tracking
@@ -90,7 +88,7 @@ def _concluded(config: Config, tracker: Tracker, result: WorkflowResult) -> Cycl
         facts |= {"champion": record.facts["version"], "test": dict(record.metrics)}
         return Cycle("nothing to do", ("no slide's content or label changed what is learned",), facts, None, whole)
     name = str(record.facts["decision"])
-    facts["decision"] = json.loads(read_bytes(join(decision_folder(root, name), DECISION)))
+    facts["decision"] = read_decision(root, name)
     with held(lease_uri(config), f"the release of {model}") as lease:
         done = next((act for act in acts(root, model) if act.decision == name), None)
         before = last_act(root, model)
