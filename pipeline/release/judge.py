@@ -156,14 +156,14 @@ class _Judgement:
         cases: Sequence[Present],
         scored: Scored,
         other: Scored | Unscorable | None,
-        seen: Mapping[str, Sequence[str]],
+        seen: Mapping[str, Sequence[str]] | None,
         drift: tuple[Finding, ...] | None,
     ) -> Evidence:
         question, held = self.question, [one.case for one in cases]
         champion = None
         if isinstance(other, Scored):
             before = question.trained
-            champion = other.predictions(None if before is None else contaminated(held, before.learned))
+            champion = other.predictions(None if before is None else contaminated(cases, before.learned))
         assert self.config.gate is not None  # retrain asks for it
         columns = self._columns([one.slide for one in cases])
         return Evidence(
@@ -186,7 +186,7 @@ class _Judgement:
                 )
                 for one in cases
             ),
-            candidate=scored.predictions(contaminated(held, seen)),
+            candidate=scored.predictions(None if seen is None else contaminated(cases, seen)),
             champion=champion,
             names_champion=None if question.champion is None else question.champion.version,
             unscorable=other.why if isinstance(other, Unscorable) else None,
