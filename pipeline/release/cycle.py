@@ -45,11 +45,12 @@ def retrain_now(config: Config, arrivals: Arrivals, force: str | None) -> Cycle:
     """Tile what is new, train, judge on the frozen test, and let the decision become the registry's aliases.
 
     Raises:
-        ConfigError: the gate's rules do not go with the tasks.
+        ConfigError: the gate's rules do not go with the tasks, or the cohort's columns.
         ReleaseError: someone moves the champion beside the decisions.
     """
     assert config.gate is not None  # the caller asks for it
-    if wrong := problems(config.gate, config.tasks):
+    columns = {name for slide in arrivals.cohort.slides for name in slide.extra}
+    if wrong := problems(config.gate, config.tasks, columns):
         raise ConfigError("config", wrong)
     root, model = config.storage.root, str(config.tracking.model)
     tracking = config.tracking
