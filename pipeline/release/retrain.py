@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.recipe import Config
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, StageError
 from pipeline.release.arrivals import Arrivals, Diff, Seen, diff, last_seen, look, remember
 from pipeline.release.history import check_reason
 from pipeline.release.notify import send_unsent, tell
 from pipeline.storage.files import exists, join
-from pipeline.storage.lease import joined
+from pipeline.storage.lease import Lease, joined
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,19 @@ def retrain(config: Config, force: str | None = None, now: Callable[[], float] =
             return Result(BUSY, ("another retraining is at work below this root",), {"root": root})
         send_unsent(root, url)
         try:
-            result = _retrain(config, force, now())
+            result = _retrain(config, force, now(), lease)
         except PipelineError as error:
             message = {"outcome": "failed", "error": type(error).__name__, "message": str(error)}
             tell(root, url, {**message, "exit_code": error.exit_code, "root": root})
             raise
+        if result.outcome == BUSY:
+            return result
         told = {**result.plain(), "ended": now()}
         tell(root, url if result.outcome != NOTHING else None, told)
         return result
 
 
-def _retrain(config: Config, force: str | None, now: float) -> Result:
+def _retrain(config: Config, force: str | None, now: float, lease: Lease) -> Result:
     _write_made_cohort(config)
     root, arrivals, seen = config.storage.root, look(config), last_seen(config.storage.root)
     found = diff(seen.rows if seen else {}, arrivals.rows)
@@ -85,6 +87,10 @@ def _retrain(config: Config, force: str | None, now: float) -> Result:
     if seen is not None and seen.digest == arrivals.digest and force is None:
         facts = {"root": root, "last": seen.outcome, "slides": len(seen.rows)}
         return _nothing(config, arrived, now, "no slide, label or setting has changed since the last retraining", facts)
+    try:
+        lease.check()
+    except StageError as lost:  # two of a schedule began in the same moment, and the other one wrote its claim last
+        return Result(BUSY, (str(lost),), {"root": root})
     log.info("retrain: since the last one that ended: %s", _told(found))
     from pipeline.release.cycle import retrain_now
 

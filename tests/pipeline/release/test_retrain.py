@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.recipe import Config
 from pipeline.errors import CohortError, ConfigError, ReleaseError
-from pipeline.release.arrivals import Seen, last_seen, look, remember
+from pipeline.release.arrivals import Arrivals, Seen, last_seen, look, remember
 from pipeline.release.cycle import Cycle
 from pipeline.release.retrain import EXIT_CODES, retrain
 from pipeline.storage.lease import held
@@ -86,6 +87,22 @@ def test_two_at_once_are_one(grown: Growing) -> None:
     with held(str(lease), "the first"):
         result = retrain(grown.config())
     assert (result.outcome, result.exit_code) == ("busy", 0)
+
+
+def test_of_two_that_begin_in_the_same_moment_the_last_claim_works(
+    grown: Growing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = grown.folder.parent / "root" / "release" / "retrain.lease"
+
+    def late(config: Config) -> Arrivals:
+        lease.write_text(lease.read_text().replace(json.loads(lease.read_text())["token"], "another"))
+        return look(config)
+
+    monkeypatch.setattr("pipeline.release.retrain.look", late)
+    grown.add("feb", 1)
+    result = retrain(grown.config())
+    assert (result.outcome, result.exit_code) == ("busy", 0)
+    assert not lease.with_name("latest.json").exists()
 
 
 def test_a_failure_is_told_too(grown: Growing) -> None:
