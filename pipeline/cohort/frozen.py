@@ -91,8 +91,13 @@ class Present:
     """With the labels that the manifest froze."""
     relabelled: bool
     """Whether the cohort has other labels for it by now."""
-    rescanned: bool
-    """Whether its file has another content by now."""
+    key: str
+    """Of its content by now."""
+
+    @property
+    def rescanned(self) -> bool:
+        """Whether its file has another content by now."""
+        return self.key != self.case.key
 
 
 def present(manifest: Manifest, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[Present]:
@@ -104,11 +109,16 @@ def present(manifest: Manifest, slides: Sequence[CohortSlide], keys: Mapping[str
         if slide is not None and slide.slide_id in keys:
             others = dict(slide.labels) != dict(case.labels)
             frozen = replace(slide, split=manifest.split, labels=dict(case.labels))
-            found.append(Present(case, frozen, others, keys[slide.slide_id] != case.key))
+            found.append(Present(case, frozen, others, keys[slide.slide_id]))
     return found
 
 
-def contaminated(cases: Sequence[Case], learned: Mapping[str, Sequence[str]]) -> list[str]:
-    """Digests of the test slides that a model has learned from, by content or by patient."""
+def contaminated(cases: Sequence[Present], learned: Mapping[str, Sequence[str]]) -> list[str]:
+    """Digests of the test slides that a model has learned from, by content or by patient, of then or of now."""
     keys, patients = set(learned["keys"]), set(learned["patients"])
-    return sorted(case.slide for case in cases if case.key in keys or case.patient in patients)
+    return sorted(
+        one.case.slide
+        for one in cases
+        if not keys.isdisjoint((one.case.key, one.key))
+        or not patients.isdisjoint((one.case.patient, fingerprint(one.slide.patient_id)))
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from typing import Any
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, ReleaseError
 from pipeline.release.arrivals import Arrivals
-from pipeline.release.gate import DECISION
 from pipeline.release.history import Act, acts, last_act
 from pipeline.release.judge import SAME, Question, judging
-from pipeline.release.promotion import act_on, decision_folder, lease_uri, project, settled
+from pipeline.release.promotion import act_on, lease_uri, project, read_decision, settled
 from pipeline.release.rules import problems
 from pipeline.release.trained import read_trained, replayed, warmed
-from pipeline.storage.files import join, read_bytes
+from pipeline.storage.files import join
 from pipeline.storage.lease import held
 from pipeline.tracking.registry import GATED, find_version, tag_model
 from pipeline.tracking.tracker import Tracker, open_tracking
@@ -47,11 +45,12 @@ def retrain_now(config: Config, arrivals: Arrivals, force: str | None) -> Cycle:
     """Tile what is new, train, judge on the frozen test, and let the decision become the registry's aliases.
 
     Raises:
-        ConfigError: the gate's rules do not go with the tasks.
+        ConfigError: the gate's rules do not go with the tasks, or the cohort's columns.
         ReleaseError: someone moves the champion beside the decisions.
     """
     assert config.gate is not None  # the caller asks for it
-    if wrong := problems(config.gate, config.tasks):
+    columns = {name for slide in arrivals.cohort.slides for name in slide.extra}
+    if wrong := problems(config.gate, config.tasks, columns):
         raise ConfigError("config", wrong)
     root, model = config.storage.root, str(config.tracking.model)
     tracking = config.tracking
@@ -90,7 +89,7 @@ def _concluded(config: Config, tracker: Tracker, result: WorkflowResult) -> Cycl
         facts |= {"champion": record.facts["version"], "test": dict(record.metrics)}
         return Cycle("nothing to do", ("no slide's content or label changed what is learned",), facts, None, whole)
     name = str(record.facts["decision"])
-    facts["decision"] = json.loads(read_bytes(join(decision_folder(root, name), DECISION)))
+    facts["decision"] = read_decision(root, name)
     with held(lease_uri(config), f"the release of {model}") as lease:
         done = next((act for act in acts(root, model) if act.decision == name), None)
         before = last_act(root, model)

@@ -101,7 +101,8 @@ def _integrity(evidence: Evidence, gate: GateConfig) -> Iterator[Outcome]:
     gone = evidence.manifest["missing"] / (evidence.manifest["missing"] + len(evidence.slides))
     says = f"{gone:.1%} of the frozen test's slides are not in the cohort any more, {_GONE:.0%} may be missing"
     yield Outcome("test", "met" if gone <= _GONE else "not met", "hold", {"missing": figure(gone)}, says)
-    yield _contamination("candidate", evidence.candidate.seen, "block")
+    seen = evidence.candidate.seen
+    yield _contamination("candidate", seen, "hold" if seen is None else "block")
     if evidence.champion is not None:
         yield _contamination("champion", evidence.champion.seen, "hold")
     if evidence.unscorable is not None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
+from pipeline.errors import ReleaseError
 from pipeline.storage.files import join, list_names, read_json, write_json
 
 Kind = Literal["adopt", "promote", "hold", "reject", "approve", "rollback"]
@@ -37,6 +38,12 @@ class Act:
     number: int = 0
     at: str = ""
     """UTC."""
+
+
+def check_reason(reason: str | None) -> None:
+    """Raise a ReleaseError where a reason is given that says nothing."""
+    if reason is not None and not reason.strip():
+        raise ReleaseError("a reason is kept for those who ask later; say one")
 
 
 def acts(root: str, model: str) -> list[Act]:

@@ -132,12 +132,14 @@ class _Judgement:
         evidence = self._evidence(manifest, cases, scored, other, self._learned(train), drift)
         return self._stored(stage_fingerprint, evidence, scored, other, sides)
 
-    def _learned(self, train: str) -> Mapping[str, Sequence[str]]:
-        """What the candidate has learned from, written down for when it is the champion."""
+    def _learned(self, train: str) -> Mapping[str, Sequence[str]] | None:
+        """What the candidate has learned from, written down for when it is the champion; None where it is not known."""
         question, space = self.question, self.space
         trained_on = space.stored("train")
         seen = learned([*trained_on, *space.stored("val")])
-        if self.config.train.begins_with is not None and question.trained is not None:
+        if self.config.train.begins_with is not None:
+            if self.config.retrain.start != "warm" or question.trained is None:
+                return None  # it began with other weights than the champion's, or nothing is known of those
             seen = together(seen, question.trained.learned)
         slides = sorted(fingerprint(slide.slide_id) for slide, _ in trained_on)
         write_trained(self.config.storage.root, train, Trained(seen, slides, question.arrivals.rows))
@@ -156,14 +158,14 @@ class _Judgement:
         cases: Sequence[Present],
         scored: Scored,
         other: Scored | Unscorable | None,
-        seen: Mapping[str, Sequence[str]],
+        seen: Mapping[str, Sequence[str]] | None,
         drift: tuple[Finding, ...] | None,
     ) -> Evidence:
         question, held = self.question, [one.case for one in cases]
         champion = None
         if isinstance(other, Scored):
             before = question.trained
-            champion = other.predictions(None if before is None else contaminated(held, before.learned))
+            champion = other.predictions(None if before is None else contaminated(cases, before.learned))
         assert self.config.gate is not None  # retrain asks for it
         columns = self._columns([one.slide for one in cases])
         return Evidence(
@@ -186,7 +188,7 @@ class _Judgement:
                 )
                 for one in cases
             ),
-            candidate=scored.predictions(contaminated(held, seen)),
+            candidate=scored.predictions(None if seen is None else contaminated(cases, seen)),
             champion=champion,
             names_champion=None if question.champion is None else question.champion.version,
             unscorable=other.why if isinstance(other, Unscorable) else None,

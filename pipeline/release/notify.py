@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import http.client
 import json
 import logging
 import os
@@ -26,6 +27,17 @@ SECRET = "IPS_NOTIFY_SECRET"
 PAUSES_S = (1.0, 4.0, 15.0)
 """Between one try and the next."""
 _TIMEOUT_S = 10.0
+"""Of one try, without a byte from the server."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib follows a 301 or 302 with a GET that has no body: nobody would be told, and it would look delivered."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def tell(root: str, url: str | None, result: Mapping[str, Any]) -> None:
@@ -61,15 +73,18 @@ def _post(url: str, body: bytes) -> str | None:
     failure = ""
     for pause in (0.0, *PAUSES_S):
         time.sleep(pause)
-        request = urllib.request.Request(url, body, headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+            request = urllib.request.Request(url, body, headers, method="POST")
+            with _OPENER.open(request, timeout=_TIMEOUT_S):
                 return None
         except urllib.error.HTTPError as error:
-            failure = f"HTTP {error.code}"
+            moved = error.headers.get("Location")
+            failure = f"HTTP {error.code}" + (f", it is at {moved} now" if moved else "")
             error.close()
             if error.code < 500 and error.code not in (408, 429):
                 return failure  # it will never take it
-        except OSError as error:
-            failure = str(error)
+        except (OSError, http.client.HTTPException) as error:
+            failure = str(error) or type(error).__name__
+        except ValueError as error:  # of urllib
+            return f"it is no URL: {error}"
     return failure

@@ -6,6 +6,8 @@ back what they wrote. `previous` moves before `champion`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +17,18 @@ from typing import Any
 from pipeline.config.recipe import Config
 from pipeline.errors import ReleaseError
 from pipeline.release.gate import DECISION
-from pipeline.release.history import Act, acts, append, last_act
-from pipeline.storage.files import exists, join, read_json
+from pipeline.release.history import Act, acts, append, check_reason, last_act
+from pipeline.storage.files import exists, join, read_bytes
 from pipeline.storage.lease import Lease, held
 from pipeline.tracking.registry import (
     CHALLENGER,
     CHAMPION,
     GATED,
+    PLACED,
     PREVIOUS,
     alias_version,
     find_version,
+    model_tag,
     point,
     tag_model,
 )
@@ -41,6 +45,24 @@ def lease_uri(config: Config) -> str:
 def decision_folder(root: str, digest: str) -> str:
     """Where a decision lies with all that it rests on."""
     return join(root, "release", "decisions", digest[:16])
+
+
+def read_decision(root: str, name: str) -> Mapping[str, Any]:
+    """A stored decision, by its digest.
+
+    Raises:
+        ReleaseError: the file says something else than was decided.
+        StorageError: it cannot be read.
+    """
+    uri = join(decision_folder(root, name), DECISION)
+    data = read_bytes(uri)
+    if (found := hashlib.sha256(data).hexdigest()) != name:
+        raise ReleaseError(
+            f"{uri} has the digest {found}, and what was decided has {name}: the file was changed; restore it from the "
+            "run's artifacts in MLflow (release/decision.json)"
+        )
+    decision: Mapping[str, Any] = json.loads(data)
+    return decision
 
 
 def settled(config: Config, store: Store, lease: Lease) -> Act | None:
@@ -75,12 +97,13 @@ def project(store: Store, act: Act, lease: Lease, *, whoever: bool = False) -> N
     Raises:
         ReleaseError: it is another one.
     """
-    now = alias_version(store, act.model, CHAMPION)
-    if now not in (act.was, act.champion) and not whoever:
+    now, this = alias_version(store, act.model, CHAMPION), f"{act.number} {act.at}"
+    done = model_tag(store, act.model, PLACED) == this  # then the one before can only be by hand
+    if now != act.champion and (done or now != act.was) and not whoever:
         raise ReleaseError(
             f"the champion of {act.model} at {store.uri} is {now or 'nobody'}, and the last decision (act "
             f"{act.number}, {act.at}) says {act.champion or 'nobody'}: someone moved it. `release repair` "
-            f"goes back to what was decided; `promote --approve {now} --force REASON` makes this one a decision"
+            "goes back to what was decided; `promote --approve VERSION --force REASON` makes another one a decision"
         )
     wanted = {CHALLENGER: act.challenger, PREVIOUS: act.previous, CHAMPION: act.champion}
     for alias, version in wanted.items():
@@ -88,6 +111,8 @@ def project(store: Store, act: Act, lease: Lease, *, whoever: bool = False) -> N
             lease.check()
             point(store, act.model, alias, version)
             log.info("release: %s of %s is %s", alias, act.model, version or "nobody")
+    if not done:
+        tag_model(store, act.model, {PLACED: this})
 
 
 def challenge(config: Config, store: Store, version: str) -> None:
@@ -132,6 +157,7 @@ def approve(config: Config, version: str, by: str, force: str | None) -> Act:
         ReleaseError: no decision allows it, and no reason was given; or the champion is not the one it names.
         TrackingError: there is no such version.
     """
+    check_reason(force)
     root, name = config.storage.root, _name(config)
     with _moving(config) as (store, lease):
         find_version(store, f"models:/{name}/{version}")
@@ -157,7 +183,7 @@ def _check_allowed(root: str, version: str, decided: Act | None, before: Act | N
         raise ReleaseError(
             f"no decision of {root} is about version {version}; `retrain` takes one, or --force REASON promotes it"
         )
-    decision = read_json(join(decision_folder(root, decided.decision), DECISION))
+    decision = read_decision(root, decided.decision)
     if decision["verdict"] == "reject":
         why = "; ".join(decision["why"])
         raise ReleaseError(f"version {version} was rejected: {why}; --force REASON promotes it all the same")
@@ -172,8 +198,9 @@ def rollback(config: Config, by: str, reason: str) -> Act:
     """Make the previous champion champion again; the one that goes becomes `previous`.
 
     Raises:
-        ReleaseError: there is none to go back to.
+        ReleaseError: there is none to go back to, or no reason is given.
     """
+    check_reason(reason)
     root, name = config.storage.root, _name(config)
     with _moving(config) as (store, lease):
         before = settled(config, store, lease)

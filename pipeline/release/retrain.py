@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.recipe import Config
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, StageError
 from pipeline.release.arrivals import Arrivals, Diff, Seen, diff, last_seen, look, remember
+from pipeline.release.history import check_reason
 from pipeline.release.notify import send_unsent, tell
 from pipeline.storage.files import exists, join
-from pipeline.storage.lease import joined
+from pipeline.storage.lease import Lease, joined
 
 log = logging.getLogger(__name__)
 
@@ -53,34 +54,43 @@ def retrain(config: Config, force: str | None = None, now: Callable[[], float] =
 
     Raises:
         ConfigError: no gate is set, or the config is wrong otherwise.
+        ReleaseError: `force` says nothing.
         PipelineError: a stage fails; the file and the server of `notify` are told of that too.
     """
     if config.gate is None:
         problem = "gate: is required to retrain: no model is promoted unseen; set gate=standard"
         raise ConfigError(f"config {config.name}", [problem])
+    check_reason(force)
     root, url = config.storage.root, config.notify.url
     with joined(join(root, "release", "retrain.lease"), f"retraining of {config.name}") as lease:
         if lease is None:
             return Result(BUSY, ("another retraining is at work below this root",), {"root": root})
         send_unsent(root, url)
         try:
-            result = _retrain(config, force, now())
+            result = _retrain(config, force, now(), lease)
         except PipelineError as error:
             message = {"outcome": "failed", "error": type(error).__name__, "message": str(error)}
             tell(root, url, {**message, "exit_code": error.exit_code, "root": root})
             raise
+        if result.outcome == BUSY:
+            return result
         told = {**result.plain(), "ended": now()}
         tell(root, url if result.outcome != NOTHING else None, told)
         return result
 
 
-def _retrain(config: Config, force: str | None, now: float) -> Result:
+def _retrain(config: Config, force: str | None, now: float, lease: Lease) -> Result:
     _write_made_cohort(config)
     root, arrivals, seen = config.storage.root, look(config), last_seen(config.storage.root)
     found = diff(seen.rows if seen else {}, arrivals.rows)
     arrived = now if seen is None or _came(found, arrivals) else seen.arrived
     if seen is not None and seen.digest == arrivals.digest and force is None:
-        return _nothing(config, seen, now)
+        facts = {"root": root, "last": seen.outcome, "slides": len(seen.rows)}
+        return _nothing(config, arrived, now, "no slide, label or setting has changed since the last retraining", facts)
+    try:
+        lease.check()
+    except StageError as lost:  # two of a schedule began in the same moment, and the other one wrote its claim last
+        return Result(BUSY, (str(lost),), {"root": root})
     log.info("retrain: since the last one that ended: %s", _told(found))
     from pipeline.release.cycle import retrain_now
 
@@ -88,9 +98,12 @@ def _retrain(config: Config, force: str | None, now: float) -> Result:
     digest = arrivals.digest if cycle.whole else ""
     remember(root, Seen(digest, arrived, now, cycle.outcome, cycle.decision, arrivals.rows))
     if seen is not None and cycle.decision is not None and cycle.decision == seen.decision:
-        why = (f"what changed is of the same content as before, and the last model was {cycle.outcome}",)
-        return Result(NOTHING, why, {"root": root, "since_last": found.counts, "last": cycle.outcome})
-    return Result(cycle.outcome, cycle.why, {"root": root, "since_last": found.counts, **cycle.facts})
+        why = f"what changed is of the same content as before, and the last model was {cycle.outcome}"
+        return _nothing(config, arrived, now, why, {"root": root, "since_last": found.counts, "last": cycle.outcome})
+    facts = {"root": root, "since_last": found.counts, **cycle.facts}
+    if cycle.outcome == NOTHING:
+        return _nothing(config, arrived, now, "; ".join(cycle.why), facts)
+    return Result(cycle.outcome, cycle.why, facts)
 
 
 def _write_made_cohort(config: Config) -> None:
@@ -102,17 +115,17 @@ def _write_made_cohort(config: Config) -> None:
         ensure_cohort(config)
 
 
-def _nothing(config: Config, seen: Seen, now: float) -> Result:
-    facts = {"root": config.storage.root, "last": seen.outcome, "slides": len(seen.rows)}
+def _nothing(config: Config, arrived: float, now: float, why: str, facts: dict[str, Any]) -> Result:
+    """Nothing to do; unless a slide was expected by now, also where one that cannot be reached has all tried again."""
     expected = config.retrain.expected_s
-    if expected is not None and now - seen.arrived > expected:
-        days = (now - seen.arrived) / 86_400
+    if expected is not None and now - arrived > expected:
+        days = (now - arrived) / 86_400
         why = (
             f"no new slide has come for {days:.1f} days, and one was expected within "
             f"{config.retrain.expect_new_within}: look at what fills {config.cohort.uri}"
         )
         return Result(OVERDUE, (why,), facts)
-    return Result(NOTHING, ("no slide, label or setting has changed since the last retraining",), facts)
+    return Result(NOTHING, (why,), facts)
 
 
 def _came(found: Diff, arrivals: Arrivals) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -85,15 +85,20 @@ class Judged:
         return len({slides[row].patient for row in chosen})
 
 
-def problems(gate: GateConfig, tasks: Sequence[TaskConfig]) -> list[str]:
-    """What of the rules does not go with the tasks, for a ConfigError."""
+def problems(gate: GateConfig, tasks: Sequence[TaskConfig], columns: Collection[str]) -> list[str]:
+    """What of the rules does not go with the tasks, or with the cohort's columns beside, for a ConfigError."""
     kinds = {task.name: task for task in tasks}
     rules: list[tuple[str, FloorRule | NoWorseRule | StrataRule | CalibrationRule]] = []
     rules += [(f"gate.floors.{place}", rule) for place, rule in enumerate(gate.floors)]
     rules += [(f"gate.strata.{place}", rule) for place, rule in enumerate(gate.strata)]
     rules += [("gate.no_worse", gate.no_worse)] if gate.no_worse else []
     rules += [("gate.calibration", gate.calibration)] if gate.calibration else []
-    found = []
+    found = [
+        f"gate.strata.{place}.columns: the cohort has no column {name!r}; it has {', '.join(sorted(columns)) or 'none'}"
+        for place, rule in enumerate(gate.strata)
+        for name in rule.columns
+        if name not in columns
+    ]
     for place, rule in rules:
         if rule.task is not None and rule.task not in kinds:
             found.append(f"{place}.task: there is no task {rule.task!r}; it is one of {', '.join(kinds)}")

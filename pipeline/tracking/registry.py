@@ -30,6 +30,8 @@ CHALLENGER = "challenger"
 """Alias of the version that is judged, or waits for a person."""
 GATED = "release.root"
 """Tag of a model whose champion is decided by `retrain`: the root that keeps the decisions."""
+PLACED = "release.act"
+"""Tag of such a model: the act that its aliases were brought to last."""
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -186,9 +188,14 @@ def point(store: Store, name: str, alias: str, version: str | None) -> None:
 
 def gated_by(store: Store, name: str) -> str | None:
     """The root whose decisions say who is champion; None where none do."""
+    return model_tag(store, name, GATED)
+
+
+def model_tag(store: Store, name: str, key: str) -> str | None:
+    """A tag of a registered model; None where there is none, or no such model."""
     with reported(store.uri):
         model = _find_model(store, name)
-    return None if model is None else dict(model.tags).get(GATED)
+    return None if model is None else dict(model.tags).get(key)
 
 
 def tag_model(store: Store, name: str, tags: Mapping[str, str]) -> None:

@@ -243,7 +243,9 @@ def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     space.ray()
     with plans_mended(space.config):
         trained = train(space.config, slides, validation, stage_fingerprint, tracker, run_id, space.lease)
-    facts = {"train_slides": len(slides), "val_slides": len(validation), "learned": learned([*slides, *validation])}
+    facts: dict[str, Any] = {"train_slides": len(slides), "val_slides": len(validation)}
+    if space.config.train.begins_with is None:  # of what other weights have learned from nothing is known here
+        facts["learned"] = learned([*slides, *validation])
     outputs = {"checkpoint": trained.checkpoint, "weights": join(trained.checkpoint, WEIGHTS)}
     return Record("train", stage_fingerprint, outputs, trained.metrics, facts)
 

@@ -52,7 +52,16 @@ def test_what_became_of_a_case_is_seen_and_its_label_stays() -> None:
 
 
 def test_slides_that_were_learned_from_are_found_by_content_and_by_patient() -> None:
-    cases = draw_up(1, "test", SLIDES, KEYS).cases
+    cases = present(draw_up(1, "test", SLIDES, KEYS), SLIDES, KEYS)
     assert contaminated(cases, {"keys": ["key5"], "patients": [fingerprint("p3")]}) == []
     assert contaminated(cases, {"keys": ["key2"], "patients": []}) == [fingerprint("s2")]
     assert contaminated(cases, {"keys": [], "patients": [fingerprint("p0")]}) == sorted(map(fingerprint, ["s0", "s1"]))
+
+
+def test_a_test_slide_whose_file_or_patient_is_now_one_that_was_learned_from_is_found() -> None:
+    now = [replace(slide, patient_id="p9") if slide.slide_id == "s4" else slide for slide in SLIDES]
+    cases = present(draw_up(1, "test", SLIDES, KEYS), now, {**KEYS, "s1": "another"})
+    assert contaminated(cases, {"keys": ["another"], "patients": []}) == [fingerprint("s1")]
+    assert contaminated(cases, {"keys": ["key1"], "patients": []}) == [fingerprint("s1")]
+    assert contaminated(cases, {"keys": [], "patients": [fingerprint("p9")]}) == [fingerprint("s4")]
+    assert contaminated(cases, {"keys": [], "patients": [fingerprint("p2")]}) == sorted(map(fingerprint, ["s4"]))

@@ -41,6 +41,7 @@ def test_a_model_as_good_as_the_champion_is_promoted_and_a_worse_one_rejected() 
         ({"unscorable": "its files are gone", "champion": None}, "hold", "champion"),
         ({"champion": None, "names_champion": None}, "hold", "first"),
         ({"candidate": predictions("2", scores(0.1), seen=("s3",))}, "reject", "contamination candidate"),
+        ({"candidate": predictions("2", scores(0.1), seen=None)}, "hold", "contamination candidate"),
         ({"champion": predictions("1", scores(0.1), seen=("s3", "s4"))}, "hold", "contamination champion"),
         ({"champion": predictions("1", scores(0.1), seen=None)}, "hold", "contamination champion"),
         ({"manifest": {**MANIFEST, "missing": 6}}, "hold", "test"),

@@ -123,6 +123,17 @@ def test_a_champion_that_has_learned_from_the_test_is_found(study: Study) -> Non
     assert evidence["champion"]["seen"] == [fingerprint("test3")]
 
 
+def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: Study) -> None:
+    other = study.space(5).records["train"].outputs["checkpoint"]
+    train = {**study.config.train.model_dump(), "begins_with": f"{other}/weights.safetensors"}
+    gate = {"first": "floors", "floors": [{"measure": "accuracy", "bound": 0.0}]}
+    record = _judge(study.space(1, gate=gate, train=train), Question(None, None, None, _arrivals(study), None))
+    assert record.facts["verdict"] == "hold"
+    evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
+    assert evidence["candidate"]["seen"] is None
+    assert read_trained(study.config.storage.root, "train1") is None  # nor is it known of the champion that it may be
+
+
 def test_new_slides_are_compared_with_those_the_champion_learned_from(study: Study) -> None:
     _, version = _first(study)
     trained = read_trained(study.config.storage.root, "train1")

@@ -33,7 +33,18 @@ def _serve(answers: list[int]) -> Iterator[Server]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             found.asked.append((dict(self.headers), body))
-            self.send_response(found.answers.pop(0) if found.answers else 200)
+            answer = found.answers.pop(0) if found.answers else 200
+            if answer < 100:
+                self.wfile.write(b"no HTTP\r\n\r\n")
+                return
+            self.send_response(answer)
+            if answer in (301, 302, 303):
+                self.send_header("Location", "/new")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            found.asked.append((dict(self.headers), b""))
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -71,7 +82,7 @@ def test_the_server_gets_the_json_once_and_signed(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("answers", "asked", "kept"), [
-    ([503, 500], 3, 0), ([429, 408, 502], 4, 0), ([404], 1, 1), ([500] * 4, 4, 1),
+    ([503, 500], 3, 0), ([429, 408, 502], 4, 0), ([404], 1, 1), ([500] * 4, 4, 1), ([301], 1, 1), ([302], 1, 1),
 ])  # fmt: skip
 def test_it_is_tried_again_where_that_may_help(
     answers: list[int],
@@ -96,3 +107,22 @@ def test_a_server_that_is_away_is_no_failure(tmp_path: Path) -> None:
     assert (tmp_path / "release" / "unsent.json").read_bytes() == (tmp_path / "release" / "latest.json").read_bytes()
     tell(str(tmp_path), None, {"outcome": "rejected"})
     assert json.loads((tmp_path / "release" / "latest.json").read_bytes()) == {"outcome": "rejected"}
+
+
+def test_an_answer_that_is_no_http_is_no_failure_of_the_retraining(tmp_path: Path) -> None:
+    with _serve([0] * 4) as server:
+        tell(str(tmp_path), server.url, {"outcome": "promoted"})
+        assert len(server.asked) == 4
+        assert (tmp_path / "release" / "unsent.json").exists()
+        send_unsent(str(tmp_path), server.url)
+    assert not (tmp_path / "release" / "unsent.json").exists()
+
+
+@pytest.mark.parametrize("url", ["http://[bad/", "http://host:port/", "http://example.org/a b"])
+def test_what_is_no_url_is_no_failure_of_the_retraining(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        tell(str(tmp_path), url, {"outcome": "promoted"})
+    assert f"notify.url: {url} did not take the result" in caplog.text
+    assert (tmp_path / "release" / "unsent.json").exists()

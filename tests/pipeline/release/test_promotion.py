@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.recipe import Config
 from pipeline.errors import ReleaseError, StageError, TrackingError
-from pipeline.release.gate import DECISION
+from pipeline.release.gate import DECISION, decision_bytes, digest
 from pipeline.release.history import Act, acts, last_act
 from pipeline.release.promotion import (
     act_on,
@@ -23,9 +23,9 @@ from pipeline.release.promotion import (
     settled,
     status,
 )
-from pipeline.storage.files import write_json
+from pipeline.storage.files import write_bytes
 from pipeline.storage.lease import held
-from pipeline.tracking.registry import alias_version, gated_by, point
+from pipeline.tracking.registry import PLACED, alias_version, gated_by, point, tag_model
 from pipeline.tracking.tracker import Tracker, open_tracking
 from tests.pipeline.small import small_config
 
@@ -55,16 +55,16 @@ def _decide(config: Config, candidate: str, champion: str | None, verdict: str) 
         "verdict": verdict,
         "why": [f"{verdict} {candidate}"],
     }
-    digest = f"{candidate}{champion}{verdict}".ljust(64, "0")
-    write_json(f"{decision_folder(config.storage.root, digest)}/{DECISION}", decision)
-    return decision, digest
+    name = digest(decision)
+    write_bytes(f"{decision_folder(config.storage.root, name)}/{DECISION}", decision_bytes(decision))
+    return decision, name
 
 
 def _conclude(config: Config, tracker: Tracker, candidate: str, verdict: str) -> Act:
     with held(lease_uri(config), "test") as lease:
         before = settled(config, tracker, lease)
-        decision, digest = _decide(config, candidate, before.champion if before else None, verdict)
-        act = act_on(config, decision, digest, before)
+        decision, name = _decide(config, candidate, before.champion if before else None, verdict)
+        act = act_on(config, decision, name, before)
         project(tracker, act, lease)
         return act
 
@@ -146,6 +146,40 @@ def test_a_person_approves_what_waits_and_nothing_else(config: Config, tracker: 
         approve(config, "9", "ada", "there is none")
 
 
+def test_a_decision_that_was_changed_afterwards_allows_nothing(config: Config, tracker: Tracker) -> None:
+    _conclude(config, tracker, "1", "promote")
+    act = _conclude(config, tracker, "2", "reject")
+    path = Path(decision_folder(config.storage.root, str(act.decision))) / DECISION
+    path.write_text(path.read_text().replace('"verdict":"reject"', '"verdict":"hold"'))
+    with pytest.raises(ReleaseError, match=r"decision\.json has the digest .* the file was changed"):
+        approve(config, "2", "ada", None)
+    assert _aliases(config, tracker) == ("1", None, None)
+
+
+@pytest.mark.parametrize("reason", ["", " "])
+def test_a_reason_says_something(reason: str, config: Config, tracker: Tracker) -> None:
+    _conclude(config, tracker, "1", "promote")
+    _conclude(config, tracker, "2", "promote")
+    with pytest.raises(ReleaseError, match="a reason is kept for those who ask later; say one"):
+        approve(config, "3", "ada", reason)
+    with pytest.raises(ReleaseError, match="say one"):
+        rollback(config, "ada", reason)
+    assert _aliases(config, tracker) == ("2", "1", None)
+
+
+def test_a_champion_that_someone_took_back_by_hand_stays_until_a_person_decides(
+    config: Config, tracker: Tracker
+) -> None:
+    _conclude(config, tracker, "1", "promote")
+    _conclude(config, tracker, "2", "promote")
+    point(tracker, str(config.tracking.model), "champion", "1")  # in MLflow's pages, say
+    with pytest.raises(ReleaseError, match="is 1, and the last decision .* says 2: someone moved it"):
+        _conclude(config, tracker, "3", "promote")
+    assert _aliases(config, tracker)[0] == "1"
+    assert repair(config).champion == "2"
+    assert _aliases(config, tracker) == ("2", "1", None)
+
+
 def test_the_way_back(config: Config, tracker: Tracker) -> None:
     with pytest.raises(ReleaseError, match="no previous champion"):
         rollback(config, "ada", "worse on the ward")
@@ -224,6 +258,7 @@ def test_a_kill_at_any_step_leaves_one_champion_the_one_that_was_decided(config:
         )
         for alias, version in (("champion", "1"), ("previous", None), ("challenger", "3")):
             point(tracker, str(config.tracking.model), alias, version)
+        tag_model(tracker, str(config.tracking.model), {PLACED: ""})  # acts of one second have one name
         assert not path.exists()
     helper.communicate()
     assert ended == [-signal.SIGKILL] * 4 + [0]

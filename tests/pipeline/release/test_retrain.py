@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CohortError, ConfigError
-from pipeline.release.arrivals import Seen, last_seen, look, remember
+from pipeline.config.recipe import Config
+from pipeline.errors import CohortError, ConfigError, ReleaseError
+from pipeline.release.arrivals import Arrivals, Seen, last_seen, look, remember
+from pipeline.release.cycle import Cycle
 from pipeline.release.retrain import EXIT_CODES, retrain
 from pipeline.storage.lease import held
 from tests.pipeline.release.quarter import Growing
@@ -58,11 +61,48 @@ def test_slides_that_were_expected_and_did_not_come_are_their_own_outcome(
         assert "no new slide has come for 8.1 days, and one was expected within 8d" in result.why[0]
 
 
+@pytest.mark.parametrize("outcome", ["nothing to do", "promoted"])
+def test_slides_that_do_not_come_are_told_of_while_another_one_cannot_be_reached(
+    outcome: str, grown: Growing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the champion itself, or with the decision of the last time."""
+    config, root = grown.config("retrain.expect_new_within=8d"), str(grown.folder.parent / "root")
+    found = last_seen(root)
+    assert found is not None
+    remember(root, replace(found, digest=""))
+    again = Cycle(outcome, ("as before",), {}, None if outcome == "nothing to do" else "d", whole=False)
+    monkeypatch.setattr("pipeline.release.cycle.retrain_now", lambda *_: again)
+    assert retrain(config, now=lambda: 1000.0 + 7.9 * DAY_S).outcome == "nothing to do"
+    result = retrain(config, now=lambda: 1000.0 + 8.1 * DAY_S)
+    assert (result.outcome, result.exit_code) == ("overdue", 6)
+
+
+def test_a_reason_to_force_says_something(grown: Growing) -> None:
+    with pytest.raises(ReleaseError, match="say one"):
+        retrain(grown.config(), force=" ")
+
+
 def test_two_at_once_are_one(grown: Growing) -> None:
     lease = grown.folder.parent / "root" / "release" / "retrain.lease"
     with held(str(lease), "the first"):
         result = retrain(grown.config())
     assert (result.outcome, result.exit_code) == ("busy", 0)
+
+
+def test_of_two_that_begin_in_the_same_moment_the_last_claim_works(
+    grown: Growing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = grown.folder.parent / "root" / "release" / "retrain.lease"
+
+    def late(config: Config) -> Arrivals:
+        lease.write_text(lease.read_text().replace(json.loads(lease.read_text())["token"], "another"))
+        return look(config)
+
+    monkeypatch.setattr("pipeline.release.retrain.look", late)
+    grown.add("feb", 1)
+    result = retrain(grown.config())
+    assert (result.outcome, result.exit_code) == ("busy", 0)
+    assert not lease.with_name("latest.json").exists()
 
 
 def test_a_failure_is_told_too(grown: Growing) -> None:

@@ -145,7 +145,8 @@ def test_rules_that_do_not_go_with_the_tasks_are_told_all_at_once() -> None:
         strata=(StrataRule(columns=("site",), measure="auc", bound=0.5, task="age"),),
         calibration=CalibrationRule(task="age"),
     )
-    assert problems(gate, [TASK, age]) == [
+    assert problems(gate, [TASK, age], ["scanner"]) == [
+        "gate.strata.0.columns: the cohort has no column 'site'; it has scanner",
         "gate.floors.0.measure: task tumour has no 'mae'; it has auc, accuracy",
         "gate.floors.1.task: there is no task 'grade'; it is one of tumour, age",
         "gate.strata.0.measure: task age has no 'auc'; it has r2, mae",
