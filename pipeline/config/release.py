@@ -33,6 +33,8 @@ class FloorRule(Section):
     """The least value; of mae, the greatest."""
     task: str | None = None
     """null: the first one."""
+    least: Positive = 10
+    """Patients below which the test is too small to judge by; the model is then held."""
     action: Action = "block"
 
 
@@ -51,8 +53,10 @@ class NoWorseRule(Section):
     """null: the task's first one."""
     task: str | None = None
     """null: the first one."""
-    least: Positive = 10
-    """Patients below which the test is too small to judge by; the model is then held."""
+    least: Positive = 50
+    """Patients below which the test is too small to judge by; the model is then held. Resamples know little of what few
+    patients do not show: a candidate that was worse by just the margin was let through in up to 19% of simulations with
+    10 patients, 16% with 50 and 12% with 100, instead of 5%."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     action: Action = "block"
 

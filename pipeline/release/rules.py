@@ -146,6 +146,12 @@ def _reaches(name: str, value: float, bound: float) -> bool:
 
 def _floor(rule: FloorRule, judged: Judged) -> Outcome:
     task = judged.task(rule.task)
+    slides = judged.evidence.slides
+    patients = judged.patients([row for row, slide in enumerate(slides) if slide.labels[task.name] is not None])
+    if patients < rule.least:
+        says = f"{patients} patients with a label of {task.name} are too few to judge by; at least {rule.least} are"
+        figures = _figures(patients=patients, least=rule.least)
+        return Outcome(f"floor {task.name} {rule.measure}", "too few", "hold", figures, says)
     value = judged.measure(task, rule.measure, judged.evidence.candidate)
     met: Met = "met" if _reaches(rule.measure, value, rule.bound) else "not met"
     side = "at most" if rule.measure in _LESS else "at least"

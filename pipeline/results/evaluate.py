@@ -92,7 +92,7 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     resampled jointly.
 
     Raises:
-        StageError: no slides, or a task whose labels cannot be measured against.
+        StageError: no slides, a task whose labels cannot be measured against, or a model that gives no numbers.
     """
     split = config.evaluate.split
     if not slides:
@@ -102,6 +102,7 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     began = time.monotonic()
     found = _predict(model, config, slides)
     seconds = (time.monotonic() - began) / len(slides)
+    _check_finite(slides, found)
     truths = [np.array([truth(task, label) for label in labels[task.name]]) for task in config.tasks]
     values = [np.stack([one.values[task.name] for one in found]) for task in config.tasks]
 
@@ -127,6 +128,20 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     }
     table = _table(slides, config.tasks, labels, values)
     return Evaluation(split, tuple(slides), found, tuple(results), overall, table, seconds)
+
+
+def _check_finite(slides: Slides, found: Sequence[BagPrediction]) -> None:
+    """What is no number would be ranked above all numbers, and so measured as if it were right."""
+    broken = [
+        slide.slide_id
+        for (slide, _), one in zip(slides, found, strict=True)
+        if not all(np.isfinite(values).all() for values in one.values.values())
+    ]
+    if broken:
+        raise StageError(
+            f"evaluate: the model's prediction is not finite for {len(broken)} of {len(slides)} slides, such as "
+            f"{broken[0]}; its weights or the slide's features hold such values"
+        )
 
 
 def _check_labels(config: Config, labels: Mapping[str, Sequence[Label | None]]) -> None:

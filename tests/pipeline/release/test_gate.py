@@ -16,7 +16,7 @@ from pipeline.storage.files import write_json
 from tests.pipeline.release.made import SLIDES, evidence, predictions, scores
 
 MANIFEST = {"version": 1, "digest": "m", "slides": SLIDES, "patients": 31, "relabelled": 0, "rescanned": 0}
-GATE = GateConfig(no_worse=NoWorseRule(margin=0.1))
+GATE = GateConfig(no_worse=NoWorseRule(margin=0.1, least=10))
 
 
 def _rules(decision: Mapping[str, Any]) -> dict[str, str]:
@@ -60,7 +60,7 @@ def test_what_no_config_turns_off(changes: dict[str, Any], verdict: str, rule: s
 def test_the_first_model_is_judged_by_floors_alone_where_the_config_says_so() -> None:
     first: dict[str, Any] = {"champion": None, "names_champion": None}
     floors = (FloorRule(measure="auc", bound=0.8),)
-    gate = GateConfig(floors=floors, no_worse=NoWorseRule(), first="floors")
+    gate = GateConfig(floors=floors, no_worse=NoWorseRule(least=10), first="floors")
     assert decide(evidence(gate, **first))["verdict"] == "promote"
     assert decide(evidence(gate.model_copy(update={"first": "hold"}), **first))["verdict"] == "hold"
     poor = decide(evidence(gate, candidate=predictions("2", scores(0.6)), **first))
@@ -69,7 +69,7 @@ def test_the_first_model_is_judged_by_floors_alone_where_the_config_says_so() ->
 
 
 def test_a_person_is_asked_where_the_config_wants_one_and_a_rejection_comes_before() -> None:
-    gate = GateConfig(approval=True, no_worse=NoWorseRule(margin=0.1))
+    gate = GateConfig(approval=True, no_worse=NoWorseRule(margin=0.1, least=10))
     assert decide(evidence(gate))["verdict"] == "hold"
     assert decide(evidence(gate, candidate=predictions("2", scores(0.6))))["verdict"] == "reject"
 

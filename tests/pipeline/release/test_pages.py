@@ -13,7 +13,7 @@ from tests.pipeline.release.test_drift import TASK, sides
 
 GATE = GateConfig(
     floors=(FloorRule(measure="auc", bound=0.8),),
-    no_worse=NoWorseRule(margin=0.05),
+    no_worse=NoWorseRule(margin=0.05, least=10),
     strata=(StrataRule(columns=("site",), measure="auc", bound=0.7),),
     calibration=CalibrationRule(most=0.4),
 )

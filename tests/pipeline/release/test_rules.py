@@ -42,7 +42,9 @@ def test_a_floor_is_on_the_measure_of_the_candidate(bound: float, outcome: str) 
 
 def _regression(error: float) -> Evidence:
     task = TaskConfig(name="age", column="age", kind="regression", classes=())
-    found = evidence(GateConfig(floors=(FloorRule(measure="mae", bound=2.0),), no_worse=NoWorseRule(measure="mae")))
+    found = evidence(
+        GateConfig(floors=(FloorRule(measure="mae", bound=2.0),), no_worse=NoWorseRule(measure="mae", least=10))
+    )
     plain = found.plain()
     plain["tasks"] = [task.model_dump(mode="json")]
     for number, slide in enumerate(plain["slides"]):
@@ -66,10 +68,10 @@ def test_of_an_error_less_is_better(error: float, floor: str, worse: str) -> Non
 
 def test_no_worse_is_shown_by_resamples_of_patients_that_both_models_share() -> None:
     """Two models of equal AUC whose errors lie on other slides: the margin must cover what chance does."""
-    rule = NoWorseRule(margin=0.2, resamples=500)
+    rule = NoWorseRule(margin=0.2, resamples=500, least=10)
     wide = _one(GateConfig(no_worse=rule), candidate=predictions("2", scores(0.2, seed=9)))
     assert wide.outcome == "met"
-    narrow = NoWorseRule(margin=0.001, resamples=500)
+    narrow = NoWorseRule(margin=0.001, resamples=500, least=10)
     assert _one(GateConfig(no_worse=narrow), candidate=predictions("2", scores(0.2, seed=9))).outcome == "not met"
     assert wide.figures["patients"] == 31
     assert -0.2 < float(wide.figures["low"] or 0) < float(wide.figures["difference"] or 0)
@@ -77,17 +79,24 @@ def test_no_worse_is_shown_by_resamples_of_patients_that_both_models_share() -> 
 
 def test_two_models_that_never_differ_are_as_good_as_the_number_of_patients_shows() -> None:
     same = {"candidate": predictions("2", scores(0.0)), "champion": predictions("1", scores(0.0))}
-    found = _one(GateConfig(no_worse=NoWorseRule(margin=0.02)), **same)
+    found = _one(GateConfig(no_worse=NoWorseRule(margin=0.02, least=10)), **same)
     assert (found.outcome, found.action) == ("too few", "hold")
     assert found.figures["difference"] == 0
     assert "31 patients are too few to judge by: they do not exclude a loss of 0." in found.says
-    assert _one(GateConfig(no_worse=NoWorseRule(margin=0.4)), **same).outcome == "met"
+    assert _one(GateConfig(no_worse=NoWorseRule(margin=0.4, least=10)), **same).outcome == "met"
 
 
 def test_few_patients_are_their_own_outcome() -> None:
     found = _one(GateConfig(no_worse=NoWorseRule(margin=0.3, least=32)))
     assert (found.outcome, found.action) == ("too few", "hold")
     assert "31 patients with a label of tumour are too few" in found.says
+
+
+def test_a_floor_on_few_patients_holds() -> None:
+    rule = FloorRule(measure="auc", bound=0.5, least=32)
+    found = _one(GateConfig(floors=(rule,)))
+    assert (found.outcome, found.action) == ("too few", "hold")
+    assert _one(GateConfig(floors=(rule.model_copy(update={"least": 31}),))).outcome == "met"
 
 
 @pytest.mark.parametrize("few", ["pass", "hold"])
@@ -141,7 +150,7 @@ def test_rules_that_do_not_go_with_the_tasks_are_told_all_at_once() -> None:
     age = TaskConfig(name="age", column="age", kind="regression", classes=())
     gate = GateConfig(
         floors=(FloorRule(measure="mae", bound=1.0), FloorRule(measure="auc", bound=0.5, task="grade")),
-        no_worse=NoWorseRule(measure="r2", task="age"),
+        no_worse=NoWorseRule(measure="r2", task="age", least=10),
         strata=(StrataRule(columns=("site",), measure="auc", bound=0.5, task="age"),),
         calibration=CalibrationRule(task="age"),
     )

@@ -87,6 +87,17 @@ def test_one_class_only_or_no_slides_is_an_error(tmp_path: Path) -> None:
         evaluate(model, config, store_slides(same, tmp_path / "store", config))
 
 
+def test_a_model_that_gives_no_numbers_is_an_error(cohort: Cohort, tmp_path: Path) -> None:
+    """They would be ranked above all numbers."""
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path, config))
+    for parameter in model.heads.parameters():
+        parameter.data.fill_(float("nan"))
+    slides = store_slides(cohort, tmp_path / "store", config)
+    with pytest.raises(StageError, match=f"not finite for {len(slides)} of {len(slides)} slides, such as"):
+        evaluate(model, config, slides)
+
+
 def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
     tasks = [
         {"name": "finds", "column": "f", "kind": "multilabel", "classes": ["x", "y"]},
