@@ -33,7 +33,6 @@ from pipeline.errors import ConfigError, SlideError
 from pipeline.ingest.isolated import store_slide
 from pipeline.ingest.source import version_of
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.storage import files
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
@@ -127,7 +126,7 @@ def content_of(source: Source) -> str:
     """
     match source:
         case StoredSlide():
-            return str(files.read_json(files.join(source.uri, "slide.json"))["content"])
+            return str(source.facts()["content"])
         case StreamedSlide():
             return content_of(source.plan)
         case FeatureSlide():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ips.bag import Bag
 from ips.selection.transfer import arrived
 from pipeline.bags.augment import Augment
 from pipeline.bags.images import cohort_csv
-from pipeline.bags.sources import LabelledSource, image_statuses, open_bag, open_sources, prepared
+from pipeline.bags.sources import LabelledSource, content_of, image_statuses, open_bag, open_sources, prepared
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
@@ -24,7 +25,7 @@ from pipeline.results.predict import predict
 from pipeline.results.report import render_report
 from pipeline.workflow.run import plan, run
 from tests.pipeline.digits import write_digits
-from tests.pipeline.small import small_config, store_slides, write_cohort
+from tests.pipeline.small import pack_slides, small_config, store_slides, write_cohort
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -102,6 +103,16 @@ def test_a_slide_is_tiled_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"gone\.png") as caught, prepared(small_config(), gone):
         pass
     assert caught.value.reason == "missing"
+
+
+def test_a_slide_in_a_pack_has_the_content_that_it_has_in_a_folder(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path, ("no", "yes", "no"))
+    folders = [source for _, source in store_slides(cohort, tmp_path / "folders", small_config())]
+    packed = [source for _, source in pack_slides(cohort, tmp_path / "packs", small_config())]
+    assert {source.uri for source in packed} == {packed[0].uri}
+    written = [json.loads((Path(source.uri) / "slide.json").read_text())["content"] for source in folders]
+    assert [content_of(source) for source in packed] == [content_of(source) for source in folders] == written
+    assert len({*written, *(source.key for source in folders)}) == 6
 
 
 def test_images_are_evaluated_shown_and_predicted_like_slides(tmp_path: Path, digits: Path) -> None:
