@@ -21,8 +21,8 @@ from pipeline.storage import files
 
 _PACKAGES = Path(__file__).resolve().parents[2]
 REQUIREMENTS = (  # what `serving.py` imports, directly or not
-    "contourpy", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow", "psutil",
-    "pyarrow", "pydantic", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
+    "contourpy", "fsspec", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow",
+    "psutil", "pyarrow", "pydantic", "rich", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
 )  # fmt: skip
 _EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
 

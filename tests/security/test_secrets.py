@@ -63,6 +63,8 @@ def _planted(path: tuple[str, ...], value: object) -> dict[str, Any]:
         return plain
     if path[:2] in (("gate", "floors"), ("gate", "strata")):
         return {**plain, "gate": {path[1]: [{path[2]: value}]}}
+    if path[:2] == ("sweep", "cohorts"):
+        return {**plain, "sweep": {"cohorts": {"other": {path[2]: value}}}}
     section = plain
     for part in path[:-1]:
         section = section.setdefault(part, {})

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -115,7 +114,7 @@ def test_what_can_never_be_had_is_refused(ray_session: None, slides: Slides, tra
 
 
 def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best(
-    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slides: Slides, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.training.driver.require", lambda *_: None)  # no Ray: there is nothing to train
     earlier = tracker.start_run("train")
@@ -128,10 +127,8 @@ def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best
     with Saver(str(tmp_path / "train" / "small-aa")) as saver:
         for progress in (first, replace(last, unsent=rows)):
             saver.save(take_snapshot(net, torch.optim.SGD(net.parameters()), config, progress))
-    source: Any = None  # of a slide that nobody opens
-    slide = CohortSlide("s", "s.png", "p", "val", None, {"tumour": "no"}, {})
     run_id = tracker.start_run("train")
-    done = train(config, [], [(slide, source)], "aa", tracker, run_id)
+    done = train(config, [], slides[5:], "aa", tracker, run_id)
     assert done == Trained(f"{tmp_path}/train/small-aa/step-00000004", first.metrics)
     assert [metric.step for metric in tracker.client.get_metric_history(run_id, "loss")] == [6]
     assert tracker.latest_metrics(run_id)["epoch"] == 3
