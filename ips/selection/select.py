@@ -177,12 +177,12 @@ def _rest(
     """Of the patches that are no winners: each process takes off those of its own strip."""
     part = Sums(scorer.model, len(bags), learn=True)
     with nullcontext() if shares is None else shares.together():
+        won = []
         for number, (index, mask) in enumerate(zip(found.index, found.mask, strict=True)):
-            rows = index[mask]
             low, stop = (0, len(bags[number])) if shares is None else shares.own(len(bags[number]))
-            mine = rows[(rows >= low) & (rows < stop)]
-            if len(mine):
-                score_rows(scorer, bags, number, mine, chunk, part)
+            rows = index[mask]
+            won.append((number, rows[(rows >= low) & (rows < stop)]))
+        score_rows(scorer, bags, won, chunk, part)
     return _joined([without(whole, own) for whole, own in zip(sums.images, part.images, strict=True)], shares)
 
 

@@ -205,6 +205,17 @@ def test_what_is_pooled_beside_random_patches_is_the_others() -> None:
             _close(model(gather(bags, found, "cpu")), _full(model, bags), 1e-10)
 
 
+def test_winners_of_all_images_fill_the_batches_of_the_second_pass() -> None:
+    """11 images of 3 winners are 33 more patches, 5 batches of 8; an image at a time they would be 11."""
+    model, bags = tiny_model().eval(), [bag_of(9, n) for n in range(11)]
+    batches: list[int] = []
+    model.encoder.register_forward_hook(lambda _module, args, _out: batches.append(len(args[0])))
+    for context, count in ((None, 13), ("whole", 13), ("rest", 13 + 5)):
+        batches.clear()
+        select(model, bags, 3, 4, context=context, scorer=Scorer(model, batch=8))  # type: ignore[arg-type]
+        assert batches == [8] * count
+
+
 def test_predict_with_context_is_full_attention_and_encodes_nothing_twice() -> None:
     torch.manual_seed(0)
     parts = resnet_model(grid=True)
