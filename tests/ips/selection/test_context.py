@@ -216,6 +216,22 @@ def test_winners_of_all_images_fill_the_batches_of_the_second_pass() -> None:
         assert batches == [8] * count
 
 
+@pytest.mark.parametrize("mode", ["exact", "window"])
+def test_a_bag_that_gives_other_patches_the_second_time_is_named(mode: Mode) -> None:
+    """Silent, the sums would be less what they never held."""
+    model, bags = tiny_model().eval(), [bag_of(9), _Fickle(bag_of(30).patches)]
+    select(model, bags, 4, 5, mode, context="whole")
+    with pytest.raises(ValueError, match=r"bags\[1\]\.take gave another patch of row \d+ than the pass over all"):
+        select(model, bags, 4, 5, mode, context="rest")
+
+
+class _Fickle(TensorBag):
+    """Turned half round where it is taken."""
+
+    def take(self, rows: Tensor) -> Chunk:
+        return Chunk(self.patches[rows].flip(2, 3), rows)
+
+
 def test_predict_with_context_is_full_attention_and_encodes_nothing_twice() -> None:
     torch.manual_seed(0)
     parts = resnet_model(grid=True)
