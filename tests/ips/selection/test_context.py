@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag, Batch, Chunk, Context, Selection, TensorBag
 from ips.learning.gradient import bounded_backward
+from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
@@ -309,6 +310,21 @@ def test_what_has_no_such_pool_is_refused() -> None:
     model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
     with pytest.raises(ValueError, match="without running statistics, which makes an embedding depend on its batch"):
         select(model, bags, 2, 3, context="whole")
+
+
+def test_an_aggregator_that_pools_in_a_way_of_its_own_is_refused_too() -> None:
+    """By the sums it would be passed by: full attention without its temperature."""
+    model, bags = tiny_model(), [bag_of(5)]
+    model.aggregator = _Cooler(12, 2, 3, 5, 7, 11)
+    for kwargs in ({"context": "whole"}, {"context": "rest"}, {"values": True}):
+        with pytest.raises(ValueError, match="_Cooler cannot pool patches that it does not see; context needs Aggreg"):
+            select(model, bags, 2, 3, **kwargs)
+    assert select(model, bags, 2, 3).whole is None
+
+
+class _Cooler(Aggregator):
+    def forward(self, x: Tensor, mask: Tensor, rest: Context | None = None) -> Tensor:
+        return super().forward(2 * x, mask, rest)
 
 
 class _OwnScores(MeanPool):
