@@ -224,9 +224,11 @@ class IPSModel(nn.Module):
 
     @property
     def pooling(self) -> Aggregator:
-        """The aggregator that knows contexts; ValueError where it is another."""
-        if not isinstance(self.aggregator, Aggregator):
-            raise ValueError(  # noqa: TRY004
+        """The aggregator that knows contexts; ValueError where it is another, or one that pools in a way of its own."""
+        kind = type(self.aggregator)
+        own = any(getattr(kind, name, None) is not getattr(Aggregator, name) for name in ("forward", "folded"))
+        if not isinstance(self.aggregator, Aggregator) or own:
+            raise ValueError(
                 f"aggregator: {type(self.aggregator).__name__} cannot pool patches that it does not see; context needs "
                 "Aggregator"
             )

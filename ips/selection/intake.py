@@ -146,3 +146,20 @@ def check_logits(number: int, index: Tensor, logits: Tensor) -> None:
     if not logits.isfinite().all():
         row = int(index[int((~logits.isfinite()).any(dim=1).nonzero()[0])])
         raise ValueError(f"bags[{number}]: the logits of row {row} are NaN or infinite; the weights may have diverged")
+
+
+def check_again(number: int, rows: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
+    """Refuse rows (n,) whose logits (n, J) are others the second time: sums without them would lose what was not there.
+
+    They are the same bit for bit, but for encoders that round by their batch in `dtype`.
+    """
+    if not len(rows):
+        return
+    rounding = 2e-2 if dtype.itemsize == 2 else 1e-3  # of the largest; a patch turned round differs by 1e-1
+    other = ((first - second).abs() > rounding * first.abs().amax(dim=0)).any(dim=1)
+    if other.any():
+        raise ValueError(
+            f"bags[{number}].take gave another patch of row {int(rows[other][0])} than the pass over all patches, and "
+            "context='rest' takes off what that one added; draw an augmentation by the row and the epoch, not anew "
+            "each time"
+        )

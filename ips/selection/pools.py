@@ -27,6 +27,10 @@ class Pool(Protocol):
         """Rows (<= M,) and their log scores, best first."""
         ...
 
+    def of(self, rows: Tensor) -> Tensor:
+        """Logits (m, J) that winners (m,) came with."""
+        ...
+
     @property
     def scored(self) -> int:
         """Patches that the softmax of those scores runs over."""
@@ -60,6 +64,10 @@ class LogitCache:
         rows = best(keys, torch.arange(len(keys)), memory)
         return rows, keys[rows]
 
+    def of(self, rows: Tensor) -> Tensor:
+        """Logits of rows (m,)."""
+        return self.logits[rows]
+
     @property
     def scored(self) -> int:
         """All N."""
@@ -87,6 +95,10 @@ class Window:
         """Rows and log scores of the best of the last pool."""
         keep, keys = self._rank(self._index, self._logits, memory)
         return self._index[keep], keys
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Logits of rows (m,) of the last pool."""
+        return self._logits[(self._index == rows.unsqueeze(1)).int().argmax(dim=1)]
 
     @property
     def scored(self) -> int:

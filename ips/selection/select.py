@@ -24,7 +24,7 @@ from ips.bag import Bag, Batch, Certificate, Chunk, Context, Selection, Values
 from ips.network.context import joined, without
 from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
-from ips.selection.intake import check_bags, check_count, check_logits, checked, take
+from ips.selection.intake import check_again, check_bags, check_count, check_logits, checked, take
 from ips.selection.pools import LogitCache, Pool, Sums, ValueCache, Window
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
@@ -168,22 +168,26 @@ def _with_embeddings(
         return found
     if not taken.sums.learn:
         return replace(found, whole=_joined(taken.sums.images, shares))
-    return replace(found, rest=_rest(found, scorer, bags, chunk, taken.sums, shares))
+    return replace(found, rest=_rest(found, scorer, bags, chunk, taken, shares))
 
 
 def _rest(
-    found: Selection, scorer: Scorer, bags: Sequence[Bag], chunk: int, sums: Sums, shares: Strips | None
+    found: Selection, scorer: Scorer, bags: Sequence[Bag], chunk: int, taken: _Taken, shares: Strips | None
 ) -> Context:
     """Of the patches that are no winners: each process takes off those of its own strip."""
-    part = Sums(scorer.model, len(bags), learn=True)
+    assert taken.sums is not None
+    sums, part = taken.sums.images, Sums(scorer.model, len(bags), learn=True)
     with nullcontext() if shares is None else shares.together():
+        won = []
         for number, (index, mask) in enumerate(zip(found.index, found.mask, strict=True)):
-            rows = index[mask]
             low, stop = (0, len(bags[number])) if shares is None else shares.own(len(bags[number]))
-            mine = rows[(rows >= low) & (rows < stop)]
-            if len(mine):
-                score_rows(scorer, bags, number, mine, chunk, part)
-    return _joined([without(whole, own) for whole, own in zip(sums.images, part.images, strict=True)], shares)
+            rows = index[mask]
+            won.append((number, rows[(rows >= low) & (rows < stop)]))
+        again = score_rows(scorer, bags, won, chunk, part)
+        if found.certificates is None:  # or the logits at hand are those of another precision
+            for (number, rows), logits in zip(won, again, strict=True):
+                check_again(number, rows, taken.pools[number].of(rows), logits, scorer.dtype)
+    return _joined([without(whole, own) for whole, own in zip(sums, part.images, strict=True)], shares)
 
 
 def _joined(images: Sequence[Context], shares: Strips | None) -> Context:

@@ -1,6 +1,7 @@
 """One huge image over several processes: each scores a strip of its rows, then all hold all logits.
 
-Logits are gathered, normalisers are never reduced, so the answer is that of one process, bit for bit.
+Logits are gathered, normalisers are never reduced, so the winners and scores are those of one process, bit for bit.
+Contexts are sums, the same on all processes, and those of one to the rounding of float64.
 """
 
 from __future__ import annotations

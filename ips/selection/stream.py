@@ -157,21 +157,23 @@ class Stream:
 
 
 def score_rows(
-    scorer: Scorer, bags: Sequence[Bag], number: int, rows: Tensor, size: int, watch: Watch | None = None
-) -> Tensor:
-    """Logits (n, J) of rows (n,) of one bag, taken `size` at a time."""
+    scorer: Scorer, bags: Sequence[Bag], wanted: Sequence[tuple[int, Tensor]], size: int, watch: Watch | None = None
+) -> list[Tensor]:
+    """Logits (n, J) of each (bag number, rows (n,)), taken `size` at a time; batches are filled over all of them."""
 
     def chunks() -> Iterator[tuple[int, Chunk]]:
-        for part in rows.tensor_split(list(range(size, len(rows), size))):
-            yield number, take_rows(bags[number], number, part)
+        for number, rows in wanted:
+            for part in torch.split(rows, size) if len(rows) else ():
+                yield number, take_rows(bags[number], number, part)
 
     found = []
     with scorer.evaluating():
         passed = checked(scorer.model, chunks(), [len(bag) for bag in bags])
-        for _, index, logits in Stream(scorer, watch).run(passed):
+        for number, index, logits in Stream(scorer, watch).run(passed):
             check_logits(number, index, logits)
             found.append(logits)
-    return torch.cat(found)
+    every = torch.cat([torch.empty(0, scorer.width, dtype=scorer.logit_dtype), *found])
+    return list(torch.split(every, [len(rows) for _, rows in wanted]))
 
 
 def _kept(x: Tensor, given: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class SelectConfig(Section):
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
     without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from
-    all patches. exact and window only: they see all patches anyway."""
+    all patches. exact and window only: they see all patches anyway. In training, train.norm batch and group normalise
+    the M by their own statistics and the others by the running ones; frozen makes no difference between them."""
 
 
 class ModelConfig(Section):

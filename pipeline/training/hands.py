@@ -1,7 +1,8 @@
 """The slides in one rank's hand: what is selected in them, and how long their patches are waited for.
 
 A slide that is too large for one rank is shared: all ranks score its patches, a strip each; all of them get the
-answer, which is that of one rank bit for bit, and the rank that has the slide in its hand trains on it.
+answer, whose winners are those of one rank bit for bit (the context to the rounding of float64), and the rank that has
+the slide in its hand trains on it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from ips.bag import Bag, Selection
 from ips.learning.gradient import bounded_backward
 from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.learning.schedule import warmup_cosine
+from ips.network.context import joined
 from ips.network.heads import Kind
 from ips.network.model import IPSModel
 from ips.selection.baselines import PartAtRandom, RandomDraw, every_patch, random_selection
@@ -231,8 +232,9 @@ class _Turn:
             self._set_modes(max(epoch, settings.freeze_encoder_epochs))
             bags = [slides.bag(index, epoch) for index in hand]
             try:
-                self._winners(bags[:1], settings.explore_epochs)
-                self._backward(bags, self._drawn(bags), hand, hand)
+                one, every = self._winners(bags[:1], settings.explore_epochs).rest, self._drawn(bags)
+                every = every if one is None else replace(every, rest=joined([one] * len(bags)))
+                self._backward(bags, every, hand, hand)
             except ValueError as error:
                 names = ", ".join(slides.named(hand))
                 raise StageError(f"{error}, when the largest slides ({names}) were tried before step 1") from error

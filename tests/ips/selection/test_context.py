@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ips.bag import Bag, Batch, Chunk, Context, Selection, TensorBag
 from ips.learning.gradient import bounded_backward
+from ips.network.aggregator import Aggregator
 from ips.network.encoder import FeatureProjector
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
@@ -205,6 +206,33 @@ def test_what_is_pooled_beside_random_patches_is_the_others() -> None:
             _close(model(gather(bags, found, "cpu")), _full(model, bags), 1e-10)
 
 
+def test_winners_of_all_images_fill_the_batches_of_the_second_pass() -> None:
+    """11 images of 3 winners are 33 more patches, 5 batches of 8; an image at a time they would be 11."""
+    model, bags = tiny_model().eval(), [bag_of(9, n) for n in range(11)]
+    batches: list[int] = []
+    model.encoder.register_forward_hook(lambda _module, args, _out: batches.append(len(args[0])))
+    for context, count in ((None, 13), ("whole", 13), ("rest", 13 + 5)):
+        batches.clear()
+        select(model, bags, 3, 4, context=context, scorer=Scorer(model, batch=8))  # type: ignore[arg-type]
+        assert batches == [8] * count
+
+
+@pytest.mark.parametrize("mode", ["exact", "window"])
+def test_a_bag_that_gives_other_patches_the_second_time_is_named(mode: Mode) -> None:
+    """Silent, the sums would be less what they never held."""
+    model, bags = tiny_model().eval(), [bag_of(9), _Fickle(bag_of(30).patches)]
+    select(model, bags, 4, 5, mode, context="whole")
+    with pytest.raises(ValueError, match=r"bags\[1\]\.take gave another patch of row \d+ than the pass over all"):
+        select(model, bags, 4, 5, mode, context="rest")
+
+
+class _Fickle(TensorBag):
+    """Turned half round where it is taken."""
+
+    def take(self, rows: Tensor) -> Chunk:
+        return Chunk(self.patches[rows].flip(2, 3), rows)
+
+
 def test_predict_with_context_is_full_attention_and_encodes_nothing_twice() -> None:
     torch.manual_seed(0)
     parts = resnet_model(grid=True)
@@ -282,6 +310,21 @@ def test_what_has_no_such_pool_is_refused() -> None:
     model.encoder.bn = nn.BatchNorm1d(12, track_running_stats=False)
     with pytest.raises(ValueError, match="without running statistics, which makes an embedding depend on its batch"):
         select(model, bags, 2, 3, context="whole")
+
+
+def test_an_aggregator_that_pools_in_a_way_of_its_own_is_refused_too() -> None:
+    """By the sums it would be passed by: full attention without its temperature."""
+    model, bags = tiny_model(), [bag_of(5)]
+    model.aggregator = _Cooler(12, 2, 3, 5, 7, 11)
+    for kwargs in ({"context": "whole"}, {"context": "rest"}, {"values": True}):
+        with pytest.raises(ValueError, match="_Cooler cannot pool patches that it does not see; context needs Aggreg"):
+            select(model, bags, 2, 3, **kwargs)
+    assert select(model, bags, 2, 3).whole is None
+
+
+class _Cooler(Aggregator):
+    def forward(self, x: Tensor, mask: Tensor, rest: Context | None = None) -> Tensor:
+        return super().forward(2 * x, mask, rest)
 
 
 class _OwnScores(MeanPool):

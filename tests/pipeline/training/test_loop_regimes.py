@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ips.bag import Bag, Chunk, TensorBag
+from ips.bag import Bag, Chunk, Context, TensorBag
 from ips.learning.schedule import parameter_groups
+from ips.network.aggregator import Aggregator
 from ips.network.model import IPSModel
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
@@ -171,6 +172,24 @@ def test_the_largest_slides_are_tried_first_and_leave_no_trace(monkeypatch: pyte
     untried, _ = _stepped({"batch_size": 2}, slides=slides)
     for name, value in untried.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_with_context_the_step_that_is_tried_holds_that_of_every_slide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """J x D x D_v numbers a slide, or what does not fit would end after step one."""
+    held: list[int | None] = []
+    forward = Aggregator.forward
+
+    def watched(self: Aggregator, x: Tensor, mask: Tensor, rest: Context | None = None) -> Tensor:
+        held.append(None if rest is None else len(rest.log_mass))
+        return forward(self, x, mask, rest)
+
+    monkeypatch.setattr(Aggregator, "forward", watched)
+    for context, count in (("none", None), ("all", 3)):
+        held.clear()
+        selecting = SelectConfig.model_validate({"memory": 3, "chunk": 7, "context": context})
+        _stepped({"batch_size": 3}, slides=_slides(), selecting=selecting)
+        assert held[0] == count  # the tried one; those after it are of 3 and 2 slides
+        assert count is None or set(held) == {3, 2}
 
 
 def test_as_many_slides_are_tried_as_a_rank_ever_gets() -> None:
