@@ -14,7 +14,7 @@ from pipeline.sweep.run import plan, run
 from pipeline.workflow.run import run as run_workflow
 from tests.pipeline.small import write_slide
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]  # a training, and six sweeps
 
 
 def _config(folder: Path, *overrides: str) -> Config:

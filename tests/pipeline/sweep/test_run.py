@@ -332,6 +332,7 @@ def test_without_the_section_it_says_what_to_name(two: Config) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_ray_as_in_this_process(two: Config, tmp_path: Path, ray_session: None) -> None:
     run(two)
     here = {(row["scoring"], row["slide_id"]): row["outputs"] for row in _rows(two)}
