@@ -43,7 +43,8 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
 
     Such are a busy server and one that restarts. Only for what may be repeated: reads, writes of whole objects.
     """
-    return _patiently(method, lambda: getattr(client(uri), method)(*arguments, **options))
+    kind = str(arguments[0]) if method == "call_s3" else method
+    return _patiently(kind, lambda: getattr(client(uri), method)(*arguments, **options))
 
 
 def fetch(uri: str) -> tuple[str, bytes]:
@@ -61,10 +62,10 @@ def fetch(uri: str) -> tuple[str, bytes]:
     return found
 
 
-def _patiently(method: str, work: Callable[[], Any]) -> Any:
+def _patiently(kind: str, work: Callable[[], Any]) -> Any:
     given_up = time.monotonic() + PATIENCE_S
     pause = 0.1
-    note(f"requests.{method}", 1)
+    note(f"requests.{kind}", 1)
     while True:
         try:
             return work()

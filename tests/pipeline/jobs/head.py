@@ -72,7 +72,7 @@ def serve_head(**more: str) -> Iterator[Head]:
     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     made = Head(f"http://127.0.0.1:{dashboard}", metrics, process, env)
     try:
-        wait_for(f"{made.address}/api/version", 90)
+        wait_for(f"{made.address}/api/version", 90, env.get("RAY_AUTH_TOKEN"))
         yield made
     finally:
         made.kill()
@@ -80,11 +80,12 @@ def serve_head(**more: str) -> Iterator[Head]:
         shutil.rmtree(short, ignore_errors=True)
 
 
-def wait_for(url: str, seconds: float) -> str:
-    """What an address answers, once it does."""
+def wait_for(url: str, seconds: float, token: str | None = None) -> str:
+    """What an address answers, once it does; `token` is of a cluster that asks for one."""
     deadline = time.monotonic() + seconds
+    request = urllib.request.Request(url, headers={} if token is None else {"Authorization": f"Bearer {token}"})
     while True:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
             text: bytes = answer.read()
             return text.decode()
         assert time.monotonic() < deadline, url

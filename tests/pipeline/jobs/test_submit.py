@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
 from pipeline.jobs.record import NONCE, RECORD
 from pipeline.jobs.submit import Order, _runtime_env, prepare
-from tests.pipeline.jobs.head import REPO, Head, serve_head
+from tests.pipeline.jobs.head import REPO, Head, serve_head, wait_for
 
 _SECRET = "PlantedPa55word"
+_TOKEN = "PlantedTokenOfTheCluster0123456789"
 
 
 @pytest.fixture
@@ -90,7 +90,8 @@ def test_what_a_job_would_lose_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with serve_head() as made:
+    """One that asks for a token, as wherever a port listens beyond loopback."""
+    with serve_head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_TOKEN) as made:
         yield made
 
 
@@ -118,8 +119,23 @@ def test_a_command_s_own_code_comes_back_and_nothing_secret_stays(head: Head, tm
     assert done.returncode == said["code"] == said["exit_code"] != 0
     assert (said["state"], said["source"]) == ("FAILED", "record")
     assert "absent.csv" in said["reason"]
-    with urllib.request.urlopen(f"{head.address}/api/jobs/") as answer:
-        assert _SECRET not in answer.read().decode()
+    kept = wait_for(f"{head.address}/api/jobs/", 20, _TOKEN)
+    assert said["submission_id"] in kept
+    assert _SECRET not in kept
+    assert _TOKEN not in kept
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("given", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "AnotherClusterS0123456789"}])
+def test_without_the_cluster_s_token_nothing_is_begun(head: Head, tmp_path: Path, given: dict[str, str]) -> None:
+    root = tmp_path / "root"
+    command = _submit(head, "plan", "--config", "demo", f"storage.root={root}")
+    done = subprocess.run(command, env={**head.env, **given}, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 5
+    assert f"{head.address} asks for a token" in done.stderr
+    assert "copy the cluster's token to ~/.ray/auth_token" in done.stderr
+    assert not root.exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import StorageError
 from pipeline.storage import files, listing, s3
 from pipeline.storage.listing import ask_all, folder_names
+from pipeline.telemetry import drain
 from tests.s3 import serve_s3
 
 NAMES = ["a.svs", "a b.svs", "ä/x y.tiff", "deep/er/one.svs", "deep/er/two.svs", "z~", "z~~", "+%41&.png"]
@@ -43,6 +44,14 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(bytes(number + 1))
         yield uri
+
+
+def test_pages_are_counted_by_their_own_name(bucket: str) -> None:
+    drain()
+    ask_all([f"{bucket}/{name}" for name in NAMES])
+    assert drain() == {"requests.list_objects_v2": 1}
+    folder_names(bucket)
+    assert drain() == {"requests.list_objects_v2": 16}  # one a hexadecimal digit
 
 
 def said(ask: listing.Ask, uri: str) -> object:
