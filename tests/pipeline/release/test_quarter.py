@@ -42,12 +42,12 @@ def _retrain(growing: Growing, *more: str) -> tuple[int, dict[str, Any]]:
 
 def _killed(growing: Growing, when: Callable[[], bool]) -> None:
     """Retrain until something holds, then kill the program and all that it started, as a machine that goes down."""
-    process = subprocess.Popen(
-        _command(growing), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    told = growing.folder.parent / "killed.log"
+    with told.open("w") as log:
+        process = subprocess.Popen(_command(growing), stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 300
     while not when():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, f"it ended before it could be killed: {told.read_text()}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

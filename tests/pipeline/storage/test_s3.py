@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -206,6 +207,18 @@ def test_one_client_for_one_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert s3.client("s3://bucket/file") is first
     monkeypatch.setenv("AWS_SESSION_TOKEN", "other")
     assert s3.client("s3://bucket/file") is not first
+
+
+def test_threads_that_ask_first_share_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "new")
+    together = Barrier(8)
+
+    def ask(_: int) -> int:
+        together.wait()
+        return id(s3.client("s3://bucket/file"))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ask, range(8)))) == 1
 
 
 def test_a_public_bucket_is_asked_without_credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
