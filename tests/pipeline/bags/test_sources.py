@@ -175,13 +175,3 @@ def test_generated_images_go_all_the_way(ray_session: None, tmp_path: Path, digi
     assert (shown["slides"], shown["failed"]) == (17, {})
     assert run(config).outcome == "nothing to do"
     assert not list(tmp_path.rglob("*.arrow"))  # no patch was ever stored
-
-
-def test_a_slide_has_one_content_in_a_folder_and_in_a_pack(tmp_path: Path) -> None:
-    cohort = write_cohort(tmp_path, ("no", "yes", "no"))
-    config = small_config()
-    folders = store_slides(cohort, tmp_path / "folders", config)
-    packed = pack_slides(cohort, tmp_path / "packs", config)
-    contents = [content_of(source) for _, source in folders]
-    assert len(set(contents)) == 3
-    assert [content_of(source) for _, source in packed] == contents
