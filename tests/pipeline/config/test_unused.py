@@ -41,7 +41,7 @@ READ = {
     "cluster": "address workers cpus_per_worker gpus_per_worker connect_timeout_s start_timeout_s max_failures "
     "wait_minutes checkpoint_minutes checkpoint_steps",
     "gate": "approval first",
-    "gate.floors": "measure bound task action",
+    "gate.floors": "measure bound task least action",
     "gate.no_worse": "margin level measure task least resamples action",
     "gate.strata": "columns measure bound task least few action",
     "gate.calibration": "most task action",
