@@ -24,6 +24,7 @@ from pipeline.store.catalogue import Row
 from pipeline.store.commit import (
     PlannedSlide,
     commit_shares,
+    drop_records,
     plan_slide,
     write_pictures,
     write_plan,
@@ -251,6 +252,7 @@ def _stored(
     source, slide, reader, digest = found.source, found.source.slide, found.reader, found.digest
     known = patches.written(found.key)
     if known is not None and (digest.whole or known["n_bad_tiles"] == 0):
+        drop_records(patches, found.key)
         return _committed(slide, stored_slide(patches.uri, known))
     tiling = found.tiling() if tiling is None else tiling
     if known is not None:

@@ -195,6 +195,14 @@ def commit_shares(store: PatchStore, planned: PlannedSlide) -> StoredSlide:
     return stored_slide(store.uri, facts)
 
 
+def drop_records(store: PatchStore, key: str) -> None:
+    """Delete the records of a committed slide's parts, which a run leaves that is killed right after the commit."""
+    folder = files.join(store.uri, UNFINISHED, key)
+    for name in files.list_versions(folder):
+        if name.startswith("part-"):
+            files.delete(files.join(folder, name))
+
+
 def _write_part(store: PatchStore, planned: PlannedSlide, number: int) -> Part:
     data, part = read_part(planned.tiling, number)
     with spending("write"):
