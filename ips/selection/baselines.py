@@ -45,7 +45,8 @@ class RandomDraw:
 class PartAtRandom:
     """`draw` of `select`: a `share` of the M uniformly from all patches but the best, which are the others.
 
-    A pure function of the scores, which seed it: the same on every process, and in a run that is resumed.
+    A pure function of the scores' order, which seeds it: the same on any number of processes, whose scores differ by
+    rounding, and in a run that is resumed.
     """
 
     share: float
@@ -54,7 +55,8 @@ class PartAtRandom:
         """Log scores (N,) -> rows (<= M,), the best first."""
         order = best(keys, torch.arange(len(keys)), len(keys))
         kept = memory - round(self.share * memory)
-        generator = torch.Generator().manual_seed(int(keys.view(torch.int64).sum()) % 2**63)
+        seed = int((order * torch.arange(1, len(order) + 1).square()).sum()) % 2**32  # of more a generator takes none
+        generator = torch.Generator().manual_seed(seed)
         others = order[kept:]
         return torch.cat((order[:kept], others[torch.randperm(len(others), generator=generator)[: memory - kept]]))
 

@@ -142,10 +142,8 @@ def colours(rgb: npt.NDArray[np.uint8]) -> dict[str, float]:
 
 def _quality(stored: StoredSlide, facts: Mapping[str, Any]) -> float:
     """Of the first patch; NaN where none is stored."""
-    if not facts["parts"]:
-        return float("nan")
-    (data,) = stored.payloads(np.array([0]))
-    return jpeg_quality(data)
+    planned = stored.place.planned if stored.place is not None else not facts["parts"]
+    return float("nan") if planned else jpeg_quality(*stored.payloads(np.array([0])))
 
 
 def jpeg_quality(data: bytes) -> float:

@@ -11,7 +11,7 @@ from tests.pipeline.release.space import paint
 
 GATE = (
     "gate.first=floors",
-    "gate.floors=[{measure: auc, bound: 0.6}]",
+    "gate.floors=[{measure: auc, bound: 0.6, least: 5}]",
     "gate.no_worse={margin: 0.2, least: 5, resamples: 500}",
     "gate.drift={effect: 0.9, alpha: 0.05, least: 6}",
     "gate.lost={slides: 0.04}",

@@ -55,7 +55,7 @@ def _first(study: Study, **gate: Any) -> tuple[Record, RegisteredVersion]:
 
 
 def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Study) -> None:
-    record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0}])
+    record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0, "least": 1}])
     assert record.facts["verdict"] == "promote"
     data, difference = replay(record.outputs["decision"])
     assert difference is None
@@ -117,7 +117,7 @@ def test_a_champion_that_has_learned_from_the_test_is_found(study: Study) -> Non
     question = Question(
         None, version, replace(trained, learned=seen), _arrivals(study, more=("p", "v", "g", "l")), None
     )
-    record = _judge(study.space(3, gate={"floors": [{"measure": "accuracy", "bound": 0.0}]}), question)
+    record = _judge(study.space(3, gate={"floors": [{"measure": "accuracy", "bound": 0.0, "least": 1}]}), question)
     assert record.facts["verdict"] == "hold"
     evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
     assert evidence["champion"]["seen"] == [fingerprint("test3")]
@@ -126,7 +126,7 @@ def test_a_champion_that_has_learned_from_the_test_is_found(study: Study) -> Non
 def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: Study) -> None:
     other = study.space(5).records["train"].outputs["checkpoint"]
     train = {**study.config.train.model_dump(), "begins_with": f"{other}/weights.safetensors"}
-    gate = {"first": "floors", "floors": [{"measure": "accuracy", "bound": 0.0}]}
+    gate = {"first": "floors", "floors": [{"measure": "accuracy", "bound": 0.0, "least": 1}]}
     record = _judge(study.space(1, gate=gate, train=train), Question(None, None, None, _arrivals(study), None))
     assert record.facts["verdict"] == "hold"
     evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
