@@ -45,18 +45,20 @@ class RandomDraw:
 class PartAtRandom:
     """`draw` of `select`: a `share` of the M uniformly from all patches but the best, which are the others.
 
-    A pure function of the scores' order, which seeds it: the same on any number of processes, whose scores differ by
-    rounding, and in a run that is resumed.
+    A pure function of the scores' order and the turn, which seed it: the same on any number of processes, whose scores
+    differ by rounding, and in a run that is resumed.
     """
 
     share: float
+    turn: int = 0
+    """Such as the epoch: scores whose order stays are drawn from otherwise each time."""
 
     def __call__(self, keys: Tensor, memory: int) -> Tensor:
         """Log scores (N,) -> rows (<= M,), the best first."""
         order = best(keys, torch.arange(len(keys)), len(keys))
         kept = memory - round(self.share * memory)
-        seed = int((order * torch.arange(1, len(order) + 1).square()).sum()) % 2**32  # of more a generator takes none
-        generator = torch.Generator().manual_seed(seed)
+        digest = int((order * torch.arange(1, len(order) + 1).square()).sum())
+        generator = torch.Generator().manual_seed((digest + 1_000_003 * self.turn) % 2**32)  # of which it takes no more
         others = order[kept:]
         return torch.cat((order[:kept], others[torch.randperm(len(others), generator=generator)[: memory - kept]]))
 

@@ -170,7 +170,6 @@ class _Turn:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
         self.waits = Waits()
         self.chosen: Mapping[int, Tensor] = {}
-        self.draw = PartAtRandom(selecting.explore_share) if selecting.explore_share else None
         self.scorer: Scorer | None = None
         if selecting.mode in ("exact", "window"):
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
@@ -269,6 +268,7 @@ class _Turn:
 
     def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
         selecting, explores = self.selecting, self._explores(epoch)
+        part = PartAtRandom(selecting.explore_share, epoch) if selecting.explore_share else None
         mode = selecting.mode
         if mode == "random" or mode == "every" or (explores and selecting.context == "none"):
             return self._drawn(bags)
@@ -282,7 +282,7 @@ class _Turn:
                 scorer=self.scorer,
                 group=group,
                 context="rest" if selecting.context == "all" else None,
-                draw=RandomDraw(torch.default_generator) if explores else self.draw,
+                draw=RandomDraw(torch.default_generator) if explores else part,
             )
 
     def _explores(self, epoch: int) -> bool:
