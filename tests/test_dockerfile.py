@@ -28,8 +28,6 @@ def _instructions() -> Iterator[tuple[str, str]]:
 
 def test_it_is_clean() -> None:
     program = Path(sys.executable).parent / "hadolint"
-    if not program.is_file():
-        pytest.skip('hadolint is not installed; run: pip install -e ".[dev]"')
     done = subprocess.run([program, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 

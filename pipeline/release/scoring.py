@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pipeline import cluster
 from pipeline.bags.embed import embed_slides
 from pipeline.bags.sources import LabelledSource, feature_store, open_sources, patch_root
@@ -27,7 +25,7 @@ from pipeline.store.features import stored_slides
 from pipeline.store.patches import PatchStore
 from pipeline.tracking.registry import RegisteredVersion, fetch
 from pipeline.tracking.tracker import Store
-from pipeline.training.session import peak_resident_bytes
+from pipeline.training.headroom import forget_peak, peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -174,22 +172,12 @@ def score(store: Store, version: RegisteredVersion, config: Config, slides: Sequ
 def _evaluate(
     store: Store, model_uri: str, config: Config, slides: tuple[LabelledSource, ...]
 ) -> tuple[Evaluation, float]:
-    on_gpu = torch.cuda.is_available()
-    _forget_peak(on_gpu=on_gpu)
+    forget_peak()
     with scratch_folder() as scratch:
         _, folder = fetch(store, model_uri, Path(scratch))
         model, _ = load_model(folder)
         evaluation = evaluate(model, config, slides)
-    memory = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_resident_bytes()
-    return evaluation, memory / 2**30
-
-
-def _forget_peak(*, on_gpu: bool) -> None:
-    """Ray's processes do one task after another: what an earlier one held is not this one's."""
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # of the resident set (proc(5))
+    return evaluation, peak_bytes() / 2**30
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import psutil
 import torch
 
 from ips.bag import Bag
@@ -28,6 +27,7 @@ from pipeline.store.patches import StoredSlide
 from pipeline.sweep.cells import Cell, Scoring
 from pipeline.sweep.models import at_hand
 from pipeline.sweep.rows import Row
+from pipeline.training.headroom import forget_peak, peak_bytes
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -92,7 +92,7 @@ class Panel:
         for group in _by_features(scorings):
             own = featured(group[0].config, source, scratch)
             bag = open_bag(own, threads=torch.get_num_threads(), augment=None)
-            _reset_peak()
+            forget_peak()
             works = [partial(self._predict, scoring) for scoring in group]
             found, seconds, read_seconds = together(bag, works)
             shared = {
@@ -102,7 +102,7 @@ class Panel:
                 "n_bad_tiles": own.n_bad_tiles,
                 "read_seconds": read_seconds,
                 "bytes_read": _bytes_of(own),
-                "peak_bytes": _peak(),
+                "peak_bytes": int(peak_bytes()),
             }
             for scoring, one, took in zip(group, found, seconds, strict=True):
                 yield scoring.digest, {**_outcome(task, scoring, one, own.n_patches), **shared, "seconds": took}
@@ -179,18 +179,6 @@ def _bytes_of(source: Source) -> int:
             )
         case _:
             return 0
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak() -> int:
-    """Bytes of device memory that were held at most since the reset; of a CPU, what the process holds."""
-    return (
-        int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
-    )
 
 
 _GIB = 2**30

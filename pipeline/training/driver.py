@@ -87,7 +87,7 @@ def train(
             "committed; see the tile stage's ledger, give the split slides, or turn both off"
         )
     _warn_of_threads(config)
-    _note_seen(folder, [*slides, *validation])
+    _note_seen(config, folder, [*slides, *validation])
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
         job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
@@ -98,8 +98,14 @@ def train(
     return Trained(join(folder, kept), done.metrics if kept == done.name else progress_of(folder, kept).metrics)
 
 
-def _note_seen(folder: str, slides: Sequence[LabelledSource]) -> None:
-    """Beside the checkpoints: by what a test on the same slides or patients is known."""
+def _note_seen(config: Config, folder: str, slides: Sequence[LabelledSource]) -> None:
+    """Beside the checkpoints: by what a test on the same slides or patients is known.
+
+    Nothing where the weights come from another training: what that has seen is not known here, and these slides alone
+    would be told as all.
+    """
+    if config.train.begins_with is not None:
+        return
     with ThreadPoolExecutor(16) as pool:  # they wait on the storage
         contents = list(pool.map(content_of, [source for _, source in slides]))
     keys = {source.key for _, source in slides}

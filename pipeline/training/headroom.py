@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -81,3 +82,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             model.zero_grad(set_to_none=True)
+
+
+def forget_peak() -> None:
+    """From here on `peak_bytes` counts anew: Ray's processes do one task after another."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # of the resident set (proc(5))
+
+
+def peak_bytes() -> float:
+    """Most that was held since `forget_peak`: of the device, or the resident set where it computes on a CPU."""
+    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> float:
+    """Of this process, by Linux; `getrusage` would count what the process was before it ran this program."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024.0 * float(line.split()[1])

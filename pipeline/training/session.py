@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +28,7 @@ from pipeline.model.build import build_model, build_optimizer
 from pipeline.model.checkpoint import Progress, take_snapshot
 from pipeline.storage.lease import Lease
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.headroom import memory_advice
+from pipeline.training.headroom import memory_advice, peak_resident_bytes
 from pipeline.training.journal import Journal, send_unsent
 from pipeline.training.loop import DIVERGED, Slides, StepDone, moment, train_steps
 from pipeline.training.ranks import Ranks, agreed, gathered
@@ -336,9 +335,3 @@ def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
     on_gpu = device.type == "cuda"
     mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
     return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))
-
-
-def peak_resident_bytes() -> float:
-    """Of this process, by Linux; `getrusage` would count what the process was before it ran this program."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return 1024.0 * float(line.split()[1])

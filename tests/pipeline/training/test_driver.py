@@ -25,11 +25,11 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
 from pipeline.model.checkpoint import Progress, take_snapshot
-from pipeline.model.folder import WEIGHTS
+from pipeline.model.folder import WEIGHTS, Seen, read_seen
 from pipeline.storage.files import write_bytes
 from pipeline.store.patches import StoredSlide
 from pipeline.tracking.tracker import Row, Tracker, open_tracking
-from pipeline.training.driver import Trained, _cause, _process_group, _Trainer, _worker_environment, train
+from pipeline.training.driver import Trained, _cause, _note_seen, _process_group, _Trainer, _worker_environment, train
 from pipeline.training.plan import plan_digest
 from pipeline.training.ranks import Ranks
 from pipeline.training.saver import Saver, newest
@@ -132,6 +132,16 @@ def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best
     assert done == Trained(f"{tmp_path}/train/small-aa/step-00000004", first.metrics)
     assert [metric.step for metric in tracker.client.get_metric_history(run_id, "loss")] == [6]
     assert tracker.latest_metrics(run_id)["epoch"] == 3
+
+
+def test_what_a_model_has_seen_is_told_unless_it_began_with_another_training(slides: Slides, tmp_path: Path) -> None:
+    _note_seen(_config(tmp_path), str(tmp_path / "own"), slides)
+    seen = read_seen(tmp_path / "own")
+    assert seen is not None
+    assert {source.key for _, source in slides} < seen.slides
+    assert seen.patients == {Seen.patient(slide.patient_id) for slide, _ in slides}
+    _note_seen(_config(tmp_path, begins_with="champion.safetensors"), str(tmp_path / "warm"), slides)
+    assert read_seen(tmp_path / "warm") is None
 
 
 def test_ranks_wait_while_the_first_one_validates(tmp_path: Path) -> None:

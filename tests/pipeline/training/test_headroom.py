@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
-from pipeline.training.headroom import Part, memory_advice, untouched
+from pipeline.training.headroom import Part, forget_peak, memory_advice, peak_bytes, untouched
 
 PETABYTE = 2**50
 
@@ -81,3 +81,16 @@ def test_a_tried_step_leaves_no_trace() -> None:
         assert all(parameter.grad is None for parameter in net.parameters())
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_peak_is_of_what_came_since_it_was_forgotten() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    big = torch.ones(2**26, dtype=torch.float32, device=device)  # 256 MiB
+    before = peak_bytes()
+    del big
+    forget_peak()
+    assert peak_bytes() < before - 2**27
+    forget_peak()
+    calm = peak_bytes()
+    other = torch.ones(2**25, dtype=torch.float32, device=device)
+    assert peak_bytes() >= calm + 0.9 * other.nbytes
