@@ -46,8 +46,9 @@ def ranking_png(points: Sequence[Point], measure: str) -> bytes:
 def against_png(points: Sequence[Point], x: str, measure: str, *, joined: bool) -> bytes:
     """Intervals above what stands on the x axis, on a log scale; joined: the points of a group are a line."""
     figure = new_figure(860, 560)
-    axes = figure.add_axes((0.11, 0.13, 0.86, 0.83))
     groups = list(dict.fromkeys(point.group for point in points))
+    named = 0.04 * -(-len(groups) // 2)  # lines of two names, above the axes: beside no interval
+    axes = figure.add_axes((0.11, 0.13, 0.86, max(0.3, 0.82 - named)))
     for number, group in enumerate(groups):
         colour = _SHADES[number % len(_SHADES)]
         own = sorted((point for point in points if point.group == group), key=lambda point: point.x)
@@ -65,7 +66,7 @@ def against_png(points: Sequence[Point], x: str, measure: str, *, joined: bool) 
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=x, ylabel=measure)
     axes.grid(color="#eef1f4", linewidth=0.8)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0.03, 1), ncols=2)
     _tidy(axes)
     return png(figure)
 

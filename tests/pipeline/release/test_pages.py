@@ -33,7 +33,7 @@ def test_the_gates_page_says_what_was_decided_and_why() -> None:
     assert "first &lt;model&gt;" in page
     assert digest(decision)[:16] in page
     first = decide(evidence(GATE.model_copy(update={"first": "floors"}), champion=None, names_champion=None))
-    assert "There was no champion." in gate_page("study", first, digest(first), diff, [])
+    assert "There was no champion.\nTest version 1: " in gate_page("study", first, digest(first), diff, [])
     assert "This is the first decision." in gate_page("study", first, digest(first), diff, [])
 
 
