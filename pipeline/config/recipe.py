@@ -37,8 +37,8 @@ class EvaluateConfig(Section):
     """The test."""
 
     split: Literal["train", "val", "test"] = "test"
-    bootstrap: Positive = 1000
-    """Resamples (of patients) behind the confidence interval."""
+    bootstrap: Positive = 2000
+    """Resamples of patients, stratified by the first task's class, behind the confidence intervals."""
 
 
 class TrackingConfig(Section):

@@ -6,32 +6,30 @@
 | AUC, concordance, means over tasks | bootstrap, with the floor below | the same |
 | R2, mean absolute error | bootstrap | the same |
 
-The bootstrap draws patients and takes percentiles. Of a perfect result every resample is perfect, so its interval has
-no width, and near one too little: of 5 positive and 25 negative patients and a true AUC of .95 it holds the truth in 23
-to 75 of 100 samples, where it should in 95. What n independent trials, all of them right, do not exclude is a share of
-(alpha / 2)^(1 / n), the lower end of Clopper and Pearson. A worse result of as many trials cannot exclude it either, so
-no lower end lies above it, and, from the other side, no upper end below 1 minus it. Trials are patients for shares and,
-for AUC and concordance, pairs of patients of whom each is in one pair: all of them stand in order in at most value^n of
-samples, whatever the scores' distributions, and in that many where some of a class look like the other one. Intervals
-of Hanley and McNeil (1982) and Newcombe (2006) suppose scores of one shape; there they hold the truth in 67 to 97 of
-100. A mean of several, as over classes, has the mean of their floors.
+The bootstrap draws patients, as a plan of `resampling` says, and takes percentiles. Of a perfect result every resample
+is perfect, so its interval has no width, and near one too little: of 5 positive and 25 negative patients and a true AUC
+of .95 it holds the truth in 23 to 75 of 100 samples, where it should in 95. What n independent trials, all of them
+right, do not exclude is a share of (alpha / 2)^(1 / n), the lower end of Clopper and Pearson. A worse result of as many
+trials cannot exclude it either, so no lower end lies above it, and, from the other side, no upper end below 1 minus it.
+Trials are patients for shares and, for AUC and concordance, pairs of patients of whom each is in one pair: all of them
+stand in order in at most value^n of samples, whatever the scores' distributions, and in that many where some of a class
+look like the other one. Intervals of Hanley and McNeil (1982) and Newcombe (2006) suppose scores of one shape; there
+they hold the truth in 67 to 97 of 100. A mean of several, as over classes, has the mean of their floors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import beta
 
 from pipeline.config.data import TaskConfig
-from pipeline.errors import StageError
-from pipeline.inference.metrics import MEASURES, Bools, Floats, Ints, labelled
+from pipeline.inference.metrics import MEASURES, Bools, Floats, held, labelled, told_apart
 
 SHARES = ("accuracy", "exact_match")
 _ALPHA = 0.05
-_TRIES = 100  # for each resample: one patient who alone holds a class is drawn by 63% of them, ten such by 1%
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,14 @@ def task_intervals(
         truth: (n,) or (n, W) of all slides (`labels.truth`); NaN where missing.
         patients: n ids.
         measures: their values.
-        resampled: (R, measures), from `bootstrap`.
+        resampled: (R, measures), as of `weighted.resampled_measures`.
     """
     _, owners = _labelled(truth, patients)
     found = []
     for name, value, column in zip(MEASURES[task.kind], measures, resampled.T, strict=True):
-        if name in SHARES and len(set(owners)) == len(owners):
+        if np.isnan(value):
+            found.append(interval(value, column))
+        elif name in SHARES and len(set(owners)) == len(owners):
             found.append(Interval(value, *clopper_pearson(round(value * len(owners)), len(owners))))
         else:
             found.append(interval(value, column, floor(task, name, truth, patients)))
@@ -76,9 +76,8 @@ def floor(task: TaskConfig, name: str, truth: Floats, patients: Sequence[str]) -
     elif name == "c_index":
         trials = [comparable_pairs(y[:, 0], y[:, 1] == 1, owners)]
     elif name == "auc":
-        classes = range(1, 2) if task.kind == "binary" else range(len(task.classes))
-        held = y == 1 if task.kind == "multilabel" else y[:, None] == np.arange(len(task.classes))
-        trials = [opposed_pairs(held[:, k], owners) for k in classes if 0 < held[:, k].sum() < len(held)]
+        own = held(task, y)
+        trials = [opposed_pairs(own[:, k], owners) for k in told_apart(task) if 0 < own[:, k].sum() < len(own)]
     else:
         return None
     return float(np.mean([least(n) for n in trials]))
@@ -123,39 +122,16 @@ def comparable_pairs(time: Floats, event: Bools, owners: Sequence[str]) -> int:
     return 1
 
 
-def bootstrap(statistic: Callable[[Ints], Floats], patients: Sequence[str], resamples: int, seed: int) -> Floats:
-    """Values (resamples, S) of a statistic over slides drawn by patient, with replacement.
-
-    A patient's slides stand or fall together, as they are not independent. `statistic` maps slide indices to S
-    numbers; a resample where one of them is NaN (a class is absent) is drawn again, so the values are
-    conditional on every class being there.
-
-    Raises:
-        StageError: hardly any resample has them all.
-    """
-    names, owner = np.unique(np.asarray(patients, dtype=np.str_), return_inverse=True)
-    slides = [np.flatnonzero(owner == patient) for patient in range(len(names))]
-    generator = np.random.default_rng(seed)
-    values: list[Floats] = []
-    for _ in range(_TRIES * resamples):
-        drawn = generator.integers(len(names), size=len(names))
-        value = statistic(np.concatenate([slides[patient] for patient in drawn]))
-        if not np.isnan(value).any():
-            values.append(value)
-        if len(values) == resamples:
-            return np.stack(values)
-    raise StageError(
-        f"evaluate: of {_TRIES * resamples} resamples of {len(names)} patients only {len(values)} hold what every task "
-        "needs, so intervals cannot be given; label more patients of the rare classes, or take such tasks out of tasks"
-    )
-
-
 def interval(value: float, resampled: Floats, least_low: float | None = None) -> Interval:
     """The 2.5 and 97.5 percentiles of resampled values (R,) around the value of the whole sample.
 
+    Resamples that lack what the measure needs (NaN) are left out; where hardly any has it, there are no bounds (NaN).
     `least_low` is the `floor` above which no lower end lies, and below 1 minus which no upper end.
     """
-    low, high = np.quantile(resampled, (_ALPHA / 2, 1 - _ALPHA / 2))
+    there = resampled[~np.isnan(resampled)]
+    if np.isnan(value) or 2 * len(there) < len(resampled):
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(there, (_ALPHA / 2, 1 - _ALPHA / 2))
     if least_low is not None:
         low, high = min(low, least_low), max(high, 1 - least_low)
     return Interval(value, float(low), float(high))

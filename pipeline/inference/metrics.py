@@ -57,6 +57,17 @@ def labelled(truth: Floats) -> Bools:
     return known
 
 
+def held(task: TaskConfig, truth: Floats) -> Bools:
+    """(n, K) which slides hold which class or label, of labelled ones: truth as of `measure`."""
+    found: Bools = truth == 1 if task.kind == "multilabel" else truth[:, None] == np.arange(len(task.classes))
+    return found
+
+
+def told_apart(task: TaskConfig) -> range:
+    """The classes or labels that are measured against the rest; of a binary task the positive one alone."""
+    return range(1, 2) if task.kind == "binary" else range(len(task.classes))
+
+
 def auc(scores: Floats, positive: Bools) -> float:
     """Area under the ROC curve (n,), (n,): the share of (positive, negative) pairs in order, ties count half.
 
@@ -132,8 +143,7 @@ def accuracy(probabilities: Floats, labels: Ints) -> float:
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
-def confusion(probabilities: Floats, labels: Ints) -> Ints:
-    """Counts (K, K): row = true class, column = most probable class."""
-    classes = probabilities.shape[1]
-    cells = labels * classes + probabilities.argmax(axis=1)
+def confusion(called: Ints, labels: Ints, classes: int) -> Ints:
+    """Counts (K, K) of n slides: row = true class, column = the one that it is called."""
+    cells = labels * classes + called
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)

@@ -6,6 +6,7 @@ narrow, and the page says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 GROUPS = 10
+THRESHOLD = "val_threshold_"
+"""Before a task's name: metric of a training, and tag of a version, that keeps `choose_threshold` of its validation."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ def choose_threshold(scores: Floats, positive: Bools) -> float | None:
     cuts = np.concatenate([[values[0]], (values[1:] + values[:-1]) / 2])
     gains = [float((scores[positive] >= cut).mean() + (scores[~positive] < cut).mean()) for cut in cuts]
     return float(min(zip(gains, cuts, strict=True), key=lambda one: (-round(one[0], 12), abs(one[1] - 0.5)))[1])
+
+
+def thresholds(noted: Mapping[str, str | float]) -> dict[str, float]:
+    """Binary task -> the score from which it is called positive, of a training's metrics or a version's tags."""
+    return {key.removeprefix(THRESHOLD): float(value) for key, value in noted.items() if key.startswith(THRESHOLD)}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,39 @@ import warnings
 import numpy as np
 
 from pipeline.config.data import TaskConfig
-from pipeline.inference.metrics import MEASURES, Bools, Floats, auc, labelled, measure
-from pipeline.inference.operating import decide, reliability
+from pipeline.inference.metrics import MEASURES, Bools, Floats, auc, held, labelled, measure, told_apart
+from pipeline.inference.operating import Reliability, decide, reliability
+
+NAMES = {
+    "auc": "AUC",
+    "accuracy": "Accuracy",
+    "exact_match": "All labels right",
+    "r2": "R\N{SUPERSCRIPT TWO}",
+    "mae": "Mean absolute error",
+    "c_index": "Concordance",
+    "average_precision": "Average precision",
+    "balanced_accuracy": "Balanced accuracy",
+    "f1": "F1",
+    "kappa": "Cohen's kappa",
+    "kappa_quadratic": "Kappa, quadratic (for ordered classes)",
+    "log_loss": "Log loss",
+    "brier": "Brier score",
+    "calibration_error": "Calibration error",
+    "threshold": "Threshold, of the validation",
+    "sensitivity": "Sensitivity there",
+    "specificity": "Specificity there",
+    "spearman": "Spearman's correlation",
+}
+"""Measure -> what people call it."""
+
+
+def title(name: str) -> str:
+    """What people call a measure, also one of a class (`auc_of_x`) or a time (`auc_at_6`)."""
+    for joint, spoken in (("_of_", ", "), ("_at_", " at ")):
+        head, found, rest = name.partition(joint)
+        if found:
+            return f"{NAMES[head]}{spoken}{rest}"
+    return NAMES[name]
 
 
 def scores(task: TaskConfig, values: Floats, truth: Floats, threshold: float | None = None) -> dict[str, float]:
@@ -35,7 +66,7 @@ def scores(task: TaskConfig, values: Floats, truth: Floats, threshold: float | N
         if task.kind in ("binary", "multiclass"):
             found |= _of_classes(task, p, y, threshold)
         elif task.kind == "multilabel":
-            found |= _of_labels(task, p, y == 1)
+            found |= _of_labels(task, p, y)
         elif task.kind == "regression":
             found |= _of_numbers(p[:, 0], y)
         else:
@@ -47,8 +78,7 @@ def _of_classes(task: TaskConfig, p: Floats, y: Floats, threshold: float | None)
     from sklearn import metrics  # loads for a second
 
     labels, called, classes = y.astype(np.int64), p.argmax(axis=1), range(len(task.classes))
-    shown = range(1, 2) if task.kind == "binary" else classes
-    there = [k for k in shown if 0 < (labels == k).sum() < len(labels)]
+    there = [k for k in told_apart(task) if 0 < (labels == k).sum() < len(labels)]
     average = "binary" if task.kind == "binary" else "macro"
     clipped = np.clip(p, 1e-15, 1.0)
     found = {
@@ -57,16 +87,17 @@ def _of_classes(task: TaskConfig, p: Floats, y: Floats, threshold: float | None)
         "kappa": metrics.cohen_kappa_score(labels, called, labels=list(classes)),
         "log_loss": metrics.log_loss(labels, clipped / clipped.sum(axis=1, keepdims=True), labels=list(classes)),
         "brier": np.square(p - np.eye(len(task.classes))[labels]).sum(axis=1).mean() / (2 if len(p[0]) == 2 else 1),
-        "calibration_error": np.mean([reliability(p[:, k], labels == k).error for k in shown]),
+        "calibration_error": _calibration_error(task, p, y),
     }
     if there:
         areas = [metrics.average_precision_score(labels == k, p[:, k]) for k in there]
         found["average_precision"] = np.mean(areas)
     if task.kind == "multiclass":
         found["kappa_quadratic"] = metrics.cohen_kappa_score(labels, called, labels=list(classes), weights="quadratic")
-        found |= {f"auc_{task.classes[k]}": auc(p[:, k], labels == k) for k in there}
+        found |= {f"auc_of_{task.classes[k]}": auc(p[:, k], labels == k) for k in there}
         found |= {
-            f"average_precision_{task.classes[k]}": area for k, area in zip(there, areas if there else [], strict=True)
+            f"average_precision_of_{task.classes[k]}": area
+            for k, area in zip(there, areas if there else [], strict=True)
         }
     if threshold is not None and task.kind == "binary":
         decision = decide(p[:, 1], labels == 1, threshold)
@@ -75,18 +106,35 @@ def _of_classes(task: TaskConfig, p: Floats, y: Floats, threshold: float | None)
     return found
 
 
-def _of_labels(task: TaskConfig, p: Floats, held: Bools) -> dict[str, float]:
+def _of_labels(task: TaskConfig, p: Floats, y: Floats) -> dict[str, float]:
     from sklearn import metrics
 
-    there = [k for k in range(p.shape[1]) if 0 < held[:, k].sum() < len(held)]
+    own = held(task, y)
+    there = [k for k in range(p.shape[1]) if 0 < own[:, k].sum() < len(own)]
     found = {
-        "f1": metrics.f1_score(held, p >= 0.5, average="macro", zero_division=0),
-        "brier": np.square(p - held).mean(),
-        "calibration_error": np.mean([reliability(p[:, k], held[:, k]).error for k in range(p.shape[1])]),
+        "f1": metrics.f1_score(own, p >= 0.5, average="macro", zero_division=0),
+        "brier": np.square(p - own).mean(),
+        "calibration_error": _calibration_error(task, p, y),
     }
     if there:
-        found["average_precision"] = np.mean([metrics.average_precision_score(held[:, k], p[:, k]) for k in there])
-    return found | {f"auc_{task.classes[k]}": auc(p[:, k], held[:, k]) for k in there}
+        found["average_precision"] = np.mean([metrics.average_precision_score(own[:, k], p[:, k]) for k in there])
+    return found | {f"auc_of_{task.classes[k]}": auc(p[:, k], own[:, k]) for k in there}
+
+
+def calibrations(task: TaskConfig, values: Floats, truth: Floats) -> dict[str, Reliability]:
+    """Class or label -> what was predicted and what came true; of a binary task, of the positive class.
+
+    Arguments as of `scores`; empty of tasks without probabilities, and where no slide has a label.
+    """
+    known = labelled(truth)
+    if task.kind in ("regression", "survival") or not known.any():
+        return {}
+    p, own = values[known], held(task, truth[known])
+    return {task.classes[k]: reliability(p[:, k], own[:, k]) for k in told_apart(task)}
+
+
+def _calibration_error(task: TaskConfig, p: Floats, y: Floats) -> float:
+    return float(np.mean([found.error for found in calibrations(task, p, y).values()]))
 
 
 def _of_numbers(p: Floats, y: Floats) -> dict[str, float]:
@@ -97,7 +145,7 @@ def _of_numbers(p: Floats, y: Floats) -> dict[str, float]:
 
 def _of_times(task: TaskConfig, p: Floats, y: Floats) -> dict[str, float]:
     event = y[:, 1] == 1
-    return {f"auc_{end:g}": dynamic_auc(1 - p[:, k], y[:, 0], event, end) for k, end in enumerate(task.bins)}
+    return {f"auc_at_{end:g}": dynamic_auc(1 - p[:, k], y[:, 0], event, end) for k, end in enumerate(task.bins)}
 
 
 def dynamic_auc(risk: Floats, time: Floats, event: Bools, horizon: float) -> float:
@@ -130,8 +178,7 @@ def as_wrong(task: TaskConfig, truth: Floats) -> Floats | None:
     """Values (n, K) that are as wrong as can be, for slides without a prediction; None where wrong has no end."""
     if task.kind in ("regression", "survival"):
         return None
-    held = truth == 1 if task.kind == "multilabel" else truth[:, None] == np.arange(len(task.classes))
-    return np.where(held, -1.0, 2.0)
+    return np.where(held(task, truth), -1.0, 2.0)
 
 
 def with_failures(task: TaskConfig, values: Floats, truth: Floats) -> dict[str, float]:

@@ -24,9 +24,9 @@ from pipeline.config.release import (
 )
 from pipeline.errors import StageError
 from pipeline.inference.intervals import floor
-from pipeline.inference.metrics import MEASURES, Floats, Ints, labelled, measure
-from pipeline.inference.operating import reliability
+from pipeline.inference.metrics import MEASURES, Floats, Ints, measure
 from pipeline.inference.resampling import draw_plan, paired_difference
+from pipeline.inference.scores import calibrations
 from pipeline.inference.weighted import resampled_measures
 from pipeline.release.evidence import Evidence, Predictions
 
@@ -226,11 +226,7 @@ def _strata(rule: StrataRule, judged: Judged) -> Iterator[Outcome]:
 def _calibration(rule: CalibrationRule, judged: Judged) -> Outcome:
     task = judged.task(rule.task)
     values, true = judged.values(task, judged.evidence.candidate), judged.truth(task)
-    known = labelled(true)
-    p, y = values[known], true[known]
-    held = y == 1 if task.kind == "multilabel" else y[:, None] == np.arange(len(task.classes))
-    shown = range(1, 2) if task.kind == "binary" else range(len(task.classes))
-    error = float(np.mean([reliability(p[:, k], held[:, k]).error for k in shown]))
+    error = float(np.mean([found.error for found in calibrations(task, values, true).values()]))
     met: Met = "met" if error <= rule.most else "not met"
     says = f"the calibration error of {task.name} is {error:.4f}, asked is at most {rule.most:g}"
     return Outcome(f"calibration {task.name}", met, rule.action, _figures(value=error, bound=rule.most), says)

@@ -13,6 +13,7 @@ from pipeline.bags.sources import LabelledSource, feature_store, open_sources, p
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError, StageError
+from pipeline.inference.operating import thresholds
 from pipeline.inference.prediction import load_model
 from pipeline.ingest.graph import tile_cohort
 from pipeline.model.folder import EMBED_WEIGHTS, read_config
@@ -174,9 +175,9 @@ def _evaluate(
 ) -> tuple[Evaluation, float]:
     forget_peak()
     with scratch_folder() as scratch:
-        _, folder = fetch(store, model_uri, Path(scratch))
+        version, folder = fetch(store, model_uri, Path(scratch))
         model, _ = load_model(folder)
-        evaluation = evaluate(model, config, slides)
+        evaluation = evaluate(model, config, slides, thresholds(version.tags))
     return evaluation, peak_bytes() / 2**30
 
 

@@ -13,13 +13,16 @@ import torch
 
 from ips.network.model import IPSModel
 from pipeline.bags.sources import LabelledSource, open_bag
-from pipeline.cohort.labels import NONE, Label, lacks, truth
+from pipeline.cohort.labels import NONE, Label, lacks, stratum, truth
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.inference.intervals import Interval, bootstrap, floor, interval, task_intervals
-from pipeline.inference.metrics import MEASURES, Floats, Ints, confusion, expected_time, measure, roc_points
+from pipeline.inference.intervals import Interval, floor, interval
+from pipeline.inference.measured import Measured, measured
+from pipeline.inference.metrics import MEASURES, Floats, Ints, confusion, expected_time, held, roc_points, told_apart
 from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
+from pipeline.inference.resampling import draw_plan
+from pipeline.results.strata import Stratum, strata
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +46,15 @@ class TaskResult:
     """What is predicted, in the form of the labels; of survival, the expected time until the last bin's end."""
     measures: Mapping[str, Interval]
     """The task's `MEASURES`."""
+    scores: Mapping[str, float]
+    """All that is measured, as of `measured.Measured`."""
     confusion: Ints | None
-    """(K, K): row = true class, column = predicted class; binary and multiclass only."""
+    """(K, K): row = true class, column = most probable class; binary and multiclass only."""
+    threshold: float | None
+    """Of a binary task: chosen on the validation slides; None where none was."""
+    confusion_there: Ints | None
+    """As `confusion`, positive called from the threshold on."""
+    strata: tuple[Stratum, ...]
     roc: Mapping[str, tuple[Floats, Floats]]
     """Class or label -> false and true positive rates, against the rest; binary: of the positive class."""
 
@@ -68,28 +78,39 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Flat metrics, prefixed with the split: test_auc, test_auc_low, test_auc_high, test_accuracy, ...
+        """Flat metrics, prefixed with the split: test_auc, test_auc_low, test_auc_high, test_accuracy, test_f1, ...
 
-        The ends are of each measure over all tasks; those of one task of several stand in its `measures`.
+        The ends are of each measure over all tasks; those of one task of several stand in its `measures`. Of several
+        tasks, all that is measured of one has its name: test_auc_<task>, test_f1_<task>, ...
         """
-        values = {name: found.value for name, found in self.measures.items()}
+        values: dict[str, float] = {}
+        for result in self.tasks:
+            end = f"_{result.task.name}" if len(self.tasks) > 1 else ""
+            values |= {f"{name}{end}": value for name, value in result.scores.items()}
+        values |= {name: found.value for name, found in self.measures.items()}
         for name, found in self.measures.items():
-            values |= {f"{name}_low": found.low, f"{name}_high": found.high}
+            ends = {f"{name}_low": found.low, f"{name}_high": found.high}
+            values |= {key: end for key, end in ends.items() if not np.isnan(end)}
         values |= {
             "slides": float(len(self.slides)),
             "patients": float(len({slide.patient_id for slide, _ in self.slides})),
         }
-        if len(self.tasks) > 1:
-            for result in self.tasks:
-                values |= {f"{name}_{result.task.name}": found.value for name, found in result.measures.items()}
         return {f"{self.split}_{name}": value for name, value in values.items()}
 
 
-def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
+def evaluate(
+    model: IPSModel, config: Config, slides: Slides, thresholds: Mapping[str, float] | None = None
+) -> Evaluation:
     """Predict committed slides of the split `config.evaluate.split` and measure.
 
-    Intervals are those of `intervals`, the bootstrap seeded with `config.seed`; the means over several tasks are
-    resampled jointly.
+    Intervals are over `config.evaluate.bootstrap` resamples of the patients, one plan (`resampling`) seeded with
+    `config.seed` and stratified by the first task: the means over several tasks are resampled jointly.
+
+    Args:
+        model: what predicts.
+        config: of the model.
+        slides: of the split.
+        thresholds: binary task -> the score from which positive is called, chosen on other slides.
 
     Raises:
         StageError: no slides, a task whose labels cannot be measured against, or a model that gives no numbers.
@@ -103,31 +124,24 @@ def evaluate(model: IPSModel, config: Config, slides: Slides) -> Evaluation:
     found = _predict(model, config, slides)
     seconds = (time.monotonic() - began) / len(slides)
     _check_finite(slides, found)
-    truths = [np.array([truth(task, label) for label in labels[task.name]]) for task in config.tasks]
-    values = [np.stack([one.values[task.name] for one in found]) for task in config.tasks]
-
-    def statistic(chosen: Ints) -> Floats:
-        pairs = zip(config.tasks, values, truths, strict=True)
-        each = [measure(task, p[chosen], y[chosen]) for task, p, y in pairs]
-        return np.concatenate([_overall(config.tasks, each), *each])
-
-    whole = statistic(np.arange(len(slides)))
-    patients = [slide.patient_id for slide, _ in slides]
-    drawn = bootstrap(statistic, patients, config.evaluate.bootstrap, config.seed)
-    names = _overall_names(config.tasks)
-    at, results = len(names), []
-    for task, p, y in zip(config.tasks, values, truths, strict=True):
-        end = at + len(MEASURES[task.kind])
-        found_here = task_intervals(task, y, patients, whole[at:end].tolist(), drawn[:, at:end])
-        measures = dict(zip(MEASURES[task.kind], found_here, strict=True))
-        results.append(_result(task, labels[task.name], p, y, measures))
-        at = end
-    overall = {
-        name: _mean_interval(name, results, float(whole[place]), drawn[:, place], truths, patients)
-        for place, name in enumerate(names)
-    }
-    table = _table(slides, config.tasks, labels, values)
-    return Evaluation(split, tuple(slides), found, tuple(results), overall, table, seconds)
+    patients, first = [slide.patient_id for slide, _ in slides], config.tasks[0]
+    levels = [stratum(first, label) for label in labels[first.name]]
+    weights = draw_plan(patients, levels, config.evaluate.bootstrap, config.seed).weights(patients)
+    parts = []
+    for task in config.tasks:
+        y = np.array([truth(task, label) for label in labels[task.name]])
+        values = np.stack([one.values[task.name] for one in found])
+        cut = (thresholds or {}).get(task.name)
+        parts.append((task, values, y, measured(task, values, y, patients, weights, cut)))
+    return Evaluation(
+        split=split,
+        slides=tuple(slides),
+        found=found,
+        tasks=tuple(_result(slides, labels[task.name], task, p, y, own) for task, p, y, own in parts),
+        measures=_overall(parts, patients),
+        predictions=_table(slides, config.tasks, labels, [p for _, p, _, _ in parts]),
+        seconds=seconds,
+    )
 
 
 def _check_finite(slides: Slides, found: Sequence[BagPrediction]) -> None:
@@ -154,35 +168,22 @@ def _check_labels(config: Config, labels: Mapping[str, Sequence[Label | None]]) 
             )
 
 
-def _overall_names(tasks: Sequence[TaskConfig]) -> tuple[str, ...]:
-    names = dict.fromkeys(name for task in tasks for name in MEASURES[task.kind])
-    return tuple(name for name in names if name != "mae" or len(tasks) == 1)
-
-
-def _overall(tasks: Sequence[TaskConfig], each: Sequence[tuple[float, ...]]) -> Floats:
-    """Mean of each measure over the tasks that have it."""
-    pairs = [
-        (name, value)
-        for task, found in zip(tasks, each, strict=True)
-        for name, value in zip(MEASURES[task.kind], found, strict=True)
-    ]
-    return np.array([np.mean([value for name, value in pairs if name == wanted]) for wanted in _overall_names(tasks)])
-
-
-def _mean_interval(
-    name: str,
-    results: Sequence[TaskResult],
-    value: float,
-    resampled: Floats,
-    truths: Sequence[Floats],
-    patients: Sequence[str],
-) -> Interval:
-    """Of the mean of a measure over the tasks that have it; of one task, its own."""
-    those = [(result, y) for result, y in zip(results, truths, strict=True) if name in result.measures]
-    if len(those) == 1:
-        return those[0][0].measures[name]
-    floors = [found for result, y in those if (found := floor(result.task, name, y, patients)) is not None]
-    return interval(value, resampled, float(np.mean(floors)) if floors else None)
+def _overall(
+    parts: Sequence[tuple[TaskConfig, Floats, Floats, Measured]], patients: Sequence[str]
+) -> dict[str, Interval]:
+    """Mean of each measure over the tasks (task, values, truth, measured) that have it; of one task, its own."""
+    found: dict[str, Interval] = {}
+    for name in dict.fromkeys(name for task, *_ in parts for name in MEASURES[task.kind]):
+        those = [(task, y, own) for task, _, y, own in parts if name in own.measures]
+        if len(those) == 1:
+            if name != "mae" or len(parts) == 1:
+                found[name] = those[0][2].measures[name]
+        elif name != "mae":
+            drawn = np.mean([own.resampled[:, MEASURES[task.kind].index(name)] for task, _, own in those], axis=0)
+            floors = [least for task, y, _ in those if (least := floor(task, name, y, patients)) is not None]
+            value = float(np.mean([own.measures[name].value for *_, own in those]))
+            found[name] = interval(value, drawn, float(np.mean(floors)) if floors else None)
+    return found
 
 
 def _predict(model: IPSModel, config: Config, slides: Slides) -> tuple[BagPrediction, ...]:
@@ -208,11 +209,11 @@ def _predicted(task: TaskConfig, values: Floats) -> list[Label]:
 
 
 def _result(
-    task: TaskConfig, labels: Sequence[Label | None], values: Floats, truths: Floats, measures: Mapping[str, Interval]
+    slides: Slides, labels: Sequence[Label | None], task: TaskConfig, values: Floats, truths: Floats, found: Measured
 ) -> TaskResult:
     known = np.array([place for place, label in enumerate(labels) if label is not None], np.int64)
     p, y = values[known], truths[known]
-    classes = task.kind in ("binary", "multiclass")
+    classes, cut = task.kind in ("binary", "multiclass"), found.scores.get("threshold")
     return TaskResult(
         task=task,
         slides=known,
@@ -220,9 +221,13 @@ def _result(
         truth=y,
         values=p,
         predicted=tuple(_predicted(task, p)),
-        measures=measures,
-        confusion=confusion(p, y.astype(np.int64)) if classes else None,
+        measures=found.measures,
+        scores=found.scores,
+        confusion=confusion(p.argmax(axis=1), y.astype(np.int64), len(task.classes)) if classes else None,
+        threshold=cut,
+        confusion_there=None if cut is None else confusion((p[:, 1] >= cut).astype(np.int64), y.astype(np.int64), 2),
         roc=_curves(task, p, y),
+        strata=tuple(strata([slide for slide, _ in slides], task, values, truths)),
     )
 
 
@@ -230,13 +235,9 @@ def _curves(task: TaskConfig, values: Floats, truths: Floats) -> dict[str, tuple
     """ROC of every class or label that some slides have and others do not."""
     if task.kind in ("regression", "survival"):
         return {}
-    held = truths == 1 if task.kind == "multilabel" else truths[:, None] == np.arange(len(task.classes))
-    shown = task.classes[1:] if task.kind == "binary" else task.classes
-    return {
-        name: roc_points(values[:, k], held[:, k])
-        for k, name in enumerate(task.classes)
-        if name in shown and 0 < held[:, k].sum() < len(held)
-    }
+    own = held(task, truths)
+    there = [k for k in told_apart(task) if 0 < own[:, k].sum() < len(own)]
+    return {task.classes[k]: roc_points(values[:, k], own[:, k]) for k in there}
 
 
 def _table(

@@ -18,13 +18,16 @@ from pipeline.config.recipe import Config
 from pipeline.inference.figures import reliability_png, roc_png, scatter_png
 from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.intervals import Interval
-from pipeline.inference.operating import Decision, Proportion, Reliability, decide, reliability
+from pipeline.inference.metrics import Ints
+from pipeline.inference.operating import Decision, Proportion, decide
 from pipeline.inference.prediction import read_thumbnail
+from pipeline.inference.scores import calibrations, title
 from pipeline.results.evaluate import Evaluation, TaskResult
-from pipeline.results.strata import strata
+from pipeline.results.strata import Stratum
 
 RIGHT, WRONG, PATCHES = 4, 4, 6  # pictures of a task, and patches beside each
 MAP_PX = 560  # longer edge of a slide in them
+_AT_THRESHOLD = ("threshold", "sensitivity", "specificity")  # shown with their counts
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
         StorageError: thumbnails or patches cannot be read from the patch store.
     """
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"percent": _percent, "digits": _digits, "share": _share}
+    page.filters |= {"percent": _percent, "digits": _digits, "share": _share, "ends": _ends_of, "title": title}
     top = highest(found.attention for found in evaluation.found)
     template = page.from_string(files("pipeline.results").joinpath("report.html").read_text("utf-8"))
     return template.render(
@@ -71,27 +74,16 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
         splits=_splits(cohort, evaluation, config.tasks),
         cohort=cohort,
         tasks=[_task(evaluation, result, top) for result in evaluation.tasks],
-        strata=strata(evaluation),
-        titles=TITLES,
+        strata=_strata(evaluation.tasks),
         memory=config.model.select.memory,
         lineage=lineage,
         config=json.dumps(config.model_dump(mode="json"), indent=2),
     )
 
 
-TITLES = {
-    "auc": "AUC",
-    "accuracy": "Accuracy",
-    "exact_match": "All labels right",
-    "r2": "R\N{SUPERSCRIPT TWO}",
-    "mae": "Mean absolute error",
-    "c_index": "Concordance",
-}
-
-
 def _headline(evaluation: Evaluation) -> list[tuple[str, Interval]]:
     several = "Mean " if len(evaluation.tasks) > 1 else ""
-    return [(_sentence(several + TITLES[name]), found) for name, found in evaluation.measures.items()]
+    return [(_sentence(several + title(name)), found) for name, found in evaluation.measures.items()]
 
 
 def _sentence(title: str) -> str:
@@ -130,24 +122,42 @@ def _digits(value: float) -> str:
     return "not defined" if np.isnan(value) else f"{value:.3f}"
 
 
+def _ends_of(found: Interval) -> str:
+    """The bounds of an interval, in words."""
+    return "no interval: too few hold it" if np.isnan(found.low) else f"{found.low:.3f} to {found.high:.3f}"
+
+
 def _share(found: Proportion) -> str:
     low, high = found.bounds
     return f"{found.hits} of {found.n}" + (f", {found.value:.3f} ({low:.3f} to {high:.3f})" if found.n else "")
 
 
-def _decision(result: TaskResult) -> Decision | None:
-    """What is called at one half, of a binary task."""
-    return decide(result.values[:, 1], result.truth == 1) if result.task.kind == "binary" else None
+@dataclass(frozen=True)
+class Call:
+    """What is called at a threshold, of a binary task."""
+
+    title: str
+    decision: Decision
+    confusion: Ints
 
 
-def _calibration(result: TaskResult) -> dict[str, Reliability]:
-    """Of every class or label that has a probability; of a binary task, of the positive class."""
-    task, values = result.task, result.values
-    if task.kind in ("regression", "survival") or not len(values):
-        return {}
-    held = result.truth == 1 if task.kind == "multilabel" else result.truth[:, None] == np.arange(len(task.classes))
-    shown = range(1, 2) if task.kind == "binary" else range(len(task.classes))
-    return {task.classes[k]: reliability(values[:, k], held[:, k]) for k in shown}
+def _calls(result: TaskResult) -> list[Call]:
+    """At one half, and at the threshold that the validation slides chose, where they did."""
+    if result.confusion is None or result.task.kind != "binary":
+        return []
+    scores, positive = result.values[:, 1], result.truth == 1
+    calls = [Call("one half", decide(scores, positive), result.confusion)]
+    if result.threshold is not None and result.confusion_there is not None:
+        title = f"{result.threshold:.3f}, chosen on validation slides"
+        calls.append(Call(title, decide(scores, positive, result.threshold), result.confusion_there))
+    return calls
+
+
+def _strata(results: Sequence[TaskResult]) -> list[Stratum]:
+    """Of all tasks, group by group."""
+    parts = [part for result in results for part in result.strata]
+    places = {group: place for place, group in enumerate(dict.fromkeys((part.column, part.value) for part in parts))}
+    return sorted(parts, key=lambda part: places[part.column, part.value])
 
 
 def _task(evaluation: Evaluation, result: TaskResult, top: float) -> dict[str, object]:
@@ -155,15 +165,17 @@ def _task(evaluation: Evaluation, result: TaskResult, top: float) -> dict[str, o
     ranked = sorted(rows, key=lambda row: (-row.rank, row.slide_id))
     wrong = [row for row in ranked if row.right is False]
     right = [row for row in ranked if row.right is not False]
-    calibration = _calibration(result)
+    calibration = calibrations(result.task, result.values, result.truth)
+    further = {name: value for name, value in result.scores.items() if name not in (*result.measures, *_AT_THRESHOLD)}
     best = _spread(right, result.task.classes) if result.confusion is not None else _ends(right)
     return {
         "result": result,
-        "measures": [(TITLES[name], found) for name, found in result.measures.items()],
+        "measures": [(title(name), found) for name, found in result.measures.items()],
         "classes": result.task.classes,
         "shown": result.task.outputs[1:] if result.task.kind == "binary" else result.task.outputs,
         "judged": not ranked or ranked[0].right is not None,
-        "decision": _decision(result),
+        "further": further,
+        "calls": _calls(result),
         "calibration": calibration,
         "reliability": _data_uri(reliability_png(calibration), "png") if calibration else None,
         "roc": _data_uri(roc_png(result.roc), "png") if result.roc else None,

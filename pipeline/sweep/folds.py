@@ -23,14 +23,12 @@ from pipeline.cohort.folds import fold_names
 from pipeline.cohort.labels import stratum, truth
 from pipeline.cohort.table import Cohort, read_cohort
 from pipeline.config.base import fingerprint
-from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
-from pipeline.inference.intervals import Interval, task_intervals
-from pipeline.inference.metrics import MEASURES, Floats, measure
+from pipeline.inference.intervals import Interval
+from pipeline.inference.measured import measured
+from pipeline.inference.operating import thresholds
 from pipeline.inference.resampling import draw_plan
-from pipeline.inference.scores import scores
-from pipeline.inference.weighted import resampled_measures
 from pipeline.results.tables import table_csv, unarmed
 from pipeline.storage.files import join, read_bytes, write_bytes, write_json
 from pipeline.workflow.run import StageResult, ensure_cohort, load_cohort
@@ -39,7 +37,6 @@ from pipeline.workflow.run import run as run_workflow
 log = logging.getLogger(__name__)
 
 _RESAMPLES = 2000
-_THRESHOLD = "val_threshold_"
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,8 @@ def run_folds(config: Config) -> FoldsResult:
 
 def _fold(name: str, stages: Mapping[str, StageResult]) -> Fold:
     train, evaluated = stages["train"].record, stages["evaluate"].record
-    thresholds = {
-        key.removeprefix(_THRESHOLD): value for key, value in train.metrics.items() if key.startswith(_THRESHOLD)
-    }
-    return Fold(name, train.outputs["checkpoint"], evaluated.metrics, thresholds, evaluated.facts["slides"])
+    chosen = thresholds(train.metrics)
+    return Fold(name, train.outputs["checkpoint"], evaluated.metrics, chosen, evaluated.facts["slides"])
 
 
 def _predictions(config: Config, stages: Mapping[str, StageResult], name: str) -> pa.Table:
@@ -137,8 +132,8 @@ def _together(config: Config, cohort: Cohort, folds: Sequence[Fold], table: pa.T
     for task in config.tasks:
         values = np.stack([table[column].to_numpy() for column in task.output_columns], axis=1)
         y = np.array([truth(task, slide.labels[task.name]) for slide in own])
-        measures[task.name] = _measured(task, values, y, patients, resampled_measures(task, values, y, weights))
-        found[task.name] = scores(task, values, y)
+        own_measures = measured(task, values, y, patients, weights)
+        measures[task.name], found[task.name] = own_measures.measures, own_measures.scores
     folder = join(config.storage.root, "folds", f"{config.name}-{fingerprint([asdict(fold) for fold in folds])}")
     names = ("predictions.parquet", "predictions.csv", "resamples.parquet", "folds.json")
     outputs = {name: join(folder, name) for name in names}
@@ -149,14 +144,6 @@ def _together(config: Config, cohort: Cohort, folds: Sequence[Fold], table: pa.T
     told["measures"] = {task: {name: asdict(one) for name, one in each.items()} for task, each in measures.items()}
     write_json(outputs["folds.json"], told)
     return FoldsResult(tuple(folds), measures, found, outputs)
-
-
-def _measured(
-    task: TaskConfig, values: Floats, y: Floats, patients: Sequence[str], resampled: Floats
-) -> dict[str, Interval]:
-    whole = measure(task, values, y)
-    there = ~np.isnan(resampled).any(axis=1)
-    return dict(zip(MEASURES[task.kind], task_intervals(task, y, patients, whole, resampled[there]), strict=True))
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -15,6 +15,7 @@ from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.config.sweep import LAST
 from pipeline.errors import ConfigError, PipelineError, StageError
+from pipeline.inference.operating import thresholds
 from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, SEEN, WEIGHTS, Seen, read_config, read_seen
 from pipeline.storage.files import download, exists, is_remote, join, upload, write_json
 from pipeline.storage.scratch import scratch_folder
@@ -26,8 +27,6 @@ from pipeline.workflow.run import finished
 log = logging.getLogger(__name__)
 
 _COMMIT = "model.json"
-THRESHOLD = "val_threshold_"
-"""Metric of a checkpoint, and tag of a version: the score from which a binary task is called positive."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,7 @@ def _resolve(config: Config, name: str, uri: str, folder: Path) -> SweepModel:
         config=own,
         folder=str(local),
         bytes=sum(path.stat().st_size for path in weights),
-        thresholds={
-            key.removeprefix(THRESHOLD): float(value) for key, value in tags.items() if key.startswith(THRESHOLD)
-        },
+        thresholds=thresholds(tags),
         seen=read_seen(local),
     )
 

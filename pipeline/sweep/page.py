@@ -16,33 +16,16 @@ from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.inference.figures import reliability_png
 from pipeline.inference.metrics import MEASURES
-from pipeline.results.report import TITLES
-from pipeline.sweep.cells import SweptStratum
+from pipeline.inference.scores import title
+from pipeline.results.strata import Stratum
 from pipeline.sweep.charts import Point, against_png, ranking_png
 from pipeline.sweep.statistics import CellResult, CohortResult, Pair, most_wrong
-from pipeline.sweep.tables import calibrations
 
 WORST = 12
 """Slides that are listed as the most often wrong."""
 CURVES = 6
 """Cells whose calibration is drawn: the best ones."""
 _MOST_PAIRS = 12  # cells of a matrix; of more, the best
-NAMES = {
-    **TITLES,
-    "average_precision": "Average precision",
-    "balanced_accuracy": "Balanced accuracy",
-    "f1": "F1",
-    "kappa": "Cohen's kappa",
-    "kappa_quadratic": "Kappa, quadratic (for ordered classes)",
-    "log_loss": "Log loss",
-    "brier": "Brier",
-    "calibration_error": "Calibration error",
-    "threshold": "Threshold, of the validation",
-    "sensitivity": "Sensitivity there",
-    "specificity": "Specificity there",
-    "spearman": "Spearman",
-}
-"""Measure -> what people call it."""
 
 
 def render_page(
@@ -64,7 +47,7 @@ def render_page(
     sweep = config.sweep
     assert sweep is not None
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"digits": _digits, "p": _p, "title": _title}
+    page.filters |= {"digits": _digits, "p": _p, "title": title}
     template = page.from_string(files("pipeline.sweep").joinpath("page.html").read_text("utf-8"))
     return template.render(
         name=config.name,
@@ -109,20 +92,20 @@ def _task(
     results = [result for result in one.results if result.task is task or result.task.name == task.name]
     pairs = [pair for pair in one.pairs if pair.first.task.name == task.name]
     headline = MEASURES[task.kind][0]
-    extra = dict.fromkeys(name for result in results for name in result.scores if name not in result.measures)
+    extra = dict.fromkeys(name for result in results for name in result.found.scores if name not in MEASURES[task.kind])
     wrong = most_wrong([result.rows for result in results], task, number)[:WORST]
     return {
         "name": task.name,
-        "headline": _title(headline),
+        "headline": title(headline),
         "measures": MEASURES[task.kind],
         "results": results,
-        "ranking": _png(ranking_png(_points(results), _title(headline))),
-        "cost": _png(against_png(_costs(results), "seconds a slide", _title(headline), joined=False)),
-        "memory": _memory(results, pairs, _title(headline)),
+        "ranking": _png(ranking_png(_points(results), title(headline))),
+        "cost": _png(against_png(_costs(results), "seconds a slide", title(headline), joined=False)),
+        "memory": _memory(results, pairs, title(headline)),
         "extra": list(extra),
         "pairs": _matrix(results, pairs),
         "hidden": max(0, len(results) - _MOST_PAIRS),
-        "strata": _strata([part for part in one.strata if part.task == task.name], headline),
+        "strata": _strata(results, headline),
         "calibration": _calibration(one, results),
         "wrong": [
             {
@@ -217,18 +200,16 @@ def _difference(pair: Pair, sign: float) -> dict[str, object]:
     }
 
 
-def _strata(parts: Sequence[SweptStratum], headline: str) -> list[dict[str, object]]:
+def _strata(results: Sequence[CellResult], headline: str) -> list[dict[str, object]]:
     """Each column as a table: groups across, cells down."""
-    columns: defaultdict[str, list[SweptStratum]] = defaultdict(list)
-    for part in parts:
-        columns[part.column].append(part)
     tables: list[dict[str, object]] = []
-    for column, own in columns.items():
-        values = list(dict.fromkeys(part.value for part in own))
-        cells: defaultdict[str, dict[str, SweptStratum]] = defaultdict(dict)
-        for part in own:
-            cells[part.cell.scoring.name][part.value] = part
+    for column in dict.fromkeys(part.column for result in results for part in result.strata):
+        cells = {
+            result.rows.cell.scoring.name: {part.value: part for part in result.strata if part.column == column}
+            for result in results
+        }
         first = next(iter(cells.values()))
+        values = list(first)
         tables.append(
             {
                 "column": column,
@@ -241,7 +222,7 @@ def _strata(parts: Sequence[SweptStratum], headline: str) -> list[dict[str, obje
     return tables
 
 
-def _judged(part: SweptStratum | None, headline: str) -> str:
+def _judged(part: Stratum | None, headline: str) -> str:
     return "too few to judge" if part is None or part.measures is None else _digits(part.measures[headline])
 
 
@@ -249,18 +230,10 @@ def _calibration(one: CohortResult, results: Sequence[CellResult]) -> str | None
     """Of the best cells; of several classes, of the last one."""
     curves = {}
     for result in results[:CURVES]:
-        found = calibrations(result, one.shared)
+        found = result.calibrations(one.shared)
         if found:
             curves[result.rows.cell.scoring.name] = list(found.values())[-1]
     return _png(reliability_png(curves)) if curves else None
-
-
-def _title(name: str) -> str:
-    """A measure's name for people."""
-    if name in NAMES:
-        return NAMES[name]
-    head, _, rest = name.partition("_")
-    return f"{NAMES[head]}, {rest}" if head in NAMES else name.replace("_", " ")
 
 
 def _digits(value: float) -> str:

@@ -193,8 +193,8 @@ def _log_cell(
     metrics: dict[str, float] = {"failures": results[0].failures, **results[0].rows.costs}
     for result in results:
         end = f"_{result.task.name}" if len(cell.scoring.config.tasks) > 1 else ""
-        metrics |= {f"{name}{end}": value for name, value in result.scores.items()}
-        for name, found in result.measures.items():
+        metrics |= {f"{name}{end}": value for name, value in result.found.scores.items()}
+        for name, found in result.found.measures.items():
             bounds = {f"{name}{end}_low": found.low, f"{name}{end}_high": found.high}
             metrics |= {key: value for key, value in bounds.items() if value == value}
         metrics[f"slides{end}"] = result.slides

@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from pipeline.cohort.labels import truth
 from pipeline.config.data import TaskConfig
-from pipeline.inference.intervals import Interval, floor, task_intervals
+from pipeline.inference.intervals import Interval, floor
+from pipeline.inference.measured import Measured, measured
 from pipeline.inference.metrics import MEASURES, Floats, labelled
+from pipeline.inference.operating import Reliability
 from pipeline.inference.resampling import Difference, ResamplingPlan, delong, draw_plan, holm, paired_difference
-from pipeline.inference.scores import scores, with_failures
-from pipeline.inference.weighted import resampled_measures
-from pipeline.sweep.cells import Cell, SweptStratum, cell_strata
+from pipeline.inference.scores import calibrations, with_failures
+from pipeline.results.strata import Stratum, strata
+from pipeline.sweep.cells import Cell
 from pipeline.sweep.cohorts import SweptCohort
 
 Bools = npt.NDArray[np.bool_]
@@ -100,19 +102,22 @@ class CellResult:
     patients: int
     failures: int
     """Slides of the cohort without a prediction."""
-    measures: Mapping[str, Interval]
-    scores: Mapping[str, float]
+    found: Measured
     if_wrong: Mapping[str, float]
     """The measures over all slides of the cohort, if those without a prediction had been predicted wrong."""
-    resampled: Floats
-    """(B, S) of the task's `MEASURES`."""
+    strata: tuple[Stratum, ...]
     seen: int | None
     """Slides that the model knows; None where that is not known."""
 
     @property
     def headline(self) -> Interval:
         """What cells are compared by."""
-        return self.measures[MEASURES[self.task.kind][0]]
+        return self.found.measures[MEASURES[self.task.kind][0]]
+
+    def calibrations(self, shared: Bools) -> dict[str, Reliability]:
+        """Of each class, over the slides (n,) that all cells have."""
+        values = self.rows.values(self.rows.cell.scoring.config.tasks.index(self.task))
+        return calibrations(self.task, values[shared], self.truths[shared])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,6 @@ class CohortResult:
     results: tuple[CellResult, ...]
     """Task by task, the best first."""
     pairs: tuple[Pair, ...]
-    strata: tuple[SweptStratum, ...]
     without: tuple[CellRows, ...]
     """Cells without any prediction, which are left out of the comparison."""
 
@@ -171,21 +175,15 @@ def cohort_result(
     )
     results: list[CellResult] = []
     pairs: list[Pair] = []
-    strata: list[SweptStratum] = []
     weights = plan.weights([patient for patient, kept in zip(cohort.patients, shared, strict=True) if kept])
     for number, task in enumerate(tasks):
         y = np.array([truth(task, slide.labels[task.name]) for slide in cohort.slides])
-        found = [_result(one, number, task, y, shared, weights, seen) for one in used] if shared.any() else []
+        found = [_result(one, number, task, y, shared, weights, few, seen) for one in used] if shared.any() else []
         found.sort(key=lambda one: _rank(one.headline.value))
         results += found
         pairs += _pairs(found, task, y, shared, cohort.patients, number)
-        strata += [
-            part
-            for one in found
-            for part in cell_strata(cohort, one.rows.cell, task, one.rows.values(number), y, shared, few)
-        ]
     without = tuple(one for one in rows if not one.predicted.any())
-    return CohortResult(cohort, plan, shared, tuple(results), tuple(pairs), tuple(strata), without)
+    return CohortResult(cohort, plan, shared, tuple(results), tuple(pairs), without)
 
 
 def _rank(value: float) -> float:
@@ -200,14 +198,13 @@ def _result(
     y: Floats,
     shared: Bools,
     weights: npt.NDArray[np.uint8],
+    few: int,
     seen: Mapping[str, int | None],
 ) -> CellResult:
     values, known = rows.values(number), labelled(y)
     cohort, model = rows.cell.cohort, rows.cell.scoring.model
     patients = [patient for patient, kept in zip(cohort.patients, shared, strict=True) if kept]
-    found = scores(task, values[shared], y[shared], model.thresholds.get(task.name))
-    resampled = resampled_measures(task, values[shared], y[shared], weights)
-    whole = [found.get(name, float("nan")) for name in MEASURES[task.kind]]
+    found = measured(task, values[shared], y[shared], patients, weights, model.thresholds.get(task.name))
     return CellResult(
         rows=rows,
         task=task,
@@ -215,22 +212,11 @@ def _result(
         slides=int((shared & known).sum()),
         patients=len({patient for patient, kept in zip(cohort.patients, shared & known, strict=True) if kept}),
         failures=int((~rows.predicted).sum()),
-        measures=dict(zip(MEASURES[task.kind], _intervals(task, y[shared], patients, whole, resampled), strict=True)),
-        scores=found,
+        found=found,
         if_wrong=with_failures(task, values, y),
-        resampled=resampled,
+        strata=tuple(strata(cohort.slides, task, values, y, few, shared)),
         seen=seen[model.digest],
     )
-
-
-def _intervals(
-    task: TaskConfig, y: Floats, patients: Sequence[str], whole: Sequence[float], resampled: Floats
-) -> list[Interval]:
-    """Of each measure; without bounds where hardly any resample has what it needs."""
-    there = ~np.isnan(resampled).any(axis=1)
-    if np.isnan(whole).any() or 2 * int(there.sum()) < len(resampled):
-        return [Interval(value, float("nan"), float("nan")) for value in whole]
-    return task_intervals(task, y, patients, whole, resampled[there])
 
 
 def _pairs(
@@ -245,7 +231,9 @@ def _pairs(
     least = floor(task, MEASURES[task.kind][0], y[known], kept)
     both = list(combinations(usable, 2))
     differences = [
-        paired_difference((a.headline.value, b.headline.value), (a.resampled[:, 0], b.resampled[:, 0]), least=least)
+        paired_difference(
+            (a.headline.value, b.headline.value), (a.found.resampled[:, 0], b.found.resampled[:, 0]), least=least
+        )
         for a, b in both
     ]
     adjusted = holm([one.p for one in differences])

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from pipeline.inference.metrics import labelled
-from pipeline.inference.operating import Reliability, reliability
-from pipeline.sweep.cells import SweptStratum
+from pipeline.results.strata import Stratum
 from pipeline.sweep.statistics import CellResult, CellRows, CohortResult
 
 Row = dict[str, Any]
@@ -25,7 +22,7 @@ def cells_table(results: Sequence[CohortResult]) -> pa.Table:
 def _cell(result: CellResult) -> Row:
     cell = result.rows.cell
     bounds = {
-        f"{name}_{end}": getattr(found, end) for name, found in result.measures.items() for end in ("low", "high")
+        f"{name}_{end}": getattr(found, end) for name, found in result.found.measures.items() for end in ("low", "high")
     }
     return {
         **_named(result.rows),
@@ -36,7 +33,7 @@ def _cell(result: CellResult) -> Row:
         "failures": result.failures,
         "seen_slides": result.seen,
         **bounds,
-        **result.scores,
+        **result.found.scores,
         **{f"{name}_if_failures_wrong": value for name, value in result.if_wrong.items()},
         **result.rows.costs,
         "device": result.rows.device,
@@ -89,15 +86,16 @@ def pairs_table(results: Sequence[CohortResult]) -> pa.Table:
 
 def strata_table(results: Sequence[CohortResult]) -> pa.Table:
     """One row a cell, task and group."""
-    return _table([_stratum(one.cohort.name, part) for one in results for part in one.strata])
+    return _table([_stratum(result, part) for one in results for result in one.results for part in result.strata])
 
 
-def _stratum(cohort: str, part: SweptStratum) -> Row:
+def _stratum(result: CellResult, part: Stratum) -> Row:
+    cell = result.rows.cell
     return {
-        "cohort": cohort,
-        "model": part.cell.scoring.model.name,
-        "setting": part.cell.scoring.setting.text,
-        "cell": part.cell.digest,
+        "cohort": cell.cohort.name,
+        "model": cell.scoring.model.name,
+        "setting": cell.scoring.setting.text,
+        "cell": cell.digest,
         "task": part.task,
         "column": part.column,
         "value": part.value,
@@ -108,26 +106,12 @@ def _stratum(cohort: str, part: SweptStratum) -> Row:
     }
 
 
-def calibrations(result: CellResult, shared: np.ndarray) -> dict[str, Reliability]:
-    """Class or label -> what was predicted and what came true; of a binary task, of the positive class."""
-    task = result.task
-    if task.kind in ("regression", "survival"):
-        return {}
-    number = result.rows.cell.scoring.config.tasks.index(task)
-    truths = result.truths
-    known = shared & labelled(truths)
-    values, y = result.rows.values(number)[known], truths[known]
-    held = y == 1 if task.kind == "multilabel" else y[:, None] == np.arange(len(task.classes))
-    shown = range(1, 2) if task.kind == "binary" else range(len(task.classes))
-    return {task.classes[k]: reliability(values[:, k], held[:, k]) for k in shown} if len(y) else {}
-
-
 def calibration_table(results: Sequence[CohortResult]) -> pa.Table:
     """One row a cell, task, class and group of like probability."""
     rows: list[Row] = []
     for one in results:
         for result in one.results:
-            for name, found in calibrations(result, one.shared).items():
+            for name, found in result.calibrations(one.shared).items():
                 groups = zip(found.predicted, found.share, found.low, found.high, found.counts, strict=True)
                 for predicted, share, low, high, count in groups:
                     rows.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _PARAM_CHARS = 6000  # MLflow's limits: characters of a value, and entries of on
 _TAG_CHARS = 8000
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
+_NOT_IN_NAMES = re.compile(r"[^\w.\- :/]")  # of metrics
 # Three attempts of 4 s and one pause of 4 s: a server that is down is reported within 20 s. MLflow's own
 # patience (7 retries of up to 120 s) is kept for a run that is under way, so it survives a server's restart.
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
@@ -130,10 +132,14 @@ class Tracker(Store):
     def log_metrics(
         self, run_id: str, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None
     ) -> None:
-        """Metrics at one step. MLflow appends: a step logged twice is stored twice (see `latest_step`)."""
+        """Metrics at one step. MLflow appends: a step logged twice is stored twice (see `latest_step`).
+
+        Characters that MLflow takes in no name, as those of a class `3+4`, become `_`.
+        """
         now = time.time_ns() // 1_000_000
         entries = [
-            Metric(key, float(value), now, step, model_id=model_id, run_id=run_id) for key, value in metrics.items()
+            Metric(_NOT_IN_NAMES.sub("_", key), float(value), now, step, model_id=model_id, run_id=run_id)
+            for key, value in metrics.items()
         ]
         for start in range(0, len(entries), _METRIC_BATCH):
             with reported(self.uri):

@@ -19,7 +19,7 @@ from pipeline.cohort.labels import Label, target, truth
 from pipeline.config.data import TaskConfig
 from pipeline.errors import PipelineError, StageError
 from pipeline.inference.metrics import MEASURES, labelled, measure
-from pipeline.inference.operating import choose_threshold
+from pipeline.inference.operating import THRESHOLD, choose_threshold
 from pipeline.inference.prediction import BagPrediction
 from pipeline.training.plan import deal
 from pipeline.training.ranks import Ranks, gathered
@@ -111,7 +111,7 @@ def look(
         result |= {f"val_{name}_{task.name}": value for name, value in named if not math.isnan(value)}
         known = labelled(truths)
         if task.kind == "binary" and (cut := choose_threshold(values[known, 1], truths[known] == 1)) is not None:
-            result[f"val_threshold_{task.name}"] = cut
+            result[f"{THRESHOLD}{task.name}"] = cut
     if not math.isnan(sum(first)):
         result["val_score"] = sum(first) / len(first)
     outputs = {task.name: torch.from_numpy(np.stack([one.logits[task.name] for one in found])) for task in tasks}

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrackingError
+from pipeline.inference.metrics import MEASURES
+from pipeline.inference.operating import THRESHOLD
 from pipeline.model.folder import SEEN
 from pipeline.storage.files import download, exists, join, parent
 from pipeline.tracking.tracker import connect
@@ -55,9 +57,8 @@ def _tags(space: Workspace) -> dict[str, str]:
 def _description(space: Workspace) -> str:
     """What a person reads of the version, in Markdown."""
     train, evaluated, config = space.records["train"], space.records["evaluate"], space.config
-    measured = ", ".join(
-        f"{name} {value:.3f}" for name, value in sorted(evaluated.metrics.items()) if not name.endswith("s")
-    )
+    names = dict.fromkeys(f"{config.evaluate.split}_{name}" for each in MEASURES.values() for name in each)
+    measured = ", ".join(_with_bounds(name, evaluated.metrics) for name in names if name in evaluated.metrics)
     return (
         f"Recipe {config.name}, seed {config.seed}: trained on {train.facts['train_slides']} slides, validated on "
         f"{train.facts['val_slides']}. On {evaluated.facts['slides']} slides of the {config.evaluate.split} split: "
@@ -65,9 +66,15 @@ def _description(space: Workspace) -> str:
     )
 
 
+def _with_bounds(name: str, metrics: Mapping[str, float]) -> str:
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    bounds = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+    return f"{name} {metrics[name]:.3f}{bounds}"
+
+
 def _thresholds(train: Record) -> dict[str, str]:
     """What positive is called from, by the validation slides; and where the training is found."""
-    chosen = {name: str(value) for name, value in train.metrics.items() if name.startswith("val_threshold_")}
+    chosen = {name: str(value) for name, value in train.metrics.items() if name.startswith(THRESHOLD)}
     return {**chosen, "train_run_id": str(train.run_id)}
 
 

@@ -24,6 +24,7 @@ from pipeline.bags.streamed import planned_keys
 from pipeline.cohort.splits import check_apart
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
+from pipeline.inference.operating import thresholds
 from pipeline.ingest.tiler import TRANSIENT, allows_more
 from pipeline.ingest.versions import Looked
 from pipeline.model.folder import WEIGHTS
@@ -304,11 +305,11 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     slides = space.stored(config.evaluate.split)
     tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
     space.ray()
-    checkpoint = space.records["train"].outputs["checkpoint"]
+    trained = space.records["train"]
     with plans_mended(config):
         evaluation = cluster.call(
             evaluate_checkpoint,
-            (config, checkpoint, slides),
+            (config, trained.outputs["checkpoint"], slides, thresholds(trained.metrics)),
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
             timeout_s=config.cluster.start_timeout_s,
@@ -316,7 +317,7 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         )
     folder = join(config.storage.root, "reports", f"{config.name}-{stage_fingerprint}")
     origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}
-    origin |= {"checkpoint": checkpoint, "mlflow_run": run_id, "versions": versions()}
+    origin |= {"checkpoint": trained.outputs["checkpoint"], "mlflow_run": run_id, "versions": versions()}
     page = render_report(evaluation, config, space.cohort, {**origin, **space.lineage})
     table = table_csv(evaluation.predictions)
     write_bytes(join(folder, "predictions.csv"), table)
@@ -328,14 +329,16 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 
 
-def evaluate_checkpoint(config: Config, checkpoint: str, slides: Sequence[LabelledSource]) -> Evaluation:
+def evaluate_checkpoint(
+    config: Config, checkpoint: str, slides: Sequence[LabelledSource], cuts: Mapping[str, float]
+) -> Evaluation:
     """Evaluate a checkpoint folder, given by URI; runs as a Ray task, on a GPU where the config asks for one."""
     from pipeline.inference.prediction import load_model
     from pipeline.results.evaluate import evaluate
 
     with model_folder(checkpoint) as folder:
         model, _ = load_model(folder)
-    return evaluate(model, config, slides)
+    return evaluate(model, config, slides, cuts)
 
 
 STAGES: tuple[Stage, ...] = (

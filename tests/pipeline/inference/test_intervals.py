@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -12,10 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
 from pipeline.config.data import TaskConfig
-from pipeline.errors import StageError
 from pipeline.inference.intervals import (
     Interval,
-    bootstrap,
     clopper_pearson,
     comparable_pairs,
     floor,
@@ -24,7 +21,9 @@ from pipeline.inference.intervals import (
     opposed_pairs,
     task_intervals,
 )
-from pipeline.inference.metrics import Floats, Ints, auc, measure
+from pipeline.inference.metrics import Floats, auc, measure
+from pipeline.inference.resampling import draw_plan
+from pipeline.inference.weighted import resampled_measures
 
 
 def _task(kind: str, **fields: object) -> TaskConfig:
@@ -80,14 +79,15 @@ def test_comparable_pairs_are_the_largest_matching(rows: list[tuple[int, bool]])
     assert comparable_pairs(time[twice], event[twice], [str(i) for i in twice]) == max(1, _matching(edges))
 
 
-def _intervals(
-    task: TaskConfig, values: Floats, truth: Floats, patients: list[str], resamples: int = 200
-) -> list[Interval]:
-    def statistic(chosen: Ints) -> Floats:
-        return np.array(measure(task, values[chosen], truth[chosen]))
-
-    drawn = bootstrap(statistic, patients, resamples, seed=3)
+def _intervals(task: TaskConfig, values: Floats, truth: Floats, patients: list[str]) -> list[Interval]:
+    drawn = _drawn(task, values, truth, patients)
     return task_intervals(task, truth, patients, measure(task, values, truth), drawn)
+
+
+def _drawn(task: TaskConfig, values: Floats, truth: Floats, patients: list[str], seed: int = 3) -> Floats:
+    """200 resamples of the patients, unstratified."""
+    weights = draw_plan(patients, [0] * len(patients), 200, seed).weights(patients)
+    return resampled_measures(task, values, truth, weights)
 
 
 def test_a_perfect_result_of_twenty_patients_is_not_certain() -> None:
@@ -125,11 +125,7 @@ def test_far_from_the_ends_the_bootstrap_stays() -> None:
     truth = np.repeat([0.0, 1.0], 60)
     scores = 1 / (1 + np.exp(-generator.normal(truth * 0.8, 1)))
     values, patients = np.stack([1 - scores, scores], axis=1), [f"p{n // 2}" for n in range(120)]
-
-    def statistic(chosen: Ints) -> Floats:
-        return np.array(measure(BINARY, values[chosen], truth[chosen]))
-
-    drawn = bootstrap(statistic, patients, 300, seed=3)
+    drawn = _drawn(BINARY, values, truth, patients)
     found = task_intervals(BINARY, truth, patients, measure(BINARY, values, truth), drawn)
     for place, one in enumerate(found):
         assert (one.low, one.high) == pytest.approx(np.quantile(drawn[:, place], (0.025, 0.975)))
@@ -172,7 +168,7 @@ def test_the_interval_of_an_auc_holds_the_truth_near_one(m: int, n: int, area: f
 
 
 def _auc_bootstrap(high: Floats, low: Floats, generator: np.random.Generator) -> Floats:
-    """As `bootstrap` of an AUC without ties, all resamples at once."""
+    """Resamples of an AUC without ties."""
     size = len(high) + len(low)
     weights = generator.multinomial(size, np.full(size, 1 / size), 200).astype(np.float64)
     ours, theirs = weights[:, : len(high)], weights[:, len(high) :]
@@ -182,47 +178,36 @@ def _auc_bootstrap(high: Floats, low: Floats, generator: np.random.Generator) ->
     return areas
 
 
-def _mean_at(values: Floats, index: Ints) -> Floats:
-    return np.array([values[index].mean()])
+def test_patients_are_drawn_and_not_slides() -> None:
+    """Ten patients with seven equal slides each: their spread is that of ten values."""
+    generator = np.random.default_rng(4)
+    errors = np.repeat(generator.random(10), 7)
+    values, true, patients = errors[:, None], np.zeros(70), [f"p{n // 7}" for n in range(70)]
+    by_patient = _drawn(_task("regression"), values, true, patients)[:, 1]
+    alone = _drawn(_task("regression"), values, true, [str(n) for n in range(70)])[:, 1]
+    assert by_patient.std() == pytest.approx(errors[::7].std() / np.sqrt(10), rel=0.15)
+    assert alone.std() == pytest.approx(errors.std() / np.sqrt(70), rel=0.15)
 
 
-def test_the_bootstrap_draws_patients_not_slides() -> None:
-    values = np.repeat(np.arange(10.0), 7)  # ten patients with seven equal slides each
-    patients = [f"p{int(value)}" for value in values]
-    by_patient = bootstrap(partial(_mean_at, values), patients, 2000, seed=1)[:, 0]
-    alone = bootstrap(partial(_mean_at, values), [str(i) for i in range(70)], 2000, seed=1)[:, 0]
-    assert by_patient.std() == pytest.approx(values[::7].std() / np.sqrt(10), rel=0.1)
-    assert alone.std() == pytest.approx(values.std() / np.sqrt(70), rel=0.1)
-
-
-def test_the_bootstrap_is_seeded_and_skips_resamples_without_a_class() -> None:
-    scores, labels = np.array([0.1, 0.2, 0.3, 0.9]), np.array([0, 0, 0, 1])
-
-    def statistic(index: Ints) -> Floats:
-        return np.array([auc(scores[index], labels[index] == 1)])
-
-    first = bootstrap(statistic, list("abcd"), 200, seed=5)
-    assert first.shape == (200, 1)
-    assert not np.isnan(first).any()
-    np.testing.assert_array_equal(first, bootstrap(statistic, list("abcd"), 200, seed=5))
-
-
-def test_a_bootstrap_that_hardly_ever_holds_every_class_ends() -> None:
-    patients = [str(n) for n in range(20)]
-
-    def everyone(chosen: Ints) -> Floats:
-        return np.array([1.0 if len(set(chosen.tolist())) == 20 else np.nan])
-
-    with pytest.raises(StageError, match=r"of 300 resamples of 20 patients only 0 hold .*rare classes"):
-        bootstrap(everyone, patients, 3, seed=0)
+def test_what_hardly_any_resample_holds_has_no_bounds() -> None:
+    """The value stands; of a class that one patient of twenty has, two resamples of three know nothing or all."""
+    some = np.array([0.7, 0.8, np.nan, 0.9])
+    assert interval(0.8, some) == Interval(0.8, *np.quantile(some[~np.isnan(some)], (0.025, 0.975)))
+    found = interval(0.8, np.array([0.7, np.nan, np.nan]), least_low=0.5)
+    assert (found.value, np.isnan(found.low), np.isnan(found.high)) == (0.8, True, True)
+    area, right = _intervals(BINARY, np.tile([0.3, 0.7], (6, 1)), np.ones(6), [f"p{n}" for n in range(6)])
+    assert np.isnan([area.value, area.low, area.high]).all()
+    assert (right.low, right.high) == pytest.approx(clopper_pearson(6, 6))
+    nothing = _intervals(BINARY, np.tile([0.3, 0.7], (2, 1)), np.full(2, np.nan), ["a", "b"])
+    assert np.isnan([one.value for one in nothing]).all()
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    covered = 0
+    covered, patients = 0, [str(i) for i in range(60)]
     for trial in range(200):
-        values = generator.normal(size=60)
-        resampled = bootstrap(partial(_mean_at, values), [str(i) for i in range(60)], 200, trial)
-        bounds = interval(float(values.mean()), resampled[:, 0])
-        covered += bounds.low <= 0 <= bounds.high
+        errors = generator.exponential(size=60)
+        resampled = _drawn(_task("regression"), errors[:, None], np.zeros(60), patients, trial)[:, 1]
+        bounds = interval(float(errors.mean()), resampled)
+        covered += bounds.low <= 1 <= bounds.high
     assert 0.88 <= covered / 200 <= 0.99

@@ -42,14 +42,16 @@ def test_multiclass_agrees_with_scikit_learn() -> None:
     labels = generator.integers(5, size=83)
     expected = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
     assert task_auc(probabilities, labels) == pytest.approx(expected)
-    np.testing.assert_array_equal(confusion(probabilities, labels), confusion_matrix(labels, probabilities.argmax(1)))
-    assert accuracy(probabilities, labels) == pytest.approx(np.trace(confusion(probabilities, labels)) / 83)
+    called = probabilities.argmax(axis=1)
+    np.testing.assert_array_equal(confusion(called, labels, 5), confusion_matrix(labels, called))
+    assert accuracy(probabilities, labels) == pytest.approx(np.trace(confusion(called, labels, 5)) / 83)
 
 
 def test_a_class_that_is_absent_is_left_out_of_the_mean() -> None:
     probabilities = np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
     assert task_auc(probabilities, np.array([0, 1, 1])) == pytest.approx(1.0)
-    assert confusion(probabilities, np.array([0, 1, 1])).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    called = probabilities.argmax(axis=1)
+    assert confusion(called, np.array([0, 1, 1]), 3).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
 
 
 def test_a_perfect_and_an_inverted_score() -> None:

@@ -10,7 +10,8 @@ from sklearn import metrics as sk
 
 from pipeline.config.data import TaskConfig
 from pipeline.inference.metrics import MEASURES, Floats, measure
-from pipeline.inference.scores import as_wrong, dynamic_auc, scores, with_failures
+from pipeline.inference.operating import reliability
+from pipeline.inference.scores import as_wrong, calibrations, dynamic_auc, scores, title, with_failures
 
 
 def _task(kind: str, **fields: object) -> TaskConfig:
@@ -48,8 +49,8 @@ def test_of_several_classes() -> None:
     expected = sk.cohen_kappa_score(truth, called, labels=[0, 1, 2, 3], weights="quadratic")
     assert found["kappa_quadratic"] == pytest.approx(expected)
     for k in range(3):
-        assert found[f"auc_g{k + 1}"] == pytest.approx(sk.roc_auc_score(truth == k, values[:, k]))
-    assert "auc_g4" not in found
+        assert found[f"auc_of_g{k + 1}"] == pytest.approx(sk.roc_auc_score(truth == k, values[:, k]))
+    assert "auc_of_g4" not in found
     assert found["average_precision"] == pytest.approx(
         np.mean([sk.average_precision_score(truth == k, values[:, k]) for k in range(3)])
     )
@@ -63,7 +64,7 @@ def test_of_labels_numbers_and_one_class_alone() -> None:
     generator = np.random.default_rng(3)
     held = generator.integers(0, 2, (31, 2)).astype(float)
     found = scores(_task("multilabel", classes=["x", "y"]), generator.random((31, 2)), held)
-    assert {"auc", "exact_match", "auc_x", "auc_y", "average_precision", "f1", "brier"} <= found.keys()
+    assert {"auc", "exact_match", "auc_of_x", "auc_of_y", "average_precision", "f1", "brier"} <= found.keys()
     true, predicted = generator.random(19), generator.random(19)
     numbers = scores(_task("regression"), predicted[:, None], true)
     assert numbers["spearman"] == pytest.approx(spearmanr(predicted, true).statistic)
@@ -108,7 +109,7 @@ def test_time_dependent_auc_is_its_definition(seed: int) -> None:
     task = _task("survival", event_column="e", bins=[4.0, 8.0])
     survival = np.sort(generator.random((29, 2)), axis=1)[:, ::-1]
     found = scores(task, survival, np.stack([time, event], axis=1))
-    assert found["auc_4"] == pytest.approx(_slow_dynamic_auc(1 - survival[:, 0], time, event, 4.0))
+    assert found["auc_at_4"] == pytest.approx(_slow_dynamic_auc(1 - survival[:, 0], time, event, 4.0))
     assert np.isnan(dynamic_auc(risk, time, np.zeros(29, bool), 4.0))
 
 
@@ -135,3 +136,28 @@ def test_failures_count_as_wrong_as_they_can_be(kind: str) -> None:
             assert worst[name] <= found + 1e-12
     assert with_failures(_task("regression"), np.array([[np.nan]]), np.ones(1)) == {}
     assert as_wrong(_task("regression"), np.ones(1)) is None
+
+
+def test_a_class_called_low_takes_no_interval_s_name_and_each_has_a_title() -> None:
+    """`auc_low` is the lower end of an AUC."""
+    generator = np.random.default_rng(5)
+    task = _task("multiclass", classes=["low", "high", "3+4"])
+    found = scores(task, generator.dirichlet([1, 1, 1], 43), generator.integers(0, 3, 43).astype(float))
+    assert {"auc_of_low", "average_precision_of_high"} <= found.keys()
+    assert not {"auc_low", "auc_high"} & found.keys()
+    assert title("auc_of_3+4") == "AUC, 3+4"
+    assert title("auc_at_6") == "AUC at 6"
+    assert all(title(name) for name in found)
+
+
+def test_calibration_is_of_each_class_and_of_labelled_slides() -> None:
+    generator = np.random.default_rng(6)
+    p = generator.dirichlet([1, 1, 1], 37)
+    y = np.append(generator.integers(0, 3, 36).astype(float), np.nan)
+    found = calibrations(_task("multiclass", classes=["a", "b", "c"]), p, y)
+    assert list(found) == ["a", "b", "c"]
+    assert found["b"].error == pytest.approx(reliability(p[:36, 1], y[:36] == 1).error)
+    assert sum(found["c"].counts) == 36
+    assert list(calibrations(_task("binary"), p[:, :2], np.minimum(y, 1))) == ["1"]
+    assert calibrations(_task("regression"), p[:, :1], y) == {}
+    assert calibrations(_task("binary"), p[:2, :2], np.full(2, np.nan)) == {}

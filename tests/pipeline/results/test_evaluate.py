@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
+from pipeline.cohort.labels import stratum, truth
 from pipeline.cohort.table import Cohort
 from pipeline.errors import StageError
+from pipeline.inference.measured import measured
 from pipeline.inference.prediction import load_model
+from pipeline.inference.resampling import draw_plan
 from pipeline.results.evaluate import Evaluation, evaluate
 from pipeline.results.report import render_report
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
@@ -27,13 +30,15 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 def evaluation(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     config = small_config()
     model, _ = load_model(write_model(tmp_path_factory.mktemp("model"), config))
-    return evaluate(model, config, store_slides(cohort, tmp_path_factory.mktemp("store"), config))
+    return evaluate(model, config, store_slides(cohort, tmp_path_factory.mktemp("store"), config), {"tumour": 0.45})
 
 
 def test_metrics_are_named_after_the_split_and_agree_with_the_table(evaluation: Evaluation) -> None:
     assert set(evaluation.metrics) == {
         "test_auc", "test_auc_low", "test_auc_high", "test_accuracy", "test_accuracy_low",
-        "test_accuracy_high", "test_slides", "test_patients",
+        "test_accuracy_high", "test_slides", "test_patients", "test_average_precision", "test_balanced_accuracy",
+        "test_brier", "test_calibration_error", "test_f1", "test_kappa", "test_log_loss", "test_sensitivity",
+        "test_specificity", "test_threshold",
     }  # fmt: skip
     table = evaluation.predictions.to_pandas()
     known = table.dropna(subset=["tumour_label"])
@@ -42,7 +47,31 @@ def test_metrics_are_named_after_the_split_and_agree_with_the_table(evaluation: 
     assert evaluation.metrics["test_auc_low"] <= expected <= evaluation.metrics["test_auc_high"]
     assert evaluation.metrics["test_accuracy"] == (known["tumour_label"] == known["tumour_predicted"]).mean()
     assert evaluation.metrics["test_patients"] == 4
+    assert evaluation.metrics["test_brier"] == pytest.approx(
+        brier_score_loss(known["tumour_label"] == "yes", known["tumour_yes"])
+    )
     json.dumps(evaluation.metrics, allow_nan=False)
+
+
+def test_positive_is_called_from_the_threshold_of_other_slides(evaluation: Evaluation) -> None:
+    (task,) = evaluation.tasks
+    assert task.threshold == evaluation.metrics["test_threshold"] == 0.45
+    expected = confusion_matrix(task.truth, task.values[:, 1] >= 0.45, labels=[0, 1])
+    np.testing.assert_array_equal(task.confusion_there, expected)
+    assert evaluation.metrics["test_sensitivity"] == expected[1, 1] / 3
+
+
+def test_intervals_are_those_of_a_sweep_of_one(evaluation: Evaluation) -> None:
+    """The plan, the measures and their bounds come from one place: the same slides say the same."""
+    (task,) = evaluation.tasks
+    slides, config = [slide for slide, _ in evaluation.slides], small_config()
+    labels = [slide.labels["tumour"] for slide in slides]
+    patients = [slide.patient_id for slide in slides]
+    plan = draw_plan(patients, [stratum(task.task, label) for label in labels], config.evaluate.bootstrap, config.seed)
+    y = np.array([truth(task.task, label) for label in labels])
+    values = np.stack([one.values["tumour"] for one in evaluation.found])
+    found = measured(task.task, values, y, patients, plan.weights(patients), 0.45)
+    assert (task.measures, task.scores) == (found.measures, found.scores)
 
 
 def test_slides_without_a_label_are_predicted_and_not_measured(evaluation: Evaluation) -> None:
@@ -124,7 +153,13 @@ def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
         "exact_match_high", "r2", "r2_low", "r2_high", "c_index", "c_index_low", "c_index_high", "slides", "patients",
         "auc_finds", "exact_match_finds", "r2_age", "mae_age", "c_index_death", "auc_tumour", "accuracy_tumour",
     }  # fmt: skip
-    assert set(result.metrics) == {f"test_{name}" for name in names}
+    further = {
+        "spearman_age", "auc_at_6_death", "auc_of_x_finds", "auc_of_y_finds", "f1_finds", "brier_finds",
+        "average_precision_finds", "calibration_error_finds", "average_precision_tumour", "balanced_accuracy_tumour",
+        "f1_tumour", "kappa_tumour", "log_loss_tumour", "brier_tumour", "calibration_error_tumour",
+    }  # fmt: skip
+    assert {f"test_{name}" for name in names | further} <= set(result.metrics)
+    assert not {name for name in result.metrics if name.endswith(("_low", "_high"))} - {f"test_{n}" for n in names}
     assert not np.isnan(list(result.metrics.values())).any()
     table = result.predictions.to_pydict()
     assert table["age_label"] == [61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0]

@@ -43,7 +43,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     cohort = Cohort(cohort.uri, odd)
     model, _ = load_model(write_model(folder, config))
-    result = evaluate(model, config, store_slides(cohort, folder / "store", config))
+    result = evaluate(model, config, store_slides(cohort, folder / "store", config), {"tumour": 0.45})
     return render_report(result, config, cohort, {"Git commit": "abc123"})
 
 
@@ -87,4 +87,9 @@ def test_it_says_what_one_half_means_and_what_probabilities_are_worth(html: str)
     assert "Sensitivity" in html
     assert re.search(r"Specificity</td><td>\d of 3, \d\.\d{3} \(", html)
     assert "Brier score 0." in html
+    assert "At a threshold of one half" in html
+    assert "At a threshold of 0.450, chosen on validation slides" in html
+    assert html.count('<table class="confusion">') == 2
+    for name in ("Average precision", "Balanced accuracy", "Cohen&#39;s kappa", "Log loss", "Calibration error"):
+        assert re.search(rf"<td>{name}</td><td>-?\d\.\d{{3}}</td>", html), name
     assert "By stratum" not in html  # this cohort has no such column

@@ -56,7 +56,7 @@ def test_cells_are_measured_over_the_slides_that_all_have_and_ranked() -> None:
         area = roc_auc_score(y[result.shared], one.rows.outputs[result.shared, 1])
         assert one.headline.value == pytest.approx(area)
         assert one.headline.low < area < one.headline.high
-        assert one.scores["threshold"] == 0.4
+        assert one.found.scores["threshold"] == 0.4
     good, worse = result.results
     assert good.if_wrong["auc"] < good.headline.value  # its own two failures
     whole = roc_auc_score(y, worse.rows.outputs[:, 1])
@@ -97,7 +97,7 @@ def test_labels_of_one_class_leave_what_they_can_give() -> None:
     cohort = replace(cohort, slides=tuple(replace(slide, labels={"tumour": "yes"}) for slide in cohort.slides))
     result = made_result(made_rows(made_cells(cohort, ["a", "b"]), [0.3, 0.3]))
     assert all(np.isnan(one.headline.value) for one in result.results)
-    assert all("accuracy" in one.scores for one in result.results)
+    assert all("accuracy" in one.found.scores for one in result.results)
     assert result.pairs == ()
 
 

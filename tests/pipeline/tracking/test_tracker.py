@@ -152,6 +152,13 @@ def test_metrics_have_steps_and_the_latest_is_found(tracker: Tracker) -> None:
     assert [m.step for m in tracker.client.get_metric_history(run_id, "loss")] == [0, 7, 3]
 
 
+def test_a_class_of_any_name_has_its_metric(tracker: Tracker) -> None:
+    """MLflow refuses the whole batch for one name that it does not take."""
+    run_id = tracker.start_run("stage")
+    tracker.log_metrics(run_id, {"auc_of_3+4": 0.5, "auc_of_≥2%": 0.25, "auc_of_grün 1": 1.0})
+    assert set(tracker.client.get_run(run_id).data.metrics) == {"auc_of_3_4", "auc_of__2_", "auc_of_grün 1"}
+
+
 def test_a_cohort_is_a_dataset_of_the_run(tracker: Tracker) -> None:
     run_id = tracker.start_run("dataset")
     tracker.log_dataset(run_id, "camelyon", "d" * 64, "s3://b/cohort.csv", "training")
