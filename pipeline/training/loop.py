@@ -82,17 +82,9 @@ def train_steps(
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
     turn = _Turn(model, slides, settings, selecting, ranks, winners)
-
-    def plans() -> Iterator[tuple[int, list[Step]]]:
-        """Each epoch, and the steps of it that are still to be taken."""
-        turns = None if winners is None else winners.turns.copy()
-        for epoch in range(start_epoch, settings.epochs):
-            first = start_step if epoch == start_epoch else 0
-            yield epoch, turn.plan(seed, epoch, first, None if turn.explores(epoch) else turns)
-
     if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in plans()))
-    for epoch, plan in plans():
+        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in turn.plans(seed, start_epoch, start_step)))
+    for epoch, plan in turn.plans(seed, start_epoch, start_step):
         slides.announce(turn.order(plan, epoch))
         for number, hands in enumerate(plan, start=per_epoch - len(plan)):
             began, waited = time.perf_counter(), turn.waits.seconds
@@ -158,7 +150,14 @@ class _Turn:
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
             self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
 
-    def plan(self, seed: int, epoch: int, first: int, turns: Turns | None) -> list[Step]:
+    def plans(self, seed: int, start_epoch: int, start_step: int) -> Iterator[tuple[int, list[Step]]]:
+        """Each epoch, and the steps of it that are still to be taken."""
+        turns = None if self.winners is None else self.winners.turns.copy()
+        for epoch in range(start_epoch, self.settings.epochs):
+            first = start_step if epoch == start_epoch else 0
+            yield epoch, self._plan(seed, epoch, first, None if self.explores(epoch) else turns)
+
+    def _plan(self, seed: int, epoch: int, first: int, turns: Turns | None) -> list[Step]:
         """The epoch's steps from the `first` on; with balanced sampling over the slides that it draws.
 
         `turns` as they are before that step are led to the end of the epoch; None where no winners serve.

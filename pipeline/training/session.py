@@ -84,13 +84,7 @@ def run_session(
             is then written at once.
     """
     settings = job.config.train
-    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
-    model = build_model(job.config, pretrained=start is None).to(device)
-    optimizer = build_optimizer(model, settings)
-    winners, progress = kept_winners(job), Progress(0, 0, job.plan_digest)
-    if start is not None:
-        load = None if winners is None else winners.load
-        progress = restore(job.folder, start, model, optimizer, job.plan_digest, load)
+    model, optimizer, winners, progress = _begun(job, device, start)
     if progress.is_last:  # the worker was lost after its last step, or early stopping had ended the run
         if ranks.rank == 0:
             send_unsent(job.tracker, job.run_id, progress.unsent)
@@ -126,6 +120,22 @@ def run_session(
             if progress.is_last:
                 break
     return progress
+
+
+def _begun(
+    job: Job, device: torch.device, start: str | None
+) -> tuple[IPSModel, torch.optim.Optimizer, Winners | None, Progress]:
+    """Fresh, or as a checkpoint has them; no winners where every visit scores its slide."""
+    settings, sizes = job.config.train, [source.n_patches for _, source in job.train]
+    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
+    model = build_model(job.config, pretrained=start is None).to(device)
+    optimizer = build_optimizer(model, settings)
+    serve = settings.reselect_every > 1
+    winners = Winners(sizes, job.config.model.select.memory, settings.reselect_every) if serve else None
+    if start is None:
+        return model, optimizer, winners, Progress(0, 0, job.plan_digest)
+    load = None if winners is None else winners.load
+    return model, optimizer, winners, restore(job.folder, start, model, optimizer, job.plan_digest, load)
 
 
 def _advanced(before: Progress, done: StepDone, epochs: int) -> Progress:
@@ -246,12 +256,6 @@ class _Keeper:
         winners = None if self.winners is None else self.winners.state
         self.saver.save(take_snapshot(self.model, self.optimizer, self.job.config, complete, winners))
         self.saved_at = time.monotonic()
-
-
-def kept_winners(job: Job) -> Winners | None:
-    """Those of no slide yet; None where every visit scores its slide."""
-    every, sizes = job.config.train.reselect_every, [source.n_patches for _, source in job.train]
-    return None if every == 1 else Winners(sizes, job.config.model.select.memory, every)
 
 
 def training_slides(job: Job) -> Slides:
