@@ -10,8 +10,9 @@ The rest depends on A and V too. To first order around the weights that it was m
 
 and `recalled` is that expansion: its values are the sums, its gradient that of the pool over all N.
 
-Sums are float64 throughout, or those of all patches less those of the winners would be rounding where the winners have
-nearly all the mass. A rest below `NEGLIGIBLE` of it counts as none.
+Masses and means are float64 throughout, or those of all patches less those of the winners would be rounding where the
+winners have nearly all the mass; a gradient of the rest weighs no more than its mass. A rest below `NEGLIGIBLE` of it
+counts as none.
 """
 
 from __future__ import annotations
@@ -32,16 +33,31 @@ def summed(logits: Tensor, x: Tensor, projection: Tensor | None = None) -> Conte
 
     `projection` (H, D_v, D), the values', adds what learning needs.
     """
-    logits, x = logits.double(), x.double()
+    logits, exact = logits.double(), x.double()
     log_mass = logits.logsumexp(dim=0)
     weights = (logits - log_mass).exp()
-    second = None
-    if projection is not None:
-        H, D_v, D = projection.shape
-        values = torch.einsum("nd,hvd->nhv", x, projection.double())
-        weighted = weights.view(len(x), H, len(weights.T) // H, 1) * values.unsqueeze(2)  # (n, H, T, D_v)
-        second = (x.T @ weighted.flatten(1)).view(D, -1, D_v).transpose(0, 1).unsqueeze(0)  # one product a chunk
-    return Context(log_mass[None], (weights.T @ x)[None], second)
+    mean = weights.T @ exact
+    second = None if projection is None else _second(weights, exact, mean, projection, x.dtype).unsqueeze(0)
+    return Context(log_mass[None], mean[None], second)
+
+
+def _second(weights: Tensor, x: Tensor, mean: Tensor, projection: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_n a_nj x_n (V_j x_n)^T of weights a (n, J), embeddings (n, D) and their means (J, D) -> (J, D, D_v).
+
+    The two products over patches are in `dtype`, float32 at least: only the gradient is made of them. They are of the
+    embeddings' distances from their middle, so that its digits are left for what is learned from, how patches differ.
+    """
+    H, D_v, D = projection.shape
+    J, dtype = len(mean), torch.promote_types(dtype, torch.float32)
+    middle = x.sum(dim=0) / max(1, len(x))
+    off = (x - middle).to(dtype)
+    values = (off @ projection.to(dtype).flatten(0, 1).T).view(-1, H, 1, D_v)
+    weighted = weights.to(dtype).view(-1, H, J // H, 1) * values  # (n, H, T, D_v)
+    spread = (off.T @ weighted.flatten(1)).view(D, J, D_v).transpose(0, 1).double()
+    own = projection.double().repeat_interleave(J // H, dim=0)  # (J, D_v, D)
+    of_mean = torch.einsum("jd,jvd->jv", mean, own).unsqueeze(1)
+    of_middle = (own @ middle).unsqueeze(1)
+    return spread + middle.unsqueeze(1) * of_mean + (mean - middle).unsqueeze(2) * of_middle
 
 
 def empty(J: int, D: int, D_v: int | None, device: torch.device) -> Context:

@@ -168,6 +168,11 @@ class TrainConfig(Section):
     """Epochs at the start that train on M random patches instead of the highest scored. From scratch and with few
     slides the selection can settle on the wrong patches before the network knows any; then it never sees the right
     ones. 0: the paper."""
+    reselect_every: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Visits of a slide that its winners serve before it is scored again, after the exploration; the first ones serve
+    fewer, in turns, so that epochs cost alike. The visits between read M patches and not N. Validation, test and
+    prediction score all. Neither for streamed slides nor with model.select.context: all, which need all N each time.
+    1: the paper."""
     sampling: Literal["all", "balanced"] = "all"
     """all: each slide once an epoch. balanced: as many slides an epoch, as many of each class of the first task;
     those of rare classes several times, those of frequent classes in turns."""
@@ -219,6 +224,21 @@ class TrainConfig(Section):
                 "encoder learns; lower it, or set freeze_encoder: true"
             )
         return self
+
+    @model_validator(mode="after")
+    def _visits(self) -> Self:
+        if self.reselect_every > 1 and self.source == "stream":
+            raise ValueError(
+                f"reselect_every={self.reselect_every} reads only the winners between two scorings, and source: stream "
+                "cuts every patch of a slide anew; set reselect_every=1 or source: store"
+            )
+        return self
+
+    @property
+    def readings(self) -> float:
+        """How often all patches of the training slides are read in the whole training, about."""
+        scoring = self.epochs - self.explore_epochs
+        return self.explore_epochs + 1 + (scoring - 1) / self.reselect_every
 
     @model_validator(mode="after")
     def _folds(self) -> Self:

@@ -212,10 +212,20 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reselect(self) -> Config:
+        if self.train.reselect_every > 1 and self.model.select.context == "all":
+            raise ValueError(
+                f"train.reselect_every={self.train.reselect_every} does not read the patches that "
+                "model.select.context: all pools; set reselect_every=1 or context: none"
+            )
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before `train.threads` and `model.select.context` and `explore_share` keep their names.
+        So trainings from before `train.threads`, `reselect_every` and `model.select.context` and `explore_share` keep
+        their names.
         What training begins with is named by its content.
         """
         dump = self.model_dump(
@@ -225,8 +235,9 @@ class Config(Section):
         )
         if self.train.source == "stream" and self.cluster.workers != 1 and self.model.select.mode == "exact":
             dump["train"]["shard_above"] = None  # streamed slides are never shared, so ranks get other hands
-        if self.train.threads == TrainConfig.model_fields["threads"].default:
-            del dump["train"]["threads"]
+        for name in ("threads", "reselect_every"):
+            if getattr(self.train, name) == TrainConfig.model_fields[name].default:
+                del dump["train"][name]
         for name in ("context", "explore_share"):
             if getattr(self.model.select, name) == SelectConfig.model_fields[name].default:
                 del dump["model"]["select"][name]

@@ -121,7 +121,7 @@ UNUSED: tuple[Unused, ...] = (
         "set model.select.mode=exact",
     ),
     Unused(
-        _paths("train", "explore_epochs", "score_dtype", "score_batch", "compile"),
+        _paths("train", "explore_epochs", "reselect_every", "score_dtype", "score_batch", "compile"),
         lambda c: not _selects(c),
         "with model.select.mode=random and every, which score no patches",
         "set model.select.mode=exact or window",

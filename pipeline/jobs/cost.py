@@ -75,8 +75,8 @@ def estimate(config: Config, cohort: Cohort, rates: Rates) -> list[Estimate]:
     read = _per_patch(rates, patches, lambda slide: slide.read_bytes)
     stored = _per_patch(rates, patches, lambda slide: slide.stored_bytes)
     splits = {name: sum(slide.split == name for slide in cohort.slides) for name in ("train", "val", "test")}
-    epochs, looks = config.train.epochs, -(-config.train.epochs // config.train.validate_every)
-    trained = a_slide.times(splits["train"] * epochs)
+    looks = -(-config.train.epochs // config.train.validate_every)
+    trained = a_slide.times(splits["train"] * config.train.readings)
     scored = a_slide.times(splits["val"] * looks + splits[config.evaluate.split])
     learning = _Range(trained.likely * rates.train_s + scored.likely * rates.score_s, trained.spread)
     cluster = config.cluster
@@ -84,7 +84,9 @@ def estimate(config: Config, cohort: Cohort, rates: Rates) -> list[Estimate]:
     tile_hours, learn_hours = tiling.times(1 / 3600), learning.times(1 / 3600)
     wall = _Range(tile_hours.likely / cpus + learn_hours.likely / cluster.fewest_workers, a_slide.spread)
     requests = (
-        read.likely / _WINDOW + stored.likely * (1 / _PART + (epochs + 1) / _WINDOW) + _FILES * len(cohort.slides)
+        read.likely / _WINDOW
+        + stored.likely * (1 / _PART + (config.train.readings + 1) / _WINDOW)
+        + _FILES * len(cohort.slides)
     )
     timed = (
         f"{rates.score_s * 1e3:.3g} ms to score and {rates.train_s * 1e3:.3g} ms to train a patch on {rates.machine}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,29 @@ class Snapshot:
     optimizer: Mapping[str, Any]
     config: Config
     progress: Progress
+    winners: Mapping[str, Tensor] | None = None
+    """Of the training slides, where they serve several visits."""
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> Snapshot:
+def take_snapshot(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    progress: Progress,
+    winners: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
     """Copy all that a run needs to go on as if it had never stopped.
 
     Random numbers and the learning rate are pure functions of (seed, step, rank), so neither is stored.
     """
-    return Snapshot(_copied(model.state_dict()), _copied(optimizer.state_dict()), config, progress)
+    return Snapshot(_copied(model.state_dict()), _copied(optimizer.state_dict()), config, progress, winners)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write the three files of a checkpoint into an existing folder."""
     save_model(folder, snapshot.weights, snapshot.config)
-    torch.save({"optimizer": snapshot.optimizer, "progress": asdict(snapshot.progress)}, folder / STATE)
+    state = {"optimizer": snapshot.optimizer, "progress": asdict(snapshot.progress)}
+    torch.save(state if snapshot.winners is None else {**state, "winners": dict(snapshot.winners)}, folder / STATE)
 
 
 def save_checkpoint(
@@ -80,8 +89,18 @@ def save_checkpoint(
     write_snapshot(folder, take_snapshot(model, optimizer, config, progress))
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, plan_digest: str) -> Progress:
-    """Restore model and optimiser; StageError when the checkpoint follows another plan or is of another version."""
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan_digest: str,
+    take_winners: Callable[[Mapping[str, Tensor] | None], None] | None = None,
+) -> Progress:
+    """Restore model and optimiser, and give `take_winners` the winners, or None where there are none.
+
+    Raises:
+        StageError: the checkpoint follows another plan or is of another version, or `take_winners` raised ValueError.
+    """
     try:
         with (folder / STATE).open("rb") as file:
             state: dict[str, Any] = read_tensors(file)
@@ -89,6 +108,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         check_plan(str(folder), progress, plan_digest)
         load_weights(model, folder)
         optimizer.load_state_dict(state["optimizer"])
+        if take_winners is not None:
+            take_winners(state.get("winners"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
             f"{folder / STATE}: cannot be read as a training state of this version ({error}); go on with the version "

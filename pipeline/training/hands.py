@@ -1,4 +1,4 @@
-"""The slides in one rank's hand: what is selected in them, and how long their patches are waited for.
+"""The slides in one rank's hand: what is selected in them, their loss, and how long their patches are waited for.
 
 A slide that is too large for one rank is shared: all ranks score its patches, a strip each; all of them get the
 answer, whose winners are those of one rank bit for bit (the context to the rounding of float64), and the rank that has
@@ -8,17 +8,42 @@ the slide in its hand trains on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from ips.bag import Bag, Chunk, Selection
+from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.network.context import each, joined
+from ips.network.heads import Kind
 from ips.selection.shards import strip
 
 Pick = Callable[[Sequence[Bag]], Selection]
+
+
+@dataclass(frozen=True)
+class Slides:
+    """The training slides, by index: how many patches each has, its targets, and how to open its bag."""
+
+    sizes: Sequence[int]
+    targets: Sequence[Mapping[str, float | tuple[float, ...]]]
+    """Task -> what `ips.learning.losses.task_loss` reads of one slide; NaN where the label is missing."""
+    kinds: Mapping[str, Kind]
+    """Task -> kind of its loss."""
+    bag: Callable[[int, int], Bag]
+    """(slide index, epoch) -> bag, augmented for that epoch."""
+    class_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> (K,), for tasks whose classes weigh differently."""
+    announce: Callable[[Sequence[int]], None] = lambda _order: None
+    """Told at the start of an epoch which slides this rank will score, in order."""
+    names: Sequence[str] = ()
+    """Of the slides, for messages; without, their indices."""
+
+    def named(self, indices: Sequence[int]) -> list[str]:
+        """Some slides, for a message."""
+        return [self.names[index] if self.names else str(index) for index in indices]
 
 
 def each_image(selection: Selection) -> list[Selection]:
@@ -47,6 +72,22 @@ def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Se
     index, mask, scores = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "mask", "scores"))
     rests = [part.rest for part in parts if part.rest is not None]
     return Selection(index, mask, scores, rest=joined(rests) if rests else None)
+
+
+def hand_loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:
+    """Mean over tasks of the loss of some slides over the weight of the labelled slides of all ranks.
+
+    Summed over ranks it is the loss of the whole batch; a task without any label in the batch adds 0.
+    """
+    sums = _sums(outputs, slides, mine)
+    blank = {task: torch.zeros(len(everyone), logits.shape[1]) for task, logits in outputs.items()}
+    weights = {task: whole.weight for task, whole in _sums(blank, slides, everyone).items()}
+    return mean_loss({task: LossSum(sums[task].total, weights[task].to(sums[task].total)) for task in sums})
+
+
+def _sums(outputs: Mapping[str, Tensor], slides: Slides, which: Sequence[int]) -> dict[str, LossSum]:
+    targets = {task: torch.tensor([slides.targets[i][task] for i in which]) for task in slides.kinds}
+    return task_loss(outputs, targets, slides.kinds, slides.class_weights)
 
 
 class Waits:

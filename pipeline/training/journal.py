@@ -113,6 +113,22 @@ class Journal:
             log.warning("train: no picture of epoch %d's patches (%s)", epoch, str(error).splitlines()[0])
 
 
+def epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
+    """Of an epoch, from the sums over its steps: what they took, and how much of the slides they had to read."""
+    changed = {"train_winners_changed": tally["changed"] / tally["rescored"]} if "rescored" in tally else {}
+    return {
+        "epoch": float(epoch),
+        "train_loss": tally["loss"] / tally["steps"],
+        "patches_per_s": tally["read"] / tally["seconds"],
+        "device_wait": tally["waited"] / tally["seconds"],
+        "wait_s": tally["waited"],
+        "encode_s": tally["seconds"] - tally["waited"],
+        "epoch_s": tally["seconds"],
+        "share_read": tally["read"] / tally["patches"],
+        **changed,
+    }
+
+
 def send_unsent(tracker: Tracker, run_id: str, unsent: Iterable[Row]) -> None:
     """Send what the last checkpoint of a finished training had not sent; TrackingError when that fails."""
     with Journal(tracker, run_id, unsent):

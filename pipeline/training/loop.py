@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,48 +18,23 @@ from torch import Tensor, nn
 
 from ips.bag import Bag, Selection
 from ips.learning.gradient import bounded_backward
-from ips.learning.losses import LossSum, mean_loss, task_loss
 from ips.learning.schedule import warmup_cosine
 from ips.network.context import joined
-from ips.network.heads import Kind
 from ips.network.model import IPSModel
 from ips.selection.baselines import PartAtRandom, RandomDraw, every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
-from pipeline.training.hands import Waits, each_image, select_hand
+from pipeline.training.hands import Slides, Waits, each_image, hand_loss, select_hand
 from pipeline.training.headroom import memory_advice, untouched
-from pipeline.training.plan import ShardAbove, Step, epoch_plan, steps_per_epoch
+from pipeline.training.plan import ShardAbove, Step, balanced_slides, dealt, epoch_batches, steps_per_epoch
 from pipeline.training.ranks import Ranks, average_statistics, sum_gradients
-from pipeline.training.sampling import balanced_slides
+from pipeline.training.winners import Turns, Winners
 
 DIVERGED = "lower train.lr or set train.clip_norm; the last checkpoint is kept"
 LR_FLOOR = 1e-3  # the cosine ends at lr / 1000 (official code)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Slides:
-    """The training slides, by index: how many patches each has, its targets, and how to open its bag."""
-
-    sizes: Sequence[int]
-    targets: Sequence[Mapping[str, float | tuple[float, ...]]]
-    """Task -> what `ips.learning.losses.task_loss` reads of one slide; NaN where the label is missing."""
-    kinds: Mapping[str, Kind]
-    """Task -> kind of its loss."""
-    bag: Callable[[int, int], Bag]
-    """(slide index, epoch) -> bag, augmented for that epoch."""
-    class_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task -> (K,), for tasks whose classes weigh differently."""
-    announce: Callable[[Sequence[int]], None] = lambda _order: None
-    """Told at the start of an epoch which slides this rank will score, in order."""
-    names: Sequence[str] = ()
-    """Of the slides, for messages; without, their indices."""
-
-    def named(self, indices: Sequence[int]) -> list[str]:
-        """Some slides, for a message."""
-        return [self.names[index] if self.names else str(index) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -74,9 +49,14 @@ class StepDone:
     lr: float
     slides: int
     patches: int
+    """Of the slides."""
+    read: int
+    """Of them, but for those that nobody looked at since the slide's winners were known."""
     seconds: float
     waited: float
     """Seconds of them in which this rank waited for patches to be read and decoded."""
+    changed: tuple[float, ...] = ()
+    """Of each slide that was scored again after its winners had served: which share of them are others now."""
     chosen: Mapping[int, Tensor] = field(default_factory=dict)
     """Of this rank's last slides, by index: the rows that were selected, best first."""
 
@@ -92,27 +72,21 @@ def train_steps(
     start_epoch: int,
     start_step: int = 0,
     ranks: Ranks,
+    winners: Winners | None = None,
 ) -> Iterator[StepDone]:
     """Train from step `start_step` of `start_epoch` to the last epoch; StageError on a loss or gradient not finite.
 
     Before the first step the largest bags go through one, which changes nothing: StageError where memory runs out.
+    `winners`, as they were at the start, are kept up to date; without, every visit scores its slide.
     """
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
-    turn = _Turn(model, slides, settings, selecting, ranks)
-
-    def planned(epoch: int) -> tuple[Step, ...]:
-        shared = turn.sharing(epoch)
-        return _plan(slides, settings, seed=seed, epoch=epoch, world_size=ranks.world_size, shard_above=shared)
-
+    turn = _Turn(model, slides, settings, selecting, ranks, winners)
     if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch, _longest_hand(map(planned, range(start_epoch, settings.epochs))))
-    for epoch in range(start_epoch, settings.epochs):
-        plan = planned(epoch)
-        slides.announce(turn.order(plan[start_step if epoch == start_epoch else 0 :], epoch))
-        for number, hands in enumerate(plan):
-            if epoch == start_epoch and number < start_step:
-                continue
+        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in turn.plans(seed, start_epoch, start_step)))
+    for epoch, plan in turn.plans(seed, start_epoch, start_step):
+        slides.announce(turn.order(plan, epoch))
+        for number, hands in enumerate(plan, start=per_epoch - len(plan)):
             began, waited = time.perf_counter(), turn.waits.seconds
             step = epoch * per_epoch + number
             lr = settings.lr * warmup_cosine(step, warmup, total, LR_FLOOR)
@@ -123,37 +97,30 @@ def train_steps(
             where = f"{moment(epoch, step + 1, lr)[:-1]}, slides {', '.join(slides.named(taken))})"
             loss = turn.gradients(hands, epoch, where)
             optimizer.step()
-            patches = sum(slides.sizes[index] for index in taken)
+            changed = turn.note(hands, epoch)
+            sizes = [slides.sizes[index] for index in taken]
+            read = [min(n, selecting.memory) if i in hands.served else n for i, n in zip(taken, sizes, strict=True)]
             seconds = time.perf_counter() - began
-            last, waited = number + 1 == len(plan), turn.waits.seconds - waited
-            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), patches, seconds, waited, turn.chosen)
+            last, waited = number + 1 == per_epoch, turn.waits.seconds - waited
+            yield StepDone(
+                epoch,
+                step + 1,
+                last,
+                loss,
+                lr,
+                len(taken),
+                sum(sizes),
+                sum(read),
+                seconds,
+                waited,
+                changed,
+                turn.chosen,
+            )
 
 
 def moment(epoch: int, step: int, lr: float) -> str:
     """A step for messages; `epoch` counts from 0, steps from 1."""
     return f"step {step} (epoch {epoch + 1}, lr {lr:g})"
-
-
-def _plan(
-    slides: Slides, settings: TrainConfig, *, seed: int, epoch: int, world_size: int, shard_above: ShardAbove
-) -> tuple[Step, ...]:
-    """The epoch's steps; with balanced sampling over the slides that it draws."""
-    drawn = list(range(len(slides.sizes)))
-    if settings.sampling == "balanced":
-        first = next(iter(slides.kinds))
-        classes = [target[first] for target in slides.targets]
-        drawn = balanced_slides([c if isinstance(c, float | int) else math.nan for c in classes], seed, epoch)
-    sizes = [slides.sizes[index] for index in drawn]
-    plan = epoch_plan(
-        sizes,
-        batch_size=settings.batch_size,
-        world_size=world_size,
-        seed=seed,
-        epoch=epoch,
-        window=settings.balance_window,
-        shard_above=shard_above,
-    )
-    return tuple(step.of(drawn) for step in plan)
 
 
 def _longest_hand(plans: Iterable[Sequence[Step]]) -> int:
@@ -165,9 +132,17 @@ class _Turn:
     """What one rank does of a step: its gradients, summed over all ranks."""
 
     def __init__(
-        self, model: IPSModel, slides: Slides, settings: TrainConfig, selecting: SelectConfig, ranks: Ranks
+        self,
+        model: IPSModel,
+        slides: Slides,
+        settings: TrainConfig,
+        selecting: SelectConfig,
+        ranks: Ranks,
+        winners: Winners | None,
     ) -> None:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
+        self.winners = winners
+        self.found: dict[int, Tensor] = {}  # in the step under way: slide -> rows (M,)
         self.waits = Waits()
         self.chosen: Mapping[int, Tensor] = {}
         self.scorer: Scorer | None = None
@@ -175,17 +150,49 @@ class _Turn:
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
             self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
 
-    def sharing(self, epoch: int) -> ShardAbove:
+    def plans(self, seed: int, start_epoch: int, start_step: int) -> Iterator[tuple[int, list[Step]]]:
+        """Each epoch, and the steps of it that are still to be taken."""
+        turns = None if self.winners is None else self.winners.turns.copy()
+        for epoch in range(start_epoch, self.settings.epochs):
+            first = start_step if epoch == start_epoch else 0
+            yield epoch, self._plan(seed, epoch, first, None if self.explores(epoch) else turns)
+
+    def _plan(self, seed: int, epoch: int, first: int, turns: Turns | None) -> list[Step]:
+        """The epoch's steps from the `first` on; with balanced sampling over the slides that it draws.
+
+        `turns` as they are before that step are led to the end of the epoch; None where no winners serve.
+        """
+        settings, slides, sharing = self.settings, self.slides, self._sharing(epoch)
+        drawn = list(range(len(slides.sizes)))
+        if settings.sampling == "balanced":
+            task = next(iter(slides.kinds))
+            classes = [target[task] for target in slides.targets]
+            drawn = balanced_slides([c if isinstance(c, float | int) else math.nan for c in classes], seed, epoch)
+        costs = [slides.sizes[index] for index in drawn]
+        batches = epoch_batches(
+            costs, batch_size=settings.batch_size, seed=seed, epoch=epoch, window=settings.balance_window
+        )
+        steps = []
+        for batch in batches[first:]:
+            served = turns.visit({drawn[place] for place in batch}) if turns is not None else frozenset[int]()
+            for place in batch:
+                if drawn[place] in served:
+                    costs[place] = min(costs[place], self.selecting.memory)
+            steps.append(dealt(batch, costs, self.ranks.world_size, sharing).of(drawn, served))
+        return steps
+
+    def _sharing(self, epoch: int) -> ShardAbove:
         """Which slides all ranks select together: only an exact selection is the same however it is shared."""
-        exact = self.selecting.mode == "exact" and not self._explores(epoch)
+        exact = self.selecting.mode == "exact" and not self.explores(epoch)
         whole = self.settings.source == "stream"  # a streamed slide stays on one rank
         return self.settings.shard_above if exact and not whole and self.ranks.group is not None else None
 
     def order(self, plan: Sequence[Step], epoch: int) -> list[int]:
         """The slides that this rank will score alone, one after another."""
-        if self.scorer is None or (self._explores(epoch) and self.selecting.context == "none"):
+        if self.scorer is None or (self.explores(epoch) and self.selecting.context == "none"):
             return []
-        return [index for step in plan for index in step.hands[self.ranks.rank] if index not in step.shared]
+        own = ((step, index) for step in plan for index in step.hands[self.ranks.rank])
+        return [index for step, index in own if index not in step.shared and index not in step.served]
 
     def gradients(self, hands: Step, epoch: int, where: str) -> float:
         """Put the gradients of a step, clipped, into the model; the loss over all hands.
@@ -213,6 +220,16 @@ class _Turn:
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.settings.clip_norm, norm)
         return float(loss)
+
+    def note(self, hands: Step, epoch: int) -> tuple[float, ...]:
+        """Keep the winners of a step that was taken; how they changed (`Winners.note`)."""
+        if self.winners is None or self.explores(epoch):
+            return ()
+        return self.winners.note(hands, self.found, self.ranks, self.model.mean.device)
+
+    def explores(self, epoch: int) -> bool:
+        """Whether the epoch trains on random patches."""
+        return epoch < self.settings.explore_epochs
 
     def try_largest(self, epoch: int, longest: int) -> None:
         """Take a step on as many of the largest bags as a rank ever gets in one, and leave no trace of it.
@@ -249,10 +266,13 @@ class _Turn:
     def _accumulate(self, hands: Step, epoch: int) -> Tensor:
         """Add up the gradients of this rank's slides, a micro-batch at a time; its part of the loss."""
         mine = hands.hands[self.ranks.rank]
-        known: dict[int, Selection] = {}
+        known = (
+            {} if self.winners is None else {slide: self.winners.of(slide) for slide in hands.served.intersection(mine)}
+        )
+        self.found = {}
         if hands.shared:  # first of all: every rank comes from the same sum of gradients, and none waits for another
             bags = [self._bag(index, epoch) for index in hands.shared]
-            known = dict(zip(hands.shared, each_image(self._winners(bags, epoch, self.ranks.group)), strict=True))
+            known |= zip(hands.shared, each_image(self._winners(bags, epoch, self.ranks.group)), strict=True)
         size = self.settings.micro_batch or max(1, len(mine))
         loss = torch.zeros((), device=self.model.mean.device)
         for start in range(0, len(mine), size):
@@ -260,6 +280,7 @@ class _Turn:
             bags = [self._bag(index, epoch) for index in hand]
             winners = select_hand(hand, bags, known, lambda others: self._winners(others, epoch))
             loss = loss + self._backward(bags, winners, hand, hands.slides)
+            self.found |= zip(hand, winners.index, strict=True)
             self.chosen = {slide: winners.index[n][winners.mask[n]] for n, slide in enumerate(hand)}
         return loss
 
@@ -267,7 +288,7 @@ class _Turn:
         return self.waits.watched(self.slides.bag(index, epoch))
 
     def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
-        selecting, explores = self.selecting, self._explores(epoch)
+        selecting, explores = self.selecting, self.explores(epoch)
         part = PartAtRandom(selecting.explore_share, epoch) if selecting.explore_share else None
         mode = selecting.mode
         if mode == "random" or mode == "every" or (explores and selecting.context == "none"):
@@ -285,9 +306,6 @@ class _Turn:
                 draw=RandomDraw(torch.default_generator) if explores else part,
             )
 
-    def _explores(self, epoch: int) -> bool:
-        return epoch < self.settings.explore_epochs
-
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""
         if self.selecting.mode == "every":
@@ -302,7 +320,7 @@ class _Turn:
         dtype = _DTYPES[settings.compute_dtype]
 
         def loss(outputs: dict[str, Tensor]) -> Tensor:
-            return _loss(outputs, self.slides, mine, everyone)
+            return hand_loss(outputs, self.slides, mine, everyone)
 
         with memory_advice(settings, self.selecting, "gradient pass"):
             if settings.norm != "batch":
@@ -314,19 +332,3 @@ class _Turn:
             value = loss(outputs)
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-
-
-def _loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:
-    """Mean over tasks of the loss of some slides over the weight of the labelled slides of all ranks.
-
-    Summed over ranks it is the loss of the whole batch; a task without any label in the batch adds 0.
-    """
-    sums = _sums(outputs, slides, mine)
-    blank = {task: torch.zeros(len(everyone), logits.shape[1]) for task, logits in outputs.items()}
-    weights = {task: whole.weight for task, whole in _sums(blank, slides, everyone).items()}
-    return mean_loss({task: LossSum(sums[task].total, weights[task].to(sums[task].total)) for task in sums})
-
-
-def _sums(outputs: Mapping[str, Tensor], slides: Slides, which: Sequence[int]) -> dict[str, LossSum]:
-    targets = {task: torch.tensor([slides.targets[i][task] for i in which]) for task in slides.kinds}
-    return task_loss(outputs, targets, slides.kinds, slides.class_weights)

@@ -1,14 +1,16 @@
-"""Who trains on which slide when: a pure function of (seed, epoch, world size, bag sizes).
+"""Who trains on which slide when: a pure function of (seed, epoch, world size, bag sizes, classes).
 
 First the steps, which do not know the world size: so a run that goes on with more or fewer workers still takes every
-slide once an epoch, in the same batches. Then the ranks of each step, by patch count.
+slide once an epoch, in the same batches. Then the ranks of each step, by the patches that are to be read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -29,11 +31,14 @@ class Step:
     """For each rank, the indices of the slides that it trains on; zero or more."""
     shared: tuple[int, ...] = ()
     """Those of them, largest first, whose patches all ranks score together."""
+    served: frozenset[int] = frozenset()
+    """Those of them that nobody scores: their winners are known (`pipeline.training.winners`)."""
 
-    def of(self, drawn: Sequence[int]) -> Step:
-        """The step over other indices: `drawn[i]` for each i."""
+    def of(self, drawn: Sequence[int], served: frozenset[int] = frozenset()) -> Step:
+        """The step over other indices, `drawn[i]` for each i, of which some are served."""
         hands = tuple(tuple(drawn[index] for index in hand) for hand in self.hands)
-        return Step(hands, tuple(drawn[index] for index in self.shared))
+        shared = (drawn[index] for index in self.shared)
+        return Step(hands, tuple(index for index in shared if index not in served), served)
 
     @property
     def slides(self) -> tuple[int, ...]:
@@ -57,32 +62,82 @@ def epoch_plan(
     window: int = 1,
     shard_above: ShardAbove = None,
 ) -> tuple[Step, ...]:
-    """The steps of one epoch: each slide once, at most `batch_size` slides a step, equal steps on every rank.
+    """The steps of one epoch (`epoch_batches`), equally many on every rank, where every slide is scored (`dealt`)."""
+    batches = epoch_batches(sizes, batch_size=batch_size, seed=seed, epoch=epoch, window=window)
+    return tuple(dealt(batch, sizes, world_size, shard_above) for batch in batches)
+
+
+def epoch_batches(
+    sizes: Sequence[int], *, batch_size: int, seed: int, epoch: int, window: int = 1
+) -> list[Sequence[int]]:
+    """The slides of each step of one epoch: each slide once, at most `batch_size` slides a step.
 
     Steps differ by one slide at most: a last step of one slide would weigh as much as a full one, and its batch
-    statistics would be those of that slide. Slides are shuffled by (seed, epoch); within a step the largest remaining
-    bag goes to the rank with the fewest patches (longest processing time).
+    statistics would be those of that slide. Slides are shuffled by (seed, epoch).
 
     Args:
         sizes: patches of each bag.
         batch_size: slides a step, over all ranks.
-        world_size: ranks.
         seed: of the run.
         epoch: from 0.
         window: steps whose slides are exchanged so that slides of one step are alike in size; 1 leaves the shuffle
             as it is.
-        shard_above: which slides all ranks select together.
     """
     order = list(range(len(sizes)))
     generator = random.Random(f"{seed}/{epoch}")
     generator.shuffle(order)
     count = steps_per_epoch(len(order), batch_size)
     bounds = [len(order) * step // count for step in range(count + 1)]
-    batches = [order[start:stop] for start, stop in pairwise(bounds)]
-    if window > 1:
-        parts = [batches[first : first + window] for first in range(0, count, window)]
-        batches = [batch for part in parts for batch in _alike(part, sizes, generator)]
-    return tuple(_deal(batch, sizes, world_size, shard_above) for batch in batches)
+    batches: list[Sequence[int]] = [order[start:stop] for start, stop in pairwise(bounds)]
+    if window == 1:
+        return batches
+    parts = [batches[first : first + window] for first in range(0, count, window)]
+    return [batch for part in parts for batch in _alike(part, sizes, generator)]
+
+
+def dealt(batch: Sequence[int], sizes: Sequence[int], world_size: int, shard_above: ShardAbove) -> Step:
+    """Who takes which slide of a step: the largest one left goes to the rank with the fewest patches.
+
+    (Longest processing time.)
+
+    Args:
+        batch: the step's slides.
+        sizes: patches to read of every slide, by index.
+        world_size: ranks.
+        shard_above: which slides all ranks select together.
+    """
+    ranked = sorted(batch, key=lambda index: (-sizes[index], index))
+    if world_size == 1 or shard_above is None:
+        return _share(ranked, 0, sizes, world_size)
+    if shard_above != "auto":
+        return _share(ranked, sum(sizes[index] > shard_above for index in ranked), sizes, world_size)
+    fair = sum(sizes[index] for index in ranked) / world_size
+    steps = (_share(ranked, count, sizes, world_size) for count in range(len(ranked) + 1))
+    return next(step for step in steps if fair >= (1 - MAX_WAIT) * step.cost(sizes))  # sharing all is fair
+
+
+def balanced_slides(classes: Sequence[float], seed: int, epoch: int) -> list[int]:
+    """Indices of as many slides as there are, as many of each class, to one.
+
+    A class with too few slides repeats them evenly: none comes twice more often than another of its class. One with
+    too many takes turns over the epochs, in an order that the seed fixes.
+
+    Args:
+        classes: the class number of every slide; NaN where it is missing, and such slides are a class too.
+        seed: of the run.
+        epoch: from 0.
+    """
+    members: defaultdict[float, list[int]] = defaultdict(list)
+    for index, number in enumerate(classes):
+        members[-1.0 if math.isnan(number) else number].append(index)
+    drawn: list[int] = []
+    for place, number in enumerate(sorted(members)):
+        own = members[number]
+        random.Random(f"{seed}/{number}").shuffle(own)
+        low, high = (len(classes) * border // len(members) for border in (place, place + 1))
+        start = epoch * (high - low)
+        drawn += [own[turn % len(own)] for turn in range(start, start + high - low)]
+    return drawn
 
 
 def steps_per_epoch(slides: int, batch_size: int) -> int:
@@ -92,7 +147,7 @@ def steps_per_epoch(slides: int, batch_size: int) -> int:
 
 def deal(sizes: Sequence[int], world_size: int) -> tuple[tuple[int, ...], ...]:
     """Which bags each rank takes where every one is taken once and nothing is trained: even by patch count."""
-    return _deal(range(len(sizes)), sizes, world_size, None).hands
+    return dealt(range(len(sizes)), sizes, world_size, None).hands
 
 
 def plan_digest(keys: Sequence[str], sizes: Sequence[int], recipe: str) -> str:
@@ -107,17 +162,6 @@ def _alike(batches: Sequence[Sequence[int]], sizes: Sequence[int], generator: ra
     dealt = [[next(ranked) for _ in batch] for batch in batches]
     generator.shuffle(dealt)
     return dealt
-
-
-def _deal(batch: Sequence[int], sizes: Sequence[int], world_size: int, shard_above: ShardAbove) -> Step:
-    ranked = sorted(batch, key=lambda index: (-sizes[index], index))
-    if world_size == 1 or shard_above is None:
-        return _share(ranked, 0, sizes, world_size)
-    if shard_above != "auto":
-        return _share(ranked, sum(sizes[index] > shard_above for index in ranked), sizes, world_size)
-    fair = sum(sizes[index] for index in ranked) / world_size
-    steps = (_share(ranked, count, sizes, world_size) for count in range(len(ranked) + 1))
-    return next(step for step in steps if fair >= (1 - MAX_WAIT) * step.cost(sizes))  # sharing all is fair
 
 
 def _share(ranked: Sequence[int], count: int, sizes: Sequence[int], world_size: int) -> Step:

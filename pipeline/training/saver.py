@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import DamagedError, StageError, StorageError
 from pipeline.model.checkpoint import STATE, Progress, Snapshot, load_checkpoint, write_snapshot
@@ -126,11 +126,18 @@ def progress_of(folder: str, name: str) -> Progress:
     return _progress(folder, name, _read(folder, name))
 
 
-def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, plan_digest: str) -> Progress:
-    """Load a checkpoint of a run's folder into the model and its optimiser.
+def restore(
+    folder: str,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan_digest: str,
+    take_winners: Callable[[Mapping[str, Tensor] | None], None] | None = None,
+) -> Progress:
+    """Load a checkpoint of a run's folder into the model and its optimiser; `take_winners` as `load_checkpoint`.
 
     Raises:
-        StageError: it follows another plan, or is no training state.
+        StageError: it follows another plan, is no training state, or lacks winners that are asked for.
         StorageError: it cannot be read, or was damaged since `newest` read it: begun again, that finds another.
     """
     with scratch_folder() as scratch:
@@ -139,7 +146,7 @@ def restore(folder: str, name: str, model: nn.Module, optimizer: torch.optim.Opt
         except DamagedError as error:
             raise StorageError(str(error)) from error
         try:
-            return load_checkpoint(scratch, model, optimizer, plan_digest)
+            return load_checkpoint(scratch, model, optimizer, plan_digest, take_winners)
         except StageError as error:
             raise StageError(str(error).replace(str(scratch), join(folder, name))) from error
 

@@ -28,13 +28,15 @@ from pipeline.model.build import build_model, build_optimizer
 from pipeline.model.checkpoint import Progress, take_snapshot
 from pipeline.storage.lease import Lease
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.hands import Slides
 from pipeline.training.headroom import memory_advice, peak_resident_bytes
-from pipeline.training.journal import Journal, send_unsent
-from pipeline.training.loop import DIVERGED, Slides, StepDone, moment, train_steps
+from pipeline.training.journal import Journal, epoch_metrics, send_unsent
+from pipeline.training.loop import DIVERGED, StepDone, moment, train_steps
 from pipeline.training.ranks import Ranks, agreed, gathered
 from pipeline.training.saver import Saver, restore
 from pipeline.training.stopping import Watch
 from pipeline.training.validation import check_finite, look, predict_together
+from pipeline.training.winners import Winners
 
 if TYPE_CHECKING:
     from pipeline.bags.streaming import Feed
@@ -82,18 +84,14 @@ def run_session(
             is then written at once.
     """
     settings = job.config.train
-    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
-    model = build_model(job.config, pretrained=start is None).to(device)
-    optimizer = build_optimizer(model, settings)
-    begun = Progress(0, 0, job.plan_digest)
-    progress = begun if start is None else restore(job.folder, start, model, optimizer, job.plan_digest)
+    model, optimizer, winners, progress = _begun(job, device, start)
     if progress.is_last:  # the worker was lost after its last step, or early stopping had ended the run
         if ranks.rank == 0:
             send_unsent(job.tracker, job.run_id, progress.unsent)
         return progress
     bound = 0.0  # peak memory after the trial of the largest bags and one step: what later steps should not pass
     with ExitStack() as stack:
-        keeper = _Keeper.at_work(job, model, optimizer, progress, stack) if ranks.rank == 0 else None
+        keeper = _Keeper.at_work(job, model, optimizer, winners, progress, stack) if ranks.rank == 0 else None
         for done in train_steps(
             model,
             optimizer,
@@ -104,6 +102,7 @@ def run_session(
             start_epoch=progress.epoch,
             start_step=progress.step_in_epoch,
             ranks=ranks,
+            winners=winners,
         ):
             progress = _advanced(progress, done, settings.epochs)
             leaving = is_leaving()
@@ -123,15 +122,33 @@ def run_session(
     return progress
 
 
+def _begun(
+    job: Job, device: torch.device, start: str | None
+) -> tuple[IPSModel, torch.optim.Optimizer, Winners | None, Progress]:
+    """Fresh, or as a checkpoint has them; no winners where every visit scores its slide."""
+    settings, sizes = job.config.train, [source.n_patches for _, source in job.train]
+    torch.manual_seed(job.config.seed)  # the same initial weights on every rank
+    model = build_model(job.config, pretrained=start is None).to(device)
+    optimizer = build_optimizer(model, settings)
+    serve = settings.reselect_every > 1
+    winners = Winners(sizes, job.config.model.select.memory, settings.reselect_every) if serve else None
+    if start is None:
+        return model, optimizer, winners, Progress(0, 0, job.plan_digest)
+    load = None if winners is None else winners.load
+    return model, optimizer, winners, restore(job.folder, start, model, optimizer, job.plan_digest, load)
+
+
 def _advanced(before: Progress, done: StepDone, epochs: int) -> Progress:
     """The progress after one more step; at the end of an epoch with its metrics."""
     sums = {"steps": 1.0, "loss": done.loss, "patches": float(done.patches), "seconds": done.seconds}
-    sums["waited"] = done.waited
+    sums |= {"waited": done.waited, "read": float(done.read)}
+    if done.changed:
+        sums |= {"rescored": float(len(done.changed)), "changed": sum(done.changed)}
     tally = {key: before.tally.get(key, 0.0) + value for key, value in sums.items()}
     if not done.last_of_epoch:
         return replace(before, step=done.step, step_in_epoch=before.step_in_epoch + 1, tally=tally)
     epoch = done.epoch + 1
-    metrics = _epoch_metrics(epoch, tally)
+    metrics = epoch_metrics(epoch, tally)
     return replace(
         before, epoch=epoch, step=done.step, step_in_epoch=0, tally={}, metrics=metrics, is_last=epoch == epochs
     )
@@ -144,6 +161,7 @@ class _Keeper:
     job: Job
     model: IPSModel
     optimizer: torch.optim.Optimizer
+    winners: Winners | None
     journal: Journal
     saver: Saver
     watch: Watch
@@ -153,7 +171,13 @@ class _Keeper:
 
     @classmethod
     def at_work(
-        cls, job: Job, model: IPSModel, optimizer: torch.optim.Optimizer, progress: Progress, stack: ExitStack
+        cls,
+        job: Job,
+        model: IPSModel,
+        optimizer: torch.optim.Optimizer,
+        winners: Winners | None,
+        progress: Progress,
+        stack: ExitStack,
     ) -> _Keeper:
         """From `progress` on, until the stack ends.
 
@@ -161,12 +185,13 @@ class _Keeper:
         """
         journal = stack.enter_context(Journal(job.tracker, job.run_id, progress.unsent))
         saver = stack.enter_context(Saver(job.folder, job.lease.check if job.lease else lambda: None))
-        return cls(job, model, optimizer, journal, saver, Watch.of(progress.metrics))
+        return cls(job, model, optimizer, winners, journal, saver, Watch.of(progress.metrics))
 
     def note(self, done: StepDone) -> None:
         """Log the step."""
-        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr, "steps": float(done.step)})
-        telemetry.count("ips_patches_total", done.patches, stage="train")
+        changed = {"winners_changed": sum(done.changed) / len(done.changed)} if done.changed else {}
+        self.journal.add(done.step, {"loss": done.loss, "lr": done.lr, "steps": float(done.step), **changed})
+        telemetry.count("ips_patches_total", done.read, stage="train")
         telemetry.count("ips_step_seconds_total", done.seconds)
         telemetry.count("ips_wait_seconds_total", done.waited)
         telemetry.level("ips_checkpoint_age_seconds", time.monotonic() - self.saved_at)
@@ -228,7 +253,8 @@ class _Keeper:
 
     def _save(self, progress: Progress) -> None:
         complete = replace(progress, run_id=self.job.run_id, unsent=self.journal.unsent)
-        self.saver.save(take_snapshot(self.model, self.optimizer, self.job.config, complete))
+        winners = None if self.winners is None else self.winners.state
+        self.saver.save(take_snapshot(self.model, self.optimizer, self.job.config, complete, winners))
         self.saved_at = time.monotonic()
 
 
@@ -305,19 +331,6 @@ def _look(model: IPSModel, job: Job, ranks: Ranks, device: torch.device, done: S
     looked = look(job.config.tasks, [slide.labels for slide, _ in job.val], found)
     check_finite(found, looked, names, when)
     return looked
-
-
-def _epoch_metrics(epoch: int, tally: Mapping[str, float]) -> dict[str, float]:
-    """Of an epoch, from the sums over its steps."""
-    return {
-        "epoch": float(epoch),
-        "train_loss": tally["loss"] / tally["steps"],
-        "patches_per_s": tally["patches"] / tally["seconds"],
-        "device_wait": tally["waited"] / tally["seconds"],
-        "wait_s": tally["waited"],
-        "encode_s": tally["seconds"] - tally["waited"],
-        "epoch_s": tally["seconds"],
-    }
 
 
 def _work() -> dict[str, float]:

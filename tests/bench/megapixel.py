@@ -57,7 +57,8 @@ from pipeline.config.data import MegapixelConfig, TaskConfig, TilingConfig
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.model.build import build_optimizer
 from pipeline.storage.files import write_json
-from pipeline.training.loop import Slides, train_steps
+from pipeline.training.hands import Slides
+from pipeline.training.loop import train_steps
 from pipeline.training.ranks import Ranks
 from tests.bench.scenes import MNIST
 

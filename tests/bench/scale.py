@@ -37,7 +37,8 @@ from pipeline.config.recipe import Config
 from pipeline.ingest.tiler import store_slide
 from pipeline.model.build import build_model, build_optimizer
 from pipeline.store.patches import PatchStore, StoredSlide
-from pipeline.training.loop import Slides, StepDone, train_steps
+from pipeline.training.hands import Slides
+from pipeline.training.loop import StepDone, train_steps
 from pipeline.training.ranks import joined_ranks
 
 SPEEDUP, RESIDUAL = 1.8, 0.05

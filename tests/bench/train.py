@@ -49,8 +49,9 @@ from pipeline.model.checkpoint import Progress, take_snapshot
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.tracking.tracker import open_tracking
 from pipeline.training.driver import train
+from pipeline.training.hands import Slides
 from pipeline.training.headroom import peak_resident_bytes
-from pipeline.training.loop import Slides, train_steps
+from pipeline.training.loop import train_steps
 from pipeline.training.ranks import Ranks
 from pipeline.training.saver import Saver
 from pipeline.training.session import Job, training_slides

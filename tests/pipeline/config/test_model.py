@@ -22,6 +22,8 @@ from pipeline.config.model import ModelConfig, TrainConfig
         ({"epochs": 3, "warmup_epochs": 0, "freeze_encoder_epochs": 3}, "set freeze_encoder: true"),
         ({"freeze_encoder": True, "encoder_lr": 1e-4}, "nothing to do; drop them"),
         ({"stain_jitter": 0.1, "augment": False}, "augment is false"),
+        ({"reselect_every": 2, "source": "stream"}, "cuts every patch of a slide anew; set reselect_every=1 or source"),
+        ({"reselect_every": 1001}, "less than or equal"),
         ({"score_batch": 12}, "multiple of 8"),
         ({"score_batch": 0}, "greater than or equal to 8"),
     ],
@@ -29,6 +31,11 @@ from pipeline.config.model import ModelConfig, TrainConfig
 def test_impossible_settings_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         TrainConfig(**fields)
+
+
+def test_how_often_slides_are_read_follows_from_their_turns() -> None:
+    assert TrainConfig(epochs=20).readings == 20
+    assert TrainConfig(epochs=20, explore_epochs=3, reselect_every=4).readings == 3 + 1 + 4
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,17 @@ def test_streaming_is_the_store_without_shared_slides() -> None:
         assert recipe("stream", workers) == recipe("store", workers, shard_above=None)
 
 
+def test_winners_that_serve_several_visits_do_not_go_with_context() -> None:
+    with pytest.raises(
+        ValidationError, match=r"reselect_every=2 does not read .* set reselect_every=1 or context: none"
+    ):
+        _changed(train={"reselect_every": 2}, model={"select": {"context": "all"}})
+
+
 def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> None:
-    assert "threads" not in _changed().recipe()["train"]
-    assert _changed(train={"threads": 3}).recipe()["train"]["threads"] == 3
+    for name in ("threads", "reselect_every"):
+        assert name not in _changed().recipe()["train"]
+        assert _changed(train={name: 3}).recipe()["train"][name] == 3
     assert "context" not in _changed().recipe()["model"]["select"]
     assert "explore_share" not in _changed().recipe()["model"]["select"]
     for name, value in (("context", "all"), ("explore_share", 0.5)):

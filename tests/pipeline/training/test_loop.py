@@ -19,7 +19,8 @@ from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.model.checkpoint import Progress, load_checkpoint, save_checkpoint
-from pipeline.training.loop import Slides, StepDone, train_steps
+from pipeline.training.hands import Slides
+from pipeline.training.loop import StepDone, train_steps
 from pipeline.training.ranks import Ranks
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "spot", "column": "label"}]})

@@ -18,7 +18,8 @@ from ips.network.aggregator import Aggregator
 from ips.network.model import IPSModel
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
-from pipeline.training.loop import Slides, _Turn, train_steps
+from pipeline.training.hands import Slides
+from pipeline.training.loop import _Turn, train_steps
 from pipeline.training.ranks import Ranks
 from tests.pipeline.training.test_loop import SELECT, TinyEncoder, _bags, _model, _open, _optimizer, _slides
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.plan import MAX_WAIT, ShardAbove, Step, deal, epoch_plan, plan_digest, steps_per_epoch
+from pipeline.training.plan import (
+    MAX_WAIT,
+    ShardAbove,
+    Step,
+    balanced_slides,
+    deal,
+    dealt,
+    epoch_plan,
+    plan_digest,
+    steps_per_epoch,
+)
 
 SIZES = st.lists(st.integers(1, 100_000), min_size=1, max_size=60)
 
@@ -147,3 +158,40 @@ def test_what_is_dealt_goes_to_one_rank_each_evenly(sizes: list[int], world: int
     assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
     loads = [sum(sizes[index] for index in hand) for hand in hands]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+CLASSES = st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=1, max_size=40)
+
+
+@given(CLASSES, st.integers(0, 3), st.integers(0, 9))
+def test_classes_come_alike_and_their_slides_too(numbers: list[float], seed: int, epoch: int) -> None:
+    drawn = balanced_slides(numbers, seed, epoch)
+    assert len(drawn) == len(numbers)
+    names = [str(number) for number in numbers]
+    by_class = Counter(dict.fromkeys(names, 0))
+    by_class.update(names[index] for index in drawn)
+    assert max(by_class.values()) - min(by_class.values()) <= 1
+    for name in set(names):
+        times = Counter({index: 0 for index, other in enumerate(names) if other == name})
+        times.update(index for index in drawn if names[index] == name)
+        assert max(times.values()) - min(times.values()) <= 1
+    assert drawn == balanced_slides(numbers, seed, epoch)
+
+
+def test_frequent_classes_take_turns_until_all_had_theirs() -> None:
+    numbers = [0.0] * 12 + [1.0] * 4
+    epochs = [balanced_slides(numbers, 0, epoch) for epoch in range(3)]
+    seen = Counter(index for drawn in epochs for index in drawn)
+    assert {seen[index] for index in range(12)} == {2}
+    assert {seen[index] for index in range(12, 16)} == {6}
+    assert balanced_slides(numbers, 1, 0) != epochs[0]
+
+
+def test_served_slides_are_not_shared_and_cost_what_is_read() -> None:
+    """The largest is served: it would be shared, and now weighs as little as its winners."""
+    sizes = [900, 40, 30, 20]
+    assert dealt(range(4), sizes, 2, 100).shared == (0,)
+    step = dealt(range(4), [8, 40, 30, 20], 2, 5).of([3, 1, 2, 0], frozenset({3}))
+    assert step.hands == ((1, 3), (2, 0)) or step.served == {3}
+    assert 3 not in step.shared
+    assert set(step.shared) == {1, 2, 0}

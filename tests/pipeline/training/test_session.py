@@ -36,10 +36,10 @@ REPO = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> Job:
-    """Twelve epochs of three steps on seven slides, two of them to look at."""
+    """Twelve epochs of three steps on seven slides, two of them to look at; winners serve three visits."""
     folder = tmp_path_factory.mktemp("session")
     config = small_config(
-        train={"epochs": 12, "batch_size": 2, "warmup_epochs": 1, "validate_every": 2},
+        train={"epochs": 12, "batch_size": 2, "warmup_epochs": 1, "validate_every": 2, "reselect_every": 3},
         cluster={"cpus_per_worker": 1, "checkpoint_steps": 1},
     )
     slides = store_slides(write_cohort(folder, ["no", "yes"] * 3 + ["no"]), folder / "store", config)
@@ -72,9 +72,10 @@ def test_ten_kills_change_neither_weights_nor_metrics(job: Job, tmp_path: Path) 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
     client = job.tracker.client
-    for key in ("loss", "lr", "train_loss", "val_loss"):
+    for key in ("loss", "lr", "train_loss", "val_loss", "share_read", "winners_changed"):
         before, after = (client.get_metric_history(one.run_id, key) for one in jobs)
         assert [(m.step, m.value) for m in before] == sorted((m.step, m.value) for m in after), key
+        assert before, key
 
 
 class _Stop(Exception):
@@ -99,8 +100,9 @@ def _short(job: Job, folder: Path, **train: object) -> Job:
     return _started(replace(job, config=config), folder)
 
 
-def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(job: Job, tmp_path: Path) -> None:
-    whole, stopped = _short(job, tmp_path / "whole"), _short(job, tmp_path / "stopped")
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(every: int, job: Job, tmp_path: Path) -> None:
+    whole, stopped = (_short(job, tmp_path / name, reselect_every=every) for name in ("whole", "stopped"))
     expected = _run(whole)
     with pytest.raises(_Stop):
         run_session(stopped, Ranks(), torch.device("cpu"), None, _stop_after(3))
@@ -110,8 +112,9 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_if_it_had_not(job: Job, tmp
     assert (between.epoch, between.step_in_epoch, between.is_last) == (0, between.step, False)
     assert between.tally["steps"] == between.step
     found = _run(stopped)
-    steady = ("epoch", "train_loss", "val_loss")
+    steady = ("epoch", "train_loss", "val_loss", "share_read")
     assert {key: found.metrics[key] for key in steady} == {key: expected.metrics[key] for key in steady}
+    assert (found.metrics["share_read"] < 1) == (every > 1)
     weights = [load_file(Path(one.folder) / found.name / WEIGHTS) for one in (whole, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     steps = [metric.step for metric in job.tracker.client.get_metric_history(stopped.run_id, "loss")]
@@ -248,13 +251,16 @@ def test_the_last_epoch_is_always_looked_at() -> None:
 
 
 def test_epoch_metrics_average_losses_and_count_patches() -> None:
-    first = StepDone(4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, seconds=2.0, waited=1.0)
-    last = StepDone(4, 10, last_of_epoch=True, loss=0.5, lr=0.1, slides=2, patches=100, seconds=2.0, waited=0.0)
+    first = StepDone(
+        4, 9, last_of_epoch=False, loss=1.0, lr=0.1, slides=2, patches=300, read=200, seconds=2.0, waited=1.0
+    )
+    last = replace(first, step=10, last_of_epoch=True, loss=0.5, patches=100, read=100, waited=0.0, changed=(0.5, 0.0))
     between = _advanced(Progress(4, 8, "plan"), first, 5)
     assert (between.epoch, between.step, between.step_in_epoch, between.metrics) == (4, 9, 1, {})
     done = _advanced(between, last, 5)
     assert (done.epoch, done.step, done.step_in_epoch, done.tally, done.is_last) == (5, 10, 0, {}, True)
-    expected = {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 100.0, "device_wait": 0.25, "epoch_s": 4.0}
+    expected = {"epoch": 5.0, "train_loss": 0.75, "patches_per_s": 75.0, "device_wait": 0.25, "epoch_s": 4.0}
+    expected |= {"share_read": 0.75, "train_winners_changed": 0.25}
     assert {key: done.metrics[key] for key in expected} == expected
 
 

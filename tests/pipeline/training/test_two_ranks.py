@@ -22,8 +22,8 @@ from ips.network.heads import linear_head
 from ips.network.model import IPSModel
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.training import loop
-from pipeline.training.hands import Pick, select_hand
-from pipeline.training.loop import Slides, train_steps
+from pipeline.training.hands import Pick, Slides, select_hand
+from pipeline.training.loop import train_steps
 from pipeline.training.plan import Step, epoch_plan
 from pipeline.training.ranks import Ranks, joined_ranks
 from tests.gloo import one_of_two

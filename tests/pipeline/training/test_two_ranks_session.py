@@ -29,7 +29,7 @@ from tests.pipeline.small import small_config, store_slides, write_cohort
 
 LABELS = ["no", "yes"] * 5 + ["no"]  # the last seven to look at
 CPU = torch.device("cpu")
-LAST = StepDone(1, 2, last_of_epoch=True, loss=0.5, lr=1e-5, slides=4, patches=80, seconds=1.0, waited=0.0)
+LAST = StepDone(1, 2, last_of_epoch=True, loss=0.5, lr=1e-5, slides=4, patches=80, read=80, seconds=1.0, waited=0.0)
 MEASURES = ("val_auc_tumour", "val_accuracy_tumour", "val_threshold_tumour", "val_loss", "val_score")
 
 

@@ -26,7 +26,8 @@ from pipeline.errors import ConfigError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder, build_model, build_optimizer
 from pipeline.store.features import FeatureStore
-from pipeline.training.loop import Slides, train_steps
+from pipeline.training.hands import Slides
+from pipeline.training.loop import train_steps
 from pipeline.training.ranks import Ranks
 from pipeline.workflow.embed import EMBED, stages_for
 from pipeline.workflow.run import load_cohort, plan, run
