@@ -15,6 +15,10 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 os.environ.pop("RAY_ADDRESS", None)
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Each has its share of the cores: two pools of two threads on two cores wait for each other by spinning, and a test
+    # that takes 0.6 s alone then took 19 s.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,7 @@ class Head:
 
 
 @contextmanager
-def serve_head(**more: str) -> Iterator[Head]:
+def serve_head(begin: Sequence[str] = ("ray", "start", "--head", "--block"), **more: str) -> Iterator[Head]:
     """A head of two CPUs on free ports, until the block ends; `more` is of its environment, and so of its jobs'."""
     short = tempfile.mkdtemp(prefix="ips", dir="/tmp")  # Ray's sockets allow 107 characters
     head, dashboard, client, agent, grpc, metrics = (free_port() for _ in range(6))
@@ -63,7 +63,7 @@ def serve_head(**more: str) -> Iterator[Head]:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         env.pop(name, None)
     command = [
-        *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"),
+        *(str(Path(sys.executable).parent / begin[0]), *begin[1:], "--num-cpus=2"),
         *(f"--port={head}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
         *(f"--metrics-export-port={metrics}", "--object-store-memory=200000000", "--disable-usage-stats"),

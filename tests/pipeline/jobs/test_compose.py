@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
@@ -16,11 +17,13 @@ import pytest
 from pipeline.jobs.compose import compose
 from pipeline.jobs.services import BUCKET, MLFLOW_PORT, POSTGRES_PORT, S3_PORT, mlflow_command, s3_command
 from pipeline.tracking.tracker import open_tracking
-from tests.pipeline.jobs.head import wait_for
+from tests.pipeline.jobs.head import REPO, serve_head, wait_for
 from tests.pipeline.small import small_config
 from tests.processes import free_port
 from tests.s3 import KEY_ID, SECRET
 
+_TOKEN = "TokenOfTheComposedCluster0123456789"
+_SMALL = ("cohort.demo.slides=12", "train.epochs=1", "train.warmup_epochs=0", "train.explore_epochs=0")
 # The fields of the Compose specification that are used; docker compose refuses others.
 _FIELDS = {
     "image",
@@ -138,6 +141,16 @@ def test_the_services_work_together_by_their_own_commands(tmp_path: Path, monkey
             tracker.log_metrics(run_id, {"auc": 0.75})
             tracker.log_text(run_id, "kept", "note.txt")
         assert tracker.latest_metrics(run_id) == {"auc": 0.75}
+        head_env = {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+        with serve_head(_services()["ray"]["command"], **head_env) as head:
+            submit = [sys.executable, "-m", "pipeline", "submit", "--working-dir", str(REPO / "conf"), "--json"]
+            places = ["storage.root=s3://ips/night", f"tracking.uri={uri}", f"deploy.address={head.address}"]
+            command = [*submit, "run", "--config", "demo", *places, *_SMALL]
+            done = subprocess.run(command, env=head.env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        run = tracker.client.get_run(json.loads(done.stdout)["run_id"])
+        assert run.info.status == "FINISHED"
+        assert tracker.client.get_model_version_by_alias("demo", "champion").run_id
     assert (tmp_path / "s3" / BUCKET).is_dir()
     (kept,) = (tmp_path / "s3" / "ips" / "study").rglob("note.txt")
     assert kept.read_text() == "kept"
