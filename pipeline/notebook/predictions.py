@@ -101,7 +101,8 @@ def predict(
     if isinstance(model, Run):
         if model.model is None:
             raise StageError(f"{model.config.name}: nothing is trained yet; run(config) goes on to the model")
-        model, tracking_uri = model.model, tracking_uri or model.config.tracking.uri
+        tracking_uri = tracking_uri or model.config.tracking.uri
+        model = model.model
     registry = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     uris = [slides] if isinstance(slides, str | Path) else slides
     folder = Path(out).absolute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -29,7 +30,7 @@ except Exception as error:
 """
 
 
-def notebook() -> nbformat.NotebookNode:
+def notebook() -> Any:
     """The script's cells."""
     cells = []
     for kind, text in re.findall(
