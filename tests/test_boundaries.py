@@ -44,5 +44,17 @@ def test_the_ray_data_graph_loads_no_torch_of_ours() -> None:
     assert _loaded_by("import pipeline.ingest.graph", ("mlflow", "ips")) == set()
 
 
+@pytest.mark.parametrize(
+    ("statement", "candidates"),
+    [
+        ("import pipeline", ("torch", "ray", "mlflow", "pyarrow", "numpy", "pydantic", "s3fs")),
+        ("from pipeline import Config, load_config", ("torch", "ray", "mlflow", "s3fs")),
+        ("from pipeline import open_store", ("torch", "ray", "mlflow", "s3fs", "duckdb")),
+    ],
+)
+def test_what_a_notebook_imports_loads_no_more_than_it_uses(statement: str, candidates: tuple[str, ...]) -> None:
+    assert _loaded_by(statement, candidates) == set()
+
+
 def test_a_forbidden_import_would_be_seen() -> None:
     assert _loaded_by("import ips.bag, pyarrow", ("pyarrow", "ray")) == {"pyarrow"}

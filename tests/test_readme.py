@@ -28,7 +28,10 @@ from tests.processes import free_port
 
 REPO = Path(__file__).resolve().parents[1]
 SHOWN = {"text", "csv"}  # not commands
-ELSEWHERE = {("ips/README.md", "python")}  # tests/ips/test_readme.py
+ELSEWHERE = {
+    ("ips/README.md", "python"),  # tests/ips/test_readme.py
+    ("pipeline/store/README.md", "python"),  # tests/pipeline/store/test_format.py
+}
 MARKER = "# not run by the tests: needs "
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.console import Chosen, print_json, print_table, with_config
 from pipeline.tiling.interchange import Tool
+
+if TYPE_CHECKING:
+    from pipeline.workflow.leftovers import Leftover
 
 
 @with_config
@@ -40,19 +44,34 @@ def export(
 DeleteOption = Annotated[bool, typer.Option("--delete", help="Do it; without this it is only told.")]
 
 
-@with_config
-def gc(
-    chosen: Chosen,
-    days: Annotated[float, typer.Option(help="Leave what is younger: a run to come may go on with it.", min=0)] = 7.0,
-    delete: DeleteOption = False,
-) -> None:
-    """List what no finished stage names below storage.root, and with --delete remove it. While no stage is at work."""
-    from pipeline.workflow.leftovers import find_leftovers, remove
+DaysOption = Annotated[float, typer.Option(help="Leave what is younger: a run to come may go on with it.", min=0)]
 
-    found = find_leftovers(chosen.load(), days)
+
+@with_config
+def gc(chosen: Chosen, days: DaysOption = 7.0, delete: DeleteOption = False) -> None:
+    """List what no finished stage names below storage.root, and with --delete remove it. While no stage is at work."""
+    from pipeline.workflow.leftovers import find_leftovers
+
+    _tidy(find_leftovers(chosen.load(), days), delete=delete, as_json=chosen.as_json)
+
+
+@with_config
+def rm(chosen: Chosen, days: DaysOption = 7.0, delete: DeleteOption = False) -> None:
+    """List the patches, plans and features that no run uses, with their bytes, and with --delete remove them.
+
+    Of the stores below storage.root alone, as `gc` does with all that lies there. While no stage is at work.
+    """
+    from pipeline.workflow.leftovers import find_leftovers
+
+    _tidy(find_leftovers(chosen.load(), days, stores_alone=True), delete=delete, as_json=chosen.as_json)
+
+
+def _tidy(found: Sequence[Leftover], *, delete: bool, as_json: bool) -> None:
+    from pipeline.workflow.leftovers import remove
+
     if delete:
         remove(found)
-    if chosen.as_json:
+    if as_json:
         outcome = "nothing to do" if not found else "done" if delete else "dry run"
         print_json({"outcome": outcome, "bytes": sum(one.bytes for one in found), "leftovers": [*map(asdict, found)]})
         return

@@ -319,6 +319,7 @@ def _must_be_local(folder: Path) -> None:
 app.add_typer(sweep.app, name="sweep", rich_help_panel=_MODEL)
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)
+store_commands.app.command()(data.rm)
 app.add_typer(store_commands.app, name="store", rich_help_panel=_TILED)
 for _command in (release.retrain, release.gate, release.promote):
     app.command(rich_help_panel=_RELEASE)(_command)

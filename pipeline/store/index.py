@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StorageError
 from pipeline.storage import files
 from pipeline.store.packs import Place, read_index
+from pipeline.store.parts import file_name
 
 Ints = npt.NDArray[np.int64]
 
@@ -29,6 +31,44 @@ class PatchIndex:
     offset: Ints
     """Absolute byte offset of the JPEG in its part."""
     length: Ints
+
+
+def slide_index(uri: str, place: Place | None, n: int) -> PatchIndex:
+    """That of a slide of n patches in a folder, or at a place in a pack; of a pack its patches have the part 0."""
+    return folder_index(uri, n)[0] if place is None else packed_index(uri, place, n)
+
+
+def part_uri(uri: str, place: Place | None, n: int, part: int) -> str:
+    """The file of a slide's part, or the pack."""
+    return uri if place is not None else files.join(uri, file_name(folder_index(uri, n)[1], part))
+
+
+def read_rows(uri: str, place: Place | None, n: int, rows: Sequence[int] | Ints) -> list[bytes]:
+    """The bytes of some of a slide's patches, in their order: one range read for each run of neighbours.
+
+    Args:
+        uri: of the slide's folder, or of the pack that it is in.
+        place: in the pack.
+        n: patches of the slide.
+        rows: of them.
+
+    Raises:
+        StorageError: the store cannot be read.
+    """
+    index, wanted = slide_index(uri, place, n), np.asarray(rows, np.int64)
+    found: dict[int, bytes] = {}
+    for part in np.unique(index.part[wanted]).tolist():
+        neighbours = runs(index, np.unique(wanted[index.part[wanted] == part]))
+        ranges = [
+            (int(index.offset[run[0]]), int(index.offset[run[-1]] + index.length[run[-1]] - index.offset[run[0]]))
+            for run in neighbours
+        ]
+        for run, data in zip(neighbours, files.read_ranges(part_uri(uri, place, n, part), ranges), strict=True):
+            start = index.offset[run[0]]
+            for row in run.tolist():
+                first = int(index.offset[row] - start)
+                found[row] = data[first : first + int(index.length[row])]
+    return [found[row] for row in wanted.tolist()]
 
 
 @lru_cache(maxsize=8)  # slides: a batch comes back to the same few; 40 bytes a patch each

@@ -28,9 +28,8 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.tree import delete_folder
 from pipeline.store.catalogue import BATCH, Row
-from pipeline.store.index import Ints, PatchIndex, folder_index, folder_origins, folder_table, packed_index, runs
+from pipeline.store.index import Ints, PatchIndex, folder_origins, folder_table, read_rows, slide_index
 from pipeline.store.packs import PACKS, Place, read_facts, read_index
-from pipeline.store.parts import file_name
 from pipeline.store.pictures import drawn
 from pipeline.store.rows import asked_digest, outcome, slide_row, source_row, stored
 from pipeline.store.shelf import Shelf
@@ -101,9 +100,7 @@ class StoredSlide:
 
     def index(self) -> PatchIndex:
         """Position and place of every patch; the last few slides' are kept in memory."""
-        if self.place is None:
-            return folder_index(self.uri, self.n_patches)[0]
-        return packed_index(self.uri, self.place, self.n_patches)
+        return slide_index(self.uri, self.place, self.n_patches)
 
     def index_table(self) -> pa.Table:
         """The index in schema INDEX."""
@@ -133,27 +130,7 @@ class StoredSlide:
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
-        index, wanted = self.index(), np.asarray(rows, np.int64)
-        found: dict[int, bytes] = {}
-        for part in np.unique(index.part[wanted]).tolist():
-            members = np.unique(wanted[index.part[wanted] == part])
-            neighbours = runs(index, members)
-            ranges = [
-                (int(index.offset[run[0]]), int(index.offset[run[-1]] + index.length[run[-1]] - index.offset[run[0]]))
-                for run in neighbours
-            ]
-            for run, data in zip(neighbours, files.read_ranges(self._file(part), ranges), strict=True):
-                start = index.offset[run[0]]
-                for row in run.tolist():
-                    first = int(index.offset[row] - start)
-                    found[row] = data[first : first + int(index.length[row])]
-        return [found[row] for row in wanted.tolist()]
-
-    def _file(self, part: int) -> str:
-        """URI of a part, or of the pack."""
-        if self.place is not None:
-            return self.uri
-        return files.join(self.uri, file_name(folder_index(self.uri, self.n_patches)[1], part))
+        return read_rows(self.uri, self.place, self.n_patches, rows)
 
     def facts(self) -> Mapping[str, Any]:
         """All that its commit says."""

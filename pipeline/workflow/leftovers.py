@@ -57,10 +57,15 @@ class _Named:
         return any(output == uri or output.startswith(uri + "/") for output in self.outputs)
 
 
-def find_leftovers(config: Config, days: float) -> list[Leftover]:
+def find_leftovers(config: Config, days: float, *, stores_alone: bool = False) -> list[Leftover]:
     """Everything below the config's root that no stage's record names and that is older than `days`.
 
     Stores that lie elsewhere are not looked at: records of other roots may name what is in them.
+
+    Args:
+        config: of the root.
+        days: since anything in it was written.
+        stores_alone: look at patches, plans and features, and not at trainings, reports and ledgers.
 
     Raises:
         StageError: a stage is at work below the root.
@@ -72,7 +77,7 @@ def find_leftovers(config: Config, days: float) -> list[Leftover]:
     check_idle(root)
     named = _named(root)
     found: list[Leftover] = []
-    for kind in _FOLDERS:
+    for kind in () if stores_alone else _FOLDERS:
         found += _whole(walk(join(root, kind)), join(root, kind), named.has, "no finished stage names it")
     for store in (config.storage.patches, join(config.storage.patches, PLANS), config.storage.features):
         if store.startswith(root.rstrip("/") + "/"):
