@@ -9,7 +9,8 @@ from PIL import Image
 from pyarrow import csv
 
 from pipeline.errors import StageError, TrackingError
-from pipeline.results.predict import predict, safe_name
+from pipeline.predict.output import safe_name
+from pipeline.predict.run import predict
 from pipeline.schema import ATTENTION
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
