@@ -79,7 +79,7 @@ def overlay_png(
     """Attention over a greyed thumbnail, with a colour bar, a scale bar and a caption.
 
     The colour is the attention relative to uniform, on a log scale; patches below uniform stay grey, so what the model
-    looked at stands out whatever the size of the slide. A patch's edges are where they are, to half a px of the picture.
+    looked at stands out whatever the size of the slide. Edges of patches are where they are, to half a px.
 
     Args:
         slide: what is shown.
@@ -133,12 +133,13 @@ def attention_map(
 ) -> npt.NDArray[np.float64]:
     """Values of patches (N,) painted into px (h, w) of a picture; mean where patches overlap, 0 where none lies.
 
-    `scale` is level-0 px per px, or that along x and along y. An edge goes to the nearest border between px, and a patch
-    that is smaller than a px has the one that it begins in.
+    `scale` is level-0 px per px, or that along x and along y. An edge goes to the nearest border between px, and a
+    patch that is smaller than a px has the one that it begins in.
     """
     along = np.broadcast_to(np.asarray(scale, np.float64), 2)[:, None]
     low = np.stack([x, y]).astype(np.float64)
-    begin, end = (np.floor(edge / along + 0.5).astype(int) for edge in (low, low + extent))
+    high = np.stack([patch_ends(edges, extent) for edges in low])
+    begin, end = (np.floor(edge / along + 0.5).astype(int) for edge in (low, high))
     thin = end <= begin
     begin = np.where(thin, np.floor(low / along).astype(int), begin)
     limit = np.array([[shape[1]], [shape[0]]])
@@ -157,11 +158,23 @@ def attention_map(
     return np.where(many > 0.5, np.round(whole / np.maximum(many, 1), 9), 0.0)
 
 
+def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
+    """Where patches end along an axis that begin at `low` (N,): where others begin, if that is a px away.
+
+    Patches that adjoin begin at whole px and are of a broken number of them, so each stops short of the next, or runs
+    into it, by a px at most.
+    """
+    ends = low + extent
+    starts = np.unique(low)
+    near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)] if len(starts) else ends
+    return np.where(np.abs(near - ends) <= 1, near, ends)
+
+
 def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:
-    """(h, w) ratios -> (h, w, 4); clear below uniform, ever denser above."""
-    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64)
+    """(h, w) ratios -> (h, w, 4); clear up to uniform, from there ever denser, without a step."""
+    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64).clip(0, 1)
     rgba = _COLOURS(place)
-    rgba[..., 3] = np.where(field > 1.0, 0.35 + 0.5 * place, 0.0)
+    rgba[..., 3] = 0.85 * np.sqrt(place)
     return rgba
 
 

@@ -45,7 +45,7 @@ def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) ->
         "score": {
             "version": "score/1",
             "unit": "multiple of uniform attention",
-            "definition": "attention times the number of patches of the slide; where the model looked, not what that did",
+            "definition": "attention times the number of patches: where the model looked, not what that did",
         },
     }
     for column in effects:

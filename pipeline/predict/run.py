@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.bags.images import source_versions
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import ClusterConfig, Config
-from pipeline.errors import SlideError, StageError
+from pipeline.errors import SlideError, StageError, StorageError
 from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.versions import Looked, look_at
@@ -61,7 +61,7 @@ class How:
     """Root of a patch store, whose patches are taken where it has them."""
     workers: int = 0
     """Actors on Ray; 0: this process alone, without Ray."""
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     heads: bool = False
     """Also the attention of each head."""
     all_patches: bool = False
@@ -201,10 +201,20 @@ def _versions(config: Config, asked: Sequence[Asked]) -> list[Looked]:
     """Of each slide's files; generated images have one for all."""
     slides = [one.slide for one in asked]
     images = config.cohort.megapixel_mnist
-    if images is None:
-        return look_at(slides, config.tiling)
-    version = SourceVersion(0, fingerprint(source_versions(images)), None)
-    return [version] * len(slides)
+    if images is not None:
+        return [SourceVersion(0, fingerprint(source_versions(images)), None)] * len(slides)
+    nowhere = [_nowhere(slide.uri) for slide in slides]
+    looked = iter(look_at([slide for slide, lost in zip(slides, nowhere, strict=True) if lost is None], config.tiling))
+    return [lost or next(looked) for lost in nowhere]
+
+
+def _nowhere(uri: str) -> SlideError | None:
+    """Why a URI means no place."""
+    try:
+        absolute(uri)
+    except StorageError as error:
+        return SlideError("missing", str(error))
+    return None
 
 
 def _job(one: Asked, version: Looked, predicting: Predicting, config: Config) -> Job:

@@ -36,9 +36,10 @@ def _deletion(config: Config, curves: Any) -> list[str]:
     """Of the first task's likeliest output."""
     columns = config.tasks[0].output_columns
     column = max(columns, key=lambda name: curves["attention"]["deletion"][name][0])
-    place = next((n for n, part in enumerate(curves["fraction"]) if part >= _SHARE and part < 1), None)
-    if place is None:
+    shares = curves["fraction"][1:-1]
+    if not shares:
         return []
+    place = 1 + min(range(len(shares)), key=lambda n: abs(shares[n] - _SHARE))
     before, *after = (curves[order]["deletion"][column][k] for order, k in (
         ("attention", 0), ("attention", place), ("effect", place), ("random", place)
     ))  # fmt: skip

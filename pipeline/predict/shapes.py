@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.inference.heatmap import patch_ends
 from pipeline.tiling.geojson import collection, feature, square, write_collection
 from pipeline.tiling.outlines import pieces
 
@@ -108,17 +109,13 @@ def outlines(x: Numbers, y: Numbers, patch: float, corner: tuple[int, int]) -> I
 def _lattice(low: Numbers, patch: float) -> tuple[Numbers, Numbers, Numbers]:
     """All places at which patches begin or end along an axis; and where in them each does.
 
-    A patch ends where the next one begins if that is a px away: both are rounded. Patches that stand anywhere, as a
-    file said, are taken to a coarser raster where that would be too large.
+    Patches that stand anywhere, as a file said, are taken to a coarser raster where that would be too large.
     """
     step = 1
     while True:
         begins = low // step * step
-        ends = np.floor(begins + max(patch, step) + 0.5).astype(np.int64)
-        starts = np.unique(begins)
-        near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)]
-        ends = np.where(np.abs(near - ends) <= 1, near, ends)
-        edges = np.unique(np.concatenate([starts, ends]))
+        ends = np.floor(patch_ends(begins, max(patch, step)) + 0.5).astype(np.int64)
+        edges = np.unique(np.concatenate([begins, ends]))
         if len(edges) <= _EDGES:
             return edges, np.searchsorted(edges, begins), np.searchsorted(edges, ends)
         step *= 2

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 EACH = 12
 """Patches of either kind at most."""
 _COLUMNS, _PX, _GAP, _LINE = 6, 160, 10, 18
+_FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own has no multiplication sign
 _INK, _SOFT, _WHITE = (28, 39, 51), (91, 107, 122), (255, 255, 255)
 
 
@@ -36,7 +39,7 @@ def sheet_png(heading: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown
     rows = sum(-(-len(patches) // _COLUMNS) for _, patches in groups)
     height = _GAP + _LINE * len(heading) + len(groups) * (_GAP + _LINE) + rows * (_PX + _LINE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), _WHITE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(_FONT, 12)
     y = _GAP
     for line in heading:
         pen.text((_GAP, y), line, _SOFT, font)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from pipeline.bags.sources import Source, featured, open_bag, passing, tiled
 from pipeline.bags.streamed import StreamedSlide
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.errors import DamagedError, PlanError, SlideError
+from pipeline.errors import ConfigError, DamagedError, PlanError, SlideError, StorageError
 from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
 from pipeline.ingest.isolated import apart
@@ -49,6 +50,9 @@ from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide
 from pipeline.store.patches import StoredSlide
 from pipeline.tiling.geojson import collection
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,11 @@ class Predictor:
             return Failure(error.reason, as_text(unpredicted(error, job.mpp_remedy)))
         except DamagedError as error:
             return Failure("damaged", as_text(str(error)))
+        except (StorageError, ConfigError, MemoryError):
+            raise  # the output's, or this node's: what concerns the slide is a SlideError by now
+        except Exception as error:  # one slide's unforeseen failure must not end the others' batch
+            log.exception("predict: %s", job.slide.slide_id)
+            return Failure("crash", as_text(f"{type(error).__name__}: {error}"))
 
     def _predict(self, job: Job, pixels: Source, scratch: str) -> Outcome:
         config = self._config
@@ -210,7 +219,7 @@ def _sheet(facts: Facts, source: Source, table: pa.Table, config: Config) -> byt
     least = np.argsort(score, kind="stable")[: max(0, min(EACH, len(score) - len(most)))]
     jpegs = source.payloads(np.concatenate([most, least]))
     labels = [f"#{rank}  {score[row]:.3g}\N{MULTIPLICATION SIGN}" for rank, row in enumerate(most, start=1)]
-    labels += [f"row {row}  {score[row]:.2g}\N{MULTIPLICATION SIGN}" for row in least]
+    labels += [f"row {row}  {score[row]:.3g}\N{MULTIPLICATION SIGN}" for row in least]
     shown = [Shown(jpeg, label) for jpeg, label in zip(jpegs, labels, strict=True)]
     groups = [("Most attended, in multiples of uniform attention", shown[: len(most)])]
     if len(least):

@@ -1,20 +1,33 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from pyarrow import csv
 
 from pipeline.errors import StageError, TrackingError
 from pipeline.predict.output import safe_name
-from pipeline.predict.run import predict
-from pipeline.schema import ATTENTION
+from pipeline.predict.run import How, predict
+from pipeline.storage.files import read_bytes
+from pipeline.storage.tree import upload_tree
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
-from tests.pipeline.small import small_config, write_model, write_sections, write_slide
+from tests.pipeline.small import (
+    HEIGHT,
+    WIDTH,
+    small_config,
+    store_slides,
+    write_cohort,
+    write_model,
+    write_sections,
+    write_slide,
+)
+from tests.s3 import S3Server
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore:Operation with range:DeprecationWarning"
@@ -35,30 +48,125 @@ def _slides(tmp_path: Path) -> list[str]:
     return [str(path) for path in (*paths, tmp_path / "bad.svs")]
 
 
-def test_tables_and_heatmaps_are_written_and_a_bad_slide_fails_alone(folder: Path, tmp_path: Path) -> None:
+def _files(folder: Path) -> dict[str, bytes]:
+    """All files of a batch but its lease."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del found["predict.lease"]
+    return found
+
+
+def test_each_slide_has_its_folder_and_a_bad_one_fails_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = predict(str(folder), _slides(tmp_path), None, out, tracking_uri="unused")
     json.dumps(result)
     assert list(result["failed"]) == ["bad"]
+    assert result["predicted_now"] == 3
 
     table = csv.read_csv(out / "predictions.csv").to_pydict()
     assert table["slide_id"] == ["a", "a-2", "bad"]
+    assert table["folder"] == ["slides/a", "slides/a-2", ""]
     assert table["tumour_no"][0] + table["tumour_yes"][0] == pytest.approx(1.0)
     assert table["tumour_yes"][2] is None
     assert "bad.svs" in table["error"][2]
+    assert table["status"] == ["predicted", "predicted", "failed"]
+    assert table["reason"] == ["", "", "not-a-slide"]
+    assert (table["width"], table["height"]) == ([WIDTH, WIDTH, None], [HEIGHT, HEIGHT, None])
+    assert table["n_patches"] == [20, 20, 0]
     assert pq.read_table(out / "predictions.parquet").column_names == list(table)
 
-    attention = pq.read_table(out / "attention.parquet")
-    assert attention.schema.equals(ATTENTION, check_metadata=True)
-    grouped = attention.group_by("slide_id").aggregate([("attention", "sum"), ("selected", "sum")]).to_pydict()
-    assert grouped["slide_id"] == ["a", "a-2"]
-    assert grouped["attention_sum"] == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert grouped["selected_sum"] == [5, 5]
-    assert table["n_patches"] == [20, 20, 0]
+    assert sorted(path.name for path in (out / "slides").iterdir()) == ["a", "a-2"]
+    names = [
+        "attention.parquet",
+        "contact.png",
+        "overlay.png",
+        "slide.json",
+        "thumbnail.jpg",
+        "tissue.geojson",
+        "top.geojson",
+    ]
+    assert sorted(path.name for path in (out / "slides" / "a").iterdir()) == names
+    maps = pq.read_table(out / "slides" / "a" / "attention.parquet")
+    assert sum(maps["attention"].to_pylist()) == pytest.approx(1.0, abs=1e-5)
+    assert sum(maps["selected"].to_pylist()) == 5
+    facts = json.loads((out / "slides" / "a" / "slide.json").read_text())
+    assert json.loads(maps.schema.metadata[b"ips.maps"]) == facts["maps"]
+    assert set(facts["maps"]) == {"attention", "score", "effect_tumour_no", "effect_tumour_yes"}
+    page = (out / "summary.html").read_text()
+    assert "2 of 3 slides predicted" in page
+    assert "slides/a-2/overlay.png" in page
 
-    assert sorted(path.name for path in (out / "heatmaps").iterdir()) == ["a-2.png", "a.png"]
-    with Image.open(out / "heatmaps" / "a.png") as picture:
-        assert picture.width > 900
+
+def test_what_stands_is_kept_and_a_killed_batch_ends_in_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    slides = _slides(tmp_path)
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    predict(str(folder), slides, None, whole, tracking_uri="unused")
+    (grown / "slides" / "a-2").mkdir(parents=True)
+    (grown / "slides" / "a-2" / "attention.parquet").write_bytes(b"half a fi")
+    predict(str(folder), slides[:1], None, grown, tracking_uri="unused")  # the colours are those of one slide
+    assert predict(str(folder), slides, None, grown, tracking_uri="unused")["predicted_now"] == 2
+    assert _files(grown) == _files(whole)
+    before = {path: path.stat().st_mtime_ns for path in (grown / "slides").rglob("*") if path.is_file()}
+    assert predict(str(folder), slides, None, grown, tracking_uri="unused")["predicted_now"] == 1  # the bad one
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert _files(grown) == _files(whole)
+    (grown / "slides" / "a" / "slide.json").write_text("{")
+    write_slide(Path(slides[1]), 7)  # another picture
+    assert predict(str(folder), slides, None, grown, tracking_uri="unused")["predicted_now"] == 3
+    assert _files(grown)["slides/a/attention.parquet"] == _files(whole)["slides/a/attention.parquet"]
+    assert _files(grown)["slides/a-2/attention.parquet"] != _files(whole)["slides/a-2/attention.parquet"]
+
+
+def test_slides_of_a_batch_share_their_colours_and_heads_and_patches_come_where_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain, more = tmp_path / "plain", tmp_path / "more"
+    slides = _slides(tmp_path)[:2]
+    predict(str(folder), slides, None, plain, tracking_uri="unused")
+    found = predict(str(folder), slides, None, more, tracking_uri="unused", how=How(heads=True, all_patches=True))
+    assert found["predicted_now"] == 2
+    both = [json.loads((plain / "slides" / name / "slide.json").read_text()) for name in ("a", "a-2")]
+    assert both[0]["colours"] == both[1]["colours"]
+    assert both[0]["histograms"] != both[1]["histograms"]
+    maps, each = (pq.read_table(out / "slides" / "a" / "attention.parquet") for out in (plain, more))
+    assert set(each.column_names) - set(maps.column_names) == {"attention_tumour_0", "attention_tumour_1"}
+    heads = np.stack([each[f"attention_tumour_{head}"].to_numpy() for head in range(2)])
+    np.testing.assert_allclose(heads.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(heads.mean(axis=0), maps["attention"].to_numpy(), atol=1e-6)
+    assert len(json.loads(gzip.decompress((more / "slides" / "a" / "all.geojson.gz").read_bytes()))["features"]) == 20
+
+
+def test_a_store_and_a_reading_on_the_way_give_the_same(folder: Path, tmp_path: Path) -> None:
+    config, cohort = small_config(), write_cohort(tmp_path, [None, None])
+    store_slides(cohort, tmp_path / "store", config)
+    slides = [slide.uri for slide in cohort.slides]
+    passed, stored = tmp_path / "passed", tmp_path / "stored"
+    predict(str(folder), slides, None, passed, tracking_uri="unused")
+    predict(str(folder), slides, None, stored, tracking_uri="unused", how=How(store=str(tmp_path / "store")))
+    assert _files(passed) == _files(stored)
+
+
+def test_folders_and_prefixes_to_a_bucket(
+    folder: Path, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    bucket = server.bucket("predicted")
+    (tmp_path / "set" / "below").mkdir(parents=True)
+    write_sections(tmp_path / "set" / "one.tif")
+    write_slide(tmp_path / "set" / "below" / "ignored.png", 3)
+    write_sections(tmp_path / "set" / "below" / "two.tif")
+    upload_tree(tmp_path / "set", f"{bucket}/set")
+    here, there = tmp_path / "out", f"{bucket}/out"
+    how = {"tracking_uri": "unused", "series": 1}
+    predict(str(folder), [str(tmp_path / "set")], None, here, **how)
+    found = predict(str(folder), [f"{bucket}/set/"], None, there, **how)
+    assert found["written"]["predictions.csv"] == f"{there}/predictions.csv"
+    tables = [pq.read_table(pa.BufferReader(read_bytes(f"{out}/predictions.parquet"))) for out in (here, there)]
+    assert tables[0].drop_columns("uri").equals(tables[1].drop_columns("uri"))
+    assert tables[0]["slide_id"].to_pylist() == ["two", "one"]
+    for name in ("attention.parquet", "contact.png", "overlay.png"):
+        assert read_bytes(f"{there}/slides/two/{name}") == (here / "slides" / "two" / name).read_bytes()
+    assert predict(str(folder), [f"{bucket}/set/"], None, there, **how)["predicted_now"] == 0
 
 
 def test_no_two_slides_share_an_id(folder: Path, tmp_path: Path) -> None:
@@ -96,8 +204,8 @@ def test_a_cohort_is_predicted_with_the_champion(folder: Path, tmp_path: Path, m
     )
     assert result["model"] == "models:/predicted/1"
     assert result["slides"] == 1
-    (heatmap,) = (tmp_path / "out" / "heatmaps").iterdir()
-    assert heatmap.name == f"{safe_name('special/one')}.png"
+    (only,) = (tmp_path / "out" / "slides").iterdir()
+    assert only.name == safe_name("special/one")
 
 
 def test_one_image_of_a_file_of_several(folder: Path, tmp_path: Path) -> None:
@@ -159,17 +267,3 @@ def test_microns_that_are_missing_are_asked_for_where_they_can_be_given(tmp_path
     ]
     found = predict(str(model), [str(tmp_path / "named.png")], None, tmp_path / "out", tracking_uri="unused", mpp=0.5)
     assert found["failed"] == {}
-
-
-@pytest.mark.parametrize(
-    "slide_id", ["../../etc/passwd", ".hidden", "a/b", "", "x" * 300, "schräg\u2028", "con trol\n", "a\0b", ".."]
-)
-def test_slide_ids_never_leave_the_folder(slide_id: str, tmp_path: Path) -> None:
-    name = safe_name(slide_id) + ".png"
-    (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert safe_name(slide_id) != safe_name(slide_id + "_")
-
-
-def test_plain_slide_ids_stay_as_they_are() -> None:
-    assert safe_name("TCGA-3L-AA1B-01Z-00-DX1.8923A151") == "TCGA-3L-AA1B-01Z-00-DX1.8923A151"

@@ -36,12 +36,12 @@ def test_every_piece_is_a_closed_polygon_in_level0_px() -> None:
     assert document["type"] == "FeatureCollection"
     assert len(document["features"]) == 3
     rings = []
-    for feature in document["features"]:
-        assert feature["type"] == "Feature"
-        assert feature["geometry"]["type"] == "Polygon"
-        assert feature["properties"]["objectType"] == "annotation"
-        assert feature["properties"]["classification"]["name"] == "Tissue"
-        rings += feature["geometry"]["coordinates"]
+    for one in document["features"]:
+        assert one["type"] == "Feature"
+        assert one["geometry"]["type"] == "Polygon"
+        assert one["properties"]["objectType"] == "annotation"
+        assert one["properties"]["classification"]["name"] == "Tissue"
+        rings += one["geometry"]["coordinates"]
     assert len(rings) == 4
     assert all(ring[0] == ring[-1] and len(ring) >= 4 for ring in rings)
     corners = np.concatenate(rings)
