@@ -14,11 +14,30 @@ from pipeline.errors import DataBudgetError
 
 log = logging.getLogger(__name__)
 
+ModelOption = Annotated[
+    str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a checkpoint.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option(help="Where the model is registered. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
+]
+SeriesOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Which image of the named slides' files, where they hold several that could be meant."),
+]
+MppOption = Annotated[
+    float | None,
+    typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
+]
+StoreOption = Annotated[
+    str | None, typer.Option(help="Patch store whose patches are taken; other slides are read where they lie.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Of the Ray cluster: auto or ray://host:port. Default: RAY_ADDRESS, else here.")
+]
+
 
 def predict(
-    model: Annotated[
-        str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a checkpoint.")
-    ],
+    model: ModelOption,
     out: Annotated[
         str, typer.Option(help="Folder or s3:// prefix for all that is written; slides that are done there are kept.")
     ] = "predictions",
@@ -28,28 +47,14 @@ def predict(
     cohort: Annotated[
         str | None, typer.Option(help="Cohort file, whose slides are predicted too; it needs slide_id and uri only.")
     ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="Where the model is registered. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
-    ] = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
-    ] = None,
-    series: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Which image of the named slides' files, where they hold several that could be meant."
-        ),
-    ] = None,
-    store: Annotated[
-        str | None, typer.Option(help="Patch store whose patches are taken; other slides are read where they lie.")
-    ] = None,
+    tracking_uri: TrackingOption = None,
+    mpp: MppOption = None,
+    series: SeriesOption = None,
+    store: StoreOption = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Actors on Ray, each with the model and one slide at a time; 0: no Ray.")
     ] = 0,
-    address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster: auto or ray://host:port. Default: RAY_ADDRESS, else here.")
-    ] = None,
+    address: AddressOption = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0.1, help="That Ray reserves for each actor.")] = 2.0,
     gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="Likewise.")] = 0.0,
     heads: Annotated[bool, typer.Option("--heads", help="Also the attention of each head.")] = False,

@@ -42,7 +42,7 @@ def asked_slides(
         series: number of the image to take of each of the `uris`' files; None: the one that is the slide.
 
     Raises:
-        StageError: nothing is asked for, or a folder holds no slide.
+        StageError: nothing is asked for.
         CohortError: the cohort is wrong.
     """
     listed = read_cohort(cohort).slides if cohort else ()
@@ -61,13 +61,13 @@ def _below(uri: str) -> list[str]:
     if not _is_folder(uri, place):
         return [uri]
     names = [found.uri for found in walk(place) if not is_temporary(found.uri.rpartition("/")[2])]
-    slides = [name for name in names if _suffix(name) in SUFFIXES]
+    slides = sorted(name for name in names if _suffix(name) in SUFFIXES)
     series = sum(_suffix(name) == _SERIES for name in names)
     if series:
         log.warning("predict: %s: %d DICOM files are left out; name one file of each series", uri, series)
     if not slides:
-        raise StageError(f"predict: {uri} holds no slide ({', '.join(sorted(SUFFIXES))}); name another folder")
-    return slides
+        log.warning("predict: %s is a folder and holds no slide (%s)", uri, ", ".join(sorted(SUFFIXES)))
+    return slides or [uri]  # whose row then says so
 
 
 def _is_folder(uri: str, place: str) -> bool:

@@ -51,7 +51,6 @@ from pipeline.store.features import FeatureSlide
 from pipeline.store.patches import StoredSlide
 from pipeline.tiling.geojson import collection
 
-
 log = logging.getLogger(__name__)
 
 

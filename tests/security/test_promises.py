@@ -123,7 +123,7 @@ def test_ids_lead_nowhere_else(slide_id: str, tmp_path: Path) -> None:
         str(tmp_path / "model"), [], str(tmp_path / "given" / "c.csv"), out, tracking_uri="sqlite:///none.db"
     )
     assert said["failed"] == {}
-    assert len(list((out / "heatmaps").iterdir())) == 1
+    assert len(list((out / "slides").iterdir())) == 1
     assert _beside(out, tmp_path) == before
 
 
