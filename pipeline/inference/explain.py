@@ -64,7 +64,7 @@ def explain(model: IPSModel, tasks: Sequence[TaskConfig], found: BagPrediction, 
             effect[column] = np.zeros(len(found.attention), np.float32)
             effect[column][pooled.rows] = own.astype(np.float32)
     leading = tasks[0].output_columns[int(found.values[tasks[0].name].argmax())]
-    orders = {
+    orders: dict[str, npt.NDArray[Any]] = {
         "attention": found.attention[pooled.rows],
         "effect": effect[leading][pooled.rows],
         "random": np.random.default_rng(zlib.crc32(seed.encode())).random(len(pooled.rows)),

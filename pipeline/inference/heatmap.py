@@ -164,10 +164,10 @@ def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
     Patches that adjoin begin at whole px and are of a broken number of them, so each stops short of the next, or runs
     into it, by a px at most.
     """
-    ends = low + extent
-    starts = np.unique(low)
+    ends = np.asarray(low, np.float64) + extent
+    starts = np.unique(np.asarray(low, np.float64))
     near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)] if len(starts) else ends
-    return np.where(np.abs(near - ends) <= 1, near, ends)
+    return np.asarray(np.where(np.abs(near - ends) <= 1, near, ends), np.float64)
 
 
 def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:

@@ -56,7 +56,8 @@ def pieces(mask: Mask, *, cut: bool = False) -> list[Piece]:
     order = np.argsort(starts)
     starts, ends, owners = starts[order], (starts + steps)[order], owners[order]
     following = np.searchsorted(starts, ends).tolist()  # one edge leaves each point
-    left, found = [True] * len(starts), [([], []) for _ in range(count)]
+    left = [True] * len(starts)
+    found: list[tuple[list[Points], list[Points]]] = [([], []) for _ in range(count)]
     for first in range(len(starts)):
         if left[first]:
             ring, place = [], first

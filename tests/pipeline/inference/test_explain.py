@@ -30,7 +30,7 @@ def _bag(rows: np.ndarray | None = None) -> TensorBag:
 
 
 def _odds(p: np.ndarray) -> np.ndarray:
-    return np.log(p) - np.log1p(-p)
+    return np.asarray(np.log(p) - np.log1p(-p))
 
 
 @pytest.mark.parametrize("context", ["all", "none"])

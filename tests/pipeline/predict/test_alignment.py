@@ -31,7 +31,7 @@ from tests.pipeline.tiled import row
 from tests.synth import leica_xml, write_pyramid
 
 WIDTH, HEIGHT = 877, 691
-PLACES = {
+PLACES: dict[str, tuple[float, dict[str, Any]]] = {
     "rounded": (0.2527, {"patch_px": 64, "mpp": 0.5}),
     "another level": (0.2527, {"patch_px": 37, "mpp": 1.17}),
     "level 1 as it is": (0.2527, {"patch_px": 61, "mpp": 0.506, "mpp_tolerance": 0.02}),

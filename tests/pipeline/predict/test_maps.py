@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.inference.explain import Explanation
@@ -12,7 +13,7 @@ from pipeline.store.index import PatchIndex
 from tests.pipeline.small import small_config
 
 
-def _table(attention: list[float], effect: list[float] | None = None) -> object:
+def _table(attention: list[float], effect: list[float] | None = None) -> pa.Table:
     n = len(attention)
     places = np.arange(n) * 32
     index = PatchIndex(places, places + 1, places, places, places)

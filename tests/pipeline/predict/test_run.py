@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -157,7 +158,7 @@ def test_folders_and_prefixes_to_a_bucket(
     write_sections(tmp_path / "set" / "below" / "two.tif")
     upload_tree(tmp_path / "set", f"{bucket}/set")
     here, there = tmp_path / "out", f"{bucket}/out"
-    how = {"tracking_uri": "unused", "series": 1}
+    how: dict[str, Any] = {"tracking_uri": "unused", "series": 1}
     predict(str(folder), [str(tmp_path / "set")], None, here, **how)
     found = predict(str(folder), [f"{bucket}/set/"], None, there, **how)
     assert found["written"]["predictions.csv"] == f"{there}/predictions.csv"
