@@ -24,11 +24,11 @@ from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import select
 from ips.selection.transfer import arrived
-from pipeline.bags.sources import PatchSource, open_bag, prepared
+from pipeline.bags.sources import PatchSource, Source, featured, open_bag, passing, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import SlideError
+from pipeline.errors import PlanError, SlideError
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -71,22 +71,24 @@ class Pooled:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """What the model says of one slide, with what a heatmap needs."""
+    """What the model says of one slide."""
 
-    values: Mapping[str, npt.NDArray[np.float64]]
-    """As `BagPrediction.values`."""
+    found: BagPrediction
     attention: pa.Table
     """Schema ATTENTION."""
-    thumbnail: RGB
-    """(h, w, 3)."""
-    scale: float
-    """Level-0 px per thumbnail px."""
+    key: str
+    """Of the slide's patches."""
     extent: float
     """Edge of a patch, in level-0 px."""
     mpp: float | None
     """Microns per level-0 px; None where it is not known."""
     n_bad_tiles: int
     """Patches that could not be decoded and were left out."""
+
+    @property
+    def values(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """As `BagPrediction.values`."""
+        return self.found.values
 
 
 def load_model(folder: Path) -> tuple[IPSModel, Config]:
@@ -205,24 +207,35 @@ def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str
     return model.pool(whole, mask, places), weights.float().cpu(), values
 
 
-def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:
-    """Tile a slide for the time of it, exactly as the tile stage does, or open a generated image; and predict it.
+def predict_slide(model: IPSModel, config: Config, slide: CohortSlide, *, pooled: bool = False) -> SlidePrediction:
+    """Predict a slide that no stage has seen, or a generated image; its patches are cut while they are read.
+
+    `pooled`: see `predict_bag`.
 
     Raises:
         SlideError: the slide cannot be read or used.
     """
-    with prepared(config, slide) as source:
-        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
-        found = predict_bag(model, bag, config)
-        return SlidePrediction(
-            values=found.values,
-            attention=attention_table(slide.slide_id, source, found),
-            thumbnail=read_thumbnail(source),
-            scale=source.thumbnail_scale,
-            extent=source.extent,
-            mpp=source.mpp,
-            n_bad_tiles=source.n_bad_tiles,
-        )
+    try:
+        with passing(config, slide) as (pixels, scratch):
+            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
+    except PlanError:  # a patch that cannot be decoded: those are found, and left out
+        with tiled(config, slide) as (pixels, scratch):
+            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
+
+
+def _predict_source(
+    model: IPSModel, config: Config, slide: CohortSlide, source: Source, *, pooled: bool
+) -> SlidePrediction:
+    bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+    found = predict_bag(model, bag, config, pooled=pooled)
+    return SlidePrediction(
+        found=found,
+        attention=attention_table(slide.slide_id, source, found),
+        key=source.key,
+        extent=source.extent,
+        mpp=source.mpp,
+        n_bad_tiles=source.n_bad_tiles,
+    )
 
 
 _MPP_REMEDY = {
