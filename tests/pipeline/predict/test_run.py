@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pyarrow import csv
 
+from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import StageError, TrackingError
 from pipeline.predict.output import safe_name
 from pipeline.predict.run import How, predict
@@ -268,3 +272,32 @@ def test_microns_that_are_missing_are_asked_for_where_they_can_be_given(tmp_path
     ]
     found = predict(str(model), [str(tmp_path / "named.png")], None, tmp_path / "out", tracking_uri="unused", mpp=0.5)
     assert found["failed"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_actors_give_what_one_process_of_as_many_threads_gives(ray_session: None, folder: Path, tmp_path: Path) -> None:
+    slides = _slides(tmp_path)
+    alone, many, threads = tmp_path / "alone", tmp_path / "many", torch.get_num_threads()
+    torch.set_num_threads(1)  # sums of another number of threads are rounded otherwise
+    try:
+        predict(str(folder), slides, None, alone, tracking_uri="unused")
+    finally:
+        torch.set_num_threads(threads)
+    how = How(workers=2, cluster=ClusterConfig(cpus_per_worker=1.0))
+    found = predict(str(folder), slides, None, many, tracking_uri="unused", how=how)
+    assert list(found["failed"]) == ["bad"]
+    there = {name: data for name, data in _files(many).items() if not name.startswith("model/")}
+    assert there == _files(alone)
+
+
+@pytest.mark.slow
+def test_a_few_slides_need_neither_ray_nor_mlflow(folder: Path, tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.png", 0)
+    code = (
+        "import sys; from pipeline.cli.main import app; "
+        f"app(['predict', '--model', {str(folder)!r}, '--out', {str(tmp_path / 'out')!r}, {str(tmp_path / 'a.png')!r}],"
+        " standalone_mode=False); print(sorted({'ray', 'mlflow'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "[]"
