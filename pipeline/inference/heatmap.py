@@ -164,10 +164,14 @@ def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
     Patches that adjoin begin at whole px and are of a broken number of them, so each stops short of the next, or runs
     into it, by a px at most.
     """
-    ends = np.asarray(low, np.float64) + extent
-    starts = np.unique(np.asarray(low, np.float64))
-    near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)] if len(starts) else ends
-    return np.asarray(np.where(np.abs(near - ends) <= 1, near, ends), np.float64)
+    begins = np.asarray(low, np.float64)
+    ends: npt.NDArray[np.float64] = begins + extent
+    if len(begins):
+        starts = np.unique(begins)
+        near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)]
+        meet = np.abs(near - ends) <= 1
+        ends[meet] = near[meet]
+    return ends
 
 
 def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:

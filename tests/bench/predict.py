@@ -54,7 +54,7 @@ def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _config() -> Config:
-    aggregator = {"heads": 8, "key_dim": 64, "value_dim": 64, "hidden_dim": 2048}
+    aggregator = {"heads": 8, "key_dim": 64, "hidden_dim": 2048}
     return small_config(
         tiling={"patch_px": 224, "mpp": None, "min_tissue": 0.1, "edge": "drop"},
         model={
