@@ -177,8 +177,8 @@ def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
 def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:
     """(h, w) ratios -> (h, w, 4); clear up to uniform, from there ever denser, without a step."""
     place = np.asarray(norm(np.maximum(field, 1.0)), np.float64).clip(0, 1)
-    rgba = _COLOURS(place)
-    rgba[..., 3] = 0.85 * np.sqrt(place)
+    rgba: npt.NDArray[np.float64] = _COLOURS(place)
+    rgba[..., 3] = 0.7 * np.sqrt(place)  # what lies below is to be read everywhere
     return rgba
 
 
