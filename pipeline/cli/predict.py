@@ -70,8 +70,8 @@ def predict(
     """
     with errors(as_json=as_json, log_format=log_format):
         from pipeline.config.recipe import ClusterConfig
-        from pipeline.predict.run import How
-        from pipeline.predict.run import predict as make_predictions
+        from pipeline.predictions.run import How
+        from pipeline.predictions.run import predict as make_predictions
 
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         cluster = ClusterConfig(address=address, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)

@@ -37,8 +37,8 @@ from pipeline.config.recipe import Config
 from pipeline.inference.heatmap import Heatmap, overlay_png
 from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
 from pipeline.ingest.tiler import store_slide
-from pipeline.predict.run import How, predict
-from pipeline.predict.shapes import LEVELS, top_geojson, write_all
+from pipeline.predictions.run import How, predict
+from pipeline.predictions.shapes import LEVELS, top_geojson, write_all
 from pipeline.store.patches import PatchStore
 from tests.pipeline.small import small_config, write_model
 from tests.synth import tissue_rgb, write_pyramid

@@ -22,7 +22,7 @@ from pipeline.inference.prediction import load_model
 from pipeline.model.build import build_encoder, build_model, build_optimizer
 from pipeline.model.checkpoint import STATE, load_checkpoint
 from pipeline.model.folder import CONFIG, WEIGHTS
-from pipeline.predict.run import predict
+from pipeline.predictions.run import predict
 from tests.pipeline.small import small_config, write_model, write_slide
 
 

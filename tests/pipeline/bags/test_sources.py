@@ -20,7 +20,7 @@ from pipeline.errors import SlideError
 from pipeline.inference.prediction import load_model
 from pipeline.model.build import build_model
 from pipeline.model.folder import save_model
-from pipeline.predict.run import predict
+from pipeline.predictions.run import predict
 from pipeline.results.evaluate import evaluate
 from pipeline.results.report import render_report
 from pipeline.workflow.run import plan, run

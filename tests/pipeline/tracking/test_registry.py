@@ -19,7 +19,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError, StorageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder
-from pipeline.predict.run import predict
+from pipeline.predictions.run import predict
 from pipeline.tracking.registry import (
     RegisteredVersion,
     fetch,

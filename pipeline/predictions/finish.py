@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.inference.heatmap import Heatmap, overlay_box, overlay_png
-from pipeline.predict.maps import read_maps
-from pipeline.predict.output import ATTENTION, OVERLAY, THUMBNAIL, commit, read_facts
+from pipeline.predictions.maps import read_maps
+from pipeline.predictions.output import ATTENTION, OVERLAY, THUMBNAIL, commit, read_facts
 from pipeline.storage.files import join, read_bytes, write_bytes
 
 

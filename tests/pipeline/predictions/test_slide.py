@@ -13,9 +13,9 @@ import torch
 from pipeline.errors import StorageError
 from pipeline.inference.prediction import load_model
 from pipeline.model.folder import save_model
-from pipeline.predict import slide as slide_module
-from pipeline.predict.output import Failure
-from pipeline.predict.slide import Job, Predicting, Predictor
+from pipeline.predictions import slide as slide_module
+from pipeline.predictions.output import Failure
+from pipeline.predictions.slide import Job, Predicting, Predictor
 from tests.pipeline.small import small_config, write_model, write_slide
 from tests.pipeline.tiled import RGB, row, spoilt
 from tests.synth import write_pyramid

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from pipeline.config.data import TaskConfig
 from pipeline.errors import DamagedError
-from pipeline.predict.asked import as_text
-from pipeline.predict.maps import as_parquet
+from pipeline.predictions.asked import as_text
+from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
 from pipeline.storage.files import join, list_names, parsed_json, read_if_there, write_bytes, write_json
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import TaskConfig
-from pipeline.predict.output import Failure
-from pipeline.predict.summary import write_summary
+from pipeline.predictions.output import Failure
+from pipeline.predictions.summary import write_summary
 
 
 def test_a_page_of_its_own_that_runs_nothing_it_was_given(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
-from pipeline.predict.asked import Asked, as_text, asked_slides
-from pipeline.predict.finish import Finishing
-from pipeline.predict.maps import colours
-from pipeline.predict.output import (
+from pipeline.predictions.asked import Asked, as_text, asked_slides
+from pipeline.predictions.finish import Finishing
+from pipeline.predictions.maps import colours
+from pipeline.predictions.output import (
     Failure,
     Outcome,
     begun_names,
@@ -30,8 +30,8 @@ from pipeline.predict.output import (
     safe_name,
     write_tables,
 )
-from pipeline.predict.slide import Job, Predicting
-from pipeline.predict.summary import write_summary
+from pipeline.predictions.slide import Job, Predicting
+from pipeline.predictions.summary import write_summary
 from pipeline.progress import progress
 from pipeline.storage.files import SourceVersion, absolute, is_remote, join, local_path
 from pipeline.storage.lease import held

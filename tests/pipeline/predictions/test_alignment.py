@@ -21,9 +21,9 @@ from shapely.geometry import shape
 
 from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import store_slide
-from pipeline.predict.finish import Finishing
-from pipeline.predict.maps import as_parquet
-from pipeline.predict.run import How, predict
+from pipeline.predictions.finish import Finishing
+from pipeline.predictions.maps import as_parquet
+from pipeline.predictions.run import How, predict
 from pipeline.store.patches import PatchStore
 from tests.oracle import patch_of
 from tests.pipeline.small import small_config, write_model

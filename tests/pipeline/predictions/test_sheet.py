@@ -6,7 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.predict.sheet import Shown, sheet_png
+from pipeline.predictions.sheet import Shown, sheet_png
 
 
 def test_patches_stand_in_rows_of_six_under_their_titles() -> None:

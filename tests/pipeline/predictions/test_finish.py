@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.predict.finish import Finishing, caption
-from pipeline.predict.run import predict
+from pipeline.predictions.finish import Finishing, caption
+from pipeline.predictions.run import predict
 from tests.pipeline.small import small_config, write_model, write_slide
 
 

@@ -13,7 +13,7 @@ from shapely import box, union_all
 from shapely.geometry import Polygon, shape
 from shapely.validation import explain_validity
 
-from pipeline.predict.shapes import LEVELS, TOP, outlines, top_geojson, top_rows, write_all
+from pipeline.predictions.shapes import LEVELS, TOP, outlines, top_geojson, top_rows, write_all
 
 
 def _table(cells: np.ndarray, score: list[float], stride: float = 32.3, size: float = 32.3) -> pa.Table:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import TaskConfig
-from pipeline.predict.output import Failure, begun_names, commit, folder_of, read_facts, safe_name, write_tables
+from pipeline.predictions.output import Failure, begun_names, commit, folder_of, read_facts, safe_name, write_tables
 
 
 @pytest.mark.parametrize(

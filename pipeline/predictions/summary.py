@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.config.data import TaskConfig
-from pipeline.predict.output import CONTACT, OVERLAY, TOP, Failure, Outcome
+from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome
 from pipeline.storage.files import join, write_bytes
 
 NAME = "summary.html"
@@ -26,7 +26,7 @@ def write_summary(
 ) -> str:
     """Its place. Arguments as `output.write_tables`; `source` is the model."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = page.from_string(files("pipeline.predict").joinpath("summary.html").read_text("utf-8"))
+    template = page.from_string(files("pipeline.predictions").joinpath("summary.html").read_text("utf-8"))
     labelled = [task.name for task in tasks if any(one.get(task.name) is not None for one in labels)]
     rows = [_row(*one, tasks, labelled) for one in zip(asked, outcomes, labels, strict=True)]
     good = [row for row in rows if row["error"] is None]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pipeline.inference.explain import Explanation
-from pipeline.predict.sentences import sentences
+from pipeline.predictions.sentences import sentences
 from tests.pipeline.small import small_config
 
 CURVES = {

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.inference.explain import Explanation
 from pipeline.inference.prediction import BagPrediction
-from pipeline.predict.maps import METADATA, as_parquet, colours, definitions, histograms, map_table, read_maps
+from pipeline.predictions.maps import METADATA, as_parquet, colours, definitions, histograms, map_table, read_maps
 from pipeline.store.index import PatchIndex
 from tests.pipeline.small import small_config
 

@@ -25,9 +25,9 @@ from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model,
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened
 from pipeline.model.folder import at_hand
-from pipeline.predict.asked import as_text
-from pipeline.predict.maps import METADATA, as_parquet, histograms, map_table
-from pipeline.predict.output import (
+from pipeline.predictions.asked import as_text
+from pipeline.predictions.maps import METADATA, as_parquet, histograms, map_table
+from pipeline.predictions.output import (
     ALL,
     ATTENTION,
     CONTACT,
@@ -42,9 +42,9 @@ from pipeline.predict.output import (
     folder_of,
     safe_name,
 )
-from pipeline.predict.sentences import sentences
-from pipeline.predict.shapes import LEVELS, top_geojson, top_rows, write_all
-from pipeline.predict.sheet import EACH, Shown, sheet_png
+from pipeline.predictions.sentences import sentences
+from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
+from pipeline.predictions.sheet import EACH, Shown, sheet_png
 from pipeline.storage.files import join, parsed_json, upload, write_bytes
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide

@@ -16,8 +16,8 @@ from pyarrow import csv
 
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import StageError, TrackingError
-from pipeline.predict.output import safe_name
-from pipeline.predict.run import How, predict
+from pipeline.predictions.output import safe_name
+from pipeline.predictions.run import How, predict
 from pipeline.storage.files import read_bytes
 from pipeline.storage.tree import upload_tree
 from pipeline.tracking.registry import promote, register_model

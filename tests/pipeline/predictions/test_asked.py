@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StageError
-from pipeline.predict.asked import asked_slides
+from pipeline.predictions.asked import asked_slides
 
 
 def test_a_folder_means_its_slides_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
