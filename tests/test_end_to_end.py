@@ -99,7 +99,7 @@ def test_from_nothing_to_a_champion_that_predicts(tmp_path: Path) -> None:
     _ips("predict", "--model", "models:/demo@champion", "--tracking-uri", first["tracking_uri"], *slides, cwd=tmp_path)
     attention = pq.read_table(tmp_path / "predictions" / "attention.parquet").to_pandas()
     assert attention.groupby("slide_id")["attention"].sum().round(3).tolist() == [1.0, 1.0]
-    assert len(list((tmp_path / "predictions" / "heatmaps").glob("*.png"))) == 2
+    assert len(list((tmp_path / "predictions" / "slides").glob("*/overlay.png"))) == 2
 
 
 @pytest.mark.nightly

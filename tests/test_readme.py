@@ -143,7 +143,7 @@ def test_the_commands_run_on_a_fresh_home(machine: tuple[Path, dict[str, str]]) 
     checkout, env = machine
     said = _run(_on_free_ports("\n".join(_commands())), checkout, env)
     assert len(list(checkout.glob("runs/demo/reports/*/report.html"))) == 1
-    assert len(list(checkout.glob("predictions/heatmaps/demo-000*.png"))) == 10
+    assert len(list(checkout.glob("predictions/slides/demo-000*/overlay.png"))) == 10
     home = Path(env["HOME"])
     assert len(list(home.glob("demo/reports/*/report.html"))) == 1
     assert (home / ".ray" / "auth_token").read_text() not in said

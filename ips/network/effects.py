@@ -8,7 +8,8 @@ head and task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,37 @@ def effects(model: IPSModel, values: Values) -> Effects:
             for task, x in _outputs(model, torch.einsum("nht,nhv->htv", again, each[others])[None]).items():
                 without[task][n] = x[0]
     return Effects(outputs, without)
+
+
+@torch.no_grad()
+def growing(model: IPSModel, values: Values, order: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
+    """Outputs of one image pooled over ever more of its patches: task -> logits (len(counts), K), on the host.
+
+    Each patch enters once, so a curve of insertion or, by the order reversed, of deletion costs one pass.
+
+    Args:
+        model: the one that selected; dropout is not applied.
+        values: see `effects`.
+        order: (N,) rows, in the order they enter.
+        counts: how many have entered, ascending, from 1.
+
+    Raises:
+        ValueError: where `IPSModel.pooling` raises it.
+    """
+    pooling = model.pooling
+    logits, each = values.logits[order].double(), values.values[order].double()
+    shape = (pooling.attention.heads, pooling.tasks)
+    mass, mean, pools = torch.full(shape, -torch.inf, dtype=torch.float64), each.new_zeros(*shape, each.shape[-1]), []
+    for low, high in pairwise((0, *counts)):
+        part = logits[low:high].view(-1, *shape)
+        own = part.logsumexp(dim=0)
+        added = torch.einsum("nht,nhv->htv", (part - own).exp(), each[low:high])
+        both = torch.logaddexp(mass, own)
+        mean = (mass - both).exp().unsqueeze(-1) * mean + (own - both).exp().unsqueeze(-1) * added
+        mass = both
+        pools.append(mean)
+    with evaluating(model), torch.autocast(model.mean.device.type, enabled=False):
+        return _outputs(model, torch.stack(pools))
 
 
 def _left(whole: Tensor, a: Tensor, values: Tensor) -> Tensor:

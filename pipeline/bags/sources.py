@@ -25,13 +25,14 @@ from pipeline.bags.embed import embed_slide, encoder_fingerprint, shared_embedde
 from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.images import PastedImage, open_image
 from pipeline.bags.patch_bag import PatchBag
-from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.bags.streamed import PassingSlide, StreamedSlide, open_streamed, plan_root
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
-from pipeline.ingest.isolated import store_slide
+from pipeline.ingest.isolated import begin_slide, store_slide
 from pipeline.ingest.source import version_of
+from pipeline.ingest.tiler import LargeSlide
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
@@ -221,6 +222,25 @@ def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
 
 
 @contextmanager
+def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+    """As `tiled`, but a slide that is not in the store is cut while it is read, and nothing of it written.
+
+    Features are made of patches that are stored, if only for as long as this lasts. Errors as `prepared`, and PlanError
+    when a patch is read that cannot be decoded: `tiled` leaves such out.
+    """
+    known = None if store is None or config.cohort.megapixel_mnist is not None else _known(config, slide, store)
+    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or known is not None:
+        with tiled(config, slide, store) as found:
+            yield found
+        return
+    with scratch_folder() as folder:
+        version = version_of(slide, config.tiling)
+        status = _good(begin_slide(slide, config.tiling, str(folder), pixels=False))
+        plan = PatchStore(str(folder), config.tiling.fingerprint()).slide(str(status.key))
+        yield PassingSlide(slide, config.tiling, plan, version), str(folder)
+
+
+@contextmanager
 def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
     """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
 
@@ -235,10 +255,17 @@ def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Itera
             status, scratch_store = _known(config, slide, store), store
         if status is None:
             status, scratch_store = store_slide(slide, config.tiling, scratch), scratch
-        if status.key is None:
-            reason, _, message = str(status.reason).partition(": ")
-            raise SlideError(reason, message)
-        yield PatchStore(scratch_store, config.tiling.fingerprint()).slide(status.key), scratch
+        key = str(_good(status).key)
+        yield PatchStore(scratch_store, config.tiling.fingerprint()).slide(key), scratch
+
+
+def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
+    """The status of a slide that is committed; SlideError where it is not."""
+    assert isinstance(status, SlideStatus)
+    if status.key is None:
+        reason, _, message = str(status.reason).partition(": ")
+        raise SlideError(reason, message)
+    return status
 
 
 def _known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
+from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened, version_of
 from pipeline.ingest.versions import Looked
 from pipeline.slides.identity import reading_source
@@ -31,6 +33,8 @@ from pipeline.tiling.cutting import Cutter
 from pipeline.tiling.grid import Grid
 from pipeline.units import LevelPx, PatchPx
 
+_SHARE = 16_384  # patches that may take `tiling.max_seconds` together, as a share of a large slide may
+_LEAST_S = 30.0  # that any few of them may
 MAX_OPEN = 2  # slides that a process keeps open; OpenSlide's caches take 32 MB each
 
 Ints = npt.NDArray[np.int64]
@@ -108,6 +112,16 @@ class StreamedSlide:
         """
         with _lock:
             return list(cut(self, _reader(self), np.asarray(rows, np.int64)))
+
+
+@dataclass(frozen=True)
+class PassingSlide(StreamedSlide):
+    """A slide that is read once, for a prediction: a process of its own cuts its patches, as it does all of a slide."""
+
+    def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
+        """As `StreamedSlide.payloads`, and SlideError where the slide breaks that process, or takes it too long."""
+        seconds = max(self.spec.max_seconds * len(rows) / _SHARE, min(self.spec.max_seconds, _LEAST_S))
+        return apart(self.slide, self.spec, partial(StreamedSlide.payloads, self, np.asarray(rows, np.int64)), seconds)
 
 
 def plan_root(root: str) -> str:

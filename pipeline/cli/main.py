@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.cli import data, jobs, release, sweep
+from pipeline.cli import data, jobs, predict, release, sweep
 from pipeline.cli import store as store_commands
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
@@ -180,55 +179,6 @@ def register(chosen: Chosen) -> None:
     _stages(chosen, last="register")
 
 
-@app.command(rich_help_panel=_MODEL)
-def predict(
-    model: Annotated[
-        str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or the folder of a checkpoint.")
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Local folder for the tables and heatmaps, made where there is none.")
-    ] = Path("predictions"),
-    slides: Annotated[list[str] | None, typer.Argument(help="Paths or s3:// URIs of slides.")] = None,
-    cohort: Annotated[
-        str | None, typer.Option(help="Cohort file, whose slides are predicted too; it needs slide_id and uri only.")
-    ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="Where the model is registered. Default: MLFLOW_TRACKING_URI, else ./mlflow.db.")
-    ] = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per px at full resolution of the named slides, whatever their files state."),
-    ] = None,
-    series: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Which image of the named slides' files, where they hold several that could be meant."
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each.
-
-    Exit 3 where some slides have no prediction (the tables say why) and the others have, 1 where none has.
-    """
-    with errors(as_json=as_json):
-        from pipeline.results.predict import predict as make_predictions
-
-        _must_be_local(out)
-
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        result = make_predictions(model, slides or [], cohort, out.resolve(), tracking_uri=uri, mpp=mpp, series=series)
-        if as_json:
-            print_json(result)
-        else:
-            print(out.resolve() / "predictions.csv")
-        if failed := result["failed"]:
-            log.error(
-                "predict: %d of %d slides have no prediction: %s", len(failed), result["slides"], ", ".join(failed)
-            )
-            raise typer.Exit(DataBudgetError.exit_code)
-
-
 @app.command(rich_help_panel=_TILED)
 def verify(
     store: Annotated[
@@ -316,6 +266,7 @@ def _must_be_local(folder: Path) -> None:
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
 
 
+app.command(rich_help_panel=_MODEL)(predict.predict)
 app.add_typer(sweep.app, name="sweep", rich_help_panel=_MODEL)
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,8 @@ class Heatmap:
     """(N,), sums to 1."""
     mpp: float | None
     """Microns per level-0 px, for the scale bar; without it the bar is in px."""
+    dimensions: tuple[int, int] | None = None
+    """Width and height of the slide, level-0 px; without them `scale` alone says where a patch lies, to half a px."""
 
     @property
     def ratio(self) -> npt.NDArray[np.float64]:
@@ -55,13 +58,28 @@ def highest(attentions: Iterable[Numbers]) -> float:
     return max((len(each) * float(np.max(each, initial=0.0)) for each in attentions), default=1.0)
 
 
+class Box(NamedTuple):
+    """Where the slide lies within a picture, px."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
 def overlay_png(
-    slide: Heatmap, top: float, *, caption: Sequence[str] = (), marks: Sequence[int] = (), map_px: int = 900
+    slide: Heatmap,
+    top: float,
+    *,
+    caption: Sequence[str] = (),
+    marks: Sequence[int] = (),
+    map_px: int = 900,
+    clipped: bool = False,
 ) -> bytes:
     """Attention over a greyed thumbnail, with a colour bar, a scale bar and a caption.
 
     The colour is the attention relative to uniform, on a log scale; patches below uniform stay grey, so what the model
-    looked at stands out whatever the size of the slide.
+    looked at stands out whatever the size of the slide. Edges of patches are where they are, to half a px.
 
     Args:
         slide: what is shown.
@@ -69,54 +87,103 @@ def overlay_png(
         caption: lines below the picture.
         marks: rows to frame, and to number from 1 in the margin.
         map_px: longer edge of the slide in the picture; the lettering does not scale with it.
+        clipped: more than `top` has the colour of `top`, and the colour bar says so.
     """
     height, width = slide.thumbnail.shape[:2]
     zoom = map_px / max(height, width)
     norm = LogNorm(1.0, max(2.0, top))
-    left, foot = (_MARGIN if marks else 0) + _PAD, _PAD / 2 + _SCALE_BAR + _LINE * len(caption)
-    figure = new_figure(left + width * zoom + 2 * _PAD + _BAR, _PAD + max(height * zoom, _LEAST) + foot)
+    box = overlay_box(slide.thumbnail.shape[:2], marks=bool(marks), map_px=map_px)
+    foot = _foot(caption)
+    figure = new_figure(box.left + box.width + 2 * _PAD + _BAR, _PAD + max(box.height, _LEAST) + foot)
     total_w, total_h = figure.get_size_inches() * DPI
-    axes = figure.add_axes((left / total_w, foot / total_h, width * zoom / total_w, height * zoom / total_h))
+    below = total_h - box.top - box.height
+    axes = figure.add_axes((box.left / total_w, below / total_h, box.width / total_w, box.height / total_h))
     grey = slide.thumbnail.mean(axis=2, keepdims=True)
     axes.imshow(((0.8 * grey + 0.2 * slide.thumbnail) / 255).clip(0, 1), extent=(0, width, height, 0))
-    field = attention_map((height, width), slide.scale, slide.x, slide.y, slide.extent, slide.ratio)
+    dimensions = slide.dimensions or (width * slide.scale, height * slide.scale)
+    scale = dimensions[0] / box.width, dimensions[1] / box.height
+    field = attention_map((box.height, box.width), scale, slide.x, slide.y, slide.extent, slide.ratio)
     axes.imshow(_coloured(field, norm), extent=(0, width, height, 0), interpolation="nearest")
     _marks(axes, slide, marks, zoom)
     axes.set_axis_off()
+    axes.set_aspect("auto")
     bar_height = min(0.66, 360 / total_h)
-    beside = figure.add_axes(((left + width * zoom + _PAD) / total_w, 0.5 - bar_height / 2, 18 / total_w, bar_height))
-    _colour_bar(figure, beside, norm)
-    _scale_bar(figure, slide, zoom, left, foot)
+    beside = figure.add_axes(((box.left + box.width + _PAD) / total_w, 0.5 - bar_height / 2, 18 / total_w, bar_height))
+    _colour_bar(figure, beside, norm, clipped=clipped)
+    _scale_bar(figure, slide, zoom, box.left, foot)
     for number, line in enumerate(caption):
         y = (_PAD / 2 + _LINE * (len(caption) - number - 0.5)) / total_h
-        figure.text(left / total_w, y, line, fontsize=7, color=INK, va="center", ha="left", parse_math=False)
+        figure.text(box.left / total_w, y, line, fontsize=7, color=INK, va="center", ha="left", parse_math=False)
     return png(figure)
 
 
+def overlay_box(shape: tuple[int, int], *, marks: bool = False, map_px: int = 900) -> Box:
+    """Where `overlay_png` shows a slide whose thumbnail has this height and width."""
+    height, width = (max(1, round(edge * map_px / max(shape))) for edge in shape)
+    return Box((_MARGIN if marks else 0) + _PAD, _PAD + max(0, _LEAST - height), width, height)
+
+
+def _foot(caption: Sequence[str]) -> int:
+    """Px below the slide."""
+    return _PAD // 2 + _SCALE_BAR + _LINE * len(caption)
+
+
 def attention_map(
-    shape: tuple[int, int], scale: float, x: Numbers, y: Numbers, extent: float, values: Numbers
+    shape: tuple[int, int], scale: float | tuple[float, float], x: Numbers, y: Numbers, extent: float, values: Numbers
 ) -> npt.NDArray[np.float64]:
-    """Values of patches (N,) painted into thumbnail px (h, w); mean where patches overlap, 0 where none lies."""
-    total, count = np.zeros(shape), np.zeros(shape)
-    corners = np.stack([x, y]).astype(np.float64)
-    left, top = np.floor(corners / scale).astype(int)
-    right, bottom = np.maximum(np.floor((corners + extent) / scale).astype(int), (left + 1, top + 1))
-    for x0, y0, x1, y1, value in zip(left, top, right, bottom, values, strict=True):
-        total[y0:y1, x0:x1] += value
-        count[y0:y1, x0:x1] += 1
-    return total / np.maximum(count, 1)
+    """Values of patches (N,) painted into px (h, w) of a picture; mean where patches overlap, 0 where none lies.
+
+    `scale` is level-0 px per px, or that along x and along y. An edge goes to the nearest border between px, and a
+    patch that is smaller than a px has the one that it begins in.
+    """
+    along = np.broadcast_to(np.asarray(scale, np.float64), 2)[:, None]
+    low = np.stack([x, y]).astype(np.float64)
+    high = np.stack([patch_ends(edges, extent) for edges in low])
+    begin, end = (np.floor(edge / along + 0.5).astype(int) for edge in (low, high))
+    thin = end <= begin
+    begin = np.where(thin, np.floor(low / along).astype(int), begin)
+    limit = np.array([[shape[1]], [shape[0]]])
+    begin, end = begin.clip(0, limit), np.where(thin, begin + 1, end).clip(0, limit)
+    total, count = np.zeros((shape[0] + 1, shape[1] + 1)), np.zeros((shape[0] + 1, shape[1] + 1))
+    for down, right, sign in (
+        (begin[1], begin[0], 1),
+        (begin[1], end[0], -1),
+        (end[1], begin[0], -1),
+        (end[1], end[0], 1),
+    ):
+        np.add.at(total, (down, right), sign * np.asarray(values, np.float64))
+        np.add.at(count, (down, right), sign)
+    whole, many = (grid.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] for grid in (total, count))
+    # what is summed up and taken off again leaves its rounding
+    return np.where(many > 0.5, np.round(whole / np.maximum(many, 1), 9), 0.0)
+
+
+def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
+    """Where patches end along an axis that begin at `low` (N,): where others begin, if that is a px away.
+
+    Patches that adjoin begin at whole px and are of a broken number of them, so each stops short of the next, or runs
+    into it, by a px at most.
+    """
+    begins = np.asarray(low, np.float64)
+    ends: npt.NDArray[np.float64] = begins + extent
+    if len(begins):
+        starts = np.unique(begins)
+        near = starts[np.minimum(np.searchsorted(starts, ends - 1), len(starts) - 1)]
+        meet = np.abs(near - ends) <= 1
+        ends[meet] = near[meet]
+    return ends
 
 
 def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:
-    """(h, w) ratios -> (h, w, 4); clear below uniform, ever denser above."""
-    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64)
-    rgba = _COLOURS(place)
-    rgba[..., 3] = np.where(field > 1.0, 0.35 + 0.5 * place, 0.0)
+    """(h, w) ratios -> (h, w, 4); clear up to uniform, from there ever denser, without a step."""
+    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64).clip(0, 1)
+    rgba: npt.NDArray[np.float64] = _COLOURS(place)
+    rgba[..., 3] = 0.7 * np.sqrt(place)  # what lies below is to be read everywhere
     return rgba
 
 
-def _colour_bar(figure: Figure, axes: Axes, norm: LogNorm) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), cax=axes)
+def _colour_bar(figure: Figure, axes: Axes, norm: LogNorm, *, clipped: bool) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), cax=axes, extend="max" if clipped else "neither")
     steps = [base * 10**power for power in range(7) for base in (1, 2, 5)]
     bar.ax.yaxis.set_major_locator(FixedLocator([step for step in steps if step <= norm.vmax]))
     bar.ax.yaxis.set_minor_locator(NullLocator())

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ips.bag import Bag
+from ips.bag import Bag, Values
+from ips.network.aggregator import Aggregator
 from ips.network.heads import probabilities
 from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention
@@ -23,11 +24,11 @@ from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import select
 from ips.selection.transfer import arrived
-from pipeline.bags.sources import PatchSource, open_bag, prepared
+from pipeline.bags.sources import PatchSource, Source, featured, open_bag, passing, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import SlideError
+from pipeline.errors import PlanError, SlideError
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -52,26 +53,42 @@ class BagPrediction:
     selected: npt.NDArray[np.int64]
     """(<= M,) rows of the patches that the aggregator saw, most attended first; with `select.context: all` it saw all,
     and these are the M most attended."""
+    heads: npt.NDArray[np.float32] | None = None
+    """(N, H, T) the softmax over the whole bag of each head and task, where it was asked for."""
+    pooled: Pooled | None = None
+    """What the outputs were pooled of, where it was asked for and the aggregator is one that tells."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The patches that the outputs were pooled of, and what each put into the pool."""
+
+    rows: npt.NDArray[np.int64]
+    """(n,) within the bag."""
+    values: Values
+    """Of these rows."""
 
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """What the model says of one slide, with what a heatmap needs."""
+    """What the model says of one slide."""
 
-    values: Mapping[str, npt.NDArray[np.float64]]
-    """As `BagPrediction.values`."""
+    found: BagPrediction
     attention: pa.Table
     """Schema ATTENTION."""
-    thumbnail: RGB
-    """(h, w, 3)."""
-    scale: float
-    """Level-0 px per thumbnail px."""
+    key: str
+    """Of the slide's patches."""
     extent: float
     """Edge of a patch, in level-0 px."""
     mpp: float | None
     """Microns per level-0 px; None where it is not known."""
     n_bad_tiles: int
     """Patches that could not be decoded and were left out."""
+
+    @property
+    def values(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """As `BagPrediction.values`."""
+        return self.found.values
 
 
 def load_model(folder: Path) -> tuple[IPSModel, Config]:
@@ -106,13 +123,27 @@ def bag_scorer(model: IPSModel, config: Config, dtype: torch.dtype | None = None
 
 
 def predict_bag(
-    model: IPSModel, bag: Bag, config: Config, scorer: Scorer | None = None, seed: int = 0
+    model: IPSModel,
+    bag: Bag,
+    config: Config,
+    scorer: Scorer | None = None,
+    seed: int = 0,
+    *,
+    heads: bool = False,
+    pooled: bool = False,
 ) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
-    `scorer` (`bag_scorer`) saves preparing the encoder for each of many bags; `seed` draws the patches of mode random.
+    Args:
+        model: the one of the config.
+        bag: N patches.
+        config: how it is selected.
+        scorer: `bag_scorer`; saves preparing the encoder for each of many bags.
+        seed: draws the patches of mode random.
+        heads: also give the attention of each head and task.
+        pooled: also give what the outputs were pooled of; with `select.context: all` H*D_v numbers a patch.
     """
-    selecting = config.model.select
+    selecting, parts = config.model.select, None
     if selecting.mode == "random":
         generator = torch.Generator().manual_seed((len(bag) + seed * _SPREAD) % 2**32)  # it takes no more bits
         selection = random_selection([bag], selecting.memory, generator)
@@ -120,28 +151,41 @@ def predict_bag(
         selection = every_patch([bag])
     else:
         scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
-        pooled: Literal["whole"] | None = "whole" if selecting.context == "all" else None
-        selection = select(model, [bag], *sizes, selecting.mode, attention=True, scorer=scorer, context=pooled)
+        context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
+        maps: Literal["each"] | bool = "each" if heads else True
+        every = pooled and context is not None
+        selection = select(
+            model, [bag], *sizes, selecting.mode, attention=maps, scorer=scorer, context=context, values=every
+        )
     rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():
         if selection.whole is not None:
             outputs = model.recall(selection.whole)
+            if selection.values is not None:
+                parts = Pooled(np.arange(len(bag)), selection.values[0])
         else:
-            outputs, weights = _pool(model, bag, rows, selecting.chunk)
+            outputs, weights, values = _pool(model, bag, rows, selecting.chunk)
+            parts = Pooled(rows.numpy(), values) if values is not None and pooled else None
+    each = None
     if selection.attention is None:
         attention = torch.zeros(len(bag)).index_copy(0, rows, weights)
     else:
         attention = selection.attention[0]
+        if attention.ndim > 1:
+            each, attention = attention.numpy(), attention.double().flatten(1).mean(dim=1).float()
     return BagPrediction(
-        values={task.name: _values(task, outputs[task.name]) for task in config.tasks},
+        values={task.name: in_unit(task, outputs[task.name])[0] for task in config.tasks},
         logits={task: logits.double().cpu().numpy()[0] for task, logits in outputs.items()},
         attention=attention.numpy(),
         selected=rows[attention[rows].argsort(descending=True, stable=True)].numpy(),
+        heads=each,
+        pooled=parts,
     )
 
 
-def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits of the winners (n,), taken and encoded `chunk` at a time, and the weight (n,) that each had in them.
+def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor, Values | None]:
+    """Logits of the winners (n,), taken and encoded `chunk` at a time, the weight (n,) that each had in them, and what
+    each put into the pool, of pools that can tell.
 
     Pools without attention give every patch the same weight.
     """
@@ -152,32 +196,46 @@ def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str
         positions += [] if taken.positions is None else [taken.positions]
     whole, mask = torch.cat(embeddings), torch.ones(1, len(rows), dtype=torch.bool, device=device)
     places = model.places(rows.to(device)[None], torch.cat(positions).to(device)[None] if positions else None)
+    placed = whole if model.position is None or places is None else whole + model.position(places)[0]
+    weights, values = torch.full((len(rows),), 1 / len(rows)), None
     if isinstance(model.aggregator, GatedAttention):
-        placed = whole if model.position is None or places is None else whole + model.position(places)[0]
         weights = model.aggregator.weights(placed[None], mask)[0].mean(dim=-1)
-    else:
-        weights = torch.full((len(rows),), 1 / len(rows))
-    return model.pool(whole, mask, places), weights.float().cpu()
+    elif isinstance(model.aggregator, Aggregator):
+        attention = model.aggregator.attention
+        own = torch.einsum("nd,hvd->nhv", placed, attention.projection())
+        values = Values(attention.logits(placed).cpu(), own.cpu())
+    return model.pool(whole, mask, places), weights.float().cpu(), values
 
 
-def predict_slide(model: IPSModel, config: Config, slide: CohortSlide) -> SlidePrediction:
-    """Tile a slide for the time of it, exactly as the tile stage does, or open a generated image; and predict it.
+def predict_slide(model: IPSModel, config: Config, slide: CohortSlide, *, pooled: bool = False) -> SlidePrediction:
+    """Predict a slide that no stage has seen, or a generated image; its patches are cut while they are read.
+
+    `pooled`: see `predict_bag`.
 
     Raises:
         SlideError: the slide cannot be read or used.
     """
-    with prepared(config, slide) as source:
-        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
-        found = predict_bag(model, bag, config)
-        return SlidePrediction(
-            values=found.values,
-            attention=attention_table(slide.slide_id, source, found),
-            thumbnail=read_thumbnail(source),
-            scale=source.thumbnail_scale,
-            extent=source.extent,
-            mpp=source.mpp,
-            n_bad_tiles=source.n_bad_tiles,
-        )
+    try:
+        with passing(config, slide) as (pixels, scratch):
+            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
+    except PlanError:  # a patch that cannot be decoded: those are found, and left out
+        with tiled(config, slide) as (pixels, scratch):
+            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
+
+
+def _predict_source(
+    model: IPSModel, config: Config, slide: CohortSlide, source: Source, *, pooled: bool
+) -> SlidePrediction:
+    bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+    found = predict_bag(model, bag, config, pooled=pooled)
+    return SlidePrediction(
+        found=found,
+        attention=attention_table(slide.slide_id, source, found),
+        key=source.key,
+        extent=source.extent,
+        mpp=source.mpp,
+        n_bad_tiles=source.n_bad_tiles,
+    )
 
 
 _MPP_REMEDY = {
@@ -219,7 +277,7 @@ def attention_table(slide_id: str, source: PatchSource, found: BagPrediction) ->
     return pa.table(dict(zip(ATTENTION.names, columns, strict=True)), schema=ATTENTION)
 
 
-def _values(task: TaskConfig, logits: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Logits (1, K) -> (K,), in the task's unit."""
-    values = probabilities(task.kind, logits.double()).squeeze(0).cpu().numpy()
+def in_unit(task: TaskConfig, logits: Tensor) -> npt.NDArray[np.float64]:
+    """Logits (n, K') -> (n, K) numbers in the task's unit, one for each of its outputs."""
+    values = np.asarray(probabilities(task.kind, logits.double()).cpu().numpy())
     return values * task.std + task.mean if task.kind == "regression" else values

@@ -88,7 +88,7 @@ def _guarded(
     `left` is the key under which the slide left files.
     """
     try:
-        return _run(slide, spec, work), []
+        return apart(slide, spec, work), []
     except SlideError as error:
         status = quarantined(slide, error.reason, error)
         if error.reason != tiler.TOO_EXPENSIVE:
@@ -97,15 +97,21 @@ def _guarded(
         return status, patches.rows(slide, version, status, left)
 
 
-def _run(slide: CohortSlide, spec: TilingConfig, work: Callable[[], Result]) -> Result:
-    """What the work gives; begun again where others killed its process.
+def apart(slide: CohortSlide, spec: TilingConfig, work: Callable[[], Result], seconds: float | None = None) -> Result:
+    """What the work gives in a process of its own; begun again where others killed that.
+
+    Args:
+        slide: whose file the work reads.
+        spec: its limits, for one piece of work.
+        work: picklable, with what it gives and raises.
+        seconds: of CPU time, where it may take less.
 
     Raises:
         SlideError: "too-expensive", it took more than it may; "crash", its process ended.
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return child.run(work, child.Limits(spec.max_seconds, spec.max_slide_gib))
+            return child.run(work, child.Limits(seconds or spec.max_seconds, spec.max_slide_gib))
         except (child.LimitError, MemoryError) as error:
             raise SlideError(
                 tiler.TOO_EXPENSIVE,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ips.network.model import IPSModel
+from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
+from pipeline.storage.files import download, exists, is_remote, join, upload
+from pipeline.storage.scratch import scratch_folder
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
@@ -93,3 +97,48 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             "or version; use the config and version that wrote it, or train again"
         )
     model.load_state_dict(weights)
+
+
+def model_digest(config: Config, weights: Sequence[Path]) -> str:
+    """Of all that decides a prediction; where a model lies, and what it was trained for, do not.
+
+    `weights` are all files of them: the model's, and those that make its features.
+    """
+    images = config.cohort.megapixel_mnist
+    decides = {
+        "tasks": config.model_dump(mode="json", include={"tasks"}),
+        "model": config.model.model_dump(mode="json", exclude={"encoder": {"weights"}}),
+        "tiling": config.tiling.identity(),
+        "embed": None
+        if config.embed is None
+        else config.embed.model_dump(mode="json", exclude={"encoder": {"weights"}}),
+        "score_batch": config.train.score_batch,
+        "images": None if images is None else images.model_dump(mode="json", exclude={"folder"}),
+    }
+    hasher = hashlib.sha256(fingerprint(decides).encode())
+    for path in weights:
+        with path.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()[:32]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of the model, and of the network that makes its features where it stands beside it."""
+    return [path for name in (WEIGHTS, EMBED_WEIGHTS) if (path := folder / name).is_file()]
+
+
+def keep_model(folder: Path, uri: str) -> None:
+    """Copy what predicting takes to where every worker finds it."""
+    for path in (folder / CONFIG, *weight_files(folder)):
+        upload(path, join(uri, path.name))
+
+
+def at_hand(uri: str, stack: ExitStack) -> Path:
+    """The files of a kept model as local ones, until the stack ends."""
+    if not is_remote(uri):
+        return Path(uri)
+    local = stack.enter_context(scratch_folder())
+    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
+        if exists(join(uri, name)):
+            download(join(uri, name), local / name)
+    return local

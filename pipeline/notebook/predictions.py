@@ -1,4 +1,4 @@
-"""`predict` for notebooks: the same tables and heatmaps as the command's, as objects."""
+"""`predict` for notebooks: the same tables and pictures as the command's, as objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -21,6 +20,7 @@ from pipeline.notebook.stages import Run
 
 _SHOWN = 20  # slides of the table
 _PICTURES = 4
+_UNTOLD = frozenset({"uri", "folder", "n_bad_tiles", "status"})
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,28 @@ class Predictions:
         return pq.read_table(self.folder / "predictions.parquet")
 
     def attention(self, slide_id: str) -> pa.Table:
-        """Of every patch of a slide: row, x, y, attention, selected.
+        """Of every patch of a slide: its place, attention and effects, with what they mean in the schema's metadata.
 
         Raises:
             StageError: the slide has no prediction here.
         """
-        self._require(slide_id)
-        found = pq.read_table(self.folder / "attention.parquet", filters=pc.field("slide_id") == slide_id)
-        return found.drop_columns(["slide_id"])
+        return pq.read_table(self._folder_of(slide_id) / "attention.parquet")
 
     def heatmap(self, slide_id: str) -> Image.Image:
         """Attention over the slide's thumbnail; errors as of `attention`."""
-        from pipeline.results.predict import safe_name
-
-        self._require(slide_id)
-        with Image.open(self.folder / "heatmaps" / f"{safe_name(slide_id)}.png") as image:
+        with Image.open(self._folder_of(slide_id) / "overlay.png") as image:
             return image.copy()
 
-    def _require(self, slide_id: str) -> None:
+    def _folder_of(self, slide_id: str) -> Path:
         known = [one for one in self.table["slide_id"].to_pylist() if one not in self.failed]
         if slide_id not in known:
             why = self.failed.get(slide_id, f"it was not asked for; there are {', '.join(known[:_SHOWN])}")
             raise StageError(f"{self.folder}: no prediction of {slide_id!r}: {why}")
+        place = self.table["slide_id"].to_pylist().index(slide_id)
+        return self.folder / str(self.table["folder"][place].as_py())
 
     def _repr_html_(self) -> str:
-        told = [name for name in self.table.column_names if name not in ("uri", "n_bad_tiles")]
+        told = [name for name in self.table.column_names if name not in _UNTOLD]
         rows = self.table.select(told).slice(0, _SHOWN).to_pylist()
         good = [row["slide_id"] for row in rows if row["error"] is None][:_PICTURES]
         pictures = "".join(f"<span>{picture_html(self.heatmap(slide_id))}</span>" for slide_id in good)
@@ -81,11 +78,11 @@ def predict(
     mpp: float | None = None,
     series: int | None = None,
 ) -> Predictions:
-    """Predict slides with a trained model: probabilities, attention of every patch, a heatmap each.
+    """Predict slides with a trained model: probabilities, and of each slide what its patches count for.
 
     Args:
         model: what `run` returned, `models:/NAME@champion`, `models:/NAME/VERSION`, or the folder of a checkpoint.
-        slides: one or several paths or URIs.
+        slides: one or several paths or URIs, of slides or of folders of them.
         cohort: URI of a cohort file, whose slides are predicted too; labels are not needed.
         out: local folder for the files, made where there is none.
         tracking_uri: where the model is registered. Default: the run's, else MLFLOW_TRACKING_URI, else ./mlflow.db.
@@ -96,7 +93,7 @@ def predict(
         StageError: nothing to predict, or no slide at all could be predicted (the tables are written).
         TrackingError: the model is not found or cannot be fetched.
     """
-    from pipeline.results.predict import predict as write_predictions
+    from pipeline.predictions.run import predict as write_predictions
 
     if isinstance(model, Run):
         if model.model is None:

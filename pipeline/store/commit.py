@@ -276,6 +276,7 @@ def slide_facts(reader: SlideReader) -> dict[str, Any]:
         "stated_mpp": None if reader.mpp is None else list(reader.mpp),
         "icc_profile": reader.profile,
         "dimensions": list(reader.dimensions),
+        "bounds": list(reader.bounds),
         "series": reader.series,
         "image": None if reader.picked is None else asdict(reader.picked),
         "levels": [[level.width, level.height, level.downsample] for level in reader.levels],

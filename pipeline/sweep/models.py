@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.config.sweep import LAST
 from pipeline.errors import ConfigError, PipelineError, StageError
 from pipeline.inference.operating import thresholds
-from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, SEEN, WEIGHTS, Seen, read_config, read_seen
-from pipeline.storage.files import download, exists, is_remote, join, upload, write_json
-from pipeline.storage.scratch import scratch_folder
+from pipeline.model.folder import (
+    CONFIG,
+    EMBED_WEIGHTS,
+    SEEN,
+    WEIGHTS,
+    Seen,
+    keep_model,
+    model_digest,
+    read_config,
+    read_seen,
+    weight_files,
+)
+from pipeline.storage.files import download, exists, join, write_json
 from pipeline.tracking.registry import fetch
 from pipeline.tracking.tracker import connect
 from pipeline.training.saver import model_folder, progress_of
@@ -85,11 +92,11 @@ def _resolve(config: Config, name: str, uri: str, folder: Path) -> SweepModel:
         origin = finished(config, "train").outputs["checkpoint"] if uri == LAST else uri
         tags, local = _fetch_folder(origin, folder), folder
     own = read_config(local)
-    weights = [local / WEIGHTS, *([local / EMBED_WEIGHTS] if (local / EMBED_WEIGHTS).is_file() else [])]
+    weights = weight_files(local)
     return SweepModel(
         name=name,
         origin=origin,
-        digest=_digest(own, weights),
+        digest=model_digest(own, weights),
         config=own,
         folder=str(local),
         bytes=sum(path.stat().st_size for path in weights),
@@ -122,26 +129,6 @@ def _download_there(origin: str, folder: Path) -> None:
             download(join(origin, name), folder / name)
 
 
-def _digest(config: Config, weights: list[Path]) -> str:
-    """Of all that decides a prediction; where a model lies, and what it was trained for, do not."""
-    images = config.cohort.megapixel_mnist
-    decides = {
-        "tasks": config.model_dump(mode="json", include={"tasks"}),
-        "model": config.model.model_dump(mode="json", exclude={"encoder": {"weights"}}),
-        "tiling": config.tiling.identity(),
-        "embed": None
-        if config.embed is None
-        else config.embed.model_dump(mode="json", exclude={"encoder": {"weights"}}),
-        "score_batch": config.train.score_batch,
-        "images": None if images is None else images.model_dump(mode="json", exclude={"folder"}),
-    }
-    hasher = hashlib.sha256(fingerprint(decides).encode())
-    for path in weights:
-        with path.open("rb") as file:
-            hasher.update(hashlib.file_digest(file, "sha256").digest())
-    return hasher.hexdigest()[:32]
-
-
 def _check_once(models: list[SweepModel]) -> None:
     named: defaultdict[str, list[SweepModel]] = defaultdict(list)
     for model in models:
@@ -163,22 +150,9 @@ def keep(model: SweepModel, root: str) -> str:
     """
     folder = join(root, "models", model.digest)
     if not exists(join(folder, _COMMIT)):
-        for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
-            if (Path(model.folder) / name).is_file():
-                upload(Path(model.folder) / name, join(folder, name))
+        keep_model(Path(model.folder), folder)
         write_json(join(folder, _COMMIT), {"origin": model.origin})
     return folder
-
-
-def at_hand(folder: str, stack: ExitStack) -> Path:
-    """The files of a kept model as local ones, until the stack ends."""
-    if not is_remote(folder):
-        return Path(folder)
-    local = stack.enter_context(scratch_folder())
-    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
-        if exists(join(folder, name)):
-            download(join(folder, name), local / name)
-    return local
 
 
 def same_tasks(models: list[SweepModel]) -> None:

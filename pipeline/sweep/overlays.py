@@ -15,9 +15,9 @@ from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError
 from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.prediction import load_model, predict_bag, read_thumbnail
+from pipeline.model.folder import at_hand
 from pipeline.storage.files import join, read_if_there, write_bytes
 from pipeline.sweep.cells import Cell, Scoring
-from pipeline.sweep.models import at_hand
 from pipeline.sweep.scoring import scorer_of
 
 log = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ from pipeline.bags.sources import Source, content_of, featured, open_bag, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError, PipelineError, SlideError
 from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
+from pipeline.model.folder import at_hand
 from pipeline.schema import SWEEP_ROWS
 from pipeline.store.features import FeatureSlide
 from pipeline.store.patches import StoredSlide
 from pipeline.sweep.cells import Cell, Scoring
-from pipeline.sweep.models import at_hand
 from pipeline.sweep.rows import Row
 from pipeline.training.headroom import forget_peak, peak_bytes
 

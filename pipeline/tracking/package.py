@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from mlflow.models import Model, ModelSignature
-from mlflow.types.schema import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.config.recipe import Config
 from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, SEEN, WEIGHTS
@@ -21,7 +21,7 @@ from pipeline.storage import files
 
 _PACKAGES = Path(__file__).resolve().parents[2]
 REQUIREMENTS = (  # what `serving.py` imports, directly or not
-    "contourpy", "fsspec", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow",
+    "fsspec", "imagecodecs", "mlflow", "numpy", "openslide-bin", "openslide-python", "pandas", "pillow",
     "psutil", "pyarrow", "pydantic", "rich", "s3fs", "safetensors", "scipy", "simplejpeg", "tifffile", "torch",
 )  # fmt: skip
 _EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
@@ -83,7 +83,16 @@ def _signature(config: Config) -> ModelSignature:
             [
                 ColSpec(DataType.string, "uri"),
                 *(ColSpec(DataType.double, name, required=False) for name in outputs),
+                ColSpec(DataType.double, "patch", required=False),
+                *(ColSpec(AnyType(), name, required=False) for name in ("patches", "top", "curves")),
                 ColSpec(DataType.string, "error", required=False),
+            ]
+        ),
+        ParamSchema(
+            [
+                ParamSpec("attention", DataType.boolean, default=False),
+                ParamSpec("top_k", DataType.long, default=0),
+                ParamSpec("explain", DataType.boolean, default=False),
             ]
         ),
     )

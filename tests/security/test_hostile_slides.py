@@ -15,7 +15,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.ingest import child
 from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.isolated import store_slide
-from pipeline.results.predict import predict
+from pipeline.predictions.run import predict
 from tests.pipeline.small import small_config, write_model
 from tests.security.hostile import CATALOGUE, good_tiff
 

@@ -22,7 +22,7 @@ from pipeline.inference.prediction import load_model
 from pipeline.model.build import build_encoder, build_model, build_optimizer
 from pipeline.model.checkpoint import STATE, load_checkpoint
 from pipeline.model.folder import CONFIG, WEIGHTS
-from pipeline.results.predict import predict
+from pipeline.predictions.run import predict
 from tests.pipeline.small import small_config, write_model, write_slide
 
 
@@ -123,7 +123,7 @@ def test_ids_lead_nowhere_else(slide_id: str, tmp_path: Path) -> None:
         str(tmp_path / "model"), [], str(tmp_path / "given" / "c.csv"), out, tracking_uri="sqlite:///none.db"
     )
     assert said["failed"] == {}
-    assert len(list((out / "heatmaps").iterdir())) == 1
+    assert len(list((out / "slides").iterdir())) == 1
     assert _beside(out, tmp_path) == before
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ips.bag import TensorBag, Values
-from ips.network.effects import effects
+from ips.network.effects import effects, growing
 from ips.network.model import IPSModel, evaluating
 from ips.selection.select import select
 from tests.ips.nets import TinyEncoder, bag_of, model_of, tiny_model
@@ -74,3 +74,20 @@ def test_other_pools_have_no_effects() -> None:
     model.aggregator = torch.nn.Identity()
     with pytest.raises(ValueError, match="Identity cannot pool patches that it does not see; context needs Aggregator"):
         effects(model, Values(torch.zeros(2, 6), torch.zeros(2, 3, 7)))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 30), st.sampled_from([0.1, 20.0, 3000.0]), st.integers(0, 10**6))
+def test_a_pool_that_grows_is_that_of_the_patches_so_far(n: int, scale: float, seed: int) -> None:
+    """Against brute force: the network on those patches alone."""
+    model, bag = tiny_model(grid=True, scale=scale, seed=seed).double().train(), bag_of(n, seed, grid=True)
+    (values,) = select(model, [bag], 3, 4, values=True).values or ()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    counts = sorted({1, (n + 1) // 2, n})
+    found = growing(model, values, order, counts)
+    assert all(module.training for module in model.modules())
+    x = _embedded(model, bag)
+    with evaluating(model), torch.no_grad():
+        for place, count in enumerate(counts):
+            for task, logits in full_attention(model, x[order[:count]]).items():
+                torch.testing.assert_close(found[task][place], logits, rtol=1e-9, atol=1e-10)

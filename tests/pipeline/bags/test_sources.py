@@ -20,8 +20,8 @@ from pipeline.errors import SlideError
 from pipeline.inference.prediction import load_model
 from pipeline.model.build import build_model
 from pipeline.model.folder import save_model
+from pipeline.predictions.run import predict
 from pipeline.results.evaluate import evaluate
-from pipeline.results.predict import predict
 from pipeline.results.report import render_report
 from pipeline.workflow.run import plan, run
 from tests.pipeline.digits import write_digits
@@ -136,7 +136,7 @@ def test_images_are_evaluated_shown_and_predicted_like_slides(tmp_path: Path, di
     assert shown["failed"] == {}
     row = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()[0]
     assert row["multi_7"] == pytest.approx(float(result.found[2].values["multi"][7]), abs=1e-5)
-    assert len(list((tmp_path / "out" / "heatmaps").iterdir())) == 1
+    assert len(list((tmp_path / "out" / "slides").iterdir())) == 1
 
 
 @pytest.mark.slow

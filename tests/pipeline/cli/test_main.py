@@ -159,8 +159,8 @@ def test_a_slide_without_prediction_is_an_exit_code_and_the_others_are_predicted
     result = _ips("predict", "--model", str(model), "--out", str(tmp_path / "out"), *slides, "--json")
     assert result.exit_code == 3
     assert list(json.loads(result.stdout)["failed"]) == ["bad"]
-    assert (tmp_path / "out" / "predictions.csv").read_text().count("good") == 2
-    assert (tmp_path / "out" / "heatmaps" / "good.png").exists()
+    assert (tmp_path / "out" / "predictions.csv").read_text().count("good") == 3
+    assert (tmp_path / "out" / "slides" / "good" / "overlay.png").exists()
     assert _ips("predict", "--model", str(model), "--out", str(tmp_path / "out"), slides[0]).exit_code == 0
 
 

@@ -127,8 +127,8 @@ def test_a_slide_is_tiled_and_predicted(folder: Path, tmp_path: Path) -> None:
     assert found.attention.column("x").to_pylist()[:6] == [0, 32, 64, 96, 128, 0]
     assert sum(found.attention.column("selected").to_pylist()) == 5
     assert found.extent == PATCH
-    assert found.scale == 1.0
-    assert found.thumbnail.shape == (157, 211, 3)
+    assert found.found.pooled is None
+    assert predict_slide(model, config, slide, pooled=True).found.pooled is not None
     assert found.values["tumour"].sum() == pytest.approx(1.0)
 
 

@@ -21,7 +21,7 @@ def test_predictions_are_tables_and_pictures(tmp_path: Path) -> None:
     assert found.table["slide_id"].to_pylist() == ["s0", "bad"]
     assert list(found.failed) == ["bad"]
     attention = found.attention("s0")
-    assert attention.column_names == ["row", "x", "y", "attention", "selected"]
+    assert {"row", "x", "y", "attention", "selected", "effect_tumour_yes"} <= set(attention.column_names)
     assert np.isclose(np.sum(attention["attention"].to_numpy()), 1.0)
     assert found.heatmap("s0").width > 100
     html = found._repr_html_()

@@ -140,3 +140,26 @@ def test_a_request_has_limits(
     answer = model.predict(context, slides)
     assert answer["error"].isna().tolist() == [True, False, False]
     assert answer["error"][1:].str.contains("not begun: the slides before it took the 0.001 s").all()
+
+
+def test_what_params_ask_for_are_columns(context: PythonModelContext, model: SlideModel, tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    rows = pd.DataFrame({"uri": [str(tmp_path / "a.png"), "none.png"]})
+    plain = model.predict(context, rows)
+    answer = model.predict(context, rows, {"attention": True, "top_k": 3, "explain": True})
+    assert list(answer.columns) == ["uri", "tumour_no", "tumour_yes", "patch", "patches", "top", "curves", "error"]
+    assert answer[list(plain.columns)].equals(plain)
+    good, bad = json.loads(json.dumps(answer.to_dict(orient="records"), allow_nan=False))
+    assert [bad[name] for name in ("patch", "patches", "top", "curves")] == [None] * 4
+    assert good["patch"] == 32.0
+    maps = good["patches"]
+    assert set(maps) == {"x", "y", "attention", "effect_tumour_no", "effect_tumour_yes"}
+    assert {len(values) for values in maps.values()} == {20}
+    assert sum(maps["attention"]) == pytest.approx(1, abs=1e-5)
+    assert [one["attention"] for one in good["top"]] == sorted(maps["attention"], reverse=True)[:3]
+    for one in good["top"]:
+        assert {name: maps[name][one["row"]] for name in maps} == {name: one[name] for name in maps}
+    assert good["curves"]["fraction"][0] == 0
+    assert list(model.predict(context, rows, {"top_k": 1}).columns)[3:5] == ["patch", "top"]
+    with pytest.raises(MlflowException, match="top_k is -1; give a number from 0"):
+        model.predict(context, rows, {"top_k": -1})

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.model.folder import CONFIG, SEEN, WEIGHTS, Seen
+from pipeline.model.folder import CONFIG, SEEN, WEIGHTS, Seen, at_hand
 from pipeline.storage.files import write_json
-from pipeline.sweep.models import at_hand, keep, resolve_models
+from pipeline.sweep.models import keep, resolve_models
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
 from tests.pipeline.sweep.small_sweep import sweep_config, write_model

@@ -14,7 +14,7 @@ from pipeline.bags import patch_bag
 from pipeline.config.recipe import Config
 from pipeline.errors import CohortError, ConfigError, StageError
 from pipeline.model.folder import SEEN, Seen
-from pipeline.results.predict import predict
+from pipeline.predictions.run import predict
 from pipeline.storage.files import write_json
 from pipeline.sweep.run import plan, run
 from pipeline.sweep.scoring import Panel, Task

@@ -19,7 +19,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError, StorageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder
-from pipeline.results.predict import predict
+from pipeline.predictions.run import predict
 from pipeline.tracking.registry import (
     RegisteredVersion,
     fetch,
@@ -173,7 +173,12 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     model = Model.load(str(local))
     assert model.signature is not None
     assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp", "series"]
-    assert [spec.name for spec in model.signature.outputs.inputs] == ["uri", "tumour_no", "tumour_yes", "error"]
+    asked_for = ["patch", "patches", "top", "curves"]
+    assert [spec.name for spec in model.signature.outputs.inputs] == [
+        "uri", "tumour_no", "tumour_yes", *asked_for, "error",
+    ]  # fmt: skip
+    defaults = {spec.name: spec.default for spec in model.signature.params.params}
+    assert defaults == {"attention": False, "top_k": 0, "explain": False}
     requirements = (local / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") for line in requirements)
     assert not any("+" in line for line in requirements)
@@ -199,7 +204,7 @@ def test_a_model_on_features_brings_the_network_that_makes_them(tracker: Tracker
     shared_embedder.cache_clear()
     after = predict(version.uri, [slide], out=tmp_path / "after", **options)  # type: ignore[arg-type]
     assert (before["failed"], after["failed"]) == ({}, {})
-    tables = [read_table(tmp_path / name / "attention.parquet") for name in ("before", "after")]
+    tables = [read_table(tmp_path / name / "slides" / "s" / "attention.parquet") for name in ("before", "after")]
     assert tables[0].equals(tables[1])
 
     _, folder = fetch(tracker, version.uri, tmp_path / "fetched")
@@ -239,7 +244,8 @@ import mlflow, pandas as pd
 assert "pipeline" not in sys.modules
 mlflow.set_tracking_uri({tracker.uri!r})
 model = mlflow.pyfunc.load_model({registered.uri!r})
-print(model.predict(pd.DataFrame({{"uri": ["good.png", "none.png"]}})).to_json(orient="records"))
+rows = pd.DataFrame({{"uri": ["good.png", "none.png"]}})
+print(model.predict(rows, params={{"top_k": 2, "explain": True}}).to_json(orient="records"))
 import pipeline
 assert "artifacts" in pipeline.__path__[0], pipeline.__path__
 assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host needs more than is listed"
@@ -252,6 +258,8 @@ assert not {{"ray", "hydra", "typer"}} & set(sys.modules), "the serving host nee
     expected = predict_slide(model, config, slide).values["tumour"]
     assert [good["tumour_no"], good["tumour_yes"]] == pytest.approx(expected, abs=1e-5)
     assert good["error"] is None
+    assert len(good["top"]) == 2
+    assert "effect_tumour_yes" in good["top"][0]
     assert bad["tumour_yes"] is None
     assert "none.png" in bad["error"]
 

@@ -1,0 +1,106 @@
+"""Which slides are asked for: files, folders, prefixes in a bucket, and cohorts, each under an id of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import PurePosixPath
+
+from pipeline.cohort.table import CohortSlide, read_cohort
+from pipeline.errors import StageError, StorageError
+from pipeline.storage.files import absolute, is_remote, is_temporary, join, local_path
+from pipeline.storage.tree import walk
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset({"svs", "tif", "tiff", "qptiff", "ndpi", "mrxs", "scn", "bif", "svslide", "vms"})
+"""Of what is taken for a slide in a folder. Plain images are none there: they are mostly thumbnails."""
+_SERIES = "dcm"  # a slide is many such files
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A slide that is asked for."""
+
+    slide: CohortSlide
+    mpp_remedy: str
+    """Where its microns per px can be given."""
+
+
+def asked_slides(
+    uris: Sequence[str], cohort: str | None, *, mpp: float | None = None, series: int | None = None
+) -> list[Asked]:
+    """The slides of URIs, then those of a cohort.
+
+    Args:
+        uris: of slides, of folders, or of prefixes in a bucket (which end with `/`); an id is a file's name without
+            suffix, made unique by a number.
+        cohort: URI of a CSV or Parquet with slide_id and uri; labels are not needed.
+        mpp: microns per level-0 px of `uris`, over what their files state.
+        series: number of the image to take of each of the `uris`' files; None: the one that is the slide.
+
+    Raises:
+        StageError: nothing is asked for.
+        CohortError: the cohort is wrong.
+    """
+    listed = read_cohort(cohort).slides if cohort else ()
+    found = list(chain.from_iterable(map(_below, uris)))
+    named = _named(found, mpp, series, {slide.slide_id for slide in listed})
+    asked = [Asked(slide, "with --mpp, as in --mpp 0.25") for slide in named]
+    asked += [Asked(slide, "in the cohort's mpp column") for slide in listed]
+    if not asked:
+        raise StageError("predict: no slides; name slides, folders or prefixes, or give --cohort")
+    return asked
+
+
+def _below(uri: str) -> list[str]:
+    """The slides that a URI means."""
+    place = _place(uri)
+    if not _is_folder(uri, place):
+        return [uri]
+    names = [found.uri for found in walk(place) if not is_temporary(found.uri.rpartition("/")[2])]
+    slides = sorted(name for name in names if _suffix(name) in SUFFIXES)
+    series = sum(_suffix(name) == _SERIES for name in names)
+    if series:
+        log.warning("predict: %s: %d DICOM files are left out; name one file of each series", uri, series)
+    if not slides:
+        log.warning("predict: %s is a folder and holds no slide (%s)", uri, ", ".join(sorted(SUFFIXES)))
+    return slides or [uri]  # whose row then says so
+
+
+def _is_folder(uri: str, place: str) -> bool:
+    try:
+        return uri.endswith("/") if is_remote(place) else local_path(place).is_dir()
+    except (StorageError, ValueError):  # it means no place: its row says so
+        return False
+
+
+def _suffix(uri: str) -> str:
+    return uri.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: set[str]) -> Iterator[CohortSlide]:
+    """Slides under their file's name, with the first number that makes it another than those `taken`."""
+    following: dict[str, Iterator[int]] = {}
+    for uri in uris:
+        stem = as_text(PurePosixPath(uri).stem)
+        numbers = following.setdefault(stem, count(2))
+        slide_id = stem if stem not in taken else next(name for n in numbers if (name := f"{stem}-{n}") not in taken)
+        taken.add(slide_id)
+        yield CohortSlide(slide_id, _place(uri), slide_id, None, mpp, {}, {}, series=series)
+
+
+def _place(uri: str) -> str:
+    """The absolute URI; one that means no place as it is, for its slide's error to say so."""
+    try:
+        place = absolute(uri)
+    except StorageError:
+        return uri
+    return join(place, "") if is_remote(place) and uri.endswith("/") else place
+
+
+def as_text(name: str) -> str:
+    """A name as Unicode, which those of files need not be."""
+    return name.encode(errors="backslashreplace").decode()

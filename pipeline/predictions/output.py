@@ -1,0 +1,146 @@
+"""The folder of a batch: what its files are called, when a slide's are done, and the tables over all.
+
+`<out>/slides/<name>/slide.json` is written after a slide's other files and is their commit. What is the same for all
+slides, as the colours, comes into it at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config.data import TaskConfig
+from pipeline.errors import DamagedError
+from pipeline.predictions.asked import as_text
+from pipeline.predictions.maps import as_parquet
+from pipeline.results.tables import table_csv
+from pipeline.storage.files import join, list_names, parsed_json, read_if_there, write_bytes, write_json
+
+SLIDES, COMMIT = "slides", "slide.json"
+ATTENTION, THUMBNAIL, OVERLAY, CONTACT = "attention.parquet", "thumbnail.jpg", "overlay.png", "contact.png"
+TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+Facts = dict[str, Any]
+"""What `slide.json` says."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a slide has no prediction."""
+
+    reason: str
+    """Its category."""
+    message: str
+
+
+Outcome = Facts | Failure
+
+
+def safe_name(slide_id: str) -> str:
+    """A slide id as a file name: unchanged where it is one, else cleaned, with 8 digits of its sha256."""
+    if _SAFE_NAME.fullmatch(slide_id):
+        return slide_id
+    cleaned = re.sub(r"[^A-Za-z0-9_-]+", "_", slide_id)[:80]
+    return f"{cleaned}-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+
+
+def folder_of(out: str, slide_id: str) -> str:
+    """Of a slide."""
+    return join(out, SLIDES, safe_name(slide_id))
+
+
+def begun_names(out: str) -> set[str]:
+    """Names of the slides' folders that are there, done or not."""
+    return set(list_names(join(out, SLIDES)))
+
+
+def read_facts(folder: str) -> Facts | None:
+    """What a slide's folder was committed with; None where it was not, or cannot be read."""
+    uri = join(folder, COMMIT)
+    data = read_if_there(uri)
+    if data is None:
+        return None
+    try:
+        facts: Facts = parsed_json(uri, data)
+    except DamagedError:
+        return None  # it is made again
+    return facts
+
+
+def commit(folder: str, facts: Facts) -> None:
+    """All other files of the slide are there."""
+    write_json(join(folder, COMMIT), facts)
+
+
+def write_tables(
+    out: str,
+    asked: Sequence[tuple[str, str]],
+    outcomes: Sequence[Outcome],
+    labels: Sequence[Mapping[str, str | None]],
+    tasks: Sequence[TaskConfig],
+) -> list[str]:
+    """The tables of all slides; their places.
+
+    Args:
+        out: the batch's folder.
+        asked: id and URI of each slide, in the order of the rows.
+        outcomes: of each.
+        labels: of each, task -> what the cohort says, where it says anything.
+        tasks: of the model.
+    """
+    table = _table(asked, outcomes, labels, tasks)
+    places = [join(out, f"predictions.{kind}") for kind in ("parquet", "csv")]
+    for place, data in zip(places, (as_parquet(table), table_csv(table)), strict=True):
+        write_bytes(place, data)
+    return places
+
+
+def _table(
+    asked: Sequence[tuple[str, str]],
+    outcomes: Sequence[Outcome],
+    labels: Sequence[Mapping[str, str | None]],
+    tasks: Sequence[TaskConfig],
+) -> pa.Table:
+    good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
+    bad = [one if isinstance(one, Failure) else None for one in outcomes]
+
+    def column(kind: pa.DataType, *path: str | int) -> pa.Array:
+        found = []
+        for facts in good:
+            value: Any = facts
+            for part in path if facts is not None else ():
+                value = value[part]
+            found.append(value)
+        return pa.array(found, kind)
+
+    columns = {
+        "slide_id": pa.array([slide_id for slide_id, _ in asked], pa.string()),
+        "uri": pa.array([as_text(uri) for _, uri in asked], pa.string()),
+        "folder": column(pa.string(), "folder"),
+        "width": column(pa.int64(), "dimensions", 0),
+        "height": column(pa.int64(), "dimensions", 1),
+        "mpp": column(pa.float64(), "mpp"),
+    }
+    for task in tasks:
+        columns |= {name: column(pa.float64(), "values", name) for name in task.output_columns}
+        own = [one.get(task.name) for one in labels]
+        if any(label is not None for label in own):
+            columns[task.result_columns["label"]] = pa.array(own, pa.string())
+    return pa.table(
+        columns
+        | {
+            "n_patches": pa.array([0 if one is None else one["n_patches"] for one in good], pa.int64()),
+            "n_bad_tiles": pa.array([0 if one is None else one["n_bad_tiles"] for one in good], pa.int64()),
+            "attention_in_selected": column(pa.float64(), "attention_in_selected"),
+            "status": pa.array(["predicted" if one is not None else "failed" for one in good], pa.string()),
+            "reason": pa.array([None if one is None else one.reason for one in bad], pa.string()),
+            "error": pa.array([None if one is None else one.message for one in bad], pa.string()),
+        }
+    )

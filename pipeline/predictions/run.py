@@ -1,0 +1,279 @@
+"""A batch of slides to a folder: what is there is kept, the rest is predicted, here or on Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.bags.images import source_versions
+from pipeline.config.base import fingerprint
+from pipeline.config.recipe import ClusterConfig, Config
+from pipeline.errors import SlideError, StageError, StorageError
+from pipeline.inference.prediction import unpredicted
+from pipeline.ingest import child
+from pipeline.ingest.versions import Looked, look_at
+from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
+from pipeline.predictions.asked import Asked, as_text, asked_slides
+from pipeline.predictions.finish import Finishing
+from pipeline.predictions.maps import colours
+from pipeline.predictions.output import (
+    Failure,
+    Outcome,
+    begun_names,
+    folder_of,
+    read_facts,
+    safe_name,
+    write_tables,
+)
+from pipeline.predictions.slide import Job, Predicting
+from pipeline.predictions.summary import write_summary
+from pipeline.progress import progress
+from pipeline.storage.files import SourceVersion, absolute, is_remote, join, local_path
+from pipeline.storage.lease import held
+from pipeline.storage.scratch import scratch_folder
+from pipeline.store.rows import asked_digest
+from pipeline.tiling.guide import check_environment
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of what a slide's folder holds: folders of another one are made again."""
+_THREADS = 16
+_KEPT = (
+    "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
+    "histograms", "sentences", "selected", "model",
+)  # fmt: skip
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class How:
+    """What a batch may be told beside its slides."""
+
+    store: str | None = None
+    """Root of a patch store, whose patches are taken where it has them."""
+    workers: int = 0
+    """Actors on Ray; 0: this process alone, without Ray."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    heads: bool = False
+    """Also the attention of each head."""
+    all_patches: bool = False
+    """Also every patch as GeoJSON."""
+
+
+def predict(
+    model: str,
+    slides: Sequence[str],
+    cohort: str | None,
+    out: str | Path,
+    *,
+    tracking_uri: str,
+    mpp: float | None = None,
+    series: int | None = None,
+    how: How | None = None,
+) -> dict[str, Any]:
+    """Predict slides, folders or prefixes of slides, the slides of a cohort, or all of them.
+
+    A slide that cannot be used has its reason in the tables; the others are predicted. Slides whose folders follow from
+    the same model, file and options are not predicted again.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a folder with weights.safetensors and config.json.
+        slides: see `asked.asked_slides`, as are `cohort`, `mpp` and `series`.
+        cohort: URI of a cohort file.
+        out: folder or s3:// prefix, made when absent; this room's README says what it will hold.
+        tracking_uri: where the registry is.
+        mpp: microns per level-0 px of `slides`.
+        series: number of the image to take of each of `slides`.
+        how: else as `How` says by itself.
+
+    Returns:
+        Plain data: the model, the places written, the number of slides, of those predicted now, and slide id -> reason
+        of the failed ones.
+
+    Raises:
+        StageError: nothing to predict, no slide at all could be predicted (the tables are written), or another process
+            is at this folder.
+        TrackingError: the model is not found or cannot be fetched.
+    """
+    how = how or How()
+    asked = asked_slides(slides, cohort, mpp=mpp, series=series)
+    child.start()  # beside the model's loading
+    place = _folder(out)
+    with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
+        config = read_config(folder)
+        check_environment([one.slide for one in asked], config.tiling)
+        digest = model_digest(config, weight_files(folder))
+        kept = str(folder)
+        if how.workers:  # whose processes may be elsewhere
+            kept = join(place, "model")
+            keep_model(folder, kept)
+        predicting = Predicting(kept, source, digest, place, how.store, how.heads, how.all_patches)
+        return _predict(asked, predicting, config, how)
+
+
+def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How) -> dict[str, Any]:
+    out, looked = predicting.out, _versions(config, asked)
+    jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
+    outcomes: list[Outcome | None] = [
+        _failed(one, version) if isinstance(version, SlideError) else None
+        for one, version in zip(asked, looked, strict=True)
+    ]
+    _add_done(outcomes, jobs, out)
+    missing = [place for place, found in enumerate(outcomes) if found is None]
+    sizes = [0 if isinstance(version, SlideError) else version.size for version in looked]
+    if how.workers:
+        missing.sort(key=lambda place: (-sizes[place], place))  # so that none is left to the end alone
+    with _working(how) as work, progress("predict", len(jobs), "slides", len(jobs) - len(missing)) as steps:
+        for number, found in work(predicting.worker, [jobs[place] for place in missing]):
+            place = missing[number]
+            outcomes[place] = found = Failure("crash", str(found)) if isinstance(found, StageError) else _slim(found)
+            steps.advance()
+            _log(jobs[place], found)
+        complete = [found for found in outcomes if found is not None]
+        good = [found for found in complete if not isinstance(found, Failure)]
+        if good:
+            scales = colours([found["histograms"] for found in good])
+            for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
+                if isinstance(failed, StageError):
+                    raise failed
+    return _report(asked, jobs, complete, predicting, config, len(missing))
+
+
+def _report(
+    asked: Sequence[Asked],
+    jobs: Sequence[Job],
+    outcomes: Sequence[Outcome],
+    predicting: Predicting,
+    config: Config,
+    made: int,
+) -> dict[str, Any]:
+    """Write what is over all slides; what `predict` returns."""
+    out, named = predicting.out, [(one.slide.slide_id, one.slide.uri) for one in asked]
+    labels = [job.labels for job in jobs]
+    places = write_tables(out, named, outcomes, labels, config.tasks)
+    places.append(write_summary(out, predicting.source, named, outcomes, labels, config.tasks))
+    failed = {slide_id: found.message for (slide_id, _), found in zip(named, outcomes, strict=True)
+              if isinstance(found, Failure)}  # fmt: skip
+    if len(failed) == len(named):
+        reasons = "\n".join(f"  - {slide_id}: {reason}" for slide_id, reason in failed.items())
+        raise StageError(f"predict: none of {len(named)} slides could be predicted:\n{reasons}")
+    written = {place.rpartition("/")[2]: place for place in places} | {"slides": join(out, "slides")}
+    return {
+        "model": predicting.source, "slides": len(named), "predicted_now": made, "failed": failed, "written": written,
+    }  # fmt: skip
+
+
+def _folder(out: str | Path) -> str:
+    """The absolute place of a batch; StageError where it can be none."""
+    place = absolute(str(out))
+    if not is_remote(place):
+        try:
+            local_path(place).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StageError(f"predict: --out {out} is no folder ({error.strerror}); name one") from error
+    return place
+
+
+@contextmanager
+def _found(model: str, tracking_uri: str) -> Iterator[tuple[str, Path]]:
+    """The exact version (or folder), and its files for the block: what embeds is loaded when needed."""
+    if (Path(model) / WEIGHTS).is_file():
+        yield str(Path(model).absolute()), Path(model).absolute()
+        return
+    from pipeline.tracking.registry import fetch  # loads MLflow for seconds
+    from pipeline.tracking.tracker import connect
+
+    with scratch_folder() as scratch:
+        version, folder = fetch(connect(tracking_uri), model, scratch)
+        log.info("predict: %s is version %s", model, version.version)
+        yield version.uri, folder
+
+
+def _versions(config: Config, asked: Sequence[Asked]) -> list[Looked]:
+    """Of each slide's files; generated images have one for all."""
+    slides = [one.slide for one in asked]
+    images = config.cohort.megapixel_mnist
+    if images is not None:
+        return [SourceVersion(0, fingerprint(source_versions(images)), None)] * len(slides)
+    nowhere = [_nowhere(slide.uri) for slide in slides]
+    looked = iter(look_at([slide for slide, lost in zip(slides, nowhere, strict=True) if lost is None], config.tiling))
+    return [lost or next(looked) for lost in nowhere]
+
+
+def _nowhere(uri: str) -> SlideError | None:
+    """Why a URI means no place."""
+    try:
+        absolute(uri)
+    except StorageError as error:
+        return SlideError("missing", str(error))
+    return None
+
+
+def _job(one: Asked, version: Looked, predicting: Predicting, config: Config) -> Job:
+    labels = {task.name: one.slide.extra.get(task.column) or None for task in config.tasks}
+    known = asked_digest(one.slide, None if isinstance(version, SlideError) else version)
+    follows = [_VERSION, one.slide.slide_id, known, predicting.digest, predicting.source, labels]
+    identity = fingerprint([*follows, predicting.heads, predicting.all_patches])
+    return Job(one.slide, one.mpp_remedy, labels, identity)
+
+
+def _failed(one: Asked, error: SlideError) -> Failure:
+    return Failure(error.reason, as_text(unpredicted(error, one.mpp_remedy)))
+
+
+def _add_done(outcomes: list[Outcome | None], jobs: Sequence[Job], out: str) -> None:
+    """Those slides whose folders stand."""
+    begun = begun_names(out)
+    places = [
+        place
+        for place, (found, job) in enumerate(zip(outcomes, jobs, strict=True))
+        if found is None and safe_name(job.slide.slide_id) in begun
+    ]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = pool.map(lambda place: read_facts(folder_of(out, jobs[place].slide.slide_id)), places)
+        for place, facts in zip(places, known, strict=True):
+            if facts is not None and facts.get("identity") == jobs[place].identity:
+                outcomes[place] = _slim(facts)
+
+
+def _slim(found: Outcome) -> Outcome:
+    """What the tables, the page and the colours take: of a hundred thousand slides, 200 MB."""
+    return found if isinstance(found, Failure) else {name: found[name] for name in _KEPT}
+
+
+def _log(job: Job, found: Outcome) -> None:
+    if isinstance(found, Failure):
+        log.warning("predict: %s: %s", job.slide.slide_id, found.message)
+
+
+Work = Callable[[Callable[[], Callable[[Item], Found]], Sequence[Item]], Iterator[tuple[int, Found | StageError]]]
+
+
+@contextmanager
+def _working(how: How) -> Iterator[Work[Any, Any]]:
+    """What makes something of each item, by its place: in this process, or by actors on Ray for the block."""
+    if not how.workers:
+        yield _here
+        return
+    from pipeline.cluster import connected  # Ray loads for a second
+    from pipeline.results.pool import Room, pooled
+
+    cluster = how.cluster
+    room = Room(how.workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.start_timeout_s)
+    with ExitStack() as stack:
+        stack.enter_context(connected(cluster))
+        yield lambda make, items: pooled(make, items, room, "predict") if items else iter(())
+
+
+def _here(make: Callable[[], Callable[[Item], Found]], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+    if items:
+        work = make()
+        yield from ((place, work(item)) for place, item in enumerate(items))

@@ -1,0 +1,233 @@
+"""One slide to its folder: read once, predicted, explained, and all of its files but those that slides share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.bags.images import PastedImage
+from pipeline.bags.sources import Source, featured, open_bag, passing, tiled
+from pipeline.bags.streamed import StreamedSlide
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.recipe import Config
+from pipeline.errors import ConfigError, DamagedError, PlanError, SlideError, StorageError
+from pipeline.inference.explain import Explanation, explain
+from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
+from pipeline.ingest.isolated import apart
+from pipeline.ingest.source import opened
+from pipeline.model.folder import at_hand
+from pipeline.predictions.asked import as_text
+from pipeline.predictions.maps import METADATA, as_parquet, histograms, map_table
+from pipeline.predictions.output import (
+    ALL,
+    ATTENTION,
+    CONTACT,
+    SLIDES,
+    THUMBNAIL,
+    TISSUE,
+    TOP,
+    Facts,
+    Failure,
+    Outcome,
+    commit,
+    folder_of,
+    safe_name,
+)
+from pipeline.predictions.sentences import sentences
+from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
+from pipeline.predictions.sheet import EACH, Shown, sheet_png
+from pipeline.storage.files import join, parsed_json, upload, write_bytes
+from pipeline.storage.scratch import scratch_folder
+from pipeline.store.features import FeatureSlide
+from pipeline.store.patches import StoredSlide
+from pipeline.tiling.geojson import collection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A slide to predict."""
+
+    slide: CohortSlide
+    mpp_remedy: str
+    """Where its microns per px can be given."""
+    labels: dict[str, str | None]
+    identity: str
+    """Digest of what its folder follows from."""
+
+
+@dataclass(frozen=True)
+class Predicting:
+    """How slides are predicted. Picklable."""
+
+    model: str
+    """URI of its folder."""
+    source: str
+    """What it is called."""
+    digest: str
+    out: str
+    store: str | None
+    """Root of the patch store, whose patches are taken where it has them."""
+    heads: bool
+    all_patches: bool
+
+    def worker(self) -> Callable[[Job], Outcome]:
+        """What predicts slides, its model loaded."""
+        return Predictor(self).predict
+
+
+class Predictor:
+    """The model, loaded; lives as long as its process."""
+
+    def __init__(self, asked: Predicting) -> None:
+        self._asked, self._stack = asked, ExitStack()
+        self._model, self._config = load_model(at_hand(asked.model, self._stack))
+        self._scorer = bag_scorer(self._model, self._config)
+
+    def predict(self, job: Job) -> Outcome:
+        """What `slide.json` says of the slide; whatever is wrong with it instead."""
+        try:
+            try:
+                with passing(self._config, job.slide, self._asked.store) as (pixels, scratch):
+                    return self._predict(job, pixels, scratch)
+            except PlanError:  # a patch that cannot be decoded: those are found, and left out
+                with tiled(self._config, job.slide, self._asked.store) as (pixels, scratch):
+                    return self._predict(job, pixels, scratch)
+        except SlideError as error:
+            return Failure(error.reason, as_text(unpredicted(error, job.mpp_remedy)))
+        except DamagedError as error:
+            return Failure("damaged", as_text(str(error)))
+        except (StorageError, ConfigError, MemoryError):
+            raise  # the output's, or this node's: what concerns the slide is a SlideError by now
+        except Exception as error:  # one slide's unforeseen failure must not end the others' batch
+            log.exception("predict: %s", job.slide.slide_id)
+            return Failure("crash", as_text(f"{type(error).__name__}: {error}"))
+
+    def _predict(self, job: Job, pixels: Source, scratch: str) -> Outcome:
+        config = self._config
+        source = featured(config, pixels, scratch)
+        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+        found = predict_bag(self._model, bag, config, self._scorer, heads=self._asked.heads, pooled=True)
+        numbers = [value for task in config.tasks for value in found.values[task.name].tolist()]
+        if not all(map(math.isfinite, numbers)):
+            return Failure("not-finite", f"the model gives {numbers}, no finite numbers; its weights are no good")
+        explanation = explain(self._model, config.tasks, found, source.key)
+        table = map_table(source.index(), source.extent, found, explanation, config)
+        facts = self._facts(job, source, found, explanation, table)
+        self._write(facts, source, table, config)
+        return facts
+
+    def _facts(
+        self, job: Job, source: Source, found: BagPrediction, explanation: Explanation | None, table: pa.Table
+    ) -> Facts:
+        stored, slide, config = stored_of(source), job.slide, self._config
+        size, origin = _frame(source, stored, slide, config)
+        share = float(found.attention[found.selected].astype(np.float64).sum())
+        values = {
+            column: value
+            for task in config.tasks
+            for column, value in zip(task.output_columns, found.values[task.name].tolist(), strict=True)
+        }
+        return {
+            "slide_id": slide.slide_id,
+            "uri": as_text(slide.uri),
+            "series": slide.series,
+            "folder": join(SLIDES, safe_name(slide.slide_id)),
+            "dimensions": list(size),
+            "mpp": source.mpp,
+            "origin": list(origin),
+            "patch": source.extent,
+            "stride": source.extent if stored is None else stored.stride,
+            "n_patches": len(found.attention),
+            "n_bad_tiles": source.n_bad_tiles,
+            "selected": len(found.selected),
+            "attention_in_selected": round(share, 6),
+            "model": {"source": self._asked.source, "digest": self._asked.digest},
+            "values": values,
+            "labels": {task: label for task, label in job.labels.items() if label is not None},
+            "maps": parsed_json("maps", table.schema.metadata[METADATA]),
+            "histograms": histograms(table),
+            "colours": None,
+            "overlay": None,
+            "levels": list(LEVELS),
+            "sentences": sentences(config, len(found.attention), len(found.selected), share, explanation),
+            "curves": None if explanation is None else explanation.curves,
+            "identity": job.identity,
+        }
+
+    def _write(self, facts: Facts, source: Source, table: pa.Table, config: Config) -> None:
+        """The slide's files; `slide.json` last."""
+        folder, stored = folder_of(self._asked.out, facts["slide_id"]), stored_of(source)
+        write_bytes(join(folder, ATTENTION), as_parquet(table))
+        write_bytes(join(folder, THUMBNAIL), source.thumbnail())
+        write_bytes(join(folder, TISSUE), collection([]) if stored is None else stored.outline())
+        write_bytes(join(folder, TOP), top_geojson(facts, table))
+        write_bytes(join(folder, CONTACT), _sheet(facts, source, table, self._config))
+        if self._asked.all_patches:
+            with scratch_folder() as scratch:
+                with (scratch / ALL).open("wb") as file:
+                    write_all(file, facts, table)
+                upload(scratch / ALL, join(folder, ALL))
+        commit(folder, facts)
+
+
+def stored_of(source: Source) -> StoredSlide | None:
+    """The committed slide, or plan, behind a source; None of a generated image."""
+    match source:
+        case StoredSlide():
+            return source
+        case StreamedSlide():
+            return source.plan
+        case FeatureSlide():
+            return source.patches
+        case PastedImage():
+            return None
+
+
+def _frame(
+    source: Source, stored: StoredSlide | None, slide: CohortSlide, config: Config
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of the slide, and where QuPath counts from, level-0 px."""
+    if stored is None:
+        assert isinstance(source, PastedImage)
+        return (source.grid.width, source.grid.height), (0, 0)
+    bounds = stored.facts().get("bounds")
+    if bounds is None:  # tiled before commits said it
+        bounds = apart(slide, config.tiling, partial(_bounds, slide, config))
+    return stored.dimensions, (bounds[0], bounds[1])
+
+
+def _bounds(slide: CohortSlide, config: Config) -> list[int]:
+    with opened(slide, config.tiling) as reader:
+        return list(reader.bounds)
+
+
+def _sheet(facts: Facts, source: Source, table: pa.Table, config: Config) -> bytes:
+    score = table["score"].to_numpy()
+    most = top_rows(score, EACH)
+    least = np.argsort(score, kind="stable")[: max(0, min(EACH, len(score) - len(most)))]
+    jpegs = source.payloads(np.concatenate([most, least]))
+    labels = [f"#{rank}  {score[row]:.3g}\N{MULTIPLICATION SIGN}" for rank, row in enumerate(most, start=1)]
+    labels += [f"row {row}  {score[row]:.3g}\N{MULTIPLICATION SIGN}" for row in least]
+    shown = [Shown(jpeg, label) for jpeg, label in zip(jpegs, labels, strict=True)]
+    groups = [("Most attended, in multiples of uniform attention", shown[: len(most)])]
+    if len(least):
+        groups.append(("Least attended", shown[len(most) :]))
+    edge = "" if facts["mpp"] is None else f", each {facts['patch'] * facts['mpp']:.3g} \N{MICRO SIGN}m wide"
+    return sheet_png([f"{facts['slide_id']}{edge}", facts["model"]["source"], *told(facts["values"], config)], groups)
+
+
+def told(values: dict[str, Any], config: Config) -> Sequence[str]:
+    """The outputs in a line."""
+    columns = [column for task in config.tasks for column in task.output_columns]
+    return [", ".join(f"{column} {values[column]:.3f}" for column in columns)]

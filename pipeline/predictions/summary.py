@@ -1,0 +1,68 @@
+"""A batch as one HTML page that needs nothing else but the files beside it: no scripts, no fonts, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined
+
+from pipeline.config.data import TaskConfig
+from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome
+from pipeline.storage.files import join, write_bytes
+
+NAME = "summary.html"
+
+
+def write_summary(
+    out: str,
+    source: str,
+    asked: Sequence[tuple[str, str]],
+    outcomes: Sequence[Outcome],
+    labels: Sequence[Mapping[str, str | None]],
+    tasks: Sequence[TaskConfig],
+) -> str:
+    """Its place. Arguments as `output.write_tables`; `source` is the model."""
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = page.from_string(files("pipeline.predictions").joinpath("summary.html").read_text("utf-8"))
+    labelled = [task.name for task in tasks if any(one.get(task.name) is not None for one in labels)]
+    rows = [_row(*one, tasks, labelled) for one in zip(asked, outcomes, labels, strict=True)]
+    good = [row for row in rows if row["error"] is None]
+    text = template.render(
+        source=source,
+        columns=[column for task in tasks for column in task.output_columns],
+        labelled=labelled,
+        good=good,
+        bad=[row for row in rows if row["error"] is not None],
+        patches=sum(row["n_patches"] for row in good),
+    )
+    place = join(out, NAME)
+    write_bytes(place, text.encode(errors="backslashreplace"))
+    return place
+
+
+def _row(
+    asked: tuple[str, str],
+    found: Outcome,
+    labels: Mapping[str, str | None],
+    tasks: Sequence[TaskConfig],
+    labelled: Sequence[str],
+) -> dict[str, Any]:
+    slide_id, uri = asked
+    if isinstance(found, Failure):
+        return {"slide_id": slide_id, "uri": uri, "reason": found.reason, "error": found.message}
+    folder = quote(found["folder"])
+    return {
+        "slide_id": slide_id,
+        "uri": uri,
+        "error": None,
+        "values": [found["values"][column] for task in tasks for column in task.output_columns],
+        "labels": [labels.get(name) for name in labelled],
+        "n_patches": found["n_patches"],
+        "share": found["attention_in_selected"],
+        "selected": found["selected"],
+        "sentences": found["sentences"],
+        **{name: f"{folder}/{file}" for name, file in (("overlay", OVERLAY), ("contact", CONTACT), ("top", TOP))},
+    }

@@ -1,0 +1,93 @@
+"""One slide, good or bad: what its folder holds, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.errors import StorageError
+from pipeline.inference.prediction import load_model
+from pipeline.model.folder import save_model
+from pipeline.predictions import slide as slide_module
+from pipeline.predictions.output import Failure
+from pipeline.predictions.slide import Job, Predicting, Predictor
+from tests.pipeline.small import small_config, write_model, write_slide
+from tests.pipeline.tiled import RGB, row, spoilt
+from tests.synth import write_pyramid
+
+
+def _job(path: Path) -> Job:
+    return Job(row(path), "with --mpp", {"tumour": "yes"}, "identity")
+
+
+def _predictor(folder: Path, out: Path, **tiling: object) -> Predictor:
+    config = small_config(tiling={"patch_px": 64, "mpp": None, "min_tissue": 0.4, "edge": "drop", **tiling})
+    return Predictor(
+        Predicting(str(write_model(folder, config)), "models:/m/1", "digest", str(out), None, False, False)
+    )
+
+
+def test_a_patch_that_cannot_be_decoded_is_left_out(tmp_path: Path) -> None:
+    """A plan names it, and only reading finds out."""
+    good = write_pyramid(tmp_path / "good.tiff", RGB, levels=1)
+    predictor = _predictor(tmp_path, tmp_path / "out", max_bad_tiles=0.9)
+    whole = predictor.predict(_job(good))
+    lost = predictor.predict(_job(spoilt("zeroed", good, tmp_path)))
+    assert isinstance(whole, dict)
+    assert isinstance(lost, dict)
+    assert whole["n_bad_tiles"] == 0 < lost["n_bad_tiles"]
+    assert lost["n_patches"] < whole["n_patches"]
+
+
+def test_facts_say_what_there_is(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, levels=2)
+    facts = _predictor(tmp_path, tmp_path / "out").predict(_job(path))
+    assert isinstance(facts, dict)
+    folder = tmp_path / "out" / "slides" / "a"
+    assert json.loads((folder / "slide.json").read_text()) == facts
+    assert (facts["model"], facts["labels"]) == ({"source": "models:/m/1", "digest": "digest"}, {"tumour": "yes"})
+    assert (facts["dimensions"], facts["patch"], facts["stride"], facts["origin"]) == ([613, 487], 64.0, 64.0, [0, 0])
+    table = pq.read_table(folder / "attention.parquet")
+    assert len(table) == facts["n_patches"]
+    chosen = table.filter(table["selected"])["attention"].to_pylist()
+    assert sum(chosen) == pytest.approx(facts["attention_in_selected"], abs=1e-5)
+    assert json.loads((folder / "tissue.geojson").read_text())["features"]
+
+
+def test_what_is_wrong_with_a_slide_or_a_model_is_said_and_the_output_is_not_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = _predictor(tmp_path, tmp_path / "out")
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    found = predictor.predict(_job(tmp_path / "bad.svs"))
+    assert isinstance(found, Failure)
+    assert found.reason == "not-a-slide"
+    write_slide(tmp_path / "a.png", 2)
+
+    def failing(*_: object) -> None:
+        raise ValueError("never seen before")
+
+    monkeypatch.setattr(slide_module, "map_table", failing)
+    assert predictor.predict(_job(tmp_path / "a.png")) == Failure("crash", "ValueError: never seen before")
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "slides").write_bytes(b"a file")
+    with pytest.raises(StorageError, match="a folder of this path is a file"):
+        predictor.predict(_job(tmp_path / "a.png"))
+
+
+def test_numbers_that_are_none_are_no_prediction(tmp_path: Path) -> None:
+    predictor = _predictor(tmp_path, tmp_path / "out", patch_px=32)
+    model, config = load_model(tmp_path)
+    state = {key: torch.full_like(x, torch.nan) if "heads.0:" in key else x for key, x in model.state_dict().items()}
+    save_model(tmp_path, state, config)
+    write_slide(tmp_path / "a.png", 2)
+    again = Predictor(replace(predictor._asked))
+    found = again.predict(_job(tmp_path / "a.png"))
+    assert isinstance(found, Failure)
+    assert found.reason == "not-finite"
