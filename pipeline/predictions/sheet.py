@@ -11,7 +11,6 @@ import numpy as np
 import simplejpeg
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 EACH = 12
 """Patches of either kind at most."""
@@ -56,5 +55,5 @@ def sheet_png(heading: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown
             pen.text((left, top + _PX + 1), one.label, _INK, font)
         y += -(-len(patches) // _COLUMNS) * (_PX + _LINE + _GAP)
     sink = io.BytesIO()
-    sheet.save(sink, format="PNG", pnginfo=PngInfo())
+    sheet.save(sink, format="PNG", compress_level=1)  # photographs: three times as fast, a fifth larger
     return sink.getvalue()

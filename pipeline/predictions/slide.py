@@ -157,7 +157,7 @@ class Predictor:
             "labels": {task: label for task, label in job.labels.items() if label is not None},
             "maps": parsed_json("maps", table.schema.metadata[METADATA]),
             "histograms": histograms(table),
-            "colours": None,
+            "colours": {},  # `finish` knows them
             "overlay": None,
             "levels": list(LEVELS),
             "sentences": sentences(config, len(found.attention), len(found.selected), share, explanation),

@@ -17,7 +17,7 @@ from pipeline.bags import streamed as module
 from pipeline.bags.augment import Augment
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.sources import patch_root, patch_store
-from pipeline.bags.streamed import StreamedSlide, plan_root
+from pipeline.bags.streamed import PassingSlide, StreamedSlide, plan_root
 from pipeline.cohort.table import Cohort
 from pipeline.config.data import TilingConfig
 from pipeline.errors import PlanError, SlideError, StageError, StorageError
@@ -297,3 +297,27 @@ def _order(seed: int) -> list[int]:
 def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no committed slide"):
         open_plan(pairs[0][0].slide, pairs[0][0].spec, PatchStore(str(tmp_path), "aa"), "abc")
+
+
+def _passing(one: StreamedSlide) -> PassingSlide:
+    return PassingSlide(one.slide, one.spec, one.plan, one.version)
+
+
+def test_a_slide_that_is_read_once_gives_the_same_bytes_and_is_read_by_another_process(pairs: Pairs) -> None:
+    for streamed, stored in pairs:
+        rows = np.arange(stored.n_patches)[::-1]
+        module._close()
+        assert _passing(streamed).payloads(rows) == stored.payloads(rows)
+        assert not module._open  # here
+        assert len(PatchBag([_passing(streamed)], threads=1, augment=None)) == stored.n_patches
+
+
+def test_a_slide_that_breaks_or_keeps_the_process_costs_itself(tmp_path: Path, pairs: Pairs) -> None:
+    one = _passing(pairs[0][0])
+    gone = replace(one, slide=replace(one.slide, uri=str(tmp_path / "gone.png")))
+    with pytest.raises(SlideError, match=r"gone\.png"):
+        gone.payloads([0])
+    held = replace(one, spec=one.spec.model_copy(update={"max_slide_gib": 1e-3}))
+    with pytest.raises(SlideError) as caught:  # it is looked at once in 50 ms
+        held.payloads(np.tile(np.arange(held.n_patches), 2000))
+    assert caught.value.reason == "too-expensive"

@@ -12,13 +12,14 @@ import torch
 
 from pipeline.errors import StorageError
 from pipeline.inference.prediction import load_model
+from pipeline.ingest.tiler import store_slide
 from pipeline.model.folder import save_model
 from pipeline.predictions import slide as slide_module
 from pipeline.predictions.output import Failure
 from pipeline.predictions.slide import Job, Predicting, Predictor
 from tests.pipeline.small import small_config, write_model, write_slide
 from tests.pipeline.tiled import RGB, row, spoilt
-from tests.synth import write_pyramid
+from tests.synth import leica_xml, write_pyramid
 
 
 def _job(path: Path) -> Job:
@@ -91,3 +92,21 @@ def test_numbers_that_are_none_are_no_prediction(tmp_path: Path) -> None:
     found = again.predict(_job(tmp_path / "a.png"))
     assert isinstance(found, Failure)
     assert found.reason == "not-finite"
+
+
+def test_a_store_of_before_that_does_not_say_the_bounds_is_read_with_those_of_the_file(tmp_path: Path) -> None:
+    path, corner = tmp_path / "a.scn", (101, 67)
+    sizes = [(613, 487), (306, 243), (153, 121)]
+    write_pyramid(path, RGB, description=leica_xml(sizes, (900, 700), corner, 0.5))
+    config = small_config(tiling={"patch_px": 64, "mpp": None, "min_tissue": 0.4, "edge": "drop"})
+    store = tmp_path / "store"
+    status = store_slide(row(path), config.tiling, str(store))
+    (commit,) = store.glob(f"*/{status.key}/slide.json")
+    facts = json.loads(commit.read_text())
+    assert facts.pop("bounds") == [*corner, 613, 487]
+    commit.write_text(json.dumps(facts))
+    model = str(write_model(tmp_path, config))
+    asked = Predicting(model, "m", "d", str(tmp_path / "out"), str(store), heads=False, all_patches=False)
+    found = Predictor(asked).predict(_job(path))
+    assert isinstance(found, dict)
+    assert found["origin"] == list(corner)
