@@ -33,7 +33,7 @@ from pipeline.predictions.output import (
 from pipeline.predictions.slide import Job, Predicting
 from pipeline.predictions.summary import write_summary
 from pipeline.progress import progress
-from pipeline.storage.files import SourceVersion, absolute, is_remote, join, local_path
+from pipeline.storage.files import SourceVersion, absolute, exists, is_remote, join, local_path
 from pipeline.storage.lease import held
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.rows import asked_digest
@@ -110,6 +110,7 @@ def predict(
     with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
         config = read_config(folder)
         check_environment([one.slide for one in asked], config.tiling)
+        _check_store(how.store, config)
         digest = model_digest(config, weight_files(folder))
         kept = str(folder)
         if how.workers:  # whose processes may be elsewhere
@@ -129,6 +130,10 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
     _add_done(outcomes, jobs, out)
     missing = [place for place, found in enumerate(outcomes) if found is None]
     sizes = [0 if isinstance(version, SlideError) else version.size for version in looked]
+    done = sum(found is not None and not isinstance(found, Failure) for found in outcomes)
+    log.info(
+        "predict: %d slides, of which %d are done already and %d are to be predicted", len(jobs), done, len(missing)
+    )
     if how.workers:
         missing.sort(key=lambda place: (-sizes[place], place))  # so that none is left to the end alone
     with _working(how) as work, progress("predict", len(jobs), "slides", len(jobs) - len(missing)) as steps:
@@ -169,6 +174,16 @@ def _report(
     return {
         "model": predicting.source, "slides": len(named), "predicted_now": made, "failed": failed, "written": written,
     }  # fmt: skip
+
+
+def _check_store(store: str | None, config: Config) -> None:
+    """Warn of one from which nothing can come."""
+    if store is not None and not exists(join(store, config.tiling.fingerprint())):
+        log.warning(
+            "predict: --store %s holds no slides as this model takes them (tiling %s); all are read where they lie",
+            store,
+            config.tiling.fingerprint(),
+        )
 
 
 def _folder(out: str | Path) -> str:

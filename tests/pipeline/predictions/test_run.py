@@ -140,7 +140,9 @@ def test_slides_of_a_batch_share_their_colours_and_heads_and_patches_come_where_
     assert len(json.loads(gzip.decompress((more / "slides" / "a" / "all.geojson.gz").read_bytes()))["features"]) == 20
 
 
-def test_a_store_and_a_reading_on_the_way_give_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_store_and_a_reading_on_the_way_give_the_same(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, cohort = small_config(), write_cohort(tmp_path, [None, None])
     store_slides(cohort, tmp_path / "store", config)
     slides = [slide.uri for slide in cohort.slides]
@@ -148,6 +150,9 @@ def test_a_store_and_a_reading_on_the_way_give_the_same(folder: Path, tmp_path: 
     predict(str(folder), slides, None, passed, tracking_uri="unused")
     predict(str(folder), slides, None, stored, tracking_uri="unused", how=How(store=str(tmp_path / "store")))
     assert _files(passed) == _files(stored)
+    assert "holds no slides" not in caplog.text
+    predict(str(folder), slides, None, passed, tracking_uri="unused", how=How(store=str(tmp_path / "nowhere")))
+    assert f"--store {tmp_path / 'nowhere'} holds no slides as this model takes them" in caplog.text
 
 
 def test_folders_and_prefixes_to_a_bucket(
