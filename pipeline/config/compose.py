@@ -263,7 +263,8 @@ def _with_absolute_paths(config: Config) -> Config:
             "features": absolute(config.storage.features or join(config.storage.root, "features")),
         }
     )
-    cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri)})
+    features = None if config.cohort.features is None else absolute(config.cohort.features)
+    cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri), "features": features})
     if cohort.megapixel_mnist is not None:
         folder = absolute(cohort.megapixel_mnist.folder)
         images = cohort.megapixel_mnist.model_copy(update={"folder": folder})

@@ -132,7 +132,8 @@ class Config(Section):
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
     tiling: TilingConfig = TilingConfig()
     embed: EmbedConfig | None = None
-    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`."""
+    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`; that encoder without
+    it takes the features that the cohort names."""
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -189,8 +190,6 @@ class Config(Section):
         if self.model.encoder.name != "features":
             return self
         problems = []
-        if self.embed is None:
-            problems.append("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
         if self.train.augment:
             problems.append("train.augment: stored features cannot be flipped or turned; set train.augment=false")
         if problems:
@@ -220,6 +219,16 @@ class Config(Section):
                 "model.select.context: all pools; set reselect_every=1 or context: none"
             )
         return self
+
+    @property
+    def given_features(self) -> bool:
+        """Whether patches are features that other tools have made: the cohort names files of them, no slides."""
+        return self.model.encoder.name == "features" and self.embed is None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the tile stage only says where patches are, and they are read from their source's file."""
+        return self.train.source == "stream" or self.given_features
 
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.

@@ -19,7 +19,7 @@ from pipeline.workflow.stages import STAGES, gone_from
 def stages_for(config: Config, last: str) -> list[Stage]:
     """The stages up to and including `last`, in the order of the data's way; embed where features are wanted."""
     tile, *others = STAGES
-    wanted = last == EMBED.name or config.model.encoder.name == "features"
+    wanted = last == EMBED.name or (config.model.encoder.name == "features" and not config.given_features)
     stages = [tile, *([EMBED] if wanted else []), *others]
     return stages[: [stage.name for stage in stages].index(last) + 1]
 

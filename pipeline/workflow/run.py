@@ -22,6 +22,7 @@ from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.demo.cohort import write_demo
 from pipeline.errors import ConfigError, StageError
+from pipeline.ingest.cohorts import listed
 from pipeline.logs import about, within
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
@@ -191,7 +192,7 @@ def _missing_cohort(config: Config) -> str | None:
 
 def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     """The cohort with its splits; labels are checked where a stage needs them."""
-    cohort = read_cohort(config.cohort.uri, config.tasks if needs_labels else ())
+    cohort = listed(config, config.tasks if needs_labels else ())
     check_environment(cohort.slides, config.tiling)
     if not needs_labels:
         return cohort

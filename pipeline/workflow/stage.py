@@ -61,8 +61,7 @@ class Workspace:
             for number, slide in enumerate(slides)
             if slide.slide_id in keys and (split is None or slide.split == split)
         ]
-        streams = self.config.train.source == "stream"
-        versions = [self.versions[number] for number in chosen] if streams else None
+        versions = [self.versions[number] for number in chosen] if self.config.planned else None
         return open_sources(self.config, [slides[number] for number in chosen], keys, versions)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import cluster, telemetry
+from pipeline.bags.given import check_alike
 from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.bags.streamed import planned_keys
@@ -68,6 +69,8 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     outputs = {"ledger": join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")}
     if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
         statuses = image_statuses(config, slides)
+    elif config.given_features:
+        statuses = _index_features(space, outputs)
     else:
         statuses = _tile_slides(space, outputs["ledger"])
         store = patch_store(config)
@@ -95,6 +98,21 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
     facts = {"keys": keys, "try_again": again, "too_expensive": [s.limits for s in statuses if s.limits is not None]}
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
+
+
+def _index_features(space: Workspace, outputs: dict[str, str]) -> list[SlideStatus]:
+    """Say where the vectors are in the cohort's files of features, which no other stage reads whole."""
+    from pipeline.ingest.features import index_cohort
+
+    config, slides, store = space.config, space.cohort.slides, patch_store(space.config)
+    with progress("tile", len(slides), "files of features") as done:
+        statuses = index_cohort(
+            slides, config.tiling, patch_root(config), on_status=lambda _: done.advance(), versions=space.versions
+        )
+    check_alike(store, [status.key for status in statuses if status.key is not None])
+    store.tidy()
+    outputs["store"] = store.uri
+    return statuses
 
 
 def _review(
@@ -161,7 +179,7 @@ def _tiles_outdated(space: Workspace, record: Record) -> str | None:
         return "slides that were too expensive may take more now"
     store = patch_store(config)
     gone = gone_from("store", keys, store.gone)
-    return _plans_outdated(space, store, keys) if gone is None and config.train.source == "stream" else gone
+    return _plans_outdated(space, store, keys) if gone is None and config.planned else gone
 
 
 def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]) -> str | None:
