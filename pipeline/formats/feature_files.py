@@ -211,7 +211,11 @@ def _stamp(about: Mapping[str, Any], corners: Places | None, name: str) -> Patch
     extent, patch_px = about.get("tile_size_um"), about.get("tile_size_px")
     if extent is None and about.get("unit") == "um":
         extent = about.get("tile_size")
-    if extent is None and corners is not None and round(about.get("tile_size", nearest(corners) or 0)) == _HISTORIC_PX:
+    if (
+        extent is None
+        and corners is not None
+        and round(about.get("tile_size", usual_step(corners) or 0)) == _HISTORIC_PX
+    ):
         extent, patch_px, corners = _HISTORIC_UM, _HISTORIC_PX, corners / _HISTORIC_PX * _HISTORIC_UM
     if extent is None:
         raise _bad(name, f"no `tile_size_um` among its attributes {sorted(about)}; extract it again with STAMP 2")
@@ -219,14 +223,18 @@ def _stamp(about: Mapping[str, Any], corners: Places | None, name: str) -> Patch
     return Patches(corners, "um", edge, edge, px, None if px is None else edge / px)
 
 
-def nearest(corners: Places) -> float | None:
-    """The least distance of two patches in one row or column of (n, 2) corners; None where no two share one."""
+def usual_step(corners: Places) -> float | None:
+    """The most frequent distance of neighbours in one row or column of (n, 2) corners; None where no two share one.
+
+    Not the least: the last patches of a row may be shifted inwards.
+    """
     found = []
     for along, across in ((0, 1), (1, 0)):
         order = np.lexsort((corners[:, along], corners[:, across]))
         gaps = np.diff(corners[order], axis=0)
-        found += gaps[(gaps[:, across] == 0) & (gaps[:, along] > 0), along].tolist()
-    return min(found, default=None)
+        found.append(gaps[(gaps[:, across] == 0) & (gaps[:, along] > 0), along])
+    steps, counts = np.unique(np.concatenate(found), return_counts=True)
+    return float(steps[counts.argmax()]) if len(steps) else None
 
 
 def _check_numbers(found: FeatureFile, data: bytes, name: str) -> None:

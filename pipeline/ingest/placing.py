@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
-from pipeline.formats.feature_files import Patches, nearest
+from pipeline.formats.feature_files import Patches, usual_step
 from pipeline.tiling.guide import Guide
 
 _UNKNOWN_PX = 256  # edge of a patch of which nothing is said at all, for pictures
@@ -37,7 +37,7 @@ def place(told: Patches, n: int, slide: CohortSlide, spec: TilingConfig, guide: 
     """Where the patches are, from what their file says, else the coordinates beside it.
 
     STAMP's microns become px by the cohort's `mpp`, else by that of the tiles. Where nothing says how large a patch is,
-    it is as far as the nearest two are apart; where nothing says where they are, they stand in a square, row by row.
+    it is as far as neighbours mostly are apart; where nothing says where they are, they stand in a square, row by row.
 
     Raises:
         SlideError: "features", they are of another tiling than the config's, or than the coordinates given beside.
@@ -60,8 +60,8 @@ def place(told: Patches, n: int, slide: CohortSlide, spec: TilingConfig, guide: 
     else:
         extent = step = float(edge or _UNKNOWN_PX)
         side = math.ceil(math.sqrt(n))
-        corners = np.stack([np.arange(n) % side, np.arange(n) // side], axis=1) * extent
-    near = nearest(corners) or (edge or _UNKNOWN_PX) / scale
+        corners = np.stack([np.arange(n) % side, np.arange(n) // side], axis=1).astype(np.float64) * extent
+    near = usual_step(corners) or (edge or _UNKNOWN_PX) / scale
     extent, step = (extent or near) * scale, (step or near) * scale
     if mpp is None and told.target_mpp is not None and edge is not None:
         mpp = told.target_mpp * edge / extent

@@ -270,8 +270,10 @@ def _timed(record: Record, run_id: str, began: float) -> Record:
 
 
 def _check_weights(config: Config, last: str) -> None:
-    """Refuse weights that do not fit before anything is begun: tiling takes hours, and Ray alone half a minute."""
+    """Tell of what departs from presets, and refuse weights that do not fit, before anything is begun: tiling takes hours, and Ray alone half a minute."""
     names = [stage.name for stage in stages_for(config, last)]
+    for departure in config.departures():
+        log.warning("%s; features are worth most as the encoder was trained", departure)
     if "embed" in names and config.embed is not None:
         check_weights("embed.encoder", config.embed.encoder)
     if "train" in names:
