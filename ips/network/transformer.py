@@ -67,14 +67,14 @@ class VisionTransformer(PatchEncoder):
         if x.shape[2:] != (edge, edge):
             x = nn.functional.interpolate(x, (edge, edge), mode="bilinear", antialias=True)
         tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
-        prefix = [self.cls_token, self.reg_token] if self.made.registers else [self.cls_token]
-        before = torch.cat(prefix, dim=1).expand(len(x), -1, -1)
+        before: Tensor = torch.cat([self.cls_token, self.reg_token], dim=1) if self.made.registers else self.cls_token
+        before = before.expand(len(x), -1, -1)
         if self.made.places_all:
             tokens = torch.cat([before, tokens], dim=1) + self.pos_embed
         else:
             tokens = torch.cat([before, tokens + self.pos_embed], dim=1)
         tokens = self.norm(self.blocks(tokens))
-        first = tokens[:, 0]
+        first: Tensor = tokens[:, 0]
         if self.made.pool == "class":
             return first
         return torch.cat([first, tokens[:, 1 + self.made.registers :].mean(dim=1)], dim=1)

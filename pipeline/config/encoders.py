@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from pipeline.config.data import TilingConfig
 
+Floats = tuple[float, ...]
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BIOPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 
@@ -40,7 +42,7 @@ class Preset:
     """Edge of the patches that it is given, px; other sizes are resized to `architecture["image"]`."""
     mpp: float = 0.5
     """Microns per px that it is recommended for: 20x."""
-    statistics: tuple[tuple[float, float, float], tuple[float, float, float]] = _IMAGENET
+    statistics: tuple[Floats, Floats] = _IMAGENET
     """Mean and standard deviation of pixels scaled to 0..1."""
     naming: Literal["timm", "transformers"] = "timm"
     """Whose names its file of weights has."""
@@ -119,10 +121,15 @@ def with_tiling(data: Any, name: object) -> Any:
     return {"patch_px": preset.patch_px, "mpp": preset.mpp, **(data or {})}
 
 
-def differing(
-    field: str, name: str, mean: tuple[float, ...], std: tuple[float, ...], tiling: TilingConfig
-) -> list[str]:
-    """In what a config departs from the preset of an encoder, in words; `field` is the encoder's section."""
+def differing(field: str, name: str, statistics: tuple[Floats, Floats], tiling: TilingConfig) -> list[str]:
+    """In what a config departs from the preset of an encoder, in words.
+
+    Args:
+        field: the encoder's section.
+        name: of the encoder.
+        statistics: mean and std.
+        tiling: of the config.
+    """
     preset = PRESETS.get(name)
     if preset is None:
         return []
@@ -132,6 +139,7 @@ def differing(
         found.append(f"tiling.patch_px={tiling.patch_px}, and it takes {preset.patch_px} (resized to {edge})")
     if tiling.mpp is None or abs(tiling.mpp / preset.mpp - 1) > tiling.mpp_tolerance:
         found.append(f"tiling.mpp={tiling.mpp}, and it is recommended for {preset.mpp}")
-    if (mean, std) != preset.statistics:
+    if statistics != preset.statistics:
+        mean, std = statistics
         found.append(f"mean={list(mean)} and std={list(std)}, and it takes {list(map(list, preset.statistics))}")
     return [f"{field}.encoder.name={name}: {one}" for one in found]

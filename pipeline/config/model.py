@@ -30,9 +30,9 @@ class EncoderConfig(Section):
     """features: width D of the embeddings made of them. null: 512."""
     weights: str | None = None
     """Path or URI of a .safetensors file, or of a .pth file of tensors only, with torchvision's key names (timm's
-    for timm:NAME; of a pathology encoder as it is published). hf:OWNER/NAME/FILE: from huggingface.co, once, and hf: the
-    encoder's own (pip install huggingface_hub; its licence must be accepted there). null: from scratch; nothing is ever
-    downloaded unasked."""
+    for timm:NAME; of a pathology encoder as it is published). hf:OWNER/NAME/FILE: from huggingface.co, once; hf: alone,
+    that of the pathology encoder (pip install huggingface_hub; its terms are accepted there). null: from scratch;
+    nothing is ever downloaded unasked."""
 
     @model_validator(mode="after")
     def _features(self) -> Self:

@@ -250,9 +250,9 @@ class Config(Section):
         """In what it departs from what the encoders that it names by preset are made for, in words."""
         found = []
         if self.model.encoder.name != "features":
-            found += differing("model", self.model.encoder.name, self.model.mean, self.model.std, self.tiling)
+            found += differing("model", self.model.encoder.name, (self.model.mean, self.model.std), self.tiling)
         if self.embed is not None:
-            found += differing("embed", self.embed.encoder.name, self.embed.mean, self.embed.std, self.tiling)
+            found += differing("embed", self.embed.encoder.name, (self.embed.mean, self.embed.std), self.tiling)
         return found
 
     def recipe(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from pipeline.config.recipe import Config
 from pipeline.model.build import check_encoder
 from pipeline.progress import progress
 from pipeline.store.features import stored_slides
-from pipeline.workflow.stage import Record, Stage, Workspace
-from pipeline.workflow.stages import STAGES, gone_from
+from pipeline.workflow.stage import Record, Stage, Workspace, gone_from
+from pipeline.workflow.stages import STAGES
 
 
 def stages_for(config: Config, last: str) -> list[Stage]:

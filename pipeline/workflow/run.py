@@ -270,7 +270,7 @@ def _timed(record: Record, run_id: str, began: float) -> Record:
 
 
 def _check_weights(config: Config, last: str) -> None:
-    """Tell of what departs from presets, and refuse weights that do not fit, before anything is begun: tiling takes hours, and Ray alone half a minute."""
+    """Tell what departs from presets, and refuse weights that do not fit: tiling takes hours, Ray half a minute."""
     names = [stage.name for stage in stages_for(config, last)]
     for departure in config.departures():
         log.warning("%s; features are worth most as the encoder was trained", departure)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import cluster, telemetry
-from pipeline.bags.given import check_alike
 from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.bags.streamed import planned_keys
@@ -38,7 +37,8 @@ from pipeline.store.rows import asked_digest
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
 from pipeline.workflow.changes import SHOWN, Labels
-from pipeline.workflow.stage import Record, Stage, Workspace, learned, versions
+from pipeline.workflow.given import index_features
+from pipeline.workflow.stage import Record, Stage, Workspace, gone_from, learned, versions
 
 if TYPE_CHECKING:
     from pipeline.results.evaluate import Evaluation
@@ -70,7 +70,8 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
         statuses = image_statuses(config, slides)
     elif config.given_features:
-        statuses = _index_features(space, outputs)
+        statuses = index_features(space)
+        outputs["store"] = patch_store(config).uri
     else:
         statuses = _tile_slides(space, outputs["ledger"])
         store = patch_store(config)
@@ -98,21 +99,6 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
     facts = {"keys": keys, "try_again": again, "too_expensive": [s.limits for s in statuses if s.limits is not None]}
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
-
-
-def _index_features(space: Workspace, outputs: dict[str, str]) -> list[SlideStatus]:
-    """Say where the vectors are in the cohort's files of features, which no other stage reads whole."""
-    from pipeline.ingest.features import index_cohort
-
-    config, slides, store = space.config, space.cohort.slides, patch_store(space.config)
-    with progress("tile", len(slides), "files of features") as done:
-        statuses = index_cohort(
-            slides, config.tiling, patch_root(config), on_status=lambda _: done.advance(), versions=space.versions
-        )
-    check_alike(store, [status.key for status in statuses if status.key is not None])
-    store.tidy()
-    outputs["store"] = store.uri
-    return statuses
 
 
 def _review(
@@ -188,13 +174,6 @@ def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]
     current = planned_keys(plans, slides, space.versions)
     others = sorted(s.slide_id for s, key in zip(slides, current, strict=True) if keys.get(s.slide_id, key) != key)
     return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
-
-
-def gone_from(store: str, keys: Mapping[str, str], gone: Callable[[Iterable[str]], Sequence[str]]) -> str | None:
-    """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
-    missing = set(gone(dict.fromkeys(keys.values())))
-    slides = sorted(slide for slide, key in keys.items() if key in missing)
-    return f"{len(slides)} slides are gone from the {store}: {', '.join(slides[:5])}" if slides else None
 
 
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -136,7 +137,7 @@ def test_features_go_out_and_come_back_bit_for_bit(tmp_path: Path, tool: Feature
         write_pyramid(tmp_path / f"s{number}.tiff", tissue_rgb(1013, 787, seed=number))
     (tmp_path / "cohort.csv").write_text("slide_id,uri,label\na,s0.tiff,yes\nb,s1.tiff,no\n")
     places = {"patches": str(tmp_path / "store"), "features": str(tmp_path / "features")}
-    shared = {"cohort": {"uri": str(tmp_path / "cohort.csv")}, "tiling": {"patch_px": 64, "mpp": 1.0}}
+    shared: dict[str, Any] = {"cohort": {"uri": str(tmp_path / "cohort.csv")}, "tiling": {"patch_px": 64, "mpp": 1.0}}
     encoder = {"name": "resnet18", "stages": 2}
     ours = small_config(storage=places, embed={"encoder": encoder, "batch": 8}, **shared)
     patches, (store, settings) = patch_store(ours), feature_store(ours)
