@@ -123,8 +123,10 @@ def _metrics_twice(names: Sequence[str]) -> list[str]:
 
 
 def _encoder_name(section: Any) -> str | None:
+    """Of a section that is not validated yet."""
     encoder = section.get("encoder") if isinstance(section, Mapping) else getattr(section, "encoder", None)
-    return encoder.get("name") if isinstance(encoder, Mapping) else getattr(encoder, "name", None)
+    name = encoder.get("name") if isinstance(encoder, Mapping) else getattr(encoder, "name", None)
+    return name if isinstance(name, str) else None
 
 
 class Config(Section):
