@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.bags.images import PastedImage
 from pipeline.bags.given import GivenSlide
+from pipeline.bags.images import PastedImage
 from pipeline.bags.sources import Source, featured, open_bag, passing, tiled
 from pipeline.bags.streamed import StreamedSlide
 from pipeline.cohort.table import CohortSlide

@@ -12,7 +12,7 @@ from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.given import GivenSlide, check_alike, open_given
 from pipeline.bags.sources import content_of, open_bag, open_sources, patch_store
 from pipeline.config.recipe import Config
-from pipeline.errors import ConfigError, DamagedError, SlideError, StageError
+from pipeline.errors import DamagedError, SlideError, StageError
 from pipeline.inference.prediction import predict_slide
 from pipeline.ingest.features import index_cohort
 from pipeline.ingest.versions import look_at
@@ -42,6 +42,7 @@ def test_a_bag_of_each_layout_gives_its_numbers(tmp_path: Path, name: str, write
     if write is stamp:
         config = given_config(tmp_path, tiling={"patch_px": 224, "mpp": 1.143})
     (slide,) = opened(config, [tmp_path / name])
+    assert b"FeatureCollection" in slide.plan.outline()
     bag = open_bag(slide, threads=1, augment=None)
     assert isinstance(bag, FeatureBag)
     assert len(bag) == N
@@ -66,7 +67,7 @@ def test_a_model_predicts_a_file_that_no_stage_has_seen(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="no whole HDF5 file"):
         predict_slide(build_model(config), config, row(tmp_path / "half.h5"))
     narrow = given_config(tmp_path, model={"encoder": {"name": "features", "features": 7}})
-    with pytest.raises(ConfigError, match=rf"those of .*a.h5 have {D}; set model.encoder.features={D}"):
+    with pytest.raises(SlideError, match=rf"those of .*a.h5 have {D}; set model.encoder.features={D}"):
         predict_slide(build_model(narrow), narrow, row(tmp_path / "a.h5"))
 
 

@@ -25,8 +25,8 @@ from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder, build_model, build_optimizer
+from pipeline.predictions.run import predict
 from pipeline.results.export import export_features
-from pipeline.results.predict import predict
 from pipeline.store.features import FeatureStore
 from pipeline.training.hands import Slides
 from pipeline.training.loop import train_steps
@@ -171,7 +171,7 @@ def _as_features_given(config: Config, out: Path) -> None:
     file = str(next(out.glob("*.h5")))
     found = predict(checkpoint, [file, "absent.h5"], None, out / "predicted", tracking_uri="unused")
     assert list(found["failed"]) == ["absent"]
-    assert len(list((out / "predicted" / "heatmaps").iterdir())) == 1
+    assert len(list((out / "predicted" / "slides").iterdir())) == 1
 
 
 @pytest.fixture
