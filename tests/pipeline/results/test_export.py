@@ -23,6 +23,7 @@ from pipeline.ingest.cohorts import listed
 from pipeline.ingest.features import index_cohort
 from pipeline.ingest.tiler import store_slide
 from pipeline.results.export import export_coordinates, export_features, stored_grid
+from pipeline.results.quality import review
 from pipeline.slides.open import Level
 from pipeline.store.patches import PatchStore
 from pipeline.tiling.grid import plan_grid
@@ -205,6 +206,8 @@ def test_without_features_there_is_nothing_to_export(tmp_path: Path) -> None:
     for export in (export_features, export_coordinates):
         with pytest.raises(StageError, match="made by another tool"):
             export(given, "clam", str(tmp_path / "out"))
+    with pytest.raises(StageError, match="qc: the cohort's features were made by another tool"):
+        review(given)
 
 
 def test_without_a_tiled_slide_there_is_nothing_to_export(tmp_path: Path) -> None:
