@@ -1,23 +1,35 @@
-"""From the feature store to chunks of vectors: one range read a part, the next chunk read ahead of use."""
+"""From stored or given features to chunks of vectors: one range read a part, the next chunk read ahead of use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ips.bag import Chunk
-from pipeline.store.features import FeatureSlide
+from pipeline.store.features import Features
 from pipeline.store.index import Ints
+
+
+class VectorSlide(Protocol):
+    """A slide whose patches are vectors."""
+
+    @property
+    def n_patches(self) -> int: ...  # noqa: D102
+    def positions(self, rows: Ints) -> Ints: ...  # noqa: D102
+    def vectors(self, rows: Ints) -> Features:
+        """(n, D) of `rows`, in their order."""
+        ...
 
 
 class FeatureBag:
     """The features of one slide as an `ips` bag; holds its index and at most two chunks."""
 
-    def __init__(self, slide: FeatureSlide) -> None:
+    def __init__(self, slide: VectorSlide) -> None:
         self._slide = slide
 
     def __len__(self) -> int:

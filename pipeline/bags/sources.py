@@ -23,6 +23,7 @@ from ips.bag import Bag
 from pipeline.bags.augment import Augment
 from pipeline.bags.embed import embed_slide, encoder_fingerprint, shared_embedder
 from pipeline.bags.feature_bag import FeatureBag
+from pipeline.bags.given import GivenSlide, open_given
 from pipeline.bags.images import PastedImage, open_image
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.streamed import PassingSlide, StreamedSlide, open_streamed, plan_root
@@ -30,13 +31,15 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
+from pipeline.ingest.features import index_slide
 from pipeline.ingest.isolated import begin_slide, store_slide
 from pipeline.ingest.source import version_of
 from pipeline.ingest.tiler import LargeSlide
 from pipeline.ingest.versions import Looked, look_at
+from pipeline.storage import files
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
-from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.store.patches import GIVEN, PatchStore, SlideStatus, StoredSlide
 
 Ints = npt.NDArray[np.int64]
 
@@ -96,7 +99,7 @@ class PatchSource(Protocol):
         ...
 
 
-Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide
+Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide | GivenSlide
 LabelledSource = tuple[CohortSlide, Source]
 
 
@@ -113,7 +116,7 @@ def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
             return PatchBag([source], threads=threads, augment=augment)
         case PastedImage():
             return source.bag()  # the config refuses to flip digits
-        case FeatureSlide():
+        case FeatureSlide() | GivenSlide():
             return FeatureBag(source)  # the config refuses to flip features
         case _:
             assert_never(source)
@@ -130,6 +133,8 @@ def content_of(source: Source) -> str:
             return str(source.facts()["content"])
         case StreamedSlide():
             return content_of(source.plan)
+        case GivenSlide():
+            return content_of(source.plan)
         case FeatureSlide():
             return content_of(source.patches)
         case PastedImage():
@@ -139,13 +144,15 @@ def content_of(source: Source) -> str:
 
 
 def patch_store(config: Config) -> PatchStore:
-    """The store of the config's tiling spec; that of plans where patches are streamed."""
+    """The store of the config's tiling spec; that of plans where patches are streamed or are features given."""
     return PatchStore(patch_root(config), config.tiling.fingerprint())
 
 
 def patch_root(config: Config) -> str:
     """Root of that store."""
     assert config.storage.patches is not None  # compose.py fills it
+    if config.given_features:
+        return files.join(config.storage.patches, GIVEN)
     return plan_root(config.storage.patches) if config.train.source == "stream" else config.storage.patches
 
 
@@ -154,16 +161,21 @@ def open_sources(
 ) -> list[LabelledSource]:
     """The sources of slides that the tile stage has committed under `keys` (slide id -> key).
 
-    `versions` are those of the slides' files, where they were looked at already; only streamed ones are.
+    `versions` are those of the slides' files, where they were looked at already; only those of plans are.
 
     Raises:
         StorageError: one is gone.
+        ConfigError: features are not as wide as the model takes them.
     """
     if config.cohort.megapixel_mnist is not None:
         return [(slide, open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)) for slide in slides]
     store, wanted = patch_store(config), [keys[slide.slide_id] for slide in slides]
-    if config.train.source == "stream":
+    if config.planned:
         looked = look_at(slides, config.tiling) if versions is None else versions
+        if config.given_features:
+            given = open_given(slides, looked, store, wanted)
+            _check_width(config, given)
+            return list(zip(slides, given, strict=True))
         return list(zip(slides, open_streamed(slides, looked, config.tiling, store, wanted), strict=True))
     stored = store.slides(wanted)
     if config.model.encoder.name != "features":
@@ -187,7 +199,7 @@ def feature_store(config: Config, root: str | None = None) -> tuple[FeatureStore
     return FeatureStore(root, config.tiling.fingerprint(), encoder_fingerprint(config.embed)), config.embed
 
 
-def _check_width(config: Config, slides: Sequence[FeatureSlide]) -> None:
+def _check_width(config: Config, slides: Sequence[FeatureSlide | GivenSlide]) -> None:
     for slide in slides:
         if slide.dim != config.model.encoder.features:
             asked = f"model.encoder.features: {config.model.encoder.features}"
@@ -254,9 +266,18 @@ def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Itera
         if store is not None:
             status, scratch_store = _known(config, slide, store), store
         if status is None:
-            status, scratch_store = store_slide(slide, config.tiling, scratch), scratch
-        key = str(_good(status).key)
-        yield PatchStore(scratch_store, config.tiling.fingerprint()).slide(key), scratch
+            make = index_slide if config.given_features else store_slide
+            status, scratch_store = make(slide, config.tiling, scratch), scratch
+        key, plans = str(_good(status).key), PatchStore(scratch_store, config.tiling.fingerprint())
+        if config.given_features:
+            given = open_given([slide], look_at([slide], config.tiling), plans, [key])
+            try:
+                _check_width(config, given)
+            except ConfigError as error:  # of this file, where the others may be right
+                raise SlideError("features", error.problems[0]) from error
+            yield given[0], scratch
+        else:
+            yield plans.slide(key), scratch
 
 
 def _good(status: SlideStatus | LargeSlide) -> SlideStatus:

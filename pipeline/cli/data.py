@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.console import Chosen, print_json, print_table, with_config
-from pipeline.tiling.interchange import Tool
+from pipeline.errors import ConfigError
+from pipeline.tiling.interchange import FeatureTool
 
 if TYPE_CHECKING:
     from pipeline.workflow.leftovers import Leftover
@@ -29,12 +30,18 @@ def qc(chosen: Chosen) -> None:
 def export(
     chosen: Chosen,
     out: Annotated[str, typer.Option(help="Folder or s3:// prefix for the files.")],
-    tool: Annotated[Tool, typer.Option("--format", help="Which tool the files are for.")] = "trident",
+    tool: Annotated[FeatureTool, typer.Option("--format", help="Which tool the files are for.")] = "trident",
+    features: Annotated[bool, typer.Option("--features", help="The stored features too, not only places.")] = False,
 ) -> None:
-    """Write the patches' coordinates as HDF5 files for TRIDENT or CLAM, one a slide."""
-    from pipeline.results.export import export_coordinates
+    """Write the patches' coordinates, or features, as HDF5 files for TRIDENT, CLAM or STAMP, one a slide."""
+    from pipeline.results.export import export_coordinates, export_features
 
-    written = export_coordinates(chosen.load(), tool, out)
+    if features:
+        written = export_features(chosen.load(), tool, out)
+    elif tool == "stamp":
+        raise ConfigError("export", ["--format stamp: STAMP has no files of coordinates alone; add --features"])
+    else:
+        written = export_coordinates(chosen.load(), tool, out)
     if chosen.as_json:
         print_json({"outcome": "done", "slides": len(written), "files": written})
     else:

@@ -1,6 +1,7 @@
 """The cohort: which slides there are, whose they are, their split and their labels.
 
-A CSV or Parquet file at any URI (`rows`). Columns `slide_id` (unique) and `uri`; optional `patient_id` (default:
+A CSV or Parquet file at any URI (`rows`). Columns `slide_id` (unique) and `uri`, which `features` (a file that another
+tool has made of the slide) may stand for; optional `patient_id` (default:
 the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
 slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
 all others are kept as text. Everything wrong with the file is reported at once, with row numbers; the header is row 1.
@@ -22,7 +23,7 @@ from pipeline.errors import CohortError, StorageError
 from pipeline.storage import files
 
 SPLITS = ("train", "val", "test")
-_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords", "series")
+_RESERVED = ("slide_id", "uri", "patient_id", "split", "mpp", "mask", "coords", "series", "features")
 _SHOWN_ROWS = 20  # of each problem; the rest are counted
 
 
@@ -48,6 +49,8 @@ class CohortSlide:
     """URI of an HDF5 file of TRIDENT or CLAM with the patches to cut."""
     series: int | None = None
     """Number of the file's image to take; None: the one that is the slide."""
+    features: str | None = None
+    """URI of a file of TRIDENT's, CLAM's or STAMP's features of the slide, which only some recipes take."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,11 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     uri = files.absolute(uri)
     data = files.read_bytes(uri)
     columns, rows, problems = parse(uri, data)
-    needed = dict.fromkeys([*REQUIRED, *(column for task in tasks for column in task.columns)])
+    required = [column for column in REQUIRED if column != "uri" or "features" not in columns]
+    needed = dict.fromkeys([*required, *(column for task in tasks for column in task.columns)])
     missing = [column for column in needed if column not in columns]
     absent = [_missing(missing, columns, tasks)] if missing else []
-    if set(REQUIRED) & set(missing):
+    if set(required) & set(missing):
         deque(rows, maxlen=0)  # which tells what is wrong with them
         raise CohortError(uri, [*problems, *absent])
     places = {task.name: f"tasks.{place}" for place, task in enumerate(tasks)}
@@ -175,8 +179,9 @@ def _names(names: Iterable[str]) -> str:
 def _slide(
     number: int, row: Mapping[str, str], folder: str, tasks: Sequence[TaskConfig], problems: _Problems
 ) -> CohortSlide:
-    for column in ("slide_id", "uri"):
-        if not row[column]:
+    features = _beside("features", row, folder, number, problems)
+    for column, text in (("slide_id", row["slide_id"]), ("uri", row.get("uri", "") or features)):
+        if not text:
             problems.add(number, f"{column} is empty")
     if leaks := {column: problem for column, value in row.items() if (problem := refusal(value)) is not None}:
         for column, problem in leaks.items():
@@ -192,7 +197,7 @@ def _slide(
     used = {*_RESERVED, *(column for task in tasks for column in task.columns)}
     return CohortSlide(
         slide_id=row["slide_id"],
-        uri=_resolve(row["uri"], folder, number, problems),
+        uri=_resolve(row["uri"], folder, number, problems) if row.get("uri") else features or "",
         patient_id=row["slide_id"] if patient.casefold() in MISSING else patient,
         split=split or None,
         mpp=_mpp(number, row.get("mpp", ""), problems),
@@ -201,6 +206,7 @@ def _slide(
         mask=_beside("mask", row, folder, number, problems),
         coords=_beside("coords", row, folder, number, problems),
         series=_series(number, row.get("series", ""), problems),
+        features=features,
     )
 
 

@@ -21,11 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import credential_in
+from pipeline.config.encoders import PRESETS
 from pipeline.config.environment import checked_environment, secrets_copied
+from pipeline.config.model import EncoderConfig
 from pipeline.config.recipe import Config
 from pipeline.config.unused import unused
 from pipeline.errors import ConfigError
 from pipeline.storage.files import absolute, is_remote, join
+from pipeline.storage.hub import SCHEME, hub_file
 
 _MANIFESTS = "deploy"  # this folder of conf/ holds no group, but what `manifest` writes
 
@@ -255,6 +258,15 @@ def _database(root: str) -> str:
     return join(str(Path.cwd()) if is_remote(root) else root, "mlflow.db")
 
 
+def _weights(encoder: EncoderConfig) -> str:
+    """Where the weights lie; those of huggingface.co are brought here."""
+    assert encoder.weights is not None
+    if not encoder.weights.startswith(SCHEME):
+        return absolute(encoder.weights)
+    preset = PRESETS.get(encoder.name)
+    return hub_file(encoder.weights, None if preset is None else f"{preset.repository}/{preset.file}")
+
+
 def _with_absolute_paths(config: Config) -> Config:
     storage = config.storage.model_copy(
         update={
@@ -263,20 +275,21 @@ def _with_absolute_paths(config: Config) -> Config:
             "features": absolute(config.storage.features or join(config.storage.root, "features")),
         }
     )
-    cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri)})
+    features = None if config.cohort.features is None else absolute(config.cohort.features)
+    cohort = config.cohort.model_copy(update={"uri": absolute(config.cohort.uri), "features": features})
     if cohort.megapixel_mnist is not None:
         folder = absolute(cohort.megapixel_mnist.folder)
         images = cohort.megapixel_mnist.model_copy(update={"folder": folder})
         cohort = cohort.model_copy(update={"megapixel_mnist": images})
     root, encoder = storage.root, config.model.encoder
     if encoder.weights is not None:
-        encoder = encoder.model_copy(update={"weights": absolute(encoder.weights)})
+        encoder = encoder.model_copy(update={"weights": _weights(encoder)})
     model = config.model.model_copy(update={"encoder": encoder})
     tiling, embed = config.tiling, config.embed
     if tiling.coords is not None:
         tiling = tiling.model_copy(update={"coords": absolute(tiling.coords)})
     if embed is not None and embed.encoder.weights is not None:
-        trunk = embed.encoder.model_copy(update={"weights": absolute(embed.encoder.weights)})
+        trunk = embed.encoder.model_copy(update={"weights": _weights(embed.encoder)})
         embed = embed.model_copy(update={"encoder": trunk})
     tracking = config.tracking.model_copy(
         update={

@@ -59,7 +59,11 @@ class CohortConfig(Section):
 
     uri: str
     """CSV or Parquet with columns slide_id, uri, those of the labels, and optionally patient_id, split, mpp, mask,
-    coords and series. Other columns part the report's results into groups (`results.strata`)."""
+    coords, series and features. Other columns part the report's results into groups (`results.strata`)."""
+    features: str | None = None
+    """Folder or s3:// prefix of TRIDENT's, CLAM's or STAMP's feature files (`<slide>.h5`, or tensors as `<slide>.pt`),
+    one for every slide without `features` in the cohort: with `model.encoder.name: features` and no `embed`, models
+    learn from these, and no slide is opened. The place is execution; the files' content enters each slide's key."""
     split: SplitConfig = SplitConfig()
     demo: DemoConfig | None = None
     """Set: the cohort is the synthetic one and is written to `uri`'s folder when it is absent."""

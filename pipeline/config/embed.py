@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Positive, Section, fingerprint
+from pipeline.config.encoders import with_statistics
 from pipeline.config.model import EncoderConfig
 
 FEATURE_VERSION = 2  # of a feature store's layout; part of its key
@@ -26,6 +27,11 @@ class EmbedConfig(Section):
     """Precision (autocast) of the network."""
     batch: Positive = 128
     """Patches a pass (execution, but for the rounding of another kernel)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics(cls, data: Any) -> Any:
+        return with_statistics(data)
 
     @model_validator(mode="after")
     def _pixels(self) -> Self:

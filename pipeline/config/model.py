@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Positive, Section
+from pipeline.config.encoders import PRESETS, with_statistics
 
-_NAME = r"^(resnet18|resnet34|resnet50|features|timm:[A-Za-z0-9_.]+)$"
+_NAME = rf"^(resnet18|resnet34|resnet50|features|{'|'.join(PRESETS)}|timm:[A-Za-z0-9_.]+)$"
 
 
 class EncoderConfig(Section):
@@ -16,7 +17,9 @@ class EncoderConfig(Section):
 
     name: Annotated[str, Field(pattern=_NAME)] = "resnet18"
     """resnet18, resnet34, resnet50; features: a projector of stored features (the paper's CAMELYON16 setting);
-    timm:NAME: a network of the timm library (pip install 'ips-pipeline[timm]')."""
+    timm:NAME: a network of the timm library (pip install 'ips-pipeline[timm]'); uni, uni2, virchow, virchow2, gigapath,
+    h-optimus-0, h-optimus-1, phikon-v2: pathology encoders (`pipeline.config.encoders`), by which the tiling's
+    patch_px and mpp, and mean and std, go where they are not given."""
     stages: Literal[2, 4] = 4
     """Residual stages kept; 2 is the paper's Megapixel-MNIST trunk (paper section 4). ResNets only."""
     channels: Literal[1, 3] = 3
@@ -27,7 +30,9 @@ class EncoderConfig(Section):
     """features: width D of the embeddings made of them. null: 512."""
     weights: str | None = None
     """Path or URI of a .safetensors file, or of a .pth file of tensors only, with torchvision's key names (timm's
-    for timm:NAME). null: from scratch; nothing is ever downloaded unasked."""
+    for timm:NAME; of a pathology encoder as it is published). hf:OWNER/NAME/FILE: from huggingface.co, once; hf: alone,
+    that of the pathology encoder (pip install huggingface_hub; its terms are accepted there). null: from scratch;
+    nothing is ever downloaded unasked."""
 
     @model_validator(mode="after")
     def _features(self) -> Self:
@@ -86,6 +91,11 @@ class ModelConfig(Section):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
     """Normalisation of pixels scaled to 0..1, a value a channel; features are never normalised."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics(cls, data: Any) -> Any:
+        return with_statistics(data)
 
     @model_validator(mode="after")
     def _channels(self) -> Self:

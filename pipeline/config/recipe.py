@@ -8,7 +8,7 @@ those about training it again in `release`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +17,7 @@ from pipeline.config.base import Name, Positive, Section, Seed
 from pipeline.config.data import SLIDE_COLUMNS, CohortConfig, TaskConfig, TilingConfig
 from pipeline.config.deploy import DeployConfig
 from pipeline.config.embed import EmbedConfig
+from pipeline.config.encoders import PRESETS, differing, with_tiling
 from pipeline.config.model import ModelConfig, SelectConfig, TrainConfig
 from pipeline.config.release import GateConfig, NotifyConfig, RetrainConfig
 from pipeline.config.sweep import SweepConfig
@@ -121,6 +122,13 @@ def _metrics_twice(names: Sequence[str]) -> list[str]:
     ]
 
 
+def _encoder_name(section: Any) -> str | None:
+    """Of a section that is not validated yet."""
+    encoder = section.get("encoder") if isinstance(section, Mapping) else getattr(section, "encoder", None)
+    name = encoder.get("name") if isinstance(encoder, Mapping) else getattr(encoder, "name", None)
+    return name if isinstance(name, str) else None
+
+
 class Config(Section):
     """The whole configuration of one recipe."""
 
@@ -132,7 +140,8 @@ class Config(Section):
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
     tiling: TilingConfig = TilingConfig()
     embed: EmbedConfig | None = None
-    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`."""
+    """Set: patches become features, for `pipeline embed` and for `model.encoder.name: features`; that encoder without
+    it takes the features that the cohort names."""
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -145,6 +154,16 @@ class Config(Section):
     deploy: DeployConfig = DeployConfig()
     sweep: SweepConfig | None = None
     """Set: what `pipeline sweep` compares."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """Patches as the encoder of pixels takes them, where the tiling does not say."""
+        if not isinstance(data, Mapping):
+            return data
+        names = [_encoder_name(data.get(section)) for section in ("embed", "model")]
+        name = next((name for name in names if name in PRESETS), None)
+        return data if name is None else {**data, "tiling": with_tiling(data.get("tiling"), name)}
 
     @model_validator(mode="after")
     def _tasks(self) -> Config:
@@ -189,8 +208,6 @@ class Config(Section):
         if self.model.encoder.name != "features":
             return self
         problems = []
-        if self.embed is None:
-            problems.append("model.encoder.name: features needs the network that makes them; set embed.encoder.name")
         if self.train.augment:
             problems.append("train.augment: stored features cannot be flipped or turned; set train.augment=false")
         if problems:
@@ -220,6 +237,25 @@ class Config(Section):
                 "model.select.context: all pools; set reselect_every=1 or context: none"
             )
         return self
+
+    @property
+    def given_features(self) -> bool:
+        """Whether patches are features that other tools have made: the cohort names files of them, no slides."""
+        return self.model.encoder.name == "features" and self.embed is None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the tile stage only says where patches are, and they are read from their source's file."""
+        return self.train.source == "stream" or self.given_features
+
+    def departures(self) -> list[str]:
+        """In what it departs from what the encoders that it names by preset are made for, in words."""
+        found = []
+        if self.model.encoder.name != "features":
+            found += differing("model", self.model.encoder.name, (self.model.mean, self.model.std), self.tiling)
+        if self.embed is not None:
+            found += differing("embed", self.embed.encoder.name, (self.embed.mean, self.embed.std), self.tiling)
+        return found
 
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.

@@ -37,6 +37,10 @@ def _selects(config: Config) -> bool:
     return config.model.select.mode not in ("random", "every")
 
 
+def _given(config: Config) -> bool:
+    return config.model.encoder.name == "features" and config.embed is None
+
+
 def _is_resnet(name: str) -> bool:
     return str(name).startswith("resnet")
 
@@ -63,6 +67,22 @@ UNUSED: tuple[Unused, ...] = (
         lambda c: c.cohort.megapixel_mnist is not None or c.train.source == "stream",
         "without a store of patches",
         "take a cohort of slides and train.source=store",
+    ),
+    Unused(
+        ("cohort.features",),
+        lambda c: not _given(c),
+        "except with model.encoder.name=features and without embed, which makes features itself",
+        "set model.encoder.name=features and embed=null",
+    ),
+    Unused(
+        (
+            *_paths("tiling", "default_mpp", "overlap_px", "edge", "tissue", "artefacts", "tissue_threshold"),
+            *_paths("tiling", "tissue_closing_px", "min_tissue", "codec", "jpeg_quality", "max_bad_tiles"),
+            *_paths("tiling", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib"),
+        ),
+        lambda c: _given(c),
+        "on features that other tools have made, of patches that they have cut",
+        "set embed.encoder.name, which makes features of slides",
     ),
     Unused(("storage.features",), lambda c: c.embed is None, "without features", "set embed.encoder.name"),
     Unused(("tiling.default_mpp",), lambda c: c.tiling.mpp is None, "where level 0 is read as it is", "set tiling.mpp"),

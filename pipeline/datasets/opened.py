@@ -17,7 +17,7 @@ from pipeline.datasets.batch import Batch, Ints
 from pipeline.datasets.slide import Slide, slide_of
 from pipeline.errors import StorageError
 from pipeline.storage import files
-from pipeline.store.patches import PLANS, PatchStore, StoredSlide
+from pipeline.store.patches import APART, PatchStore, StoredSlide
 from pipeline.store.shelf import Shelf
 from pipeline.store.verify import spec_folders
 
@@ -45,7 +45,7 @@ def open_store(uri: str) -> Store:
     """
     names = files.list_names(uri)
     place = files.join(uri, "patches") if "patches" in names and "stages" in names else uri
-    specs = [spec for spec in spec_folders(files.absolute(place)) if f"/{PLANS}/" not in spec]
+    specs = [spec for spec in spec_folders(files.absolute(place)) if spec.split("/")[-2] not in APART]
     if len(specs) != 1:
         found = "\n".join(f"  - {spec}: {len(Shelf(spec).view.slides)} slides" for spec in specs)
         raise StorageError(f"{uri}: {len(specs)} stores lie there; open one of them\n{found}")

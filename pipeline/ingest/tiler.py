@@ -143,7 +143,7 @@ def store_share(large: LargeSlide, parts: range, spec: TilingConfig, store: str)
         with opened(slide, spec) as reader, _leaving(patches, large.planned):
             write_share(patches, large.planned.attached(reader), parts, check)
 
-    status, rows = _outcome(slide, large.version, patches, work)
+    status, rows = outcome_of(slide, large.version, patches, work)
     give_up(large, spec, patches, rows)
     return status
 
@@ -175,7 +175,7 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
         with _leaving(patches, large.planned):
             return _committed(large.slide, commit_shares(patches, large.planned))
 
-    status, rows = _outcome(large.slide, large.version, patches, work)
+    status, rows = outcome_of(large.slide, large.version, patches, work)
     patches.append(rows)
     return status
 
@@ -222,7 +222,7 @@ def _begun(
         with identified(source) as found:
             return work(found, patches)
 
-    return _outcome(slide, source.version, patches, opened_first)
+    return outcome_of(slide, source.version, patches, opened_first)
 
 
 def _read_or_stored(found: OpenedSlide, patches: PatchStore, *, pixels: bool) -> SlideStatus | LargeSlide | ReadSlide:
@@ -286,7 +286,7 @@ def _leaving(patches: PatchStore, planned: PlannedSlide) -> Iterator[None]:
         raise
 
 
-def _outcome(
+def outcome_of(
     slide: CohortSlide, version: SourceVersion, patches: PatchStore, work: Callable[[], Result]
 ) -> tuple[Result | SlideStatus, list[Row]]:
     """What the work gives; whatever is wrong with the slide as its status. With the rows of a final status."""

@@ -8,15 +8,17 @@ from typing import Any, Protocol, cast
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ips.learning.schedule import parameter_groups
 from ips.network.aggregator import Aggregator
-from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights
+from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights, read_weights
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
+from ips.network.transformer import Architecture, VisionTransformer, from_transformers
+from pipeline.config.encoders import PRESETS
 from pipeline.config.model import AggregatorConfig, EncoderConfig, TrainConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
@@ -37,8 +39,8 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
     """
     settings, begins = config.model, config.train.begins_with if pretrained else None
     encoder, dim = _encoder(settings.encoder, pretrained=pretrained and begins is None)
-    if isinstance(encoder, WrappedEncoder) and config.tiling.patch_px != "native":
-        _try(encoder, f"model.encoder.name: {settings.encoder.name}", config.tiling.patch_px)
+    if settings.encoder.name.startswith("timm:") and config.tiling.patch_px != "native":
+        _try(cast(WrappedEncoder, encoder), f"model.encoder.name: {settings.encoder.name}", config.tiling.patch_px)
     aggregator = _pool(settings.aggregator, dim, tasks=len(config.tasks))
     heads = {task.name: linear_head(task.kind, dim, len(task.outputs)) for task in config.tasks}
     try:
@@ -122,14 +124,53 @@ def _encoder(settings: EncoderConfig, *, pretrained: bool, field: str = "model.e
         encoder = timm_encoder(settings.name.removeprefix("timm:"), settings.channels)
         trunk = encoder.network
         classifier = _classifier(cast(_TimmNetwork, trunk))
+    elif settings.name in PRESETS:
+        trunk = preset_network(settings.name)
+        encoder = WrappedEncoder(trunk, trunk.dim, settings.channels)
     else:
         encoder = trunk = ResNet(settings.name, settings.stages, settings.channels)
     if pretrained and settings.weights is not None:
         try:
-            load_weights(trunk, read_bytes(settings.weights), classifier)
+            data = read_bytes(settings.weights)
+            if settings.name in PRESETS:
+                load_preset(trunk, data, settings.name)
+            else:
+                load_weights(trunk, data, classifier)
         except ValueError as error:
             raise ConfigError("config", [f"{field}.weights: {settings.weights}: {error}"]) from error
     return encoder, encoder.dim
+
+
+def preset_network(name: str) -> VisionTransformer:
+    """The network of a preset, with random weights."""
+    return VisionTransformer(Architecture(**PRESETS[name].architecture))
+
+
+def load_preset(network: nn.Module, data: bytes, name: str) -> None:
+    """Load the published weights of a preset.
+
+    Raises:
+        ValueError: they are of another network, which is named where it is one of the presets, or damaged.
+    """
+    state = read_weights(data)
+    state = from_transformers(state) if PRESETS[name].naming == "transformers" else state
+    try:
+        load_weights(network, state)
+    except ValueError as error:
+        others = [other for other in PRESETS if other != name and _fits(state, other)]
+        first, *more = str(error).split("; ")
+        hint = f"they are those of {' or '.join(others)}; " if others else ""
+        told = f"{first}, and {len(more)} more" if more else first
+        preset = PRESETS[name]
+        remedy = f"give {preset.file} of huggingface.co/{preset.repository}"
+        raise ValueError(f"not the weights of {name}: {hint}{remedy} ({told})") from error
+
+
+def _fits(state: Mapping[str, Tensor], name: str) -> bool:
+    with torch.device("meta"):
+        wanted = preset_network(name).state_dict()
+    state = from_transformers(state) if PRESETS[name].naming == "transformers" else state
+    return {name: x.shape for name, x in wanted.items()} == {name: x.shape for name, x in state.items()}
 
 
 class _TimmNetwork(Protocol):

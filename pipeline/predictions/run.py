@@ -6,16 +6,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.bags.images import source_versions
 from pipeline.config.base import fingerprint
+from pipeline.config.data import CohortConfig
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import SlideError, StageError, StorageError
 from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
+from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
 from pipeline.predictions.asked import Asked, as_text, asked_slides
@@ -109,6 +111,8 @@ def predict(
     place = _folder(out)
     with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
         config = read_config(folder)
+        if config.given_features:
+            asked = _in_their_files(asked)
         check_environment([one.slide for one in asked], config.tiling)
         _check_store(how.store, config)
         digest = model_digest(config, weight_files(folder))
@@ -118,6 +122,12 @@ def predict(
             keep_model(folder, kept)
         predicting = Predicting(kept, source, digest, place, how.store, how.heads, how.all_patches)
         return _predict(asked, predicting, config, how)
+
+
+def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
+    """Slides that stand for their files of features; CohortError where one names none."""
+    slides = located(CohortConfig(uri="predict"), [one.slide for one in asked])
+    return [replace(one, slide=slide) for one, slide in zip(asked, slides, strict=True)]
 
 
 def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How) -> dict[str, Any]:

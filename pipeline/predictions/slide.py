@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.bags.given import GivenSlide
 from pipeline.bags.images import PastedImage
 from pipeline.bags.sources import Source, featured, open_bag, passing, tiled
 from pipeline.bags.streamed import StreamedSlide
@@ -186,7 +187,7 @@ def stored_of(source: Source) -> StoredSlide | None:
     match source:
         case StoredSlide():
             return source
-        case StreamedSlide():
+        case StreamedSlide() | GivenSlide():
             return source.plan
         case FeatureSlide():
             return source.patches

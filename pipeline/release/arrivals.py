@@ -11,10 +11,11 @@ from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version as installed
 from typing import Any
 
-from pipeline.cohort.table import Cohort, CohortSlide, read_cohort
+from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StorageError
+from pipeline.ingest.cohorts import listed
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.files import exists, join, read_json, write_json
 
@@ -79,7 +80,7 @@ def look(config: Config) -> Arrivals:
         CohortError: the cohort's rows are wrong.
         StorageError: the cohort cannot be read, or none of its files be reached.
     """
-    cohort = read_cohort(config.cohort.uri, config.tasks)
+    cohort = listed(config, config.tasks)
     made = config.cohort.megapixel_mnist is not None
     found = [None] * len(cohort.slides) if made else look_at(cohort.slides, config.tiling)
     away = [one for one in found if isinstance(one, SlideError) and one.may_pass]

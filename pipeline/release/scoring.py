@@ -15,6 +15,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError, StageError
 from pipeline.inference.operating import thresholds
 from pipeline.inference.prediction import load_model
+from pipeline.ingest.features import index_cohort
 from pipeline.ingest.graph import tile_cohort
 from pipeline.model.folder import EMBED_WEIGHTS, read_config
 from pipeline.release.evidence import Predictions
@@ -65,7 +66,7 @@ def own_config(store: Store, version: str, config: Config) -> Config:
 
     Raises:
         TrackingError: its files cannot be read.
-        StageError: it is of another version of this software, or predicts something else.
+        StageError: it is of another version of this software, predicts something else, or reads other files.
     """
     with scratch_folder() as scratch:
         _, folder = fetch(store, version, scratch)
@@ -77,6 +78,11 @@ def own_config(store: Store, version: str, config: Config) -> Config:
         raise StageError(
             f"it predicts {[task['name'] for task in mine]} as {mine}, and the config asks for {asked}; other tasks, "
             "classes, bins or scales cannot be compared"
+        )
+    if own.given_features != config.given_features:
+        raise StageError(
+            "one of it and the config takes features that other tools have made, and the other slides; the test's "
+            "files cannot be read by both"
         )
     return _here(own, config)
 
@@ -113,7 +119,7 @@ def test_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[st
     """
     if config.cohort.megapixel_mnist is None:
         keys = _tiled(config, slides, keys)
-        if config.model.encoder.name == "features":
+        if config.model.encoder.name == "features" and not config.given_features:
             _embedded(config, list(keys.values()))
     return open_sources(config, slides, keys)
 
@@ -128,7 +134,12 @@ def _tiled(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str
         return {slide.slide_id: keys[slide.slide_id] for slide in slides}
     log.info("release: tiling %d test slides as the champion was trained", len(slides))
     pixels = config.train.source == "store"
-    found = tile_cohort(slides, config.tiling, root, cpus=config.tiling.cpus, on_status=lambda _: None, pixels=pixels)
+    if config.given_features:
+        found = index_cohort(slides, config.tiling, root, on_status=lambda _: None)
+    else:
+        found = tile_cohort(
+            slides, config.tiling, root, cpus=config.tiling.cpus, on_status=lambda _: None, pixels=pixels
+        )
     lost = [status for status in found if status.key is None]
     if lost:
         raise StageError(

@@ -21,7 +21,7 @@ from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.data import TilingConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import SlideError
+from pipeline.errors import SlideError, StageError
 from pipeline.ingest.tiler import quarantined
 from pipeline.ingest.versions import look_at
 from pipeline.results.quality_pictures import SlidePicture, picture
@@ -127,7 +127,13 @@ def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig
 
 
 def review(config: Config) -> dict[str, str]:
-    """Write the quality page of whatever of the cohort is tiled; URIs by kind."""
+    """Write the quality page of whatever of the cohort is tiled; URIs by kind.
+
+    Raises:
+        StageError: the cohort is of features that another tool has made.
+    """
+    if config.given_features:
+        raise StageError("qc: the cohort's features were made by another tool; there are no pixels to look at")
     store, folder = patch_store(config), files.join(config.storage.root, "reports", f"{config.name}-quality")
     rows = look_up(store, read_cohort(config.cohort.uri).slides, config.tiling)
     write_outlines(store, rows, folder)

@@ -42,6 +42,9 @@ UNFINISHED = "unfinished"
 _DETAILS = ["error", "picture"]
 PLANS = "plans"
 """Folder below the root: a store of slides without parts (`commit.write_plan`)."""
+GIVEN = "given"
+"""Likewise: of files of features, whose vectors the index leads to (`pipeline.ingest.features`)."""
+APART = (PLANS, GIVEN)
 
 
 @dataclass(frozen=True, slots=True)

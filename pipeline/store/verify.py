@@ -25,7 +25,7 @@ from pipeline.storage import files
 from pipeline.store.catalogue import FOLDER, Catalogue, View
 from pipeline.store.packs import PACKS, pack_uri, read_pack
 from pipeline.store.parts import part_index
-from pipeline.store.patches import PLANS, UNFINISHED, slide_key
+from pipeline.store.patches import APART, UNFINISHED, slide_key
 from pipeline.store.rows import compact
 
 _SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fingerprints of tiling spec and encoder
@@ -161,8 +161,9 @@ def spec_folders(store: str) -> list[str]:
     """
     names = files.list_names(store)
     found = [files.join(store, name) for name in names if _SPEC.match(name)]
-    if PLANS in names:
-        found += spec_folders(files.join(store, PLANS))
+    for folder in APART:
+        if folder in names:
+            found += spec_folders(files.join(store, folder))
     if found:
         return found
     if any(name in (FOLDER, UNFINISHED) or SLIDE.match(name) for name in names):

@@ -14,6 +14,7 @@ from pipeline.config.base import fingerprint
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import CohortError, ConfigError, SlideError
+from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import Seen
 from pipeline.storage.files import SourceVersion
@@ -100,6 +101,8 @@ def _read(config: Config, model: SweepModel, name: str) -> SweptCohort:
         slides = cohort.subset(asked.split)
     else:
         slides = cohort.slides
+    if model.config.given_features:
+        slides = tuple(located(config.cohort.model_copy(update={"uri": asked.uri}), slides))
     if not slides:
         raise CohortError(cohort.uri, [f"sweep.cohorts.{name}: no slide in split {asked.split}"])
     check_environment(slides, model.config.tiling)

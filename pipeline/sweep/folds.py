@@ -21,7 +21,7 @@ from pyarrow import csv
 from pipeline.cluster import connected
 from pipeline.cohort.folds import fold_names
 from pipeline.cohort.labels import stratum, truth
-from pipeline.cohort.table import Cohort, read_cohort
+from pipeline.cohort.table import Cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
@@ -29,6 +29,7 @@ from pipeline.inference.intervals import Interval
 from pipeline.inference.measured import measured
 from pipeline.inference.operating import thresholds
 from pipeline.inference.resampling import draw_plan
+from pipeline.ingest.cohorts import listed
 from pipeline.results.tables import table_csv, unarmed
 from pipeline.storage.files import join, read_bytes, write_bytes, write_json
 from pipeline.workflow.run import StageResult, ensure_cohort, load_cohort
@@ -81,7 +82,7 @@ def run_folds(config: Config) -> FoldsResult:
     if config.train.folds is None:
         raise ConfigError("config", ["train.folds: is required; set how many, or the column that names them"])
     ensure_cohort(config)
-    cohort = read_cohort(config.cohort.uri, config.tasks)
+    cohort = listed(config, config.tasks)
     names = fold_names(cohort, config.train.folds)
     folds, parts = [], []
     with connected(config.cluster):

@@ -156,7 +156,7 @@ def keep(model: SweepModel, root: str) -> str:
 
 
 def same_tasks(models: list[SweepModel]) -> None:
-    """ConfigError unless all models predict the same: else no table could hold them side by side."""
+    """ConfigError unless all models predict the same of one kind of files: else no table could hold them all."""
     first = models[0]
     problems = []
     for model in models[1:]:
@@ -165,6 +165,11 @@ def same_tasks(models: list[SweepModel]) -> None:
             problems.append(
                 f"sweep.models.{model.name}: predicts {json.dumps(theirs)}, and {first.name} {json.dumps(ours)}; "
                 "compare models of one task in a sweep of their own"
+            )
+        if first.config.given_features != model.config.given_features:
+            problems.append(
+                f"sweep.models: of {first.name} and {model.name} one takes features that other tools have made, and "
+                "the other slides; compare them in sweeps of their own"
             )
     if problems:
         raise ConfigError("config", problems)

@@ -16,6 +16,7 @@ import torch
 from ips.bag import Bag
 from ips.network.model import IPSModel
 from ips.selection.scorer import Scorer
+from pipeline.bags.given import GivenSlide
 from pipeline.bags.shared import together
 from pipeline.bags.sources import Source, content_of, featured, open_bag, tiled
 from pipeline.cohort.table import CohortSlide
@@ -171,7 +172,7 @@ def _bytes_of(source: Source) -> int:
     match source:
         case StoredSlide():
             return int(np.sum(source.index().length))
-        case FeatureSlide():
+        case FeatureSlide() | GivenSlide():
             return (
                 source.n_patches
                 * source.dim

@@ -8,8 +8,6 @@ magnifications, which ours therefore state exactly, as floats where integers can
 CLAM (`<name>.h5`): int64, 32 rows a chunk; `patch_size` at `patch_level`, `downsample` of that level in x and y,
 `downsampled_level_dim`, `level_dim`, `name`, `save_path` (`WholeSlideImage.process_contour` with
 `file_utils.save_hdf5`).
-
-h5py comes with `pip install "ips-pipeline[interchange]"` and is imported here alone.
 """
 
 from __future__ import annotations
@@ -19,22 +17,22 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import ConfigError, SlideError
+from pipeline.errors import SlideError
+from pipeline.formats.hdf5 import DAMAGE, MICRONS_AT_1X, load_h5py, patch_extent, written
 
 Tool = Literal["trident", "clam"]
+FeatureTool = Literal["trident", "clam", "stamp"]
 Corners = npt.NDArray[np.int64]
 
-MICRONS_AT_1X = 10.0  # um per px of a 1x scan: 20x is 0.5 and 40x is 0.25, the convention both tools stand on
 NAME_BYTES = 255  # of a file's name, in most file systems
 _STEM_BYTES = 200  # of it, for the slide's id
 _UNSAFE = re.compile(r"[^\w. -]")
-_CHUNK: Mapping[Tool, int] = {"trident": 1, "clam": 32}  # rows, as each tool writes them
+CHUNK: Mapping[Tool, int] = {"trident": 1, "clam": 32}  # rows, as each tool writes them
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def require_h5py() -> None:
     Raises:
         ConfigError: h5py is not installed.
     """
-    _h5py()
+    load_h5py()
 
 
 def read_coordinates(data: bytes, source: str) -> Coordinates:
@@ -89,17 +87,16 @@ def read_coordinates(data: bytes, source: str) -> Coordinates:
         SlideError: "coords", it is neither, or what it holds makes no sense.
         ConfigError: h5py is not installed.
     """
-    h5py = _h5py()
     try:
-        with h5py.File(io.BytesIO(data), "r") as file:
+        with load_h5py().File(io.BytesIO(data), "r") as file:
             dataset = file["coords"]
             corners, attributes = dataset[:], dict(dataset.attrs)
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # a group, or damage
+    except DAMAGE as error:  # or a group
         raise _bad(source, f"no HDF5 file with a dataset `coords` ({error}); give TRIDENT's or CLAM's file") from error
     if corners.ndim != 2 or corners.shape[1] != 2 or not np.issubdtype(corners.dtype, np.integer):
         raise _bad(source, f"`coords` is {corners.dtype} {corners.shape}, not integers (n, 2); write it again")
     try:
-        tool, extent, step = _extent(attributes)
+        tool, extent, step = patch_extent(attributes)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise _bad(
             source, f"the attributes of `coords` are neither TRIDENT's nor CLAM's ({error}); patch it again"
@@ -107,17 +104,6 @@ def read_coordinates(data: bytes, source: str) -> Coordinates:
     if not extent > 0 or not step > 0:
         raise _bad(source, f"a patch of {extent:g} level-0 px, {step:g} px apart, makes no sense; patch it again")
     return Coordinates(corners.astype(np.int64), extent, step, tool)
-
-
-def _extent(attributes: Mapping[str, Any]) -> tuple[Tool, float, float]:
-    """Tool, edge of a patch and distance of neighbours, in level-0 px."""
-    size = float(attributes["patch_size"])
-    if "patch_size_level0" in attributes:
-        extent = float(attributes["patch_size_level0"])
-        return "trident", extent, extent * (1 - float(attributes.get("overlap", 0)) / size)
-    # CLAM's own steps are not in the file; `custom_downsample` was in its files of 2020
-    downsample = float(np.ravel(attributes["downsample"])[0]) * float(attributes.get("custom_downsample", 1))
-    return "clam", size * downsample, size * downsample
 
 
 def file_name(tool: Tool, name: str) -> str:
@@ -160,7 +146,7 @@ def file_names(slide_id: str, file: str) -> list[str]:
         file: name of the slide's file, without suffix, after which the tools name theirs.
     """
     stems = [file_stem(slide_id, told_apart=True), file_stem(slide_id), slide_id, file]
-    names = dict.fromkeys(file_name(tool, stem) for stem in stems for tool in _CHUNK if "/" not in stem)
+    names = dict.fromkeys(file_name(tool, stem) for stem in stems for tool in CHUNK if "/" not in stem)
     return [name for name in names if len(name.encode()) <= NAME_BYTES]
 
 
@@ -177,16 +163,13 @@ def coordinates_h5(grid: StoredGrid, tool: Tool, folder: str, target_mpp: float 
         SlideError: "coords", TRIDENT's file names magnifications and the slide has no microns per px.
         ConfigError: h5py is not installed.
     """
-    attributes = _trident(grid, folder, target_mpp) if tool == "trident" else _clam(grid, folder)
-    sink = io.BytesIO()
-    with _h5py().File(sink, "w") as file:
-        dataset = file.create_dataset(
-            "coords", shape=grid.corners.shape, maxshape=(None, 2), chunks=(_CHUNK[tool], 2), dtype=np.int64
-        )
-        dataset[:] = grid.corners
-        for key, value in attributes.items():
-            dataset.attrs[key] = value
-    return sink.getvalue()
+    about = attributes(grid, tool, folder, target_mpp)
+    return written({"coords": grid.corners.astype(np.int64)}, CHUNK[tool], coords=about)
+
+
+def attributes(grid: StoredGrid, tool: Tool, folder: str, target_mpp: float | None) -> dict[str, Any]:
+    """What the tool says of its coordinates; arguments and errors as `coordinates_h5`."""
+    return _trident(grid, folder, target_mpp) if tool == "trident" else _clam(grid, folder)
 
 
 def _trident(grid: StoredGrid, folder: str, target_mpp: float | None) -> dict[str, Any]:
@@ -228,15 +211,3 @@ def _clam(grid: StoredGrid, folder: str) -> dict[str, Any]:
 
 def _bad(source: str, message: str) -> SlideError:
     return SlideError("coords", f"{source}: {message}")
-
-
-def _h5py() -> ModuleType:
-    try:
-        import h5py
-    except ImportError as error:
-        problem = (
-            f"HDF5 files (tiling.coords, the cohort's column coords, export) need h5py, which is absent ({error}); "
-            "run: pip install 'ips-pipeline[interchange]', on every node"
-        )
-        raise ConfigError("patch coordinates", [problem]) from error
-    return h5py  # type: ignore[no-any-return]

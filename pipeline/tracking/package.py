@@ -66,6 +66,7 @@ def requirements(config: Config) -> list[str]:
     if encoder.name == "features" and config.embed is not None:
         encoder = config.embed.encoder
     names = [*REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
+    names += ["h5py"] if config.given_features else []
     return [f"{name}=={_public(installed(name))}" for name in names]
 
 

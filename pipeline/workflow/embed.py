@@ -12,14 +12,14 @@ from pipeline.config.recipe import Config
 from pipeline.model.build import check_encoder
 from pipeline.progress import progress
 from pipeline.store.features import stored_slides
-from pipeline.workflow.stage import Record, Stage, Workspace
-from pipeline.workflow.stages import STAGES, gone_from
+from pipeline.workflow.stage import Record, Stage, Workspace, gone_from
+from pipeline.workflow.stages import STAGES
 
 
 def stages_for(config: Config, last: str) -> list[Stage]:
     """The stages up to and including `last`, in the order of the data's way; embed where features are wanted."""
     tile, *others = STAGES
-    wanted = last == EMBED.name or config.model.encoder.name == "features"
+    wanted = last == EMBED.name or (config.model.encoder.name == "features" and not config.given_features)
     stages = [tile, *([EMBED] if wanted else []), *others]
     return stages[: [stage.name for stage in stages].index(last) + 1]
 

@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from pipeline.cohort.table import read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
+from pipeline.ingest.cohorts import listed
 from pipeline.storage.files import delete, exists, join, list_names, read_bytes, read_json
 from pipeline.storage.tree import delete_folder
 from pipeline.store.catalogue import Catalogue
 from pipeline.store.packs import pack_uri
-from pipeline.store.patches import PLANS, UNFINISHED
+from pipeline.store.patches import APART, UNFINISHED
 from pipeline.store.repair import SOURCES
 from pipeline.store.shelf import Shelf
 from pipeline.workflow.leftovers import check_idle
@@ -62,8 +62,8 @@ def find_patient(config: Config, patient: str) -> Traces:
     """
     check_idle(config.storage.root)
     traces = Traces(patient)
-    listed = read_cohort(config.cohort.uri).slides if exists(config.cohort.uri) else ()
-    in_cohort = {slide.slide_id: slide.uri for slide in listed if slide.patient_id == patient}
+    rows = listed(config).slides if exists(config.cohort.uri) else ()
+    in_cohort = {slide.slide_id: slide.uri for slide in rows if slide.patient_id == patient}
     traces.slides |= in_cohort
     _from_ledgers(config.storage.root, traces)
     _from_sweeps(config.storage.root, traces)
@@ -181,11 +181,12 @@ def _stored(config: Config, traces: Traces) -> Iterator[str]:
     patches, features = config.storage.patches, config.storage.features
     assert patches is not None  # compose.py fills both
     assert features is not None
-    for store in (patches, join(patches, PLANS), features):
+    stores = (patches, *(join(patches, name) for name in APART), features)
+    for store in stores:
         for spec in list_names(store):
-            if spec != PLANS:
+            if spec not in APART:
                 _from_catalogue(join(store, spec), traces)
-    folders = [(store, spec) for store in (patches, join(patches, PLANS), features) for spec in list_names(store)]
+    folders = [(store, spec) for store in stores for spec in list_names(store)]
     for store, spec in folders:
         for key in sorted(traces.keys):
             for uri in (join(store, spec, key), join(store, spec, UNFINISHED, key)):

@@ -19,7 +19,7 @@ from pipeline.storage.lease import check_free
 from pipeline.storage.tree import Found, delete_folder, walk
 from pipeline.store.catalogue import FOLDER
 from pipeline.store.packs import PACKS
-from pipeline.store.patches import PLANS, UNFINISHED
+from pipeline.store.patches import APART, UNFINISHED
 from pipeline.store.repair import SOURCES
 from pipeline.store.shelf import Shelf
 
@@ -79,7 +79,8 @@ def find_leftovers(config: Config, days: float, *, stores_alone: bool = False) -
     found: list[Leftover] = []
     for kind in () if stores_alone else _FOLDERS:
         found += _whole(walk(join(root, kind)), join(root, kind), named.has, "no finished stage names it")
-    for store in (config.storage.patches, join(config.storage.patches, PLANS), config.storage.features):
+    apart = [join(config.storage.patches, name) for name in APART]
+    for store in (config.storage.patches, *apart, config.storage.features):
         if store.startswith(root.rstrip("/") + "/"):
             found += _store(store, named)
     return sorted((one for one in found if one.modified < before), key=lambda one: one.uri)
@@ -140,7 +141,8 @@ def _store(store: str, named: _Named) -> Iterator[Leftover]:
     specs: dict[str, list[Found]] = defaultdict(list)
     for file in walk(store):
         specs[join(store, file.uri.removeprefix(store + "/").partition("/")[0])].append(file)
-    specs.pop(join(store, PLANS), None)
+    for name in APART:
+        specs.pop(join(store, name), None)
     known = set().union(*named.keys.values())  # features have the keys of the patches that they are of
     for spec, files in specs.items():
         if not named.has(spec):

@@ -22,6 +22,7 @@ from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.demo.cohort import write_demo
 from pipeline.errors import ConfigError, StageError
+from pipeline.ingest.cohorts import listed
 from pipeline.logs import about, within
 from pipeline.model.build import check_weights
 from pipeline.storage.files import (
@@ -191,7 +192,7 @@ def _missing_cohort(config: Config) -> str | None:
 
 def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     """The cohort with its splits; labels are checked where a stage needs them."""
-    cohort = read_cohort(config.cohort.uri, config.tasks if needs_labels else ())
+    cohort = listed(config, config.tasks if needs_labels else ())
     check_environment(cohort.slides, config.tiling)
     if not needs_labels:
         return cohort
@@ -269,8 +270,10 @@ def _timed(record: Record, run_id: str, began: float) -> Record:
 
 
 def _check_weights(config: Config, last: str) -> None:
-    """Refuse weights that do not fit before anything is begun: tiling takes hours, and Ray alone half a minute."""
+    """Tell what departs from presets, and refuse weights that do not fit: tiling takes hours, Ray half a minute."""
     names = [stage.name for stage in stages_for(config, last)]
+    for departure in config.departures():
+        log.warning("%s; features are worth most as the encoder was trained", departure)
     if "embed" in names and config.embed is not None:
         check_weights("embed.encoder", config.embed.encoder)
     if "train" in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -61,8 +61,7 @@ class Workspace:
             for number, slide in enumerate(slides)
             if slide.slide_id in keys and (split is None or slide.split == split)
         ]
-        streams = self.config.train.source == "stream"
-        versions = [self.versions[number] for number in chosen] if streams else None
+        versions = [self.versions[number] for number in chosen] if self.config.planned else None
         return open_sources(self.config, [slides[number] for number in chosen], keys, versions)
 
 
@@ -78,6 +77,13 @@ class Stage:
     """Why a record whose outputs all exist does not hold any more; None where it does."""
     shared: bool = False
     """Several processes may do it at once, on the same inputs, and end with the same outputs."""
+
+
+def gone_from(store: str, keys: Mapping[str, str], gone: Callable[[Iterable[str]], Sequence[str]]) -> str | None:
+    """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
+    missing = set(gone(dict.fromkeys(keys.values())))
+    slides = sorted(slide for slide, key in keys.items() if key in missing)
+    return f"{len(slides)} slides are gone from the {store}: {', '.join(slides[:5])}" if slides else None
 
 
 def versions() -> str:

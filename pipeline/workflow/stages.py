@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -37,7 +37,8 @@ from pipeline.store.rows import asked_digest
 from pipeline.training.saver import model_folder
 from pipeline.workflow import register
 from pipeline.workflow.changes import SHOWN, Labels
-from pipeline.workflow.stage import Record, Stage, Workspace, learned, versions
+from pipeline.workflow.given import index_features
+from pipeline.workflow.stage import Record, Stage, Workspace, gone_from, learned, versions
 
 if TYPE_CHECKING:
     from pipeline.results.evaluate import Evaluation
@@ -68,6 +69,9 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     outputs = {"ledger": join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")}
     if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
         statuses = image_statuses(config, slides)
+    elif config.given_features:
+        statuses = index_features(space)
+        outputs["store"] = patch_store(config).uri
     else:
         statuses = _tile_slides(space, outputs["ledger"])
         store = patch_store(config)
@@ -161,7 +165,7 @@ def _tiles_outdated(space: Workspace, record: Record) -> str | None:
         return "slides that were too expensive may take more now"
     store = patch_store(config)
     gone = gone_from("store", keys, store.gone)
-    return _plans_outdated(space, store, keys) if gone is None and config.train.source == "stream" else gone
+    return _plans_outdated(space, store, keys) if gone is None and config.planned else gone
 
 
 def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]) -> str | None:
@@ -170,13 +174,6 @@ def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]
     current = planned_keys(plans, slides, space.versions)
     others = sorted(s.slide_id for s, key in zip(slides, current, strict=True) if keys.get(s.slide_id, key) != key)
     return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
-
-
-def gone_from(store: str, keys: Mapping[str, str], gone: Callable[[Iterable[str]], Sequence[str]]) -> str | None:
-    """Which of the slides (id -> key) a store does not have, in words; None where it has all."""
-    missing = set(gone(dict.fromkeys(keys.values())))
-    slides = sorted(slide for slide, key in keys.items() if key in missing)
-    return f"{len(slides)} slides are gone from the {store}: {', '.join(slides[:5])}" if slides else None
 
 
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:

@@ -78,7 +78,13 @@ FIELDS = list(_fields(Config))
 def test_every_place_of_a_config_is_looked_at() -> None:
     dotted = {".".join(path) for path in FIELDS}
     assert {"tracking.uri", "storage.root", "cohort.uri", "cohort.megapixel_mnist.folder", "tasks.column"} <= dotted
-    assert {"tiling.coords", "tiling.cache", "model.encoder.weights", "embed.encoder.weights"} <= dotted
+    assert {
+        "tiling.coords",
+        "tiling.cache",
+        "cohort.features",
+        "model.encoder.weights",
+        "embed.encoder.weights",
+    } <= dotted
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
@@ -254,6 +260,7 @@ def _refusals(scene: Scene, study: Sequence[str], proxy: str) -> None:
         "model.encoder.weights",
         "tiling.coords",
         "tiling.cache",
+        "cohort.features",
     ):
         scene.ips("run", *study, f"{field}={URIS[0]}", code=2)
     scene.ips("run", *study, "tracking.experiment=${oc.env:DB_PASSWORD}", code=2)
@@ -263,7 +270,9 @@ def _refusals(scene: Scene, study: Sequence[str], proxy: str) -> None:
     given = scene.folder / "given"
     given.mkdir()
     cohort = given / "cohort.csv"
-    cohort.write_text("slide_id,uri,mask,coords,site,label\n" + "".join(f"{','.join([uri] * 6)}\n" for uri in URIS))
+    cohort.write_text(
+        "slide_id,uri,mask,coords,features,site,label\n" + "".join(f"{','.join([uri] * 7)}\n" for uri in URIS)
+    )
     scene.ips("tile", f"cohort.uri={cohort}", f"storage.root={scene.made / 'root'}", code=2)
     scene.ips("predict", *model, "--cohort", str(cohort), "--tracking-uri", proxy, code=2)
     shutil.copytree(scene.folder / "checkout" / "conf", given / "conf")

@@ -57,6 +57,6 @@ def test_a_reader_may_stop_early(bag_and_vectors: tuple[FeatureBag, np.ndarray])
 
 def test_a_part_that_is_gone_is_an_error(bag_and_vectors: tuple[FeatureBag, np.ndarray]) -> None:
     bag = bag_and_vectors[0]
-    next(Path(bag._slide.uri).glob("part-00000-*.arrow")).unlink()
+    next(Path(bag._slide.uri).glob("part-00000-*.arrow")).unlink()  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=r"part-00000-\w+\.arrow"):
         list(bag.chunks(3))

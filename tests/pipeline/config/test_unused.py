@@ -18,12 +18,14 @@ BASELINE = {"model.select.mode": "random"}
 TIMM = {"model.encoder.name": "timm:vit_small_patch16_224"}
 FEATURES = {"model.encoder.name": "features", "model.encoder.features": 64, "embed.encoder.name": "resnet50"}
 
+GIVEN = {"model.encoder.name": "features", "model.encoder.features": 64, "cohort.features": "folder"}
+
 READ = {
     "": "name seed cohort.uri evaluate.split evaluate.bootstrap storage.root",
     "tracking": "uri experiment model",
     "cohort.demo": "slides seed",
     "cohort.megapixel_mnist": "folder train test width height strokes seed",
-    "tiling": "patch_px mpp tissue max_bad_slides",
+    "tiling": "patch_px mpp max_bad_slides",
     "tasks": "name column kind classes class_weights event_column bins mean std",
     "embed": "mean std dtype compute_dtype batch",
     "embed.encoder": "name channels features dim weights",
@@ -118,6 +120,9 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         (MNIST, "cohort.split.train", 0.5),
         ({"tiling.mpp": None}, "tiling.default_mpp", 0.5),
         ({"tiling.tissue": "none"}, "tiling.artefacts", "keep"),
+        (GIVEN, "tiling.tissue", "none"),
+        (GIVEN, "tiling.min_tissue", 0.5),
+        (FEATURES, "cohort.features", "folder"),
         ({"tiling.coords": "folder"}, "tiling.min_tissue", 0.5),
         ({"tiling.coords": "folder"}, "tiling.overlap_px", 16),
     ],

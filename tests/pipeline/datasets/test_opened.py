@@ -27,7 +27,8 @@ def test_a_store_is_opened_by_its_folder_or_the_only_specs(patches: Path, featur
 
 def test_the_root_of_runs_means_its_patches(patches: Path, tmp_path: Path) -> None:
     shutil.copytree(patches.parent, tmp_path / "patches")
-    (tmp_path / "patches" / "plans" / patches.name).mkdir(parents=True)
+    for apart in ("plans", "given"):
+        (tmp_path / "patches" / apart / patches.name).mkdir(parents=True)
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "tile-1.json").write_text("{}")
     assert open_store(str(tmp_path)).uri == str(tmp_path / "patches" / patches.name)

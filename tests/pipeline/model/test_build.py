@@ -3,7 +3,9 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 from ips.bag import Batch, TensorBag
 from ips.network.encoder import FeatureProjector, ResNet
 from ips.selection.select import gather, select
+from pipeline.config.encoders import PRESETS, Preset
 from pipeline.config.model import EncoderConfig, TrainConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.model.build import build_encoder, build_model, build_optimizer, check_encoder
+from pipeline.model import build
+from pipeline.model.build import build_encoder, build_model, build_optimizer, check_encoder, preset_network
 from tests.pipeline.small import small_config
 
 
@@ -197,3 +201,53 @@ def test_the_classifier_of_timm_weights_is_passed_over(
     save_file({**state, "other.weight": torch.zeros(3), "headless.weight": torch.zeros(3)}, file)
     with pytest.raises(ConfigError, match="2 names do not fit .*: unexpected headless.weight; unexpected other.weight"):
         build_encoder(encoder)
+
+
+SMALL = {"image": 28, "patch": 14, "dim": 12, "depth": 1, "heads": 2, "hidden": 16}
+
+
+@pytest.fixture
+def small_presets(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Preset]:
+    """The table with networks of a few thousand weights in the place of a billion."""
+    own: dict[str, Mapping[str, Any]] = {"uni": SMALL, "phikon-v2": SMALL}
+    own["virchow2"] = {**SMALL, "registers": 2, "pool": "class+mean"}
+    small = {name: replace(PRESETS[name], architecture=made) for name, made in own.items()}
+    monkeypatch.setattr(build, "PRESETS", small)
+    return small
+
+
+def test_a_preset_s_published_weights_are_loaded(small_presets: Mapping[str, Preset], tmp_path: Path) -> None:
+    for name in small_presets:
+        network = preset_network(name)
+        state = network.state_dict()
+        torch.save(state, tmp_path / "w.bin")
+        encoder, dim = build_encoder(EncoderConfig(name=name, weights=str(tmp_path / "w.bin")))
+        x = torch.randn(2, 3, 32, 32)
+        with torch.inference_mode():
+            assert torch.equal(encoder(x), network(x))
+        assert dim == network.dim
+
+
+def test_weights_of_another_network_are_named(small_presets: Mapping[str, Preset], tmp_path: Path) -> None:
+    torch.save(preset_network("virchow2").state_dict(), tmp_path / "w.bin")
+    wrong = (
+        r"embed.encoder.weights: .*w.bin: not the weights of uni: they are those of virchow2; give pytorch_model.bin"
+    )
+    with pytest.raises(ConfigError, match=rf"{wrong} of huggingface.co/MahmoodLab/UNI \(weights: 2 names do not fit"):
+        build_encoder(EncoderConfig(name="uni", weights=str(tmp_path / "w.bin")))
+    state = preset_network("uni").state_dict()
+    theirs = {name.replace("cls_token", "embeddings.cls_token"): x for name, x in state.items()}
+    torch.save(theirs, tmp_path / "t.bin")
+    with pytest.raises(ConfigError, match="not the weights of uni: they are those of phikon-v2; give"):
+        build_encoder(EncoderConfig(name="uni", weights=str(tmp_path / "t.bin")))
+    save_file(ResNet("resnet18", 2).state_dict(), tmp_path / "r.safetensors")
+    with pytest.raises(ConfigError, match=r"not the weights of uni: give .* and \d+ more\)"):
+        build_encoder(EncoderConfig(name="uni", weights=str(tmp_path / "r.safetensors")))
+
+
+def test_a_preset_selects_and_trains(small_presets: Mapping[str, Preset]) -> None:
+    model = build_model(small_config(model={"encoder": {"name": "uni"}}))
+    bags = [TensorBag(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)) for n in (9, 4)]
+    batch = gather(bags, select(model, bags, 3, 5), "cpu")
+    model(batch)["tumour"].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())

@@ -22,6 +22,8 @@ from pipeline.storage.files import read_bytes
 from pipeline.storage.tree import upload_tree
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
+from tests.pipeline.formats.test_feature_files import VECTORS, N, trident
+from tests.pipeline.ingest.test_cohorts import given_config
 from tests.pipeline.small import (
     HEIGHT,
     WIDTH,
@@ -306,3 +308,19 @@ def test_a_few_slides_need_neither_ray_nor_mlflow(folder: Path, tmp_path: Path) 
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == "[]"
+
+
+def test_files_of_features_are_predicted_in_the_place_of_slides(tmp_path: Path) -> None:
+    """Without pixels there are pictures of where patches are; a file that cannot be used fails alone."""
+    folder = write_model(tmp_path, given_config(tmp_path))
+    for name, data in {"a": trident(), "wide": trident(np.tile(VECTORS, 2)), "half": trident()[:-500]}.items():
+        (tmp_path / f"{name}.h5").write_bytes(data)
+    (tmp_path / "cohort.csv").write_text("slide_id,features\none,a.h5\nother,wide.h5\n")
+    files = [str(tmp_path / "half.h5")]
+    result = predict(str(folder), files, str(tmp_path / "cohort.csv"), tmp_path / "out", tracking_uri="unused")
+    assert list(result["failed"]) == ["half", "other"]
+    assert "no whole HDF5 file" in result["failed"]["half"]
+    assert "set model.encoder.features=22" in result["failed"]["other"]
+    (only,) = (tmp_path / "out" / "slides").iterdir()
+    assert only.name == "one"
+    assert pq.read_table(only / "attention.parquet").num_rows == N

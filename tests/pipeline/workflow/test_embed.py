@@ -25,12 +25,14 @@ from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
 from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.model.build import build_encoder, build_model, build_optimizer
+from pipeline.predictions.run import predict
+from pipeline.results.export import export_features
 from pipeline.store.features import FeatureStore
 from pipeline.training.hands import Slides
 from pipeline.training.loop import train_steps
 from pipeline.training.ranks import Ranks
 from pipeline.workflow.embed import EMBED, stages_for
-from pipeline.workflow.run import load_cohort, plan, run
+from pipeline.workflow.run import finished, load_cohort, plan, run
 from pipeline.workflow.stage import Record, Workspace
 from tests.pipeline.small import small_config, store_slides, write_cohort
 from tests.synth import tissue_rgb
@@ -136,6 +138,8 @@ def test_from_slides_to_a_model_on_features(ray_session: None, tmp_path: Path) -
     assert Path(first.stages["evaluate"].record.outputs["report"]).stat().st_size > 10_000
     assert Path(tiled.outputs["quality"]).is_file()
     assert [planned.action for planned in plan(config, "evaluate")] == ["skip"] * 4
+    _as_features_given(config, tmp_path / "out")
+
     others = features_config(tmp_path / "root", "embed.dtype=float32")
     assert [planned.action for planned in plan(others, "train")] == ["skip", "run", "unknown"]
 
@@ -143,6 +147,31 @@ def test_from_slides_to_a_model_on_features(ray_session: None, tmp_path: Path) -
     slide = load_cohort(config, needs_labels=True).slides[0]
     found = predict_slide(model, stored_config, slide)  # tiles and embeds it anew
     assert found.attention["attention"].to_numpy().sum() == pytest.approx(1, abs=1e-3)
+
+
+def _as_features_given(config: Config, out: Path) -> None:
+    """Own store, TRIDENT's layout, and back: the same numbers, from which a model is trained, tested and predicts."""
+    export_features(config, "trident", str(out))
+    plain = config.model_dump(mode="json")
+    plain |= {"embed": None, "cohort": {"uri": config.cohort.uri, "features": str(out)}}
+    given = Config.model_validate(plain)
+    stages = run(given, "evaluate").stages
+    assert {name: stage.outcome for name, stage in stages.items()} == dict.fromkeys(
+        ("tile", "train", "evaluate"), "done"
+    )
+    own = open_sources(config, load_cohort(config, needs_labels=True).slides, finished(config, "tile").facts["keys"])
+    back = open_sources(given, load_cohort(given, needs_labels=True).slides, stages["tile"].record.facts["keys"])
+    for (_, ours), (_, theirs) in zip(own, back, strict=True):
+        rows = np.arange(ours.n_patches)
+        assert theirs.vectors(rows).tobytes() == ours.vectors(rows).tobytes()  # type: ignore[union-attr]
+    assert 0 <= stages["evaluate"].record.metrics["test_auc"] <= 1
+    assert Path(stages["evaluate"].record.outputs["report"]).stat().st_size > 10_000
+    assert [planned.action for planned in plan(given, "evaluate")] == ["skip"] * 3
+    checkpoint = stages["train"].record.outputs["checkpoint"]
+    file = str(next(out.glob("*.h5")))
+    found = predict(checkpoint, [file, "absent.h5"], None, out / "predicted", tracking_uri="unused")
+    assert list(found["failed"]) == ["absent"]
+    assert len(list((out / "predicted" / "slides").iterdir())) == 1
 
 
 @pytest.fixture

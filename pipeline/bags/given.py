@@ -1,0 +1,163 @@
+"""Features that other tools have made, read by ranges from the files that they lie in.
+
+The tile stage commits a plan of each file (`pipeline.ingest.features`), which says where its patches are on the slide
+and its vectors in the file. There are no pixels: pictures for people show where the patches are.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from pipeline.cohort.table import CohortSlide
+from pipeline.errors import SlideError, StageError
+from pipeline.ingest.versions import Looked
+from pipeline.storage import files
+from pipeline.storage.ranges import coalesced
+from pipeline.store.features import Dtype, Features
+from pipeline.store.index import Ints, PatchIndex
+from pipeline.store.patches import PatchStore, StoredSlide
+
+_TILE_PX = 96  # of what stands for a patch without pixels
+_TILE = (214, 176, 200)
+
+
+@dataclass(frozen=True)
+class GivenSlide:
+    """A slide's features in a file that another tool has written, as a `sources.PatchSource`. Small and picklable."""
+
+    plan: StoredSlide
+    """As the tile stage committed it; its index leads into the file."""
+    uri: str
+    """The file."""
+    dim: int
+    dtype: Dtype
+
+    @property
+    def key(self) -> str:
+        """Names the content."""
+        return self.plan.key
+
+    @property
+    def n_patches(self) -> int:
+        """N."""
+        return self.plan.n_patches
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Of patches that are not in the file nothing is known."""
+        return 0
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, level-0 px."""
+        return self.plan.extent
+
+    @property
+    def thumbnail_scale(self) -> float:
+        """Level-0 px per px of the thumbnail."""
+        return self.plan.thumbnail_scale
+
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        return self.plan.mpp
+
+    def index(self) -> PatchIndex:
+        """Where each patch stands, and its vector in the file."""
+        return self.plan.index()
+
+    def positions(self, rows: Ints) -> Ints:
+        """See `StoredSlide.positions`."""
+        return self.plan.positions(rows)
+
+    def vectors(self, rows: Ints) -> Features:
+        """(n, D) of `rows`, in their order; neighbours are read in one request.
+
+        Raises:
+            StorageError: the file cannot be read, or has become shorter.
+        """
+        index, wanted = self.index(), np.unique(rows)
+        runs = coalesced(zip(index.offset[wanted].tolist(), index.length[wanted].tolist(), strict=True))
+        blocks = files.read_ranges(self.uri, [(run[0][0], sum(run[-1]) - run[0][0]) for run in runs])
+        found = [
+            np.frombuffer(block, self.dtype, self.dim, start - run[0][0])
+            for run, block in zip(runs, blocks, strict=True)
+            for start, _ in run
+        ]
+        order = np.argsort(index.offset[wanted])  # as `coalesced` puts them
+        vectors: npt.NDArray[Any] = np.empty((len(wanted), self.dim), self.dtype)
+        vectors[order] = found
+        return vectors[np.searchsorted(wanted, rows)]
+
+    def payloads(self, rows: Ints) -> list[bytes]:
+        """A tile that says its row, in the place of each patch."""
+        return [_tile(int(row)) for row in rows]
+
+    def thumbnail(self) -> bytes:
+        """Where the patches are, a JPEG of at most 512 px."""
+        return self.plan.thumbnail()
+
+
+def open_given(
+    slides: Sequence[CohortSlide], versions: Sequence[Looked], plans: PatchStore, keys: Sequence[str]
+) -> list[GivenSlide]:
+    """Files that the tile stage has indexed.
+
+    Args:
+        slides: their rows.
+        versions: of their files.
+        plans: where their plans are.
+        keys: of the plans.
+
+    Raises:
+        StorageError: a plan is gone.
+        SlideError: a file is; "changed", it is not the one that was indexed.
+    """
+    found, facts = plans.slides(keys), _features(plans, keys)
+    known = [None if isinstance(version, SlideError) else version for version in versions]
+    given = []
+    for slide, version, status, plan in zip(slides, versions, plans.statuses(slides, known), found, strict=True):
+        if isinstance(version, SlideError):
+            raise version
+        if status is None or status.key != plan.key:
+            raise SlideError("changed", f"{slide.uri}: the file was replaced after it was indexed; run again")
+        about = facts[plan.key]
+        given.append(GivenSlide(plan, slide.uri, about["dim"], about["dtype"]))
+    return given
+
+
+def check_alike(plans: PatchStore, keys: Collection[str]) -> None:
+    """Whether files that are to be one cohort come from one encoder.
+
+    Raises:
+        StageError: they differ in it, or in the width or the kind of their numbers.
+    """
+    facts = _features(plans, sorted(set(keys)))
+    kinds = Counter((about["encoder"], about["dim"], about["dtype"]) for about in facts.values())
+    named = {encoder for encoder, _, _ in kinds if encoder is not None}
+    if len(named) > 1 or len({kind[1:] for kind in kinds}) > 1:
+        told = "; ".join(
+            f"{count} files of {dim} x {dtype} by {encoder or 'an encoder they do not name'}"
+            for (encoder, dim, dtype), count in kinds.most_common()
+        )
+        raise StageError(f"features of several encoders in one cohort: {told}; keep those of one")
+
+
+def _features(plans: PatchStore, keys: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    return {key: facts["features"] for key, facts in plans.all_facts(keys)}
+
+
+def _tile(row: int) -> bytes:
+    image = Image.new("RGB", (_TILE_PX, _TILE_PX), _TILE)
+    ImageDraw.Draw(image).text((6, 36), f"row {row}\nno pixels", fill=(90, 60, 80))
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=90)
+    return sink.getvalue()
