@@ -43,7 +43,7 @@ def gate(
 ) -> None:
     """Take a decision again by the evidence it was taken by, and print it: exit 1 where the bytes differ."""
     with errors(as_json=as_json):
-        from pipeline.release.gate import replay as take_again
+        from pipeline.gate.decision import replay as take_again
 
         data, difference = take_again(replay)
         sys.stdout.write(data.decode())
@@ -83,7 +83,7 @@ def rollback(
 @with_config
 def status(chosen: Chosen) -> None:
     """Say who is champion, why, since when, and what waits for a person. Exit 4 where the registry says otherwise."""
-    from pipeline.release.promotion import status as find_status
+    from pipeline.release.standing import status as find_status
 
     found = find_status(chosen.load())
     _print(chosen, found)

@@ -89,6 +89,20 @@ def target(task: TaskConfig, label: Label | None) -> Numbers:
     return (values - task.mean) / task.std if task.kind == "regression" else values
 
 
+def is_label(task: TaskConfig, label: Label | None) -> bool:
+    """Whether a label that was read for some task may be one of this task; a missing one always is."""
+    match task.kind:
+        case _ if label is None:
+            return True
+        case "multilabel":
+            return label == NONE or set(str(label).split(";")) <= set(task.classes)
+        case "regression":
+            return not isinstance(label, str)
+        case "survival":
+            return isinstance(label, str) and finite(label.removesuffix("+")) is not None
+    return label in task.classes
+
+
 def truth(task: TaskConfig, label: Label | None) -> Numbers:
     """What a prediction of one slide is measured against."""
     if task.kind == "multilabel":

@@ -70,17 +70,24 @@ def floor(task: TaskConfig, name: str, truth: Floats, patients: Sequence[str]) -
 
     Arguments as of `task_intervals`; `name` is one of the task's `MEASURES`.
     """
+    found = trials(task, name, truth, patients)
+    return float(np.mean([least(n) for n in found])) if found else None
+
+
+def trials(task: TaskConfig, name: str, truth: Floats, patients: Sequence[str]) -> list[int]:
+    """How many independent trials a measure counts, of each class where it is their mean; none of one that counts none.
+
+    Arguments as of `floor`.
+    """
     y, owners = _labelled(truth, patients)
     if name in SHARES:
-        trials = [len(set(owners))]
-    elif name == "c_index":
-        trials = [comparable_pairs(y[:, 0], y[:, 1] == 1, owners)]
-    elif name == "auc":
+        return [len(set(owners))]
+    if name == "c_index":
+        return [comparable_pairs(y[:, 0], y[:, 1] == 1, owners)]
+    if name == "auc":
         own = held(task, y)
-        trials = [opposed_pairs(own[:, k], owners) for k in told_apart(task) if 0 < own[:, k].sum() < len(own)]
-    else:
-        return None
-    return float(np.mean([least(n) for n in trials]))
+        return [opposed_pairs(own[:, k], owners) for k in told_apart(task) if 0 < own[:, k].sum() < len(own)]
+    return []
 
 
 def _labelled(truth: Floats, patients: Sequence[str]) -> tuple[Floats, list[str]]:

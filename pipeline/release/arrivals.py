@@ -42,9 +42,12 @@ class Diff:
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
+    """Under another id than before, where the contents are known: neither added nor removed."""
     relabelled: tuple[str, ...] = ()
     rescanned: tuple[str, ...] = ()
-    """Another file under the same id, or read otherwise."""
+    """Another content under the same id; where one of the two is not known, another file, or a row that says something
+    else of it."""
     new_patients: int = 0
 
     @property
@@ -53,6 +56,7 @@ class Diff:
         return {
             "added": len(self.added),
             "removed": len(self.removed),
+            "renamed": len(self.renamed),
             "relabelled": len(self.relabelled),
             "rescanned": len(self.rescanned),
             "new_patients": self.new_patients,
@@ -112,15 +116,46 @@ def _row(slide: CohortSlide, version: Looked | None) -> Row:
     return fingerprint(slide.patient_id), fingerprint(known), fingerprint(given), fingerprint(dict(slide.labels))
 
 
-def diff(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> Diff:
-    """What happened between two states, by `Row`."""
-    both = [slide for slide in now if slide in before]
-    known = {row[0] for row in before.values()}
+def contents(keys: Mapping[str, str]) -> dict[str, str]:
+    """Digest of a slide's id -> its content, of slide id -> content as the tile stage has it."""
+    return {fingerprint(slide): key for slide, key in keys.items()}
+
+
+def diff(
+    before: Mapping[str, Sequence[str]],
+    now: Mapping[str, Sequence[str]],
+    held: Mapping[str, str] | None = None,
+    holds: Mapping[str, str] | None = None,
+) -> Diff:
+    """What happened between two states.
+
+    Args:
+        before: digest of a slide's id -> its row, of then.
+        now: of now.
+        held: `contents` of then, as far as they are known.
+        holds: of now.
+    """
+    held, holds = held or {}, holds or {}
+    gone = {held[slide]: slide for slide in before if slide not in now and slide in held}
+    moved: dict[str, str] = {}
+    for slide in now:
+        if slide not in before and (of := gone.pop(holds.get(slide, ""), None)) is not None:
+            moved[slide] = of
+    was = {slide: slide for slide in now if slide in before} | moved
+    left = set(moved.values())
+    known = {row[0] for row in before.values()} | {now[slide][0] for slide in moved}
+
+    def another(slide: str) -> bool:
+        if slide in held and slide in holds:
+            return held[slide] != holds[slide]
+        return tuple(now[slide][1:3]) != tuple(before[slide][1:3])
+
     return Diff(
-        added=tuple(slide for slide in now if slide not in before),
-        removed=tuple(slide for slide in before if slide not in now),
-        relabelled=tuple(slide for slide in both if now[slide][3] != before[slide][3]),
-        rescanned=tuple(slide for slide in both if tuple(now[slide][1:3]) != tuple(before[slide][1:3])),
+        added=tuple(slide for slide in now if slide not in was),
+        removed=tuple(slide for slide in before if slide not in now and slide not in left),
+        renamed=tuple(moved),
+        relabelled=tuple(slide for slide, of in was.items() if now[slide][3] != before[of][3]),
+        rescanned=tuple(slide for slide in was if slide not in moved and another(slide)),
         new_patients=len({row[0] for row in now.values()} - known),
     )
 
@@ -128,7 +163,8 @@ def diff(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) 
 def named(found: Diff, cohort: Cohort) -> dict[str, list[str]]:
     """The slides of a diff by their ids, where the cohort still has them."""
     ids = {fingerprint(slide.slide_id): slide.slide_id for slide in cohort.slides}
-    kinds = {"added": found.added, "relabelled": found.relabelled, "rescanned": found.rescanned}
+    names = ("added", "renamed", "relabelled", "rescanned")
+    kinds: dict[str, tuple[str, ...]] = {name: getattr(found, name) for name in names}
     return {kind: sorted(ids[slide] for slide in slides if slide in ids) for kind, slides in kinds.items()}
 
 
@@ -138,6 +174,14 @@ def last_seen(root: str) -> Seen | None:
     return Seen(**read_json(uri)) if exists(uri) else None
 
 
-def remember(root: str, seen: Seen) -> None:
-    """Write it, for the next one."""
+def last_contents(root: str) -> dict[str, str]:
+    """`contents` of the last retraining that ended; read only where something is new."""
+    uri = join(root, "release", "contents.json")
+    found: dict[str, str] = read_json(uri) if exists(uri) else {}
+    return found
+
+
+def remember(root: str, seen: Seen, holds: Mapping[str, str]) -> None:
+    """Write it, for the next one; `holds`: `contents`."""
+    write_json(join(root, "release", "contents.json"), dict(holds))
     write_json(join(root, "release", "seen.json"), asdict(seen))

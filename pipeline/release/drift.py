@@ -25,6 +25,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StorageError
+from pipeline.gate.evidence import Finding
 from pipeline.inference.metrics import Bools, Floats
 from pipeline.inference.permutation import (
     Statistic,
@@ -35,7 +36,6 @@ from pipeline.inference.permutation import (
 )
 from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
 from pipeline.inference.resampling import holm
-from pipeline.release.evidence import Finding
 from pipeline.results.tables import table_csv
 from pipeline.storage.files import source_version
 from pipeline.storage.scratch import scratch_folder

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import pyarrow as pa
 
 from pipeline import cluster
 from pipeline.bags.sources import patch_store
@@ -17,23 +14,22 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.release.arrivals import Arrivals, diff, named
-from pipeline.release.drift import Sides, View, appearances, drift_csv, find_drift, views
-from pipeline.release.evidence import Evidence, Finding, TestSlide
-from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest, software
+from pipeline.gate.decision import DECISION, decide, software
+from pipeline.gate.evidence import Evidence, Finding, TestSlide
+from pipeline.release.archive import Case, keep
+from pipeline.release.arrivals import Arrivals, Diff, contents, diff, named
+from pipeline.release.drift import Sides, View, appearances, find_drift, views
 from pipeline.release.history import Act, acts
-from pipeline.release.pages import drift_page, gate_page
 from pipeline.release.promotion import challenge, decision_folder
 from pipeline.release.scoring import Scored, Unscorable, own_config, score, test_sources, try_score
 from pipeline.release.trained import Trained, together, write_trained
 from pipeline.results.strata import MOST
-from pipeline.results.tables import table_csv
-from pipeline.storage.files import join, write_bytes, write_json
-from pipeline.tracking.registry import RegisteredVersion, tag_version
-from pipeline.tracking.tracker import Tracker
+from pipeline.storage.files import join
+from pipeline.tracking.registry import RegisteredVersion, has_version
+from pipeline.tracking.tracker import connect
 from pipeline.workflow.changes import Labels
 from pipeline.workflow.register import enter
-from pipeline.workflow.stage import Record, Stage, Workspace, learned, versions
+from pipeline.workflow.stage import Record, Stage, Workspace, learned
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +49,8 @@ class Question:
     """The champion's."""
     arrivals: Arrivals
     force: str | None
+    taken_back: Mapping[str, str] = field(default_factory=dict)
+    """Version, or fingerprint of a training, that a person took back -> who, when and why (`history.taken_back`)."""
 
     def manifest(self, space: Workspace) -> Manifest:
         """The frozen test: as it was frozen, or drawn up now."""
@@ -60,7 +58,8 @@ class Question:
         wanted = 1 + config.retrain.refresh_test
         if found is not None and found.version >= wanted:
             return found
-        return draw_up(wanted, config.evaluate.split, space.cohort.slides, space.records["tile"].facts["keys"])
+        keys: Mapping[str, str] = space.records["tile"].facts["keys"]
+        return draw_up(wanted, config.evaluate.split, space.cohort.slides, keys, config.tasks)
 
 
 def judging(question: Question) -> Stage:
@@ -76,13 +75,24 @@ def judging(question: Question) -> Stage:
             "gate": None if gate is None else gate.model_dump(mode="json"),
             "evaluate": space.config.evaluate.model_dump(),
             "force": question.force,
+            "taken_back": sorted(question.taken_back),
             "slides": _contents(space),
         }
 
     def work(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         return _Judgement(question, space, run_id).record(stage_fingerprint)
 
-    return Stage("judge", identity, work)
+    return Stage("judge", identity, work, _outdated)
+
+
+def _outdated(space: Workspace, record: Record) -> str | None:
+    """Why a decision that nothing followed yet does not hold: its model was deleted."""
+    tracking, version = space.config.tracking, str(record.facts["version"])
+    model = str(tracking.model)
+    followed = any(act.decision == record.facts.get("decision") for act in acts(space.config.storage.root, model))
+    if record.facts["verdict"] == SAME or followed or has_version(connect(str(tracking.uri)), model, version):
+        return None
+    return f"version {version} of {model} is not in the registry any more"
 
 
 @dataclass
@@ -101,6 +111,14 @@ class _Judgement:
     def keys(self) -> Mapping[str, str]:
         keys: Mapping[str, str] = self.space.records["tile"].facts["keys"]
         return keys
+
+    @property
+    def changed(self) -> Diff:
+        """What came since the champion's training; nothing where that is not known."""
+        before, now = self.question.trained, self.question.arrivals
+        if before is None or before.rows is None:
+            return Diff()
+        return diff(before.rows, now.rows, before.contents, contents(self.keys))
 
     def record(self, stage_fingerprint: str) -> Record:
         """Score, decide, and store all of it; no alias of a champion moves here."""
@@ -130,7 +148,20 @@ class _Judgement:
         sides = self._sides(other)
         drift = None if sides is None else find_drift(sides, self.config.tasks, self.config.seed)
         evidence = self._evidence(manifest, cases, scored, other, self._learned(train), drift)
-        return self._stored(stage_fingerprint, evidence, scored, other, sides)
+        champion = other if isinstance(other, Scored) else None
+        case = Case(evidence, decide(evidence), scored, champion, sides, self._told())
+        pages = keep(case, space, self.run_id)
+        facts = {"verdict": case.decision["verdict"], "version": candidate.version, "decision": case.name}
+        facts |= {"pages": pages, "diff": case.changed["counts"]}  # by name in a table, which is erased with a patient
+        outputs = {"decision": join(decision_folder(self.config.storage.root, case.name), DECISION)}
+        return Record("judge", stage_fingerprint, outputs, scored.evaluation.metrics, facts)
+
+    def _told(self) -> dict[str, Any]:
+        """What people are told of what came."""
+        before, now = self.question.trained, self.question.arrivals
+        if before is None or before.rows is None:
+            return {"counts": {"slides": len(now.rows)}, "slides": {}}
+        return {"counts": self.changed.counts, "slides": named(self.changed, now.cohort)}
 
     def _learned(self, train: str) -> Mapping[str, Sequence[str]] | None:
         """What the candidate has learned from, written down for when it is the champion; None where it is not known."""
@@ -142,7 +173,8 @@ class _Judgement:
                 return None  # it began with other weights than the champion's, or nothing is known of those
             seen = together(seen, question.trained.learned)
         slides = sorted(fingerprint(slide.slide_id) for slide, _ in trained_on)
-        write_trained(self.config.storage.root, train, Trained(seen, slides, question.arrivals.rows))
+        known = Trained(seen, slides, question.arrivals.rows, contents(self.keys))
+        write_trained(self.config.storage.root, train, known)
         return seen
 
     def _same(self, stage_fingerprint: str, scored: Scored, manifest: Manifest) -> Record:
@@ -161,7 +193,7 @@ class _Judgement:
         seen: Mapping[str, Sequence[str]] | None,
         drift: tuple[Finding, ...] | None,
     ) -> Evidence:
-        question, held = self.question, [one.case for one in cases]
+        question, held, train = self.question, [one.case for one in cases], self.space.records["train"].fingerprint
         champion = None
         if isinstance(other, Scored):
             before = question.trained
@@ -177,6 +209,7 @@ class _Judgement:
                 "missing": len(manifest.cases) - len(cases),
                 "relabelled": sum(one.relabelled for one in cases),
                 "rescanned": sum(one.rescanned for one in cases),
+                "renamed": sum(one.renamed for one in cases),
             },
             tasks=tuple(task.model_dump(mode="json") for task in self.config.tasks),
             slides=tuple(
@@ -192,6 +225,7 @@ class _Judgement:
             champion=champion,
             names_champion=None if question.champion is None else question.champion.version,
             unscorable=other.why if isinstance(other, Unscorable) else None,
+            taken_back=question.taken_back.get(scored.version.version) or question.taken_back.get(train),
             drift=drift,
             lost=_lost(self.space.records["tile"].metrics),
             gate=self.config.gate.model_dump(mode="json"),
@@ -216,12 +250,12 @@ class _Judgement:
         committed = [slide for slide in self.space.cohort.slides if slide.slide_id in self.keys]
         learned_from = set(before.learned["keys"])
         old = [slide for slide in committed if self.keys[slide.slide_id] in learned_from]
+        others = [slide for slide in committed if self.keys[slide.slide_id] not in learned_from]
         if before.rows is not None:
-            found = diff(before.rows, self.question.arrivals.rows)
-            ids = {*found.added, *found.rescanned}
-            new = [slide for slide in committed if fingerprint(slide.slide_id) in ids and slide not in old]
+            ids = {*self.changed.added, *self.changed.rescanned}
+            new = [slide for slide in others if fingerprint(slide.slide_id) in ids]
         else:
-            new = [slide for slide in committed if slide.split != self.config.evaluate.split and slide not in old]
+            new = [slide for slide in others if slide.split != self.config.evaluate.split]
         if not new or not old:
             return None
         chosen = [*_some(new), *_some(old)]
@@ -241,89 +275,6 @@ class _Judgement:
         )
         return tuple(found)
 
-    def _stored(
-        self,
-        stage_fingerprint: str,
-        evidence: Evidence,
-        scored: Scored,
-        other: Scored | Unscorable | None,
-        sides: Sides | None,
-    ) -> Record:
-        """The decision, where it and all that it rests on is kept: under the root, and in MLflow's parent run."""
-        decision = decide(evidence)
-        name, root, model = digest(decision), self.config.storage.root, str(self.config.tracking.model)
-        changed = self._changed()
-        origin = {"versions": versions(), "test": f"version {evidence.manifest['version']}"}
-        pages = {"candidate.html": scored.page(self.space.cohort, origin)}
-        tables = {"candidate.csv": table_csv(scored.evaluation.predictions), "changes.csv": _changes_csv(changed)}
-        if isinstance(other, Scored):
-            pages["champion.html"] = other.page(self.space.cohort, origin)
-            tables["champion.csv"] = table_csv(other.evaluation.predictions)
-        if sides is not None:
-            rule = evidence.gate["drift"]
-            tables["drift.csv"] = drift_csv(sides)
-            pages["drift.html"] = drift_page(model, sides, evidence.drift or (), rule)
-        pages["gate.html"] = gate_page(model, decision, name, changed, acts(root, model))
-        folder = decision_folder(root, name)
-        files = {file: page.encode() for file, page in pages.items()} | tables
-        for file, data in files.items():
-            write_bytes(join(folder, file), data)
-        write_json(join(folder, EVIDENCE), evidence.plain())
-        write_bytes(join(folder, DECISION), decision_bytes(decision))  # last: what is there is whole
-        self._tell(evidence, decision, name, changed, files)
-        facts: dict[str, Any] = {"verdict": decision["verdict"], "version": scored.version.version, "decision": name}
-        facts["pages"] = {page.removesuffix(".html"): join(folder, page) for page in pages}
-        facts["diff"] = changed["counts"]  # by name in a table, which is erased with a patient
-        outputs = {"decision": join(folder, DECISION)}
-        return Record("judge", stage_fingerprint, outputs, scored.evaluation.metrics, facts)
-
-    def _changed(self) -> dict[str, Any]:
-        """What is different since the champion's training."""
-        before, now = self.question.trained, self.question.arrivals
-        if before is None or before.rows is None:
-            return {"counts": {"slides": len(now.rows)}, "slides": {}}
-        found = diff(before.rows, now.rows)
-        return {"counts": found.counts, "slides": named(found, now.cohort)}
-
-    def _tell(
-        self,
-        evidence: Evidence,
-        decision: Mapping[str, Any],
-        name: str,
-        changed: Mapping[str, Any],
-        files: Mapping[str, bytes],
-    ) -> None:
-        """MLflow's artifacts, tags and description: before any alias moves."""
-        tracker, version = self.space.tracker(), str(decision["candidate"]["version"])
-        parent = tracker.latest(self.run_id)[1].get("mlflow.parentRunId", self.run_id)
-        texts = {file: data.decode() for file, data in files.items()}
-        texts |= {DECISION: decision_bytes(decision).decode(), EVIDENCE: json.dumps(evidence.plain(), sort_keys=True)}
-        for file, text in texts.items():
-            tracker.log_text(parent, text, f"release/{file}")
-        tracker.set_tags(parent, {"release.verdict": decision["verdict"], "release.decision": name})
-        _describe(tracker, self.config, version, decision, name, changed)
-
-
-def _describe(
-    tracker: Tracker, config: Config, version: str, decision: Mapping[str, Any], name: str, changed: Mapping[str, Any]
-) -> None:
-    """What a version in the registry says of its decision."""
-    manifest, why = decision["manifest"], "; ".join(decision["why"])
-    tags = {
-        "release.decision": name,
-        "release.verdict": decision["verdict"],
-        "release.manifest": f"{manifest['version']} {manifest['digest']}",
-        **{f"release.{kind}": str(count) for kind, count in changed["counts"].items()},
-    }
-    against = f"against version {decision['names_champion']}" if decision["names_champion"] else "without a champion"
-    rules = "\n".join(f"- {rule['rule']}: **{rule['outcome']}**, {rule['says']}" for rule in decision["rules"])
-    text = (
-        f"Judged {against} on version {manifest['version']} of the frozen test ({manifest['slides']} slides of "
-        f"{manifest['patients']} patients): **{decision['verdict']}**. {why}.\n\n{rules}\n\n"
-        f"Decision {name[:16]}, in {decision_folder(config.storage.root, name)}"
-    )
-    tag_version(tracker, str(config.tracking.model), version, tags, text)
-
 
 def _lost(counts: Mapping[str, float]) -> dict[str, float]:
     """Shares of what could not be read, over the cohort."""
@@ -341,10 +292,3 @@ def _contents(space: Workspace) -> list[Any]:
 
 def _some(slides: Sequence[CohortSlide]) -> list[CohortSlide]:
     return sorted(slides, key=lambda slide: fingerprint(slide.slide_id))[:SIDE]
-
-
-def _changes_csv(changed: Mapping[str, Any]) -> bytes:
-    """One row a slide that the cohort still has."""
-    rows = [(slide, kind) for kind, slides in changed["slides"].items() for slide in slides]
-    columns = {"slide_id": [slide for slide, _ in rows], "change": [kind for _, kind in rows]}
-    return table_csv(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))

@@ -13,10 +13,11 @@ import http.client
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.storage.files import delete, join, read_if_there, write_bytes
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 SECRET = "IPS_NOTIFY_SECRET"
 PAUSES_S = (1.0, 4.0, 15.0)
 """Between one try and the next."""
+DEADLINE_S = 60.0
+"""For all tries together, pauses included."""
 _TIMEOUT_S = 10.0
 """Of one try, without a byte from the server."""
 
@@ -70,21 +73,40 @@ def _post(url: str, body: bytes) -> str | None:
     headers = {"Content-Type": "application/json", "User-Agent": "ips-pipeline"}
     if secret := os.environ.get(SECRET):
         headers["X-Signature-256"] = f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"
-    failure = ""
+    given_up = time.monotonic() + DEADLINE_S
+    failure, final = "", False
     for pause in (0.0, *PAUSES_S):
+        left = given_up - time.monotonic() - pause
+        if final or left <= 0:
+            break
         time.sleep(pause)
-        try:
-            request = urllib.request.Request(url, body, headers, method="POST")
-            with _OPENER.open(request, timeout=_TIMEOUT_S):
-                return None
-        except urllib.error.HTTPError as error:
-            moved = error.headers.get("Location")
-            failure = f"HTTP {error.code}" + (f", it is at {moved} now" if moved else "")
-            error.close()
-            if error.code < 500 and error.code not in (408, 429):
-                return failure  # it will never take it
-        except (OSError, http.client.HTTPException) as error:
-            failure = str(error) or type(error).__name__
-        except ValueError as error:  # of urllib
-            return f"it is no URL: {error}"
+        failure, final = _within(left, lambda: _tried(url, body, headers))
+        if not failure:
+            return None
     return failure
+
+
+def _within(seconds: float, work: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
+    """What `_tried` says, or that it has not ended: urllib's timeout begins anew with every byte."""
+    found: list[tuple[str, bool]] = []
+    thread = threading.Thread(target=lambda: found.append(work()), name="notify", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else (f"it had not answered {DEADLINE_S:g} s after it was first asked", True)
+
+
+def _tried(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[str, bool]:
+    """Why the server did not take it, empty where it did; and whether it never will."""
+    try:
+        request = urllib.request.Request(url, body, dict(headers), method="POST")
+        with _OPENER.open(request, timeout=_TIMEOUT_S):
+            return "", True
+    except urllib.error.HTTPError as error:
+        moved = error.headers.get("Location")
+        error.close()
+        failure = f"HTTP {error.code}" + (f", it is at {moved} now" if moved else "")
+        return failure, error.code < 500 and error.code not in (408, 429)
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__, False
+    except ValueError as error:  # of urllib
+        return f"it is no URL: {error}", True

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
+from pipeline.gate.evidence import Finding
 from pipeline.inference.metrics import Bools, Floats
 from pipeline.release.drift import NUMBERS, Sides, unusual
-from pipeline.release.evidence import Finding
 from pipeline.release.history import Act
 
 BINS = 24
 SHOWN = 60  # new slides in the table; the most unusual ones
 PICTURES = 24  # of those, with a thumbnail
 WIDTH, HEIGHT = 240, 64  # of a small multiple, px
+_DOES = ("block", "hold", "pass")
 
 
-def gate_page(name: str, decision: Mapping[str, Any], digest: str, diff: Mapping[str, Any], acts: Sequence[Act]) -> str:
+def gate_page(
+    name: str,
+    decision: Mapping[str, Any],
+    digest: str,
+    diff: Mapping[str, Any],
+    acts: Sequence[Act],
+    beside: Sequence[str] = (),
+) -> str:
     """The decision: its verdict, every rule, what both models measure, what came, and the acts before it.
 
     Args:
@@ -30,15 +40,32 @@ def gate_page(name: str, decision: Mapping[str, Any], digest: str, diff: Mapping
         digest: of it.
         diff: `counts` of what changed in the cohort, and `slides` by kind, by their ids.
         acts: all of before, the first one first.
+        beside: names of the other pages in its folder.
     """
     measures = [
         {"task": task, "name": measure, "candidate": value, "champion": _of_champion(decision, task, measure)}
         for task, found in decision["candidate"]["measures"].items()
         for measure, value in found.items()
     ]
+    rules = sorted(decision["rules"], key=_urgency)  # stable: those of one outcome stay in the gate's order
     return _render(
-        "gate.html", name=name, decision=decision, digest=digest, measures=measures, diff=diff, acts=list(acts)[::-1]
+        "gate.html",
+        name=name,
+        decision=decision,
+        digest=digest,
+        measures=measures,
+        rules=rules,
+        stopped={
+            does: [rule for rule in rules if rule["outcome"] != "met" and rule["action"] == does] for does in _DOES
+        },
+        diff=diff,
+        acts=list(acts)[::-1],
+        beside=beside,
     )
+
+
+def _urgency(rule: Mapping[str, Any]) -> tuple[int, int]:
+    return ("not met", "too few", "met").index(rule["outcome"]), _DOES.index(rule["action"])
 
 
 def _of_champion(decision: Mapping[str, Any], task: str, measure: str) -> float | None:
@@ -109,10 +136,15 @@ def _chart(values: Floats, new: Bools) -> dict[str, Any] | None:
 
 def _render(template: str, **values: Any) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"digits": _digits}
+    page.filters |= {"digits": _digits, "commands": _commands}
     style = files("pipeline.release").joinpath("page.css").read_text("utf-8")
     source = files("pipeline.release").joinpath(template).read_text("utf-8")
     return page.from_string(source).render(style=style, **values)
+
+
+def _commands(text: str) -> Markup:
+    """What stands between backticks, as something to type."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _digits(value: float | None) -> str:

@@ -11,14 +11,13 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.recipe import Config
 from pipeline.errors import ReleaseError
-from pipeline.release.gate import DECISION
+from pipeline.gate.decision import DECISION
 from pipeline.release.history import Act, acts, append, check_reason, last_act
-from pipeline.storage.files import exists, join, read_bytes
+from pipeline.storage.files import join, read_bytes
 from pipeline.storage.lease import Lease, held
 from pipeline.tracking.registry import (
     CHALLENGER,
@@ -28,6 +27,7 @@ from pipeline.tracking.registry import (
     PREVIOUS,
     alias_version,
     find_version,
+    has_version,
     model_tag,
     point,
     tag_model,
@@ -35,6 +35,8 @@ from pipeline.tracking.registry import (
 from pipeline.tracking.tracker import Store, connect
 
 log = logging.getLogger(__name__)
+
+_BY_THE_GATE = ("promote", "hold", "reject")
 
 
 def lease_uri(config: Config) -> str:
@@ -69,18 +71,22 @@ def settled(config: Config, store: Store, lease: Lease) -> Act | None:
     """The last act, with the aliases as it says; a champion without any act is adopted. None: there is no champion.
 
     Raises:
-        ReleaseError: someone moved the champion past the decisions.
+        ReleaseError: someone moved the champion past the decisions, or deleted it.
     """
     root, name = config.storage.root, _name(config)
     act = last_act(root, name)
     if act is not None:
         project(store, act, lease)
         return act
+    return _adopted(root, store, name)
+
+
+def _adopted(root: str, store: Store, name: str) -> Act | None:
     champion = alias_version(store, name, CHAMPION)
     if champion is None:
         return None
     previous, why = alias_version(store, name, PREVIOUS), ("it was champion before any decision was recorded",)
-    act = append(root, Act("adopt", name, champion, champion, previous, None, champion, None, why, by="retrain"))
+    act = append(root, Act("adopt", name, champion, champion, previous, None, champion, None, why, by="retrain"), None)
     tag_model(store, name, {GATED: root})
     return act
 
@@ -95,24 +101,56 @@ def project(store: Store, act: Act, lease: Lease, *, whoever: bool = False) -> N
         whoever: also where the champion is neither the one before the act nor the one after it.
 
     Raises:
-        ReleaseError: it is another one.
+        ReleaseError: it is another one, or was deleted; then the other aliases are brought to the act where `whoever`
+            is asked for.
     """
-    now, this = alias_version(store, act.model, CHAMPION), f"{act.number} {act.at}"
-    done = model_tag(store, act.model, PLACED) == this  # then the one before can only be by hand
+    wanted, gone = as_far_as_there(store, act)
+    if CHAMPION in gone and not whoever:
+        raise ReleaseError(deleted(store, act, gone))
+    now = alias_version(store, act.model, CHAMPION)
+    done = model_tag(store, act.model, PLACED) == act.name  # then the one before can only be by hand
     if now != act.champion and (done or now != act.was) and not whoever:
         raise ReleaseError(
             f"the champion of {act.model} at {store.uri} is {now or 'nobody'}, and the last decision (act "
             f"{act.number}, {act.at}) says {act.champion or 'nobody'}: someone moved it. `release repair` "
             "goes back to what was decided; `promote --approve VERSION --force REASON` makes another one a decision"
         )
-    wanted = {CHALLENGER: act.challenger, PREVIOUS: act.previous, CHAMPION: act.champion}
     for alias, version in wanted.items():
+        if alias in gone:
+            log.warning("release: version %s of %s, %s, was deleted in the registry", gone[alias], act.model, alias)
         if alias_version(store, act.model, alias) != version:
             lease.check()
             point(store, act.model, alias, version)
             log.info("release: %s of %s is %s", alias, act.model, version or "nobody")
+    if CHAMPION in gone:
+        raise ReleaseError(deleted(store, act, gone))
     if not done:
-        tag_model(store, act.model, {PLACED: this})
+        tag_model(store, act.model, {PLACED: act.name})
+
+
+def as_far_as_there(store: Store, act: Act) -> tuple[dict[str, str | None], dict[str, str]]:
+    """The aliases as an act says, nobody in place of versions that were deleted; and those versions by alias."""
+    wanted = {CHALLENGER: act.challenger, PREVIOUS: act.previous, CHAMPION: act.champion}
+    gone = {
+        alias: version
+        for alias, version in wanted.items()
+        if version is not None and not has_version(store, act.model, version)
+    }
+    return {alias: None if alias in gone else version for alias, version in wanted.items()}, gone
+
+
+def deleted(store: Store, act: Act, gone: Mapping[str, str]) -> str:
+    """That an act's champion is no more, and what to do; `gone`: of `as_far_as_there`."""
+    back = (
+        ""
+        if act.previous is None or PREVIOUS in gone
+        else (f"`release rollback --reason WHY` makes version {act.previous}, the champion before, champion again; ")
+    )
+    return (
+        f"version {act.champion} of {act.model}, the champion by the last decision (act {act.number}, {act.at}), is "
+        f"not in the registry at {store.uri} any more: someone deleted it. {back}`promote --approve VERSION --force "
+        "REASON` makes any other version champion"
+    )
 
 
 def challenge(config: Config, store: Store, version: str) -> None:
@@ -140,7 +178,9 @@ def act_on(config: Config, decision: Mapping[str, Any], digest: str, before: Act
             decision=digest,
             why=tuple(decision["why"]),
             by="retrain",
+            train=decision["candidate"]["train"],
         ),
+        before,
     )
 
 
@@ -162,19 +202,25 @@ def approve(config: Config, version: str, by: str, force: str | None) -> Act:
     with _moving(config) as (store, lease):
         find_version(store, f"models:/{name}/{version}")
         before, now = last_act(root, name), alias_version(store, name, CHAMPION)
-        decided = next((act for act in reversed(acts(root, name)) if act.decision and act.candidate == version), None)
+        done = [act for act in acts(root, name) if act.kind in _BY_THE_GATE and act.candidate == version]
+        decided = done[-1] if done else None
+        gone = before is not None and CHAMPION in as_far_as_there(store, before)[1]
         if force is None:
             _check_allowed(root, version, decided, before)
             assert before is not None  # a decision has an act
-            project(store, before, lease)
+            if not gone:
+                project(store, before, lease)
         was = now if force is not None or before is None else before.champion
         if was == version:
             raise ReleaseError(f"version {version} of {name} is the champion already")
-        why = (force,) if force is not None else decided.why if decided else ()
-        digest = decided.decision if decided else None
-        act = append(root, Act("approve", name, was, version, was, None, version, digest, why, by))
+        said = "" if decided is None else f"approved, after the gate said {decided.kind}: {'; '.join(decided.why)}"
+        why = (said if force is None else force,)
+        digest, train = (decided.decision, decided.train) if decided else (None, None)
+        previous = None if gone and force is None else was
+        act = Act("approve", name, was, version, previous, None, version, digest, why, by, train)
+        act = append(root, act, before)
         tag_model(store, name, {GATED: root})
-        project(store, act, lease)
+        project(store, act, lease, whoever=gone)
         return act
 
 
@@ -198,17 +244,26 @@ def rollback(config: Config, by: str, reason: str) -> Act:
     """Make the previous champion champion again; the one that goes becomes `previous`.
 
     Raises:
-        ReleaseError: there is none to go back to, or no reason is given.
+        ReleaseError: there is none to go back to, or it was deleted, or no reason is given.
     """
     check_reason(reason)
     root, name = config.storage.root, _name(config)
     with _moving(config) as (store, lease):
-        before = settled(config, store, lease)
+        before = last_act(root, name)
+        gone = {} if before is None else as_far_as_there(store, before)[1]
+        if CHAMPION not in gone:
+            before = settled(config, store, lease)
         if before is None or before.previous is None:
-            raise ReleaseError(f"{name} has no previous champion to go back to")
+            raise ReleaseError(f"{name} has no previous champion to go back to; `promote --approve` takes any version")
+        if PREVIOUS in gone:
+            raise ReleaseError(
+                f"version {before.previous} of {name}, the champion before, is not in the registry at {store.uri} any "
+                "more: someone deleted it; `promote --approve VERSION --force REASON` makes any other version champion"
+            )
         now, target = before.champion, before.previous
-        act = append(root, Act("rollback", name, now, target, now, None, target, None, (reason,), by))
-        project(store, act, lease)
+        previous = None if CHAMPION in gone else now
+        act = append(root, Act("rollback", name, now, target, previous, None, target, None, (reason,), by), before)
+        project(store, act, lease, whoever=CHAMPION in gone)
         return act
 
 
@@ -216,7 +271,7 @@ def repair(config: Config) -> Act:
     """Bring the aliases to the last act, whoever is champion.
 
     Raises:
-        ReleaseError: nothing was decided yet.
+        ReleaseError: nothing was decided yet; or the champion was deleted, and all else is repaired.
     """
     with _moving(config) as (store, lease):
         act = last_act(config.storage.root, _name(config))
@@ -224,37 +279,6 @@ def repair(config: Config) -> Act:
             raise ReleaseError(f"{config.storage.root} holds no decision; `retrain` takes the first one")
         project(store, act, lease, whoever=True)
         return act
-
-
-def status(config: Config) -> dict[str, Any]:
-    """Who is champion, why, since when, what waits, and whether the registry has it so."""
-    root, name, store = config.storage.root, _name(config), connect(str(config.tracking.uri))
-    registry = {alias: alias_version(store, name, alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
-    done = acts(root, name)
-    last = done[-1] if done else None
-    since = None
-    for act in done:  # the first act since which the champion is the same
-        since = act if since is None or act.champion != since.champion else since
-    decided: dict[str, str | None] = dict.fromkeys(registry)
-    if last is not None:
-        decided = {CHAMPION: last.champion, PREVIOUS: last.previous, CHALLENGER: last.challenger}
-    waits = None if last is None or last.challenger is None else {"version": last.challenger, "why": list(last.why)}
-    page = None
-    if since is not None and since.decision is not None:
-        folder = decision_folder(root, since.decision)
-        page = join(folder, DECISION) if exists(join(folder, DECISION)) else None
-    return {
-        "model": name,
-        "champion": decided[CHAMPION] or registry[CHAMPION],
-        "since": None if since is None else since.at,
-        "why": [] if since is None else list(since.why),
-        "by": None if since is None else since.by,
-        "decision": page,
-        "waits": waits,
-        "registry": registry,
-        "agrees": last is None or registry == decided,
-        "last": None if last is None else asdict(last),
-    }
 
 
 @contextmanager

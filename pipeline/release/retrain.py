@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, PipelineError, StageError
-from pipeline.release.arrivals import Arrivals, Diff, Seen, diff, last_seen, look, remember
+from pipeline.release.arrivals import Arrivals, Diff, Seen, diff, last_contents, last_seen, look, remember
 from pipeline.release.history import check_reason
 from pipeline.release.notify import send_unsent, tell
 from pipeline.storage.files import exists, join
@@ -82,21 +82,24 @@ def retrain(config: Config, force: str | None = None, now: Callable[[], float] =
 def _retrain(config: Config, force: str | None, now: float, lease: Lease) -> Result:
     _write_made_cohort(config)
     root, arrivals, seen = config.storage.root, look(config), last_seen(config.storage.root)
-    found = diff(seen.rows if seen else {}, arrivals.rows)
-    arrived = now if seen is None or _came(found, arrivals) else seen.arrived
     if seen is not None and seen.digest == arrivals.digest and force is None:
         facts = {"root": root, "last": seen.outcome, "slides": len(seen.rows)}
-        return _nothing(config, arrived, now, "no slide, label or setting has changed since the last retraining", facts)
+        return _nothing(
+            config, seen.arrived, now, "no slide, label or setting has changed since the last retraining", facts
+        )
     try:
         lease.check()
     except StageError as lost:  # two of a schedule began in the same moment, and the other one wrote its claim last
         return Result(BUSY, (str(lost),), {"root": root})
-    log.info("retrain: since the last one that ended: %s", _told(found))
+    before = seen.rows if seen else {}
+    log.info("retrain: since the last one that ended: %s", _told(diff(before, arrivals.rows)))
     from pipeline.release.cycle import retrain_now
 
     cycle = retrain_now(config, arrivals, force)
     digest = arrivals.digest if cycle.whole else ""
-    remember(root, Seen(digest, arrived, now, cycle.outcome, cycle.decision, arrivals.rows))
+    found = diff(before, arrivals.rows, last_contents(root), cycle.contents)  # a slide that was renamed did not come
+    arrived = now if seen is None or _came(found, arrivals) else seen.arrived
+    remember(root, Seen(digest, arrived, now, cycle.outcome, cycle.decision, arrivals.rows), cycle.contents)
     if seen is not None and cycle.decision is not None and cycle.decision == seen.decision:
         why = f"what changed is of the same content as before, and the last model was {cycle.outcome}"
         return _nothing(config, arrived, now, why, {"root": root, "since_last": found.counts, "last": cycle.outcome})

@@ -13,12 +13,12 @@ from pipeline.bags.sources import LabelledSource, feature_store, open_sources, p
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError, StageError
+from pipeline.gate.evidence import Predictions
 from pipeline.inference.operating import thresholds
 from pipeline.inference.prediction import load_model
 from pipeline.ingest.features import index_cohort
 from pipeline.ingest.graph import tile_cohort
 from pipeline.model.folder import EMBED_WEIGHTS, read_config
-from pipeline.release.evidence import Predictions
 from pipeline.release.trained import keep_weights
 from pipeline.results.evaluate import Evaluation, evaluate
 from pipeline.results.report import render_report

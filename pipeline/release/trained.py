@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Trained:
     """Digests of the ids of those that it was trained on itself."""
     rows: Mapping[str, Sequence[str]] | None
     """The cohort of then (`arrivals.Row`); None where it was not recorded."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """Of then (`arrivals.contents`)."""
 
 
 def read_trained(root: str, train: str | None) -> Trained | None:

@@ -33,6 +33,7 @@ GATED = "release.root"
 PLACED = "release.act"
 """Tag of such a model: the act that its aliases were brought to last."""
 
+_DESCRIPTION_CHARS = 5000  # of MLflow's database
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -167,6 +168,18 @@ def alias_version(store: Store, name: str, alias: str) -> str | None:
             return None
 
 
+def has_version(store: Store, name: str, version: str) -> bool:
+    """Whether the registry has a version; people delete some."""
+    with reported(store.uri):
+        try:
+            store.client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
+
 def point(store: Store, name: str, alias: str, version: str | None) -> None:
     """Let an alias point at a version, or nowhere, and read that back.
 
@@ -210,7 +223,7 @@ def tag_version(store: Store, name: str, version: str, tags: Mapping[str, str], 
     with reported(store.uri):
         for key, value in tags.items():
             store.client.set_model_version_tag(name, version, key, value)
-        store.client.update_model_version(name, version, description)
+        store.client.update_model_version(name, version, description[:_DESCRIPTION_CHARS])
 
 
 def find_registered(store: Store, name: str, tags: Mapping[str, str]) -> RegisteredVersion | None:

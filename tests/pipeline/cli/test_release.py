@@ -8,13 +8,13 @@ from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.config.release import FloorRule, GateConfig
+from pipeline.gate.decision import DECISION, EVIDENCE, decide, decision_bytes
 from pipeline.release.arrivals import Seen, look, remember
-from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes
 from pipeline.release.history import Act, append
 from pipeline.storage.files import write_json
 from pipeline.tracking.registry import alias_version, point
 from pipeline.tracking.tracker import Tracker, open_tracking
-from tests.pipeline.release.made import evidence
+from tests.pipeline.gate.made import evidence
 from tests.pipeline.release.quarter import Growing
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -25,7 +25,7 @@ def test_a_schedule_reads_the_exit_code(tmp_path: Path) -> None:
     growing.add("jan", 3)
     config = growing.config()
     found = look(config)
-    remember(config.storage.root, Seen(found.digest, 1.0, 1.0, "promoted", None, found.rows))
+    remember(config.storage.root, Seen(found.digest, 1.0, 1.0, "promoted", None, found.rows), {})
     done = CliRunner().invoke(app, ["retrain", "--json", *growing.overrides])
     assert (done.exit_code, json.loads(done.stdout)["outcome"]) == (0, "nothing to do")
     late = CliRunner().invoke(app, ["retrain", *growing.overrides, "retrain.expect_new_within=8d"])
@@ -52,7 +52,7 @@ def released(mlflow_uri: str, tmp_path: Path) -> tuple[Tracker, list[str]]:
     tracker.client.create_registered_model(name)
     for _ in range(2):
         tracker.client.create_model_version(name, str(tmp_path), None)
-    append(root, Act("promote", name, "1", "2", "1", None, "2", None, ("every rule is met",), "retrain"))
+    append(root, Act("promote", name, "1", "2", "1", None, "2", None, ("every rule is met",), "retrain"), None)
     point(tracker, name, "champion", "1")
     overrides = ["cohort.uri=c.csv", f"storage.root={root}", f"tracking.uri={tracker.uri}", f"tracking.model={name}"]
     return tracker, overrides
@@ -67,6 +67,8 @@ def test_who_is_champion_is_told_repaired_and_taken_back(released: tuple[Tracker
     assert (found["champion"], found["registry"]["champion"], found["agrees"]) == ("2", "1", False)
     assert CliRunner().invoke(app, ["release", "repair", *overrides]).exit_code == 0
     assert alias_version(tracker, name, "champion") == "2"
+    assert len(found["wrong"]) == 2
+    assert "champion is 1 in the registry, and 2 by the last decision; `release repair`" in found["wrong"][0]
     assert "every rule is met" in CliRunner().invoke(app, ["release", "status", *overrides]).stdout
 
     back = ["release", "rollback", "--reason", "worse on the ward", "--by", "ada", "--json", *overrides]

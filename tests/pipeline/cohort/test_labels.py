@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ips.learning.losses import task_loss
-from pipeline.cohort.labels import Label, NotAClass, class_weights, counts, lacks, read_label, stratum, target, truth
+from pipeline.cohort.labels import (
+    Label,
+    NotAClass,
+    class_weights,
+    counts,
+    is_label,
+    lacks,
+    read_label,
+    stratum,
+    target,
+    truth,
+)
 from pipeline.config.data import TaskConfig
 
 GRADE = TaskConfig(name="grade", column="g", kind="multiclass", classes=("low grade", "mid", "none"))
@@ -46,7 +57,15 @@ ABSENT = TaskConfig(name="absent", column="p", classes=("Yes", "No"))
 )
 def test_labels_and_their_targets(task: TaskConfig, row: dict[str, str], label: Label | None, numbers: object) -> None:
     assert read_label(task, row) == label
+    assert is_label(task, label)
     assert target(task, label) == pytest.approx(numbers, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "label"), [(GRADE, "high"), (GRADE, 1.0), (DIGITS, "1;7"), (AGE, "60.0"), (DEATH, "soon"), (DEATH, 6.0)]
+)
+def test_labels_of_another_task_are_none(task: TaskConfig, label: Label) -> None:
+    assert not is_label(task, label)
 
 
 def test_truth_is_in_the_column_s_unit() -> None:

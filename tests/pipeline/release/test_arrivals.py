@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StorageError
-from pipeline.release.arrivals import Seen, diff, last_seen, look, named, remember
+from pipeline.release.arrivals import Seen, contents, diff, last_contents, last_seen, look, named, remember
 from pipeline.storage import files
 from tests.pipeline.small import small_config
 from tests.s3 import S3Server
@@ -34,10 +34,31 @@ def test_what_happened_to_a_cohort_is_told_by_kind(tmp_path: Path) -> None:
     (tmp_path / "c.tif").write_text("scanned again")
     now = look(_cohort(tmp_path, {"a": ("p1", "yes"), "c": ("p2", "no"), "d": ("p3", "no"), "e": ("p2", "no")}))
     found = diff(before.rows, now.rows)
-    assert found.counts == {"added": 2, "removed": 1, "relabelled": 1, "rescanned": 1, "new_patients": 1}
-    assert named(found, now.cohort) == {"added": ["d", "e"], "relabelled": ["a"], "rescanned": ["c"]}
+    counts = {"added": 2, "removed": 1, "renamed": 0, "relabelled": 1, "rescanned": 1, "new_patients": 1}
+    assert found.counts == counts
+    assert named(found, now.cohort) == {"added": ["d", "e"], "renamed": [], "relabelled": ["a"], "rescanned": ["c"]}
     assert found.removed == (fingerprint("b"),)
     assert before.digest != now.digest
+
+
+def test_a_slide_of_the_same_content_is_the_same_under_whatever_name(tmp_path: Path) -> None:
+    before = look(_cohort(tmp_path, FIRST))
+    held = contents({"a": "ka", "b": "kb", "c": "kc"})
+    (tmp_path / "a.tif").touch()
+    rows = {"a": ("p1", "no"), "b2": ("p1-again", "no"), "c": ("p2", "no"), "c2": ("p2", "no"), "d": ("p3", "no")}
+    now = look(_cohort(tmp_path, rows))
+    keys = {"a": "ka", "b2": "kb", "c": "other", "c2": "kc"}  # d was not committed; c2 is a copy of what c was
+    found = diff(before.rows, now.rows, held, contents(keys))
+    counts = {"added": 2, "removed": 0, "renamed": 1, "relabelled": 1, "rescanned": 1, "new_patients": 1}
+    assert found.counts == counts
+    assert named(found, now.cohort) == {
+        "added": ["c2", "d"],
+        "renamed": ["b2"],
+        "relabelled": ["b2"],
+        "rescanned": ["c"],
+    }
+    blind = diff(before.rows, now.rows)
+    assert (blind.counts["added"], blind.counts["removed"], blind.counts["renamed"]) == (3, 1, 0)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 3}, {"gate": {"floors": [{"measure": "auc", "bound": 0.5}]}}])
@@ -84,6 +105,8 @@ def test_objects_are_told_apart_by_their_etags(
 
 def test_what_was_seen_comes_back(tmp_path: Path) -> None:
     assert last_seen(str(tmp_path)) is None
+    assert last_contents(str(tmp_path)) == {}
     seen = Seen("d", 12.5, 13.0, "held", "c", {"a": ["p", "v", "g", "l"]})
-    remember(str(tmp_path), seen)
+    remember(str(tmp_path), seen, {"a": "k"})
     assert last_seen(str(tmp_path)) == seen
+    assert last_contents(str(tmp_path)) == {"a": "k"}

@@ -10,8 +10,9 @@ import pytest
 from pipeline.cohort.frozen import newest
 from pipeline.config.base import fingerprint
 from pipeline.errors import StageError
+from pipeline.gate.decision import replay
 from pipeline.release.arrivals import Arrivals, Row
-from pipeline.release.gate import replay
+from pipeline.release.history import Act, append
 from pipeline.release.judge import SAME, Question, judging
 from pipeline.release.trained import read_trained
 from pipeline.tracking.registry import RegisteredVersion, alias_version, champion, find_version
@@ -99,7 +100,8 @@ def test_champion_and_candidate_meet_on_the_frozen_test_whatever_the_cohort_says
     assert decision["candidate"]["version"] != version.version
     counts = {name: decision["manifest"][name] for name in ("slides", "missing", "relabelled", "rescanned")}
     assert counts == {"slides": 5, "missing": 1, "relabelled": 1, "rescanned": 0}
-    assert {rule["rule"]: rule["outcome"] for rule in decision["rules"]}["test"] == "not met"  # one of six is gone
+    rules = {rule["rule"]: rule["outcome"] for rule in decision["rules"]}
+    assert rules["test missing"] == rules["test relabelled"] == "not met"  # one of six each
     assert alias_version(study.tracker, version.name, "challenger") == decision["candidate"]["version"]
     assert newest(study.config.storage.root) == frozen
     assert record.facts["diff"]["added"] == 1
@@ -165,6 +167,33 @@ def test_a_training_that_gave_the_champion_itself_decides_nothing(study: Study) 
     found = newest(study.config.storage.root)
     assert found is not None
     assert (found.version, len(found.cases)) == (2, 6)
+
+
+def test_a_model_that_was_taken_back_is_judged_anew_and_waits(study: Study) -> None:
+    record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0, "least": 1}])
+    assert record.facts["verdict"] == "promote"
+    space, arrivals = study.space(1, gate=study.config.gate), _arrivals(study)
+    before = judging(Question(None, None, None, arrivals, None)).identity(space)
+    question = Question(None, None, None, arrivals, "force it", {"train1": "version 1 was taken back by ada"})
+    assert judging(replace(question, force=None)).identity(space) != before
+    gate = {"first": "floors", "floors": [{"measure": "accuracy", "bound": 0.0, "least": 1}]}
+    again = _judge(study.space(1, gate=gate), question)
+    assert (again.facts["verdict"], again.facts["version"]) == ("hold", version.version)
+
+
+def test_a_judged_model_that_was_deleted_before_anything_followed_is_judged_again(study: Study) -> None:
+    record, version = _first(study)
+    stage = judging(Question(None, None, None, _arrivals(study), None))
+    assert stage.outdated(study.space(1), record) is None
+    study.tracker.client.delete_model_version(version.name, version.version)
+    assert (
+        stage.outdated(study.space(1), record)
+        == f"version {version.version} of {version.name} is not in the registry any more"
+    )
+    name = record.facts["decision"]
+    act = Act("hold", version.name, None, None, None, version.version, version.version, name, ("why",), "retrain")
+    append(study.config.storage.root, act, None)
+    assert stage.outdated(study.space(1), record) is None
 
 
 def test_a_test_of_which_nothing_is_left_says_so(study: Study) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +25,7 @@ class Server:
     url: str
     answers: list[int]
     asked: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -34,6 +35,11 @@ def _serve(answers: list[int]) -> Iterator[Server]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             found.asked.append((dict(self.headers), body))
             answer = found.answers.pop(0) if found.answers else 200
+            if answer < 0:  # a byte now and then, for ever
+                while not found.ended.wait(0.02):
+                    with suppress(OSError):
+                        self.wfile.write(b"H")
+                return
             if answer < 100:
                 self.wfile.write(b"no HTTP\r\n\r\n")
                 return
@@ -57,6 +63,7 @@ def _serve(answers: list[int]) -> Iterator[Server]:
     try:
         yield found
     finally:
+        found.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -116,6 +123,17 @@ def test_an_answer_that_is_no_http_is_no_failure_of_the_retraining(tmp_path: Pat
         assert (tmp_path / "release" / "unsent.json").exists()
         send_unsent(str(tmp_path), server.url)
     assert not (tmp_path / "release" / "unsent.json").exists()
+
+
+def test_an_answer_that_drips_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "DEADLINE_S", 0.3)
+    with _serve([-1]) as server, caplog.at_level(logging.WARNING, "pipeline"):
+        tell(str(tmp_path), server.url, {"outcome": "promoted"})  # returns, where it once did not
+        assert len(server.asked) == 1
+    assert "did not take the result (it had not answered 0.3 s after it was first asked)" in caplog.text
+    assert (tmp_path / "release" / "unsent.json").exists()
 
 
 @pytest.mark.parametrize("url", ["http://[bad/", "http://host:port/", "http://example.org/a b"])

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from pipeline.config.release import CalibrationRule, FloorRule, GateConfig, NoWorseRule, StrataRule
+from pipeline.gate.decision import decide, digest
 from pipeline.release.drift import find_drift
-from pipeline.release.gate import decide, digest
 from pipeline.release.history import Act
 from pipeline.release.pages import SHOWN, drift_page, gate_page
-from tests.pipeline.release.made import evidence, predictions, scores
+from tests.pipeline.gate.made import evidence, predictions, scores
 from tests.pipeline.release.test_drift import TASK, sides
 
 GATE = GateConfig(
@@ -22,18 +22,26 @@ GATE = GateConfig(
 def test_the_gates_page_says_what_was_decided_and_why() -> None:
     found = evidence(GATE, candidate=predictions("2", scores(0.5, seed=4)))
     decision = decide(found)
-    act = Act("promote", "m", None, "1", None, None, "1", "d", ("first <model>",), "ada", 1, "2026-01-02T03:04:05")
+    act = Act(
+        "promote", "m", None, "1", None, None, "1", "d", ("first <model>",), "ada", None, 1, "2026-01-02T03:04:05"
+    )
     diff = {"counts": {"added": 23, "relabelled": 1}, "slides": {"added": [f"new-{n}" for n in range(23)]}}
-    page = gate_page("study", decision, digest(decision), diff, [act])
+    page = gate_page("study", decision, digest(decision), diff, [act], ["candidate"])
+    assert '<a href="candidate.html">candidate</a>' in page
     assert re.search(r'<span class="verdict reject">rejected</span>', page)
     assert "Compared with the champion, version 1, on the same slides." in page
     assert page.count('class="not-met">not met</td>') == sum(r["outcome"] == "not met" for r in decision["rules"])
     assert 'class="too-few">too few</td>' in page
     assert "new-19 and 3 more" in page
     assert "first &lt;model&gt;" in page
+    assert page.index("Rejected because") < page.index("What next:")
+    assert "<code>promote --approve 2 --force REASON</code>" in page
+    rules = page[page.index("<h2>Rules") : page.index("<h2>Measures")]
+    assert re.findall(r'class="(not-met|too-few|met)"', rules) == ["not-met"] * 2 + ["too-few"] + ["met"] * 6
     assert digest(decision)[:16] in page
     first = decide(evidence(GATE.model_copy(update={"first": "floors"}), champion=None, names_champion=None))
     assert "There was no champion.\nTest version 1: " in gate_page("study", first, digest(first), diff, [])
+    assert "Every rule that could be judged is met." in gate_page("study", first, digest(first), diff, [])
     assert "This is the first decision." in gate_page("study", first, digest(first), diff, [])
 
 

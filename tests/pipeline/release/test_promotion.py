@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.recipe import Config
 from pipeline.errors import ReleaseError, StageError, TrackingError
-from pipeline.release.gate import DECISION, decision_bytes, digest
+from pipeline.gate.decision import DECISION, decision_bytes, digest
 from pipeline.release.history import Act, acts, last_act
 from pipeline.release.promotion import (
     act_on,
@@ -21,11 +21,11 @@ from pipeline.release.promotion import (
     repair,
     rollback,
     settled,
-    status,
 )
+from pipeline.release.standing import status
 from pipeline.storage.files import write_bytes
 from pipeline.storage.lease import held
-from pipeline.tracking.registry import PLACED, alias_version, gated_by, point, tag_model
+from pipeline.tracking.registry import alias_version, gated_by, point
 from pipeline.tracking.tracker import Tracker, open_tracking
 from tests.pipeline.small import small_config
 
@@ -50,7 +50,7 @@ def config(tracker: Tracker, tmp_path: Path) -> Config:
 def _decide(config: Config, candidate: str, champion: str | None, verdict: str) -> tuple[dict[str, Any], str]:
     """A stored decision, and its digest."""
     decision = {
-        "candidate": {"version": candidate},
+        "candidate": {"version": candidate, "train": f"t{candidate}"},
         "names_champion": champion,
         "verdict": verdict,
         "why": [f"{verdict} {candidate}"],
@@ -130,7 +130,7 @@ def test_a_person_approves_what_waits_and_nothing_else(config: Config, tracker: 
     waits = status(config)["waits"]
     assert waits == {"version": "2", "why": ["hold 2"]}
     act = approve(config, "2", "ada", None)
-    assert (act.kind, act.by, act.why) == ("approve", "ada", ("hold 2",))
+    assert (act.kind, act.by, act.why) == ("approve", "ada", ("approved, after the gate said hold: hold 2",))
     assert _aliases(config, tracker) == ("2", "1", None)
     with pytest.raises(ReleaseError, match="is the champion already"):
         approve(config, "2", "ada", "again")
@@ -201,6 +201,67 @@ def test_one_process_at_a_time_moves_aliases(config: Config, tracker: Tracker) -
         repair(config)
 
 
+def _delete(config: Config, tracker: Tracker, version: str) -> None:
+    tracker.client.delete_model_version(str(config.tracking.model), version)
+
+
+def test_a_champion_that_was_deleted_is_said_to_be_that_and_a_person_goes_back_or_on(
+    config: Config, tracker: Tracker
+) -> None:
+    for version, verdict in (("1", "promote"), ("2", "promote"), ("3", "hold")):
+        _conclude(config, tracker, version, verdict)
+    _delete(config, tracker, "2")
+    says = r"version 2 of .*, the champion by the last decision \(act 3, .*\), is not in the registry .* deleted it"
+    with pytest.raises(ReleaseError, match=f"{says}. `release rollback --reason WHY` makes version 1, the champion"):
+        _conclude(config, tracker, "4", "promote")
+    point(tracker, str(config.tracking.model), "previous", None)
+    with pytest.raises(ReleaseError, match=says):
+        repair(config)
+    assert _aliases(config, tracker) == (None, "1", "3")  # all else is repaired
+    found = status(config)
+    assert (found["champion"], found["registry"]["champion"], found["agrees"]) == ("2", None, False)
+    assert "someone deleted it" in found["wrong"][0]
+    act = rollback(config, "ada", "it was deleted")
+    assert (act.was, act.champion, act.previous) == ("2", "1", None)
+    assert _aliases(config, tracker) == ("1", None, None)
+    assert status(config)["agrees"]
+    _conclude(config, tracker, "4", "promote")
+    _delete(config, tracker, "4")
+    with pytest.raises(ReleaseError, match="version 5 was rejected|no decision of .* is about version 5"):
+        approve(config, "5", "ada", None)
+    act = approve(config, "5", "ada", "the only one that is left")
+    assert (act.champion, _aliases(config, tracker)) == ("5", ("5", None, None))
+
+
+def test_what_waits_is_let_in_although_the_champion_was_deleted(config: Config, tracker: Tracker) -> None:
+    _conclude(config, tracker, "1", "promote")
+    _conclude(config, tracker, "2", "hold")
+    _delete(config, tracker, "1")
+    assert approve(config, "2", "ada", None).previous is None
+    assert _aliases(config, tracker) == ("2", None, None)
+
+
+def test_a_previous_or_waiting_version_that_was_deleted_is_nobody_and_holds_nothing_up(
+    config: Config, tracker: Tracker
+) -> None:
+    for version, verdict in (("1", "promote"), ("2", "promote"), ("3", "hold")):
+        _conclude(config, tracker, version, verdict)
+    _delete(config, tracker, "1")
+    _delete(config, tracker, "3")
+    found = status(config)
+    assert found["agrees"]
+    assert found["wrong"] == [
+        "challenger, version 3, was deleted in the registry, and is nobody now",
+        "previous, version 1, was deleted in the registry, and is nobody now",
+    ]
+    assert repair(config).champion == "2"
+    with pytest.raises(ReleaseError, match="version 1 of .*, the champion before, is not in the registry .* any more"):
+        rollback(config, "ada", "worse on the ward")
+    assert _aliases(config, tracker) == ("2", None, None)
+    _conclude(config, tracker, "4", "promote")
+    assert _aliases(config, tracker) == ("4", "2", None)
+
+
 _KILLED = """
 import os, signal, sys
 from pipeline.release import promotion
@@ -258,7 +319,6 @@ def test_a_kill_at_any_step_leaves_one_champion_the_one_that_was_decided(config:
         )
         for alias, version in (("champion", "1"), ("previous", None), ("challenger", "3")):
             point(tracker, str(config.tracking.model), alias, version)
-        tag_model(tracker, str(config.tracking.model), {PLACED: ""})  # acts of one second have one name
         assert not path.exists()
     helper.communicate()
     assert ended == [-signal.SIGKILL] * 4 + [0]

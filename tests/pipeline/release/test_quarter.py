@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.release.gate import replay
+from pipeline.gate.decision import replay
 from pipeline.release.history import acts, last_act
-from pipeline.release.promotion import approve, decision_folder, status
+from pipeline.release.promotion import approve, decision_folder
+from pipeline.release.standing import status
 from pipeline.tracking.registry import alias_version
 from pipeline.tracking.tracker import connect
 from tests.pipeline.release.quarter import Growing

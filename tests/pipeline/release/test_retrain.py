@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cohort.frozen import Case, Manifest, freeze
+from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import CohortError, ConfigError, ReleaseError
 from pipeline.release.arrivals import Arrivals, Seen, last_seen, look, remember
@@ -31,7 +33,7 @@ def grown(tmp_path: Path) -> Growing:
 def _end(growing: Growing, at: float, *overrides: str) -> None:
     config = growing.config(*overrides)
     found = look(config)
-    remember(config.storage.root, Seen(found.digest, at, at, "promoted", "d", found.rows))
+    remember(config.storage.root, Seen(found.digest, at, at, "promoted", "d", found.rows), {})
 
 
 def test_without_a_gate_nothing_is_retrained(tmp_path: Path) -> None:
@@ -69,12 +71,43 @@ def test_slides_that_do_not_come_are_told_of_while_another_one_cannot_be_reached
     config, root = grown.config("retrain.expect_new_within=8d"), str(grown.folder.parent / "root")
     found = last_seen(root)
     assert found is not None
-    remember(root, replace(found, digest=""))
-    again = Cycle(outcome, ("as before",), {}, None if outcome == "nothing to do" else "d", whole=False)
+    remember(root, replace(found, digest=""), {})
+    again = Cycle(outcome, ("as before",), {}, None if outcome == "nothing to do" else "d", whole=False, contents={})
     monkeypatch.setattr("pipeline.release.cycle.retrain_now", lambda *_: again)
     assert retrain(config, now=lambda: 1000.0 + 7.9 * DAY_S).outcome == "nothing to do"
     result = retrain(config, now=lambda: 1000.0 + 8.1 * DAY_S)
     assert (result.outcome, result.exit_code) == ("overdue", 6)
+
+
+def test_tasks_that_the_frozen_test_cannot_measure_are_refused_before_anything_is_begun(grown: Growing) -> None:
+    root = grown.folder.parent / "root"
+    freeze(str(root), Manifest(1, "test", (Case("s", "p", "k", {"tumour": "maybe"}),)))
+    grown.add("feb", 1)
+    with pytest.raises(ConfigError, match=r"tasks.0: test 1, .* none of task tumour now: maybe; .*refresh_test=1"):
+        retrain(grown.config())
+    assert not (root / "stages").exists()
+
+
+def test_a_slide_that_was_renamed_has_not_come(grown: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, root = grown.config("retrain.expect_new_within=8d"), str(grown.folder.parent / "root")
+    before = last_seen(root)
+    assert before is not None
+    remember(root, before, {slide: f"content of {slide}" for slide in before.rows})
+    grown.rows[0] = ("renamed", grown.rows[0][1])
+    (grown.folder / "jan-00.png").rename(grown.folder / "renamed.png")
+    grown.write()
+    (gone,) = set(before.rows) - set(look(config).rows)
+    holds = {slide: f"content of {slide}" for slide in before.rows if slide != gone}
+    holds[fingerprint("renamed")] = f"content of {gone}"
+    cycle = Cycle("nothing to do", ("as before",), {}, None, whole=True, contents=holds)
+    monkeypatch.setattr("pipeline.release.cycle.retrain_now", lambda *_: cycle)
+    result = retrain(config, now=lambda: 1000.0 + 8.1 * DAY_S)
+    assert (result.outcome, result.facts["since_last"]["renamed"], result.facts["since_last"]["added"]) == (
+        "overdue", 1, 0,
+    )  # fmt: skip
+    seen = last_seen(root)
+    assert seen is not None
+    assert seen.arrived == 1000.0
 
 
 def test_a_reason_to_force_says_something(grown: Growing) -> None:

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from pipeline.config.release import GateConfig
-from pipeline.release.evidence import canonical, parse
-from tests.pipeline.release.made import evidence, finding
+from pipeline.errors import StageError
+from pipeline.gate.evidence import canonical, parse
+from tests.pipeline.gate.made import evidence, finding
 
 
 def test_evidence_comes_back_from_its_json_and_keeps_its_digest() -> None:
@@ -16,6 +19,13 @@ def test_evidence_comes_back_from_its_json_and_keeps_its_digest() -> None:
     alone = replace(found, champion=None, drift=None)
     assert parse(alone.plain()) == alone
     assert replace(found, seed=1).digest != found.digest
+
+
+def test_evidence_of_another_release_says_so() -> None:
+    plain = evidence(GateConfig(approval=True), software={"ips-pipeline": "0.0.9"}).plain()
+    del plain["taken_back"]
+    with pytest.raises(StageError, match=r"other fields \(taken_back\) .* with the one that took it: .*0\.0\.9"):
+        parse(plain)
 
 
 def test_equal_values_have_equal_bytes() -> None:

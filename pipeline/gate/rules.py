@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.cohort.labels import stratum, truth
+from pipeline.cohort.labels import truth
 from pipeline.config.data import TaskConfig
 from pipeline.config.release import (
     Action,
@@ -23,14 +23,11 @@ from pipeline.config.release import (
     StrataRule,
 )
 from pipeline.errors import StageError
-from pipeline.inference.intervals import floor
+from pipeline.gate.evidence import Evidence, Predictions
+from pipeline.gate.no_worse import LESS, bounds
 from pipeline.inference.metrics import MEASURES, Floats, Ints, measure
-from pipeline.inference.resampling import draw_plan, paired_difference
 from pipeline.inference.scores import calibrations
-from pipeline.inference.weighted import resampled_measures
-from pipeline.release.evidence import Evidence, Predictions
 
-_LESS = frozenset({"mae"})  # measures of which less is better
 _DIGITS = 9  # of a figure: libraries of another build may round the last ones differently
 
 Met = Literal["met", "not met", "too few"]
@@ -141,7 +138,7 @@ def figure(value: float) -> float | None:
 
 
 def _reaches(name: str, value: float, bound: float) -> bool:
-    return bool(value <= bound) if name in _LESS else bool(value >= bound)
+    return bool(value <= bound) if name in LESS else bool(value >= bound)
 
 
 def _floor(rule: FloorRule, judged: Judged) -> Outcome:
@@ -154,53 +151,60 @@ def _floor(rule: FloorRule, judged: Judged) -> Outcome:
         return Outcome(f"floor {task.name} {rule.measure}", "too few", "hold", figures, says)
     value = judged.measure(task, rule.measure, judged.evidence.candidate)
     met: Met = "met" if _reaches(rule.measure, value, rule.bound) else "not met"
-    side = "at most" if rule.measure in _LESS else "at least"
+    side = "at most" if rule.measure in LESS else "at least"
     says = f"{rule.measure} of {task.name} is {value:.4f}, asked is {side} {rule.bound:g}"
     name = f"floor {task.name} {rule.measure}"
     return Outcome(name, met, rule.action, _figures(value=value, bound=rule.bound), says)
 
 
 def _no_worse(rule: NoWorseRule, judged: Judged, champion: Predictions) -> Outcome:
-    """Non-inferiority by paired resamples of patients."""
+    """Non-inferiority of paired predictions (`gate.no_worse`)."""
     evidence, task = judged.evidence, judged.task(rule.task)
     name = rule.measure or MEASURES[task.kind][0]
     both = (evidence.candidate, champion)
-    sign = -1.0 if name in _LESS else 1.0
     labels = [slide.labels[task.name] for slide in evidence.slides]
     known = np.array([row for row, label in enumerate(labels) if label is not None], np.int64)
     title, patients = f"no worse {task.name} {name}", judged.patients(known.tolist())
-    values = tuple(sign * judged.measure(task, name, of) for of in both)
-    if patients < rule.least or np.isnan(values).any():
+    if patients < rule.least or np.isnan([judged.measure(task, name, of) for of in both]).any():
         says = f"{patients} patients with a label of {task.name} are too few to judge by; at least {rule.least} are"
         return Outcome(title, "too few", "hold", _figures(patients=patients, least=rule.least), says)
-    owners = [evidence.slides[row].patient for row in known]
-    plan = draw_plan(owners, [stratum(task, labels[row]) for row in known], rule.resamples, evidence.seed)
-    weights, true = plan.weights(owners), judged.truth(task)[known]
-    place = MEASURES[task.kind].index(name)
-    first, second = (
-        sign * resampled_measures(task, judged.values(task, of)[known], true, weights)[:, place] for of in both
-    )
     try:
-        found = paired_difference((values[0], values[1]), (first, second), alpha=2 * (1 - rule.level))
+        found = bounds(
+            task,
+            name,
+            (judged.values(task, both[0])[known], judged.values(task, both[1])[known]),
+            judged.truth(task)[known],
+            [labels[row] for row in known],
+            [evidence.slides[row].patient for row in known],
+            margin=rule.margin,
+            level=rule.level,
+            resamples=rule.resamples,
+            seed=evidence.seed,
+        )
     except StageError as error:
         return Outcome(title, "too few", "hold", _figures(patients=patients), str(error))
-    low, undecided = found.low, False
-    if (first == second).all():  # two perfect models, of which so few patients do not show how they differ
-        low -= 1 - (floor(task, name, true, owners) or 1.0)
-        undecided = low <= -rule.margin
-    met: Met = "too few" if undecided else "met" if low > -rule.margin else "not met"
-    difference = "the difference to the champion" + (", counted so that more is better," if sign < 0 else "")
+    met: Met = "not met" if found.shown <= -rule.margin else "met" if found.low > -rule.margin else "too few"
+    better = ", counted so that more is better," if name in LESS else ""
     says = (
-        f"{difference} in {name} of {task.name} is {found.value:+.4f}, and not below {low:+.4f} at "
-        f"{rule.level:.0%}; the margin is {-rule.margin:+g}"
+        f"the difference to the champion{better} in {name} of {task.name} is {found.value:+.4f}, and not below "
+        f"{found.shown:+.4f} at {rule.level:.0%}; the margin is {-rule.margin:+g}"
     )
-    if undecided:
-        says = (
-            f"{name} of {task.name} is the same for both models whoever is drawn, and {patients} patients are "
-            f"too few to judge by: they do not exclude a loss of {-low:.4f}, and the margin is {rule.margin:g}"
+    if met == "too few":
+        of = " of the rarer class" if name == "auc" else ""
+        says += (
+            f"; but {found.trials} patients{of} are too few to judge by: a loss that sits in few of them, as in a rare "
+            f"kind of tumour, may not show; with {found.needed} it would"
         )
-    figures = _figures(difference=found.value, low=low, margin=rule.margin, patients=patients)
-    return Outcome(title, met, "hold" if undecided else rule.action, figures, says)
+    figures = _figures(
+        difference=found.value,
+        shown=found.shown,
+        low=found.low,
+        margin=rule.margin,
+        patients=patients,
+        trials=found.trials,
+        needed=found.needed,
+    )
+    return Outcome(title, met, "hold" if met == "too few" else rule.action, figures, says)
 
 
 def _strata(rule: StrataRule, judged: Judged) -> Iterator[Outcome]:

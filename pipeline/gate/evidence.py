@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pipeline.cohort.labels import Label
+from pipeline.errors import StageError
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Evidence:
 
     manifest: Mapping[str, Any]
     """`version`, `digest`, and how many cases the cohort has no more (`missing`), has other labels for (`relabelled`)
-    or other files (`rescanned`)."""
+    or other files (`rescanned`) or ids (`renamed`)."""
     tasks: tuple[Mapping[str, Any], ...]
     """Of the config."""
     slides: tuple[TestSlide, ...]
@@ -78,6 +79,8 @@ class Evidence:
     """Its version in the registry, None where there is none."""
     unscorable: str | None
     """Why the champion cannot be scored any more."""
+    taken_back: str | None
+    """Who took the candidate back when it was champion, when and why; None where nobody did."""
     drift: tuple[Finding, ...] | None
     """None where no drift was looked for."""
     lost: Mapping[str, float]
@@ -102,7 +105,16 @@ class Evidence:
 
 
 def parse(plain: Mapping[str, Any]) -> Evidence:
-    """Evidence from its JSON."""
+    """Evidence from its JSON.
+
+    Raises:
+        StageError: it is of a release that knew other fields.
+    """
+    if others := {field.name for field in fields(Evidence)} ^ plain.keys():
+        raise StageError(
+            f"the evidence has other fields ({', '.join(sorted(others))}) than this release reads; take it again "
+            f"with the one that took it: {dict(plain.get('software', {}))}"
+        )
     drift, champion = plain["drift"], plain["champion"]
     return Evidence(
         **{

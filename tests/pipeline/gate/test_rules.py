@@ -16,9 +16,9 @@ from pipeline.config.release import (
     ResourcesRule,
     StrataRule,
 )
-from pipeline.release.evidence import Evidence
-from pipeline.release.rules import Judged, Outcome, outcomes, problems
-from tests.pipeline.release.made import SLIDES, TASK, evidence, finding, predictions, scores
+from pipeline.gate.evidence import Evidence
+from pipeline.gate.rules import Judged, Outcome, outcomes, problems
+from tests.pipeline.gate.made import SLIDES, TASK, evidence, finding, predictions, scores
 
 
 def _outcomes(gate: GateConfig, **changes: Any) -> list[Outcome]:
@@ -51,7 +51,7 @@ def _regression(error: float) -> Evidence:
         slide["labels"] = {"age": float(number)}
     for name, off in (("candidate", error), ("champion", 1.0)):
         plain[name]["values"] = {"age": [[number + off] for number in range(SLIDES)]}
-    from pipeline.release.evidence import parse
+    from pipeline.gate.evidence import parse
 
     return parse(plain)
 
@@ -68,22 +68,23 @@ def test_of_an_error_less_is_better(error: float, floor: str, worse: str) -> Non
 
 def test_no_worse_is_shown_by_resamples_of_patients_that_both_models_share() -> None:
     """Two models of equal AUC whose errors lie on other slides: the margin must cover what chance does."""
-    rule = NoWorseRule(margin=0.2, resamples=500, least=10)
+    rule = NoWorseRule(margin=0.3, resamples=500, least=10)
     wide = _one(GateConfig(no_worse=rule), candidate=predictions("2", scores(0.2, seed=9)))
     assert wide.outcome == "met"
     narrow = NoWorseRule(margin=0.001, resamples=500, least=10)
     assert _one(GateConfig(no_worse=narrow), candidate=predictions("2", scores(0.2, seed=9))).outcome == "not met"
     assert wide.figures["patients"] == 31
-    assert -0.2 < float(wide.figures["low"] or 0) < float(wide.figures["difference"] or 0)
+    assert -0.3 < float(wide.figures["low"] or 0) < float(wide.figures["difference"] or 0)
 
 
 def test_two_models_that_never_differ_are_as_good_as_the_number_of_patients_shows() -> None:
     same = {"candidate": predictions("2", scores(0.0)), "champion": predictions("1", scores(0.0))}
     found = _one(GateConfig(no_worse=NoWorseRule(margin=0.02, least=10)), **same)
     assert (found.outcome, found.action) == ("too few", "hold")
-    assert found.figures["difference"] == 0
-    assert "31 patients are too few to judge by: they do not exclude a loss of 0." in found.says
-    assert _one(GateConfig(no_worse=NoWorseRule(margin=0.4, least=10)), **same).outcome == "met"
+    assert (found.figures["difference"], found.figures["shown"]) == (0, 0)
+    assert "but 15 patients of the rarer class are too few to judge by: a loss that sits in few of them" in found.says
+    assert found.says.endswith("may not show; with 133 it would")
+    assert _one(GateConfig(no_worse=NoWorseRule(margin=0.2, least=10)), **same).outcome == "met"
 
 
 def test_few_patients_are_their_own_outcome() -> None:

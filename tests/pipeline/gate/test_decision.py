@@ -10,13 +10,13 @@ import pytest
 
 from pipeline.config.release import FloorRule, GateConfig, NoWorseRule
 from pipeline.errors import StageError
-from pipeline.release.evidence import Evidence, parse
-from pipeline.release.gate import DECISION, EVIDENCE, decide, decision_bytes, digest, replay
+from pipeline.gate.decision import DECISION, EVIDENCE, decide, decision_bytes, digest, replay
+from pipeline.gate.evidence import Evidence, parse
 from pipeline.storage.files import write_json
-from tests.pipeline.release.made import SLIDES, evidence, predictions, scores
+from tests.pipeline.gate.made import SLIDES, evidence, predictions, scores
 
-MANIFEST = {"version": 1, "digest": "m", "slides": SLIDES, "patients": 31, "relabelled": 0, "rescanned": 0}
-GATE = GateConfig(no_worse=NoWorseRule(margin=0.1, least=10))
+MANIFEST = {"version": 1, "digest": "m", "slides": SLIDES, "patients": 31, "missing": 0, "relabelled": 0}
+GATE = GateConfig(no_worse=NoWorseRule(margin=0.25, least=10))
 
 
 def _rules(decision: Mapping[str, Any]) -> dict[str, str]:
@@ -33,6 +33,7 @@ def test_a_model_as_good_as_the_champion_is_promoted_and_a_worse_one_rejected() 
     (why,) = bad["why"]
     assert why.startswith("the difference to the champion in auc of tumour is -0.")
     assert bad["candidate"]["measures"]["tumour"]["auc"] < bad["champion"]["measures"]["tumour"]["auc"] - 0.1
+    assert _rules(bad)["no worse tumour auc"] == "not met"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,8 @@ def test_a_model_as_good_as_the_champion_is_promoted_and_a_worse_one_rejected() 
         ({"candidate": predictions("2", scores(0.1), seen=None)}, "hold", "contamination candidate"),
         ({"champion": predictions("1", scores(0.1), seen=("s3", "s4"))}, "hold", "contamination champion"),
         ({"champion": predictions("1", scores(0.1), seen=None)}, "hold", "contamination champion"),
-        ({"manifest": {**MANIFEST, "missing": 6}}, "hold", "test"),
+        ({"manifest": {**MANIFEST, "missing": 6}}, "hold", "test missing"),
+        ({"manifest": {**MANIFEST, "relabelled": 5}}, "hold", "test relabelled"),
     ],
 )
 def test_what_no_config_turns_off(changes: dict[str, Any], verdict: str, rule: str) -> None:
@@ -69,9 +71,16 @@ def test_the_first_model_is_judged_by_floors_alone_where_the_config_says_so() ->
 
 
 def test_a_person_is_asked_where_the_config_wants_one_and_a_rejection_comes_before() -> None:
-    gate = GateConfig(approval=True, no_worse=NoWorseRule(margin=0.1, least=10))
+    gate = GateConfig(approval=True, no_worse=NoWorseRule(margin=0.25, least=10))
     assert decide(evidence(gate))["verdict"] == "hold"
     assert decide(evidence(gate, candidate=predictions("2", scores(0.6))))["verdict"] == "reject"
+
+
+def test_a_model_that_a_person_took_back_waits_for_a_person_whatever_is_forced() -> None:
+    says = "version 2 was taken back by ada on 2026-01-02: worse on the ward"
+    held = decide(evidence(GATE, taken_back=says, force="it is the best we have"))
+    assert (held["verdict"], held["forced"]) == ("hold", None)
+    assert held["why"] == [f"{says}; only `promote --approve 2` makes it champion again"]
 
 
 def _store(folder: Path, found: Evidence) -> Path:

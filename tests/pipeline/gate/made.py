@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.config.data import TaskConfig
 from pipeline.config.release import GateConfig
-from pipeline.release.evidence import Evidence, Finding, Predictions, TestSlide
-from pipeline.release.gate import software
+from pipeline.gate.decision import software
+from pipeline.gate.evidence import Evidence, Finding, Predictions, TestSlide
 
 TASK = TaskConfig(name="tumour", column="label", classes=("no", "yes"))
 SLIDES = 47
@@ -40,13 +40,14 @@ def evidence(gate: GateConfig, **changes: Any) -> Evidence:
     ]
     whole = Evidence(
         manifest={"version": 1, "digest": "m", "slides": SLIDES, "patients": 31, "missing": 0, "relabelled": 0,
-                  "rescanned": 0},
+                  "rescanned": 0, "renamed": 0},
         tasks=(TASK.model_dump(mode="json"),),
         slides=tuple(slides),
         candidate=predictions("2", scores(0.15)),
         champion=predictions("1", scores(0.15)),
         names_champion="1",
         unscorable=None,
+        taken_back=None,
         drift=None,
         lost={"patches": 0.001, "slides": 0.0},
         gate=gate.model_dump(mode="json"),

@@ -11,22 +11,22 @@ from typing import Any
 
 from pipeline.config.release import Action, GateConfig
 from pipeline.errors import StageError
+from pipeline.gate.evidence import Evidence, Predictions, canonical, parse
+from pipeline.gate.rules import Judged, Met, Outcome, figure, outcomes
 from pipeline.inference.metrics import MEASURES
-from pipeline.release.evidence import Evidence, Predictions, canonical, parse
-from pipeline.release.rules import Judged, Outcome, figure, outcomes
 from pipeline.storage.files import join, parent, read_bytes
 
 EVIDENCE, DECISION = "evidence.json", "decision.json"
-_GONE = (
-    0.1  # share of the frozen test that may be missing: with more, it is another test, drawn by whoever removed them
-)
+_OTHER = 0.1
+"""Share of the frozen test that may be missing, and that may have other labels by now: with more it is another test."""
 
 
 def decide(evidence: Evidence) -> dict[str, Any]:
     """The decision: every figure, every rule's outcome, the verdict, and why.
 
     `verdict` is promote, hold or reject. A rule that blocks and is not met rejects; one that holds, or a test that is
-    too small for it, holds. `force` turns a hold into a promotion, and is written down.
+    too small for it, holds. `force` turns a hold into a promotion, and is written down; not of a model that a person
+    took back.
     """
     gate, judged = GateConfig.model_validate(evidence.gate), Judged(evidence)
     found = [*_integrity(evidence, gate), *outcomes(gate, judged)]
@@ -34,7 +34,7 @@ def decide(evidence: Evidence) -> dict[str, Any]:
     rejected = [one.says for one in open_ones if one.action == "block"]
     held = [one.says for one in open_ones if one.action == "hold"]
     verdict = "reject" if rejected else "hold" if held else "promote"
-    forced = verdict == "hold" and evidence.force is not None
+    forced = verdict == "hold" and evidence.force is not None and evidence.taken_back is None
     return {
         "evidence": evidence.digest,
         "manifest": dict(evidence.manifest),
@@ -98,9 +98,18 @@ def _model(judged: Judged, of: Predictions) -> dict[str, Any]:
 
 def _integrity(evidence: Evidence, gate: GateConfig) -> Iterator[Outcome]:
     """What no config turns off: a test that is one, a champion that can be compared with, a person where one is due."""
-    gone = evidence.manifest["missing"] / (evidence.manifest["missing"] + len(evidence.slides))
-    says = f"{gone:.1%} of the frozen test's slides are not in the cohort any more, {_GONE:.0%} may be missing"
-    yield Outcome("test", "met" if gone <= _GONE else "not met", "hold", {"missing": figure(gone)}, says)
+    for name, found, of in (
+        ("missing", "are not in the cohort any more", evidence.manifest["missing"] + len(evidence.slides)),
+        ("relabelled", "have another label in the cohort by now", len(evidence.slides)),
+    ):
+        share = evidence.manifest[name] / of
+        met: Met = "met" if share <= _OTHER else "not met"
+        remedy = "" if met == "met" else f"; retrain.refresh_test={evidence.manifest['version']} freezes the test anew"
+        says = f"{share:.1%} of the frozen test's slides {found}, {_OTHER:.0%} may be{remedy}"
+        yield Outcome(f"test {name}", met, "hold", {name: figure(share)}, says)
+    if evidence.taken_back is not None:
+        ask = f"only `promote --approve {evidence.candidate.version}` makes it champion again"
+        yield Outcome("taken back", "not met", "hold", {}, f"{evidence.taken_back}; {ask}")
     seen = evidence.candidate.seen
     yield _contamination("candidate", seen, "hold" if seen is None else "block")
     if evidence.champion is not None:
@@ -121,4 +130,6 @@ def _contamination(who: str, seen: Sequence[str] | None, action: Action) -> Outc
     says = f"what the {who} has learned from is not known, so the test may be of it"
     if count is not None:
         says = f"the {who} has learned from {count:.0f} of the test's slides"
+    if count and who == "candidate":
+        says += ", by content or patient: they have another patient id or split than when the test was frozen"
     return Outcome(f"contamination {who}", "met" if count == 0 else "not met", action, {"slides": count}, says)
