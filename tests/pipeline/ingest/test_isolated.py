@@ -105,5 +105,5 @@ def test_memory_that_is_short_here_is_named_too(
 
     monkeypatch.setattr(child, "run", fails)
     with pytest.raises(SlideError, match="memory") as caught:
-        isolated._run(row(good), SPEC, lambda: None)
+        isolated.apart(row(good), SPEC, lambda: None)
     assert caught.value.reason == tiler.TOO_EXPENSIVE

@@ -93,9 +93,10 @@ def _steps(state: Mapping[str, Any] | None, start: int, stop: int | None = None)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     settings = TrainConfig(epochs=4, batch_size=4, lr=1e-2, warmup_epochs=1, explore_epochs=1)
-    place = {"start_epoch": start // 3, "start_step": start % 3}
-    slides, ranks = test_loop._slides(), joined_ranks()
-    for done in train_steps(model, optimizer, slides, settings, SELECT, seed=3, ranks=ranks, **place):
+    slides, ranks, (epoch, step) = test_loop._slides(), joined_ranks(), divmod(start, 3)
+    for done in train_steps(
+        model, optimizer, slides, settings, SELECT, seed=3, start_epoch=epoch, start_step=step, ranks=ranks
+    ):
         if done.step == stop:
             break
     return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
