@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import DamagedError, StorageError
+from pipeline.view.outputs import Output, is_output
+from pipeline.view.shown import ATTENTION
+from tests.pipeline.view.made import grid, write_output
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    corners, size = grid(700, 500, 101.3, 90.0)
+    score = np.arange(len(corners)) / np.arange(len(corners)).mean()
+    mask = np.zeros((50, 70), bool)
+    mask[10:31, 20:41] = True
+    mask[15:20, 25:30] = False
+    slide = {
+        "uri": "/slides/a.svs", "dimensions": (700, 500), "corners": corners, "size": size, "score": score,
+        "selected": score > 1.5, "effect": score - 1, "mpp": 0.2527, "label": "tumour", "p": 0.8, "mask": mask,
+    }  # fmt: skip
+    return write_output(tmp_path, {"a": slide, "b": {"uri": "/slides/b.svs", "error": "b.svs: no such file"}})
+
+
+def test_what_predict_wrote_is_read(out: Path) -> None:
+    assert is_output(str(out))
+    found = Output(str(out))
+    assert found.name == "models:/demo/3"
+    first, second = found.slides
+    assert (first.slide_id, first.label, first.mpp, first.reason) == ("a", "tumour", 0.2527, None)
+    (told,) = first.told
+    assert (told.name, told.value) == ("tumour_lesion", 0.8)
+    assert (told.low, told.high) == pytest.approx((0.7, 0.9))
+    assert (second.told, second.reason) == ((), "b.svs: no such file")
+    assert list(found.scales) == [ATTENTION, "effect_tumour_lesion"]
+    assert found.scales[ATTENTION].top == 20
+    assert "99.9% quantile" in found.scales[ATTENTION].stated
+    assert found.scales["effect_tumour_lesion"].top == 1.5
+    assert found.scales["effect_tumour_lesion"].unit == "log odds without the patch"
+
+
+def test_patches_have_their_places_and_numbers(out: Path) -> None:
+    found = Output(str(out))
+    patches = found.patches(0)
+    assert patches is not None
+    corners, size = grid(700, 500, 101.3, 90.0)
+    np.testing.assert_array_equal(np.stack([patches.squares.x, patches.squares.y], axis=1), corners)
+    np.testing.assert_allclose(patches.squares.size, size, rtol=1e-6)
+    assert patches.values[ATTENTION].mean() == pytest.approx(1)
+    np.testing.assert_allclose(patches.values["effect_tumour_lesion"], patches.values[ATTENTION] - 1, atol=1e-5)
+    assert found.patches(1) is None
+    assert found.series(0) is None
+
+
+def test_attention_of_a_head_is_shown_relative_to_uniform(out: Path) -> None:
+    path = out / "slides" / "a" / "attention.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("attention_tumour_0", table["attention"]), path)
+    said = json.loads((path.parent / "slide.json").read_text())
+    said["maps"]["attention_tumour_0"] = {"unit": "share"}
+    (path.parent / "slide.json").write_text(json.dumps(said))
+    patches = Output(str(out)).patches(0)
+    assert patches is not None
+    np.testing.assert_allclose(patches.values["attention_tumour_0"], patches.values[ATTENTION], rtol=1e-5)
+
+
+def test_tissue_is_what_its_outlines_enclose(out: Path) -> None:
+    found = Output(str(out))
+    mask = found.tissue(0)
+    assert mask is not None
+    assert mask.shape == (500, 700)
+    meant = np.zeros((500, 700), bool)
+    meant[100:310, 200:410] = True
+    meant[150:200, 250:300] = False
+    assert (mask != meant).sum() < 2 * (2 * 420 + 200)  # a px along the rings
+    assert found.tissue(1) is None
+
+
+def test_what_is_damaged_is_named(out: Path) -> None:
+    found = Output(str(out))
+    path = out / "slides" / "a" / "attention.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DamagedError, match=r"attention\.parquet.*run predict again"):
+        found.patches(0)
+    (out / "slides" / "a" / "slide.json").write_text("[]")
+    with pytest.raises(StorageError, match=r"slide\.json"):
+        Output(str(out))
+    table = pq.read_table(out / "predictions.parquet").drop_columns(["folder"])
+    pq.write_table(table, out / "predictions.parquet")
+    with pytest.raises(DamagedError, match="no column folder"):
+        Output(str(out))
+
+
+def test_a_folder_of_other_things_is_no_output(tmp_path: Path) -> None:
+    assert not is_output(str(tmp_path))
