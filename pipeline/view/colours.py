@@ -74,7 +74,9 @@ class Scale:
         if self.kind == "rising":
             steps = [base * 10**power for power in range(7) for base in (1, 2, 5)]
             values: Sequence[float] = [step for step in steps if step <= self.top]
-            return [{"at": float(np.log(v) / np.log(self.top)), "text": f"{v:g}\N{MULTIPLICATION SIGN}"} for v in values]
+            return [
+                {"at": float(np.log(v) / np.log(self.top)), "text": f"{v:g}\N{MULTIPLICATION SIGN}"} for v in values
+            ]
         marks = []
         for share in (0, 0.25, 0.5, 0.75, 1):
             value = self.top * (2 * share - 1)

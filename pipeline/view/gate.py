@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError
 
-TOKEN = "IPS_VIEW_TOKEN"  # noqa: S105
+TOKEN = "IPS_VIEW_TOKEN"
 """Variable that gives the token."""
 LEAST_TOKEN = 16  # characters
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -91,11 +91,11 @@ def _name(header: str) -> str:
     """The host of a Host header in small letters, without port and brackets; "" where it is none."""
     try:
         parts = urlsplit(f"//{header}")
-        _ = parts.port  # raises where it is no number
-        plain = parts.netloc == header and "@" not in header and not parts.path
-        return (parts.hostname or "") if plain else ""
+        plain = parts.port is None or parts.port > 0  # raises where it is no number
     except ValueError:
         return ""
+    plain = plain and parts.netloc == header and "@" not in header and not parts.path
+    return (parts.hostname or "") if plain else ""
 
 
 def _is_address(name: str) -> bool:

@@ -126,7 +126,9 @@ def _drawn(outlines: Mapping[str, Any], dimensions: tuple[int, int], origin: tup
 def _scales(said: Mapping[str, Any]) -> dict[str, Scale]:
     """By layer, from what `slide.json` says of its maps and their colours, which all slides share."""
     maps, colours = said.get("maps", {}), said.get("colours", {})
-    found = {ATTENTION: Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))} if said else {}
+    found = (
+        {ATTENTION: Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))} if said else {}
+    )
     for name in maps:
         if name.startswith(_EFFECT):
             unit = str(maps[name].get("unit", "change of the output"))

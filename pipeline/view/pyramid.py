@@ -27,7 +27,7 @@ class Step:
     """One resolution of the slide."""
 
     downsample: float
-    """Level-0 px per px."""
+    """Level-0 px per px, as patches are placed by it: what a model saw lies under its number."""
     width: int
     height: int
     tile_width: int
@@ -77,17 +77,8 @@ def plain_steps(width: int, height: int) -> tuple[Step, ...]:
     return tuple(_step(Level(width, height, 1.0), 0, 2**power, EDGE) for power in range(count, -1, -1))
 
 
-def exact_downsample(level: Level, whole: Level) -> float:
-    """Level-0 px per px of a level; the whole number it is meant to be where its size is one of that, rounded."""
-    near = round(level.downsample)
-    sizes = ((level.width, whole.width), (level.height, whole.height))
-    meant = near > 0 and all(math.floor(large / near) <= small <= math.ceil(large / near) for small, large in sizes)
-    return float(near) if meant else level.downsample
-
-
 def _from_fine(levels: Sequence[Level], tiles: Sequence[NativeTiles | None]) -> Iterator[Step]:
-    exact = [Level(one.width, one.height, exact_downsample(one, levels[0])) for one in levels]
-    for number, (level, coarser) in enumerate(pairwise([*exact, None])):
+    for number, (level, coarser) in enumerate(pairwise([*levels, None])):
         assert level is not None
         yield _native(level, number, tiles[number])
         for factor in _factors(level, coarser):

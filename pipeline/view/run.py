@@ -63,7 +63,9 @@ def view(place: str, against: str | None, *, host: str, port: int, tell: Callabl
     with serving(batches, gate(host, os.environ.get(TOKEN) or None), port) as server:
         tell(address(server))
         if not is_loopback(host):
-            log.warning("view: %s is open to the network, unencrypted; whoever has the address with its token may look", host)
+            log.warning(
+                "view: %s is open to the network, unencrypted; whoever has the address with its token may look", host
+            )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

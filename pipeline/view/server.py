@@ -120,7 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._send(self._answer())
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self._send(self._answer())
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses, in the same form as all answers."""

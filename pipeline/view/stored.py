@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from pipeline.storage import files
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.store.verify import spec_folders
-from pipeline.storage import files
 from pipeline.tiling.evidence import read_mask_png
 from pipeline.view.rasters import Mask, Squares
 from pipeline.view.shown import Batch, Patches, ShownSlide
@@ -17,11 +17,9 @@ from pipeline.view.shown import Batch, Patches, ShownSlide
 class Stored(Batch):
     """The slides of all specs of a store, or of one; of each file what it became last."""
 
-    scales = {}
-
     def __init__(self, store: str) -> None:
         """Raises StorageError where no store is there."""
-        self.name = files.absolute(store)
+        self.name, self.scales = files.absolute(store), {}
         self.slides: list[ShownSlide] = []
         self._stored: list[StoredSlide | None] = []
         self._series: list[int | None] = []

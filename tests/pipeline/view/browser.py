@@ -24,7 +24,13 @@ def chromium() -> Iterator[WebDriver]:
         pytest.skip("no Chromium with its driver here: apt-get install chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "force-device-scale-factor=1"):
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "force-device-scale-factor=1",
+    ):
         options.add_argument(f"--{argument}")
     options.add_argument(f"--window-size={WIDTH},{HEIGHT}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

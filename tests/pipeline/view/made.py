@@ -18,18 +18,22 @@ from tests.synth import RGB
 Floats = npt.NDArray[np.float64]
 
 
+SLOPE = 3.5  # grey values a px: JPEG's errors are below, and the waves have no jumps that it would blur
+
+
 def coordinates_rgb(width: int, height: int) -> RGB:
-    """Px that say where they are, modulo 128, and survive JPEG: red and green x and y mod 32, blue their 32s mod 4."""
+    """Px that say where they are, modulo 128: red and green are waves of x and y, blue on which side of them one is."""
     y, x = np.mgrid[0:height, 0:width]
-    blue = x // 32 % 4 * 64 + y // 32 % 4 * 16
-    return np.stack([x % 32 * 8, y % 32 * 8, blue], axis=2).astype(np.uint8)
+    red, green = (16 + SLOPE * np.abs(place % 128 - 64) for place in (x, y))
+    blue = x // 64 % 2 * 128 + y // 64 % 2 * 64 + 32
+    return np.rint(np.stack([red, green, blue], axis=2)).astype(np.uint8)
 
 
 def coordinates_of(pixels: Sequence[int] | RGB) -> tuple[float, float]:
-    """x and y mod 128 of one px (3,)."""
+    """x and y mod 128 of one px (3,), which does not lie by a multiple of 64."""
     red, green, blue = (int(value) for value in pixels[:3])
-    across = round(blue / 16)
-    return across // 4 % 4 * 32 + red / 8, across % 4 * 32 + green / 8
+    right, below = blue // 128, blue // 64 % 2
+    return tuple(64 + (2 * side - 1) * (wave - 16) / SLOPE for side, wave in ((right, red), (below, green)))  # type: ignore[return-value]
 
 
 def apart(seen: float, meant: float) -> float:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,7 +33,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Output:
     path = write_pyramid(folder / "a.tiff", tissue_rgb(2213, 1787))
     corners, size = grid(2213, 1787, 224, 224)
     score = corners[:, 0] / corners[:, 0].mean()
-    slide = {"uri": path, "dimensions": (2213, 1787), "corners": corners, "size": size, "score": score, "selected": score > 1.5}
+    slide = {
+        "uri": path,
+        "dimensions": (2213, 1787),
+        "corners": corners,
+        "size": size,
+        "score": score,
+        "selected": score > 1.5,
+    }
     return Output(str(write_output(folder / "out", {"a": slide})))
 
 
@@ -146,7 +152,9 @@ def _raw(server: ViewServer, data: bytes) -> bytes:
 
 _LINES = st.lists(
     st.one_of(
-        st.sampled_from([b"GET / HTTP/1.1", b"Host: localhost", b"Host: evil.example", b"Cookie: a=b", b"", b"Range: bytes=0-"]),
+        st.sampled_from(
+            [b"GET / HTTP/1.1", b"Host: localhost", b"Host: evil.example", b"Cookie: a=b", b"", b"Range: bytes=0-"]
+        ),
         st.binary(max_size=80),
     ),
     max_size=6,
