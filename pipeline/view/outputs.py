@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,17 @@ class Output(Batch):
 
     def series(self, number: int) -> int | None:
         """See `Batch.series`."""
-        folder = self._folders[number]
-        found = None if folder is None else _json(files.join(self.uri, folder, SLIDE)).get("series")
+        found = self._slide_said(number).get("series")
         return None if found is None else int(found)
+
+    def sentences(self, number: int) -> Sequence[str]:
+        """See `Batch.sentences`."""
+        return [str(sentence) for sentence in self._slide_said(number).get("sentences", ())]
+
+    def _slide_said(self, number: int) -> dict[str, Any]:
+        """What its `slide.json` says; nothing where it has none."""
+        folder = self._folders[number]
+        return {} if folder is None else _json(files.join(self.uri, folder, SLIDE))
 
     def patches(self, number: int) -> Patches | None:
         """See `Batch.patches`."""
@@ -97,7 +105,7 @@ class Output(Batch):
         uri = files.join(self.uri, folder, TISSUE)
         if (data := files.read_if_there(uri)) is None:
             return None
-        said = _json(files.join(self.uri, folder, SLIDE))
+        said = self._slide_said(number)
         width, height = said["dimensions"]
         return _drawn(files.parsed_json(uri, data), (width, height), said.get("origin", (0, 0)))
 

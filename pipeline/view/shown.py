@@ -83,6 +83,11 @@ class Batch(ABC):
         del number
         return None
 
+    def sentences(self, number: int) -> Sequence[str]:
+        """What a person should know of a slide's numbers, in words."""
+        del number
+        return ()
+
     @abstractmethod
     def patches(self, number: int) -> Patches | None:
         """Of a slide; None where there are none, as where it was not predicted.

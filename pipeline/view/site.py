@@ -160,6 +160,7 @@ class Site:
                 "layerSteps": described[1],
                 "layers": [number for number, layer in enumerate(self.layers) if self._has(slide, layer)],
                 "models": [None if patches is None else _patches_told(patches) for patches in found],
+                "sentences": list(self._batches[0].sentences(slide)),
             }
         )
 

@@ -47,6 +47,7 @@ export function filterList(element, slides, wanted) {
 
 export function drawPanel(element, slide, models, info, patch) {
   const parts = [text("h2", slide.id), facts(slide, models, info)];
+  for (const sentence of info?.sentences ?? []) parts.push(text("p", sentence));
   (info?.models ?? []).forEach((model, index) => {
     if (model === null || model.mass === null) return;
     const whose = models.length > 1 ? `${models[index]}: ` : "";

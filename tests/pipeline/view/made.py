@@ -107,6 +107,7 @@ def _write_slide(folder: Path, slide_id: str, slide: Mapping[str, Any], model: s
         "origin": list(origin),
         "model": {"source": model},
         "maps": maps,
+        "sentences": ["Attention is not effect."],
         "colours": {"score": {"low": 1.0, "high": 20.0, "quantile": 0.999}, "effect": {"low": -1.5, "high": 1.5}},
     }
     (folder / "slide.json").write_text(json.dumps(said))

@@ -55,6 +55,8 @@ def test_patches_have_their_places_and_numbers(out: Path) -> None:
     np.testing.assert_allclose(patches.values["effect_tumour_lesion"], patches.values[ATTENTION] - 1, atol=1e-5)
     assert found.patches(1) is None
     assert found.series(0) is None
+    assert found.sentences(0) == ["Attention is not effect."]
+    assert found.sentences(1) == []
 
 
 def test_attention_of_a_head_is_shown_relative_to_uniform(out: Path) -> None:
