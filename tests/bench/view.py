@@ -172,7 +172,10 @@ def main() -> None:
     out = prepared(given.folder)
     views = first_views(out)
     found = tiles(out, given.tiles)
-    times = {**found["times"], "tile of the file, no HTTP": bare(given.folder / "slide.tif", found["paths"]["tile of the file"])}
+    times = {
+        **found["times"],
+        "tile of the file, no HTTP": bare(given.folder / "slide.tif", found["paths"]["tile of the file"]),
+    }
     times["tile made of level 0, no HTTP"] = made_tiles(given.folder / "slide.tif")
     rows = {
         kind: {"n": len(ms), "median_ms": statistics.median(ms), "p95_ms": sorted(ms)[int(0.95 * len(ms))]}
@@ -181,7 +184,9 @@ def main() -> None:
     print(f"first view: median {statistics.median(views):.2f} s of {', '.join(f'{view:.2f}' for view in views)}")
     for kind, row in rows.items():
         print(f"{kind:32} {row['n']:5} tiles   median {row['median_ms']:6.2f} ms   95% {row['p95_ms']:6.2f} ms")
-    print(f"memory: {found['before'] / 2**20:.0f} MiB before, {found['after'] / 2**20:.0f} after {found['tiles']} tiles")
+    print(
+        f"memory: {found['before'] / 2**20:.0f} MiB before, {found['after'] / 2**20:.0f} after {found['tiles']} tiles"
+    )
     print(json.dumps({"views": views, "tiles": rows, "before": found["before"], "after": found["after"]}))
 
 

@@ -35,8 +35,8 @@ def _slide(path: Path, side: int) -> Mapping[str, Any]:
     corners, size = grid(WIDTH, HEIGHT, EXTENT, EXTENT)
     score = np.linspace(0.1, 1.9, len(corners))[:: 1 if side else -1]
     return {
-        "uri": path, "dimensions": (WIDTH, HEIGHT), "corners": corners, "size": size, "score": score * 4 - 3 * (score < 1),
-        "selected": score > 1.5, "effect": score - 1, "mpp": 0.2527, "label": "tumour", "p": 0.7 - 0.4 * side,
+        "uri": path, "dimensions": (WIDTH, HEIGHT), "corners": corners, "size": size,
+        "score": score * 4 - 3 * (score < 1), "selected": score > 1.5, "effect": score - 1, "mpp": 0.2527, "label": "tumour", "p": 0.7 - 0.4 * side,
     }  # fmt: skip
 
 
@@ -90,7 +90,12 @@ def test_a_slide_is_shown_with_what_is_known_of_it(browser: WebDriver, viewer: V
     assert names[0][1:] == ["label tumour", "tumour_lesion 0.700 (95%: 0.600 to 0.800)"]
     assert names[2][1:] == ["gone.tiff: no such file"]
     panel = browser.find_element(By.ID, "panel").text
-    for told in ("0.2527 µm/px", "of the attention is in the", "Attention is not effect.", "tumour_lesion, models:/demo/1"):
+    for told in (
+        "0.2527 µm/px",
+        "of the attention is in the",
+        "Attention is not effect.",
+        "tumour_lesion, models:/demo/1",
+    ):
         assert told in panel
     scale = browser.find_element(By.CSS_SELECTOR, ".scale")
     bar, words = scale.find_element(By.CSS_SELECTOR, ".bar"), scale.text
@@ -98,7 +103,7 @@ def test_a_slide_is_shown_with_what_is_known_of_it(browser: WebDriver, viewer: V
     assert unit == "µm"
     per_pixel = float(_place(browser)["z"])
     assert bar.size["width"] * per_pixel * 0.2527 == pytest.approx(float(length), rel=0.02)
-    assert "5×" in browser.find_element(By.CSS_SELECTOR, ".legend").text
+    assert "5\N{MULTIPLICATION SIGN}" in browser.find_element(By.CSS_SELECTOR, ".legend").text
     pixels = _canvas(browser).reshape(-1, 3)
     assert (np.ptp(pixels.astype(int), axis=1) > 40).mean() > 0.05  # stained tissue is there
     assert complaints(browser) == []
@@ -198,7 +203,10 @@ def test_px_on_the_screen_are_where_the_address_says(
         ]
         if all(value % 64 > 6 and value % 64 < 58 for value in meant):
             found = coordinates_of(plain[y, x])
-            assert [apart(seen, value) <= 1 for seen, value in zip(found, meant, strict=True)] == [True, True], (found, meant)
+            assert [apart(seen, value) <= 1 for seen, value in zip(found, meant, strict=True)] == [True, True], (
+                found,
+                meant,
+            )
     Select(browser.find_element(By.ID, "layer")).select_by_visible_text("Patches read (the rest darkened)")
     settled(browser)
     dark = np.abs(_canvas(browser).astype(int) - plain).sum(axis=2) > 6

@@ -27,7 +27,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_pyramid(folder / "a.tiff", tissue_rgb(613, 487))
     corners, size = grid(613, 487, 100, 100)
     slide = {
-        "uri": path, "dimensions": (613, 487), "corners": corners, "size": size, "score": size / 100, "selected": size > 0,
+        "uri": path, "dimensions": (613, 487), "corners": corners, "size": size, "score": size / 100,
+        "selected": size > 0,
     }  # fmt: skip
     return write_output(folder / "out", {"a": slide})
 
@@ -37,7 +38,9 @@ def _command(*arguments: str, token: str = "") -> Iterator[tuple[subprocess.Pope
     """The command and the address that it prints."""
     command = [sys.executable, "-m", "pipeline", "view", *arguments, "--port", "0"]
     environment = {**os.environ, TOKEN: token}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         try:
             yield process, process.stdout.readline().strip()
