@@ -18,7 +18,7 @@ from pipeline.view.rasters import Floats, Mask, Squares
 from pipeline.view.shown import ATTENTION, Batch, Patches, ShownSlide, Told
 
 PREDICTIONS, ATTENTIONS, SLIDE, TISSUE = "predictions.parquet", "attention.parquet", "slide.json", "tissue.geojson"
-MASK_PX = 4096
+MASK_PX = 2048
 _SCORE, _EFFECT, _HEAD, _LABEL = "score", "effect_", "attention_", "_label"
 _FACTS = {"width", "height", "mpp", "attention_in_selected", "n_patches", "n_bad_tiles"}
 _LOW, _HIGH = "_low", "_high"
@@ -55,7 +55,7 @@ class Output(Batch):
         told = tuple(
             Told(name, row[name], row.get(name + _LOW), row.get(name + _HIGH))
             for name in numbers
-            if row[name] is not None and not name.endswith((_LOW, _HIGH, _LABEL))
+            if row[name] is not None and math.isfinite(row[name]) and not name.endswith((_LOW, _HIGH, _LABEL))
         )
         return ShownSlide(
             row["slide_id"],
@@ -96,6 +96,9 @@ class Output(Batch):
                 of_shares = layer.startswith(_HEAD) or column == ATTENTION
                 values[layer] = _floats(table, column) * (len(table) if of_shares else 1)
         squares = Squares(*(_floats(table, name) for name in ("x", "y", "size")))
+        for name, numbers in {"x": squares.x, "y": squares.y, "size": squares.size, **values}.items():
+            if not np.isfinite(numbers).all():  # one alone would spoil every mean
+                raise DamagedError(f"{uri}: {name} has values that are no numbers; {_REMEDY}")
         return Patches(squares, values, np.asarray(table["selected"].to_numpy(), np.bool_))
 
     def tissue(self, number: int) -> Mask | None:

@@ -64,6 +64,8 @@ export class Pane {
   // Once it stands in the page: before, it has no size.
   start() {
     this.viewer = OpenSeadragon({ ...OPTIONS, element: this.picture });
+    this.viewer.canvas.setAttribute("role", "application");
+    this.viewer.canvas.setAttribute("aria-label", "Slide: arrow keys move, plus and minus zoom");
     this.viewer.innerTracker.keyHandler = null; // the page has its own keys
     this.viewer.innerTracker.keyDownHandler = null;
     this.viewer.addHandler("viewport-change", () => this.moved());

@@ -3,7 +3,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
@@ -33,6 +33,7 @@ def test_on_a_network_addresses_and_the_machines_name_are_known_and_no_others() 
     assert not guard.knows("evil.example")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_header_raises(header: str) -> None:
     gate("127.0.0.1", None).knows(header)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -86,6 +87,11 @@ def test_tissue_is_what_its_outlines_enclose(out: Path) -> None:
 def test_what_is_damaged_is_named(out: Path) -> None:
     found = Output(str(out))
     path = out / "slides" / "a" / "attention.parquet"
+    table = pq.read_table(path)
+    holed = np.where(np.arange(len(table)) == 3, np.nan, table["score"].to_numpy())
+    pq.write_table(table.drop_columns(["score"]).append_column("score", pa.array(holed)), path)
+    with pytest.raises(DamagedError, match=r"attention has values that are no numbers"):
+        found.patches(0)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DamagedError, match=r"attention\.parquet.*run predict again"):
         found.patches(0)

@@ -36,7 +36,8 @@ def _slide(path: Path, side: int) -> Mapping[str, Any]:
     score = np.linspace(0.1, 1.9, len(corners))[:: 1 if side else -1]
     return {
         "uri": path, "dimensions": (WIDTH, HEIGHT), "corners": corners, "size": size,
-        "score": score * 4 - 3 * (score < 1), "selected": score > 1.5, "effect": score - 1, "mpp": 0.2527, "label": "tumour", "p": 0.7 - 0.4 * side,
+        "score": score * 4 - 3 * (score < 1), "selected": score > 1.5, "effect": score - 1,
+        "mpp": 0.2527, "label": "tumour", "p": 0.7 - 0.4 * side,
     }  # fmt: skip
 
 

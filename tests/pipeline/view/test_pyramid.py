@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.slides.reader import Level, NativeTiles
@@ -29,6 +29,7 @@ def test_levels_of_the_file_are_steps_and_gaps_between_them_are_filled() -> None
     assert (made[-2].width, made[-2].height) == (20_002, 15_001)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300_000), st.integers(1, 300_000), st.lists(st.integers(2, 6), max_size=4))
 def test_any_slide_has_steps_near_one_another_down_to_one_tile(width: int, height: int, ratios: list[int]) -> None:
     sizes = [(width, height)]

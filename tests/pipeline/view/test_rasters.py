@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.view.pyramid import plain_steps
@@ -22,14 +22,15 @@ def _slow(squares: Squares, values: Floats, downsample: float, box: tuple[int, i
     return mean, covered
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_a_px_is_the_mean_of_the_patches_that_its_middle_lies_in(data: st.DataObject) -> None:
-    step = plain_steps(1031, 23)[data.draw(st.integers(0, 1))]
+    step = plain_steps(523, 11)[data.draw(st.integers(0, 1))]
     column = data.draw(st.integers(0, step.columns - 1))
     n = data.draw(st.integers(0, 12))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     size = draw.uniform(3, 60, n)
-    squares = Squares(draw.integers(0, 1030, n).astype(float), draw.integers(0, 22, n).astype(float), size)
+    squares = Squares(draw.integers(0, 522, n).astype(float), draw.integers(0, 10, n).astype(float), size)
     values = draw.normal(0, 1000, n)
     mean, covered = painted(squares, values, step, column, 0)
     slow_mean, slow_covered = _slow(squares, values, step.downsample, step.box(column, 0))

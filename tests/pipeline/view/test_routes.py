@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.view.routes import Route, parse
@@ -37,6 +37,7 @@ def test_everything_else_is_nothing(target: str) -> None:
     assert parse(target) is None
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=700), st.from_regex(r"/[0-9a-f]{14,18}(/\w{0,9}){0,7}", fullmatch=True)))
 def test_any_target_is_a_question_of_small_numbers_or_nothing(target: str) -> None:
     found = parse(target)
