@@ -14,6 +14,6 @@ def test_what_cannot_be_shown_is_said_with_its_remedy(tmp_path: Path) -> None:
 
 
 def test_a_credential_is_refused_before_anything_is_read() -> None:
-    done = CliRunner().invoke(app, ["view", "https://name:word@host/out"])
+    done = CliRunner().invoke(app, ["view", "https://name:hunter2@host/out"])
     assert done.exit_code == 2
-    assert "word" not in done.output
+    assert "hunter2" not in done.output
