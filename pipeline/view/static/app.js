@@ -7,7 +7,11 @@ import { Pane } from "./pane.js";
 import { readPlace, writePlace } from "./place.js";
 
 const at = (id) => document.getElementById(id);
-const NAMES = { tissue: "Tissue (the rest darkened)", read: "Patches read (the rest darkened)", difference: "Difference of the models" };
+const NAMES = {
+  tissue: "Tissue (the rest darkened)",
+  read: "Patches read (the rest darkened)",
+  difference: "Difference of the models",
+};
 
 let site; // what there is
 let info = null; // of the slide that is shown
@@ -21,11 +25,16 @@ const title = ({ name, model }) => {
   return model !== null && site.models.length > 1 && !chosen.pair ? `${words}, ${site.models[model]}` : words;
 };
 
-const layers = () => site.layers.map((layer, index) => ({ ...layer, number: index })).filter((layer) => info.layers.includes(layer.number));
+const layers = () =>
+  site.layers
+    .map((layer, index) => ({ ...layer, number: index }))
+    .filter((layer) => info.layers.includes(layer.number));
 const keyOf = ({ name, model }) => (model ? `${name}@${model}` : name);
 const layerOf = (pane) => {
   const [name] = chosen.layer.split("@");
-  const found = layers().find((layer) => (chosen.pair && layer.model !== null ? layer.name === name && layer.model === pane : keyOf(layer) === chosen.layer));
+  const found = layers().find((layer) =>
+    chosen.pair && layer.model !== null ? layer.name === name && layer.model === pane : keyOf(layer) === chosen.layer,
+  );
   return found ? { ...found, title: title(found) } : null;
 };
 const model = () => info.models[Number(chosen.layer.split("@")[1] ?? 0)] ?? info.models[0];
@@ -43,7 +52,8 @@ function makePanes() {
   at("panes").append(...panes.map((pane) => pane.element));
   panes.forEach((pane) => {
     pane.start();
-    for (const event of ["pointerdown", "wheel", "pointerenter"]) pane.element.addEventListener(event, () => (leader = pane), { capture: true, passive: true });
+    for (const event of ["pointerdown", "wheel", "pointerenter"])
+      pane.element.addEventListener(event, () => (leader = pane), { capture: true, passive: true });
   });
   [leader] = panes;
   return true;
@@ -61,7 +71,12 @@ function remember() {
   remembering = setTimeout(() => {
     if (!info) return;
     const { slide, layer, opacity, frames, pair, patch } = chosen;
-    const words = { slide: site.slides[slide].id, layer, frames: frames ? undefined : "no", pair: pair ? "yes" : undefined };
+    const words = {
+      slide: site.slides[slide].id,
+      layer,
+      frames: frames ? undefined : "no",
+      pair: pair ? "yes" : undefined,
+    };
     writePlace({ ...words, ...leader.view, opacity, patch: patch === null ? null : patch + 1 });
   }, 150);
 }
@@ -101,7 +116,8 @@ function listLayers() {
     .map((layer) => new Option(title(layer), keyOf(layer)));
   at("layer").replaceChildren(new Option("None", ""), ...options);
   const known = options.some(({ value }) => value === chosen.layer);
-  if (!known) chosen.layer = chosen.layer === "" ? "" : (options.find(({ value }) => value === "attention")?.value ?? "");
+  if (!known)
+    chosen.layer = chosen.layer === "" ? "" : (options.find(({ value }) => value === "attention")?.value ?? "");
   at("layer").value = chosen.layer;
 }
 
@@ -121,10 +137,20 @@ function drawPatch() {
   for (const pane of panes) pane.frame("focus", patch ? [[patch.x, patch.y, patch.size]] : []);
   at("patch").textContent = patch ? `Patch ${chosen.patch + 1} of ${top.length}` : `${top.length} top patches`;
   at("previous").disabled = at("next").disabled = !top.length;
-  const rows = patch && Object.entries(patch.values).map(([name, value]) => [name === "attention" ? "attention" : name.replace("_", ": "), name.startsWith("attention") ? `${number(value)}\u00d7 uniform` : number(value)]);
-  const told = patch && { title: `Patch ${chosen.patch + 1}`, rows: [...rows, ["corner", `${patch.x}, ${patch.y} px`], ["selected", patch.selected ? "yes" : "no"]] };
+  const rows =
+    patch &&
+    Object.entries(patch.values).map(([name, value]) => [
+      name === "attention" ? "attention" : name.replace("_", ": "),
+      name.startsWith("attention") ? `${number(value)}\u00d7 uniform` : number(value),
+    ]);
+  const told = patch && {
+    title: `Patch ${chosen.patch + 1}`,
+    rows: [...rows, ["corner", `${patch.x}, ${patch.y} px`], ["selected", patch.selected ? "yes" : "no"]],
+  };
   drawPanel(at("panel"), site.slides[chosen.slide], site.models, info, told);
-  if (patch) at("said").textContent = `Patch ${chosen.patch + 1} of ${top.length}: ${rows.map((row) => row.join(" ")).join(", ")}`;
+  if (patch)
+    at("said").textContent =
+      `Patch ${chosen.patch + 1} of ${top.length}: ${rows.map((row) => row.join(" ")).join(", ")}`;
 }
 
 // Patches are shown with four times their edge around them.
@@ -178,18 +204,46 @@ function nextSlide(by) {
 }
 
 const STEP = 0.2;
-const MOVES = { ArrowLeft: [-STEP, 0, 1], ArrowRight: [STEP, 0, 1], ArrowUp: [0, -STEP, 1], ArrowDown: [0, STEP, 1], "+": [0, 0, 1.5], "=": [0, 0, 1.5], "-": [0, 0, 1 / 1.5] };
+const MOVES = {
+  ArrowLeft: [-STEP, 0, 1],
+  ArrowRight: [STEP, 0, 1],
+  ArrowUp: [0, -STEP, 1],
+  ArrowDown: [0, STEP, 1],
+  "+": [0, 0, 1.5],
+  "=": [0, 0, 1.5],
+  "-": [0, 0, 1 / 1.5],
+};
 const KEYS = [
-  { keys: ["n"], shown: ["n"], what: "next patch by attention", does: () => showPatch(chosen.patch === null ? 0 : chosen.patch + 1) },
-  { keys: ["p"], shown: ["p"], what: "previous patch", does: () => showPatch(chosen.patch === null ? -1 : chosen.patch - 1) },
+  {
+    keys: ["n"],
+    shown: ["n"],
+    what: "next patch by attention",
+    does: () => showPatch(chosen.patch === null ? 0 : chosen.patch + 1),
+  },
+  {
+    keys: ["p"],
+    shown: ["p"],
+    what: "previous patch",
+    does: () => showPatch(chosen.patch === null ? -1 : chosen.patch - 1),
+  },
   { keys: ["j"], shown: ["j"], what: "next slide", does: () => nextSlide(1) },
   { keys: ["k"], shown: ["k"], what: "previous slide", does: () => nextSlide(-1) },
   { keys: ["l", "L"], shown: ["l", "L"], what: "next, previous layer", does: (key) => turnLayer(key === "l" ? 1 : -1) },
-  { keys: ["]", "["], shown: ["]", "["], what: "layer denser, clearer", does: (key) => setOpacity(chosen.opacity + (key === "]" ? 0.1 : -0.1)) },
+  {
+    keys: ["]", "["],
+    shown: ["]", "["],
+    what: "layer denser, clearer",
+    does: (key) => setOpacity(chosen.opacity + (key === "]" ? 0.1 : -0.1)),
+  },
   { keys: ["s"], shown: ["s"], what: "frames around selected patches", does: () => setFrames(!chosen.frames) },
   { keys: ["c"], shown: ["c"], what: "two models side by side", does: () => setPair(!chosen.pair) },
   { keys: ["h"], shown: ["h"], what: "whole slide", does: () => leader.goWhole() },
-  { keys: Object.keys(MOVES), shown: ["\u2190", "\u2192", "\u2191", "\u2193", "+", "-"], what: "move, zoom", does: (key) => leader.nudge(...MOVES[key]) },
+  {
+    keys: Object.keys(MOVES),
+    shown: ["\u2190", "\u2192", "\u2191", "\u2193", "+", "-"],
+    what: "move, zoom",
+    does: (key) => leader.nudge(...MOVES[key]),
+  },
   { keys: ["?"], shown: ["?"], what: "these keys", does: () => at("keys").showModal() },
 ];
 
@@ -205,11 +259,17 @@ function wire() {
   at("help").addEventListener("click", () => at("keys").showModal());
   at("tools").addEventListener("submit", (event) => event.preventDefault());
   window.addEventListener("hashchange", () => open(readPlace(location.hash)));
-  listen(KEYS.map((key) => ({ ...key, does: (pressed) => (info || "jk?".includes(pressed)) && key.does(pressed) })), at("keys-table"));
+  listen(
+    KEYS.map((key) => ({ ...key, does: (pressed) => (info || "jk?".includes(pressed)) && key.does(pressed) })),
+    at("keys-table"),
+  );
 }
 
 function open(place) {
-  const index = Math.max(0, site.slides.findIndex(({ id }) => id === place.slide));
+  const index = Math.max(
+    0,
+    site.slides.findIndex(({ id }) => id === place.slide),
+  );
   Object.assign(chosen, { layer: place.layer ?? "attention", pair: place.pair === "yes" && site.models.length > 1 });
   at("pair").checked = chosen.pair;
   chosen.frames = at("frames").checked = place.frames !== "no";

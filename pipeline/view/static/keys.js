@@ -6,7 +6,8 @@ export function listen(bindings, table) {
     const { target } = event;
     const writes = target instanceof HTMLInputElement && target.type === "search";
     const turns = event.key.startsWith("Arrow") && target instanceof Element && target.matches("select, input");
-    if (event.ctrlKey || event.metaKey || event.altKey || writes || turns || document.querySelector("dialog[open]")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || writes || turns || document.querySelector("dialog[open]"))
+      return;
     const found = bindings.find(({ keys }) => keys.includes(event.key));
     if (!found) return;
     event.preventDefault();

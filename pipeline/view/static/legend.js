@@ -21,7 +21,8 @@ export function drawScale(element, perPixel, mpp) {
   bar.className = "bar";
   bar.style.width = `${length / unit}px`;
   const words = document.createElement("span");
-  const seen = mpp === null ? "" : `  \u00b7  ${Number(unit.toPrecision(3))} \u00b5m/px, about ${about(10 / unit)}\u00d7`;
+  const seen =
+    mpp === null ? "" : `  \u00b7  ${Number(unit.toPrecision(3))} \u00b5m/px, about ${about(10 / unit)}\u00d7`;
   words.textContent = lengthText(length, mpp !== null) + seen;
   element.replaceChildren(bar, words);
 }

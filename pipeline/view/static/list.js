@@ -2,8 +2,7 @@
 
 export const number = (value) => (Math.abs(value) >= 0.001 || value === 0 ? value.toFixed(3) : value.toExponential(1));
 
-const interval = ({ low, high }) =>
-  low === null || high === null ? "" : ` (95%: ${number(low)} to ${number(high)})`;
+const interval = ({ low, high }) => (low === null || high === null ? "" : ` (95%: ${number(low)} to ${number(high)})`);
 
 export const toldText = (told) => `${told.name} ${number(told.value)}${interval(told)}`;
 
@@ -52,7 +51,9 @@ export function drawPanel(element, slide, models, info, patch) {
     if (model === null || model.mass === null) return;
     const whose = models.length > 1 ? `${models[index]}: ` : "";
     const share = (100 * model.mass).toFixed(model.mass > 0.995 || model.mass < 0.1 ? 1 : 0);
-    parts.push(text("p", `${whose}${share}% of the attention is in the ${model.selected} selected of ${model.count} patches.`));
+    parts.push(
+      text("p", `${whose}${share}% of the attention is in the ${model.selected} selected of ${model.count} patches.`),
+    );
   });
   if (patch) parts.push(text("h2", patch.title), list(patch.rows));
   element.replaceChildren(...parts);
@@ -61,11 +62,13 @@ export function drawPanel(element, slide, models, info, patch) {
 function facts(slide, models, info) {
   const rows = slide.label === null ? [] : [["label", slide.label]];
   const both = slide.other !== null;
-  for (const told of slide.told) rows.push([both ? `${told.name}, ${models[0]}` : told.name, number(told.value) + interval(told)]);
+  for (const told of slide.told)
+    rows.push([both ? `${told.name}, ${models[0]}` : told.name, number(told.value) + interval(told)]);
   for (const told of slide.other ?? []) rows.push([`${told.name}, ${models[1]}`, number(told.value) + interval(told)]);
   rows.push(...Object.entries(slide.facts));
   if (info) rows.push(["size", `${info.width} \u00d7 ${info.height} px`]);
-  if (info) rows.push(["resolution", info.mpp === null ? "not known" : `${Number(info.mpp.toPrecision(4))} \u00b5m/px`]);
+  if (info)
+    rows.push(["resolution", info.mpp === null ? "not known" : `${Number(info.mpp.toPrecision(4))} \u00b5m/px`]);
   return list(rows);
 }
 

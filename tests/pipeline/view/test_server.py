@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.view
 from pipeline.view.gate import gate
 from pipeline.view.outputs import Output
 from pipeline.view.run import serving
@@ -231,3 +234,11 @@ def test_the_page_names_nothing_outside(server: ViewServer) -> None:
         assert "eval(" not in text
         assert "innerHTML" not in text
     assert not re.search(r"<style|<script(?! src=)| style=| on\w+=", ours["index.html"])
+
+
+def test_what_is_vendored_is_what_the_readme_says() -> None:
+    readme = Path(pipeline.view.__path__[0]) / "README.md"
+    data = _files()["openseadragon.min.js"]
+    assert hashlib.sha256(data).hexdigest() in readme.read_text()
+    assert b"openseadragon 6.1.1" in data[:40]
+    assert (readme.parent / "static" / "openseadragon" / "LICENSE.txt").read_text().startswith("Copyright")
