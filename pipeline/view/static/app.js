@@ -1,43 +1,22 @@
 // The page: what is chosen, and what follows from it.
 
 import { askSlide, askSlides } from "./ask.js";
-import { listen } from "./keys.js";
-import { drawList, drawPanel, filterList, markCurrent, number } from "./list.js";
+import { listenTo } from "./controls.js";
+import { keyOf, layerIn, layersOf, titleOf } from "./layers.js";
+import { drawList, drawPanel, markCurrent, number } from "./list.js";
 import { Pane } from "./pane.js";
 import { readPlace, writePlace } from "./place.js";
 
 const at = (id) => document.getElementById(id);
-const NAMES = {
-  tissue: "Tissue (the rest darkened)",
-  read: "Patches read (the rest darkened)",
-  difference: "Difference of the models",
-};
-
 let site; // what there is
 let info = null; // of the slide that is shown
 let panes = [];
 let leader = null; // the pane that the others follow
 const chosen = { slide: 0, layer: "", opacity: 0.7, frames: true, pair: false, patch: null };
 
-const title = ({ name, model }) => {
-  const said = NAMES[name] ?? name.replace(/^effect_/, "effect: ").replace(/^attention_/, "attention: ");
-  const words = said[0].toUpperCase() + said.slice(1);
-  return model !== null && site.models.length > 1 && !chosen.pair ? `${words}, ${site.models[model]}` : words;
-};
-
-const layers = () =>
-  site.layers
-    .map((layer, index) => ({ ...layer, number: index }))
-    .filter((layer) => info.layers.includes(layer.number));
-const keyOf = ({ name, model }) => (model ? `${name}@${model}` : name);
-const layerOf = (pane) => {
-  const [name] = chosen.layer.split("@");
-  const found = layers().find((layer) =>
-    chosen.pair && layer.model !== null ? layer.name === name && layer.model === pane : keyOf(layer) === chosen.layer,
-  );
-  return found ? { ...found, title: title(found) } : null;
-};
-const model = () => info.models[Number(chosen.layer.split("@")[1] ?? 0)] ?? info.models[0];
+const layers = () => layersOf(site, info);
+const title = (layer) => titleOf(layer, chosen.pair ? [] : site.models);
+const model = () => info && (info.models[Number(chosen.layer.split("@")[1] ?? 0)] ?? info.models[0]);
 
 function trouble(words) {
   at("trouble").textContent = words;
@@ -122,13 +101,22 @@ function listLayers() {
 }
 
 async function lay() {
-  panes.forEach((pane, index) => {
-    pane.name(panes.length > 1 ? site.models[index] : "");
-    const squares = info.models[chosen.pair ? index : 0]?.frames ?? [];
-    pane.frame("frame", chosen.frames ? squares : []);
+  panes.forEach((pane, index) => pane.name(panes.length > 1 ? site.models[index] : ""));
+  drawFrames();
+  const wanted = panes.map((_, index) => layerIn(layers(), chosen.layer, chosen.pair ? index : null));
+  const laid = panes.map((pane, index) => {
+    const layer = wanted[index];
+    return pane.lay(layer && { ...layer, title: title(layer) }, chosen.opacity);
   });
-  await Promise.all(panes.map((pane, index) => pane.lay(layerOf(index), chosen.opacity)));
+  await Promise.all(laid);
   remember();
+}
+
+function drawFrames() {
+  panes.forEach((pane, index) => {
+    const squares = (chosen.frames && info.models[chosen.pair ? index : 0]?.frames) || [];
+    pane.frame("frame", squares);
+  });
 }
 
 function drawPatch() {
@@ -173,9 +161,10 @@ function setOpacity(share) {
 }
 
 function setLayer(value) {
+  if (!info) return;
   chosen.layer = at("layer").value = value;
   at("said").textContent = `Layer: ${at("layer").selectedOptions[0]?.textContent ?? "none"}`;
-  return lay();
+  lay();
 }
 
 function turnLayer(by) {
@@ -185,15 +174,16 @@ function turnLayer(by) {
 
 function setFrames(on) {
   chosen.frames = at("frames").checked = on;
-  if (info) lay();
+  if (info) drawFrames();
+  remember();
 }
 
 async function setPair(on) {
-  if (site.models.length < 2) return;
-  const place = info && { ...leader.view, patch: chosen.patch === null ? undefined : chosen.patch + 1 };
+  if (site.models.length < 2 || !info) return;
+  const place = { ...leader.view, patch: chosen.patch === null ? undefined : chosen.patch + 1 };
   chosen.pair = at("pair").checked = on;
   if (on) chosen.layer = chosen.layer.split("@")[0];
-  await showSlide(chosen.slide, place ?? {});
+  await showSlide(chosen.slide, place);
 }
 
 function nextSlide(by) {
@@ -203,67 +193,21 @@ function nextSlide(by) {
   if (index !== undefined) showSlide(index);
 }
 
-const STEP = 0.2;
-const MOVES = {
-  ArrowLeft: [-STEP, 0, 1],
-  ArrowRight: [STEP, 0, 1],
-  ArrowUp: [0, -STEP, 1],
-  ArrowDown: [0, STEP, 1],
-  "+": [0, 0, 1.5],
-  "=": [0, 0, 1.5],
-  "-": [0, 0, 1 / 1.5],
+const does = {
+  next: () => showPatch(chosen.patch === null ? 0 : chosen.patch + 1),
+  previous: () => showPatch(chosen.patch === null ? -1 : chosen.patch - 1),
+  nextSlide,
+  turnLayer,
+  setLayer,
+  setOpacity,
+  denser: (by) => setOpacity(chosen.opacity + by),
+  setFrames,
+  turnFrames: () => setFrames(!chosen.frames),
+  setPair,
+  turnPair: () => setPair(!chosen.pair),
+  whole: () => info && leader.goWhole(),
+  nudge: (...by) => info && leader.nudge(...by),
 };
-const KEYS = [
-  {
-    keys: ["n"],
-    shown: ["n"],
-    what: "next patch by attention",
-    does: () => showPatch(chosen.patch === null ? 0 : chosen.patch + 1),
-  },
-  {
-    keys: ["p"],
-    shown: ["p"],
-    what: "previous patch",
-    does: () => showPatch(chosen.patch === null ? -1 : chosen.patch - 1),
-  },
-  { keys: ["j"], shown: ["j"], what: "next slide", does: () => nextSlide(1) },
-  { keys: ["k"], shown: ["k"], what: "previous slide", does: () => nextSlide(-1) },
-  { keys: ["l", "L"], shown: ["l", "L"], what: "next, previous layer", does: (key) => turnLayer(key === "l" ? 1 : -1) },
-  {
-    keys: ["]", "["],
-    shown: ["]", "["],
-    what: "layer denser, clearer",
-    does: (key) => setOpacity(chosen.opacity + (key === "]" ? 0.1 : -0.1)),
-  },
-  { keys: ["s"], shown: ["s"], what: "frames around selected patches", does: () => setFrames(!chosen.frames) },
-  { keys: ["c"], shown: ["c"], what: "two models side by side", does: () => setPair(!chosen.pair) },
-  { keys: ["h"], shown: ["h"], what: "whole slide", does: () => leader.goWhole() },
-  {
-    keys: Object.keys(MOVES),
-    shown: ["\u2190", "\u2192", "\u2191", "\u2193", "+", "-"],
-    what: "move, zoom",
-    does: (key) => leader.nudge(...MOVES[key]),
-  },
-  { keys: ["?"], shown: ["?"], what: "these keys", does: () => at("keys").showModal() },
-];
-
-function wire() {
-  at("filter").addEventListener("input", ({ target }) => filterList(at("list"), site.slides, target.value));
-  at("layer").addEventListener("change", ({ target }) => setLayer(target.value));
-  at("opacity").addEventListener("input", ({ target }) => setOpacity(target.value / 100));
-  at("frames").addEventListener("change", ({ target }) => setFrames(target.checked));
-  at("pair").addEventListener("change", ({ target }) => setPair(target.checked));
-  at("next").addEventListener("click", () => KEYS[0].does());
-  at("previous").addEventListener("click", () => KEYS[1].does());
-  at("whole").addEventListener("click", () => leader.goWhole());
-  at("help").addEventListener("click", () => at("keys").showModal());
-  at("tools").addEventListener("submit", (event) => event.preventDefault());
-  window.addEventListener("hashchange", () => open(readPlace(location.hash)));
-  listen(
-    KEYS.map((key) => ({ ...key, does: (pressed) => (info || "jk?".includes(pressed)) && key.does(pressed) })),
-    at("keys-table"),
-  );
-}
 
 function open(place) {
   const index = Math.max(
@@ -282,7 +226,8 @@ async function main() {
   at("title").textContent = site.models.join(" and ");
   at("pair-field").hidden = site.models.length < 2;
   drawList(at("list"), site.slides, (index) => showSlide(index));
-  wire();
+  listenTo(does, site.slides);
+  window.addEventListener("hashchange", () => open(readPlace(location.hash)));
   if (site.slides.length) await open(readPlace(location.hash));
   else trouble("There are no slides.");
 }

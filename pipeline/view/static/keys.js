@@ -1,7 +1,7 @@
-// Keys, as one table: what they are called, what they do, and whether held down they go on.
+// Keys, as one table: what they are called and what they do.
 
 export function listen(bindings, table) {
-  table.replaceChildren(...bindings.filter(({ what }) => what).map(row));
+  table.replaceChildren(...bindings.map(row));
   document.addEventListener("keydown", (event) => {
     const { target } = event;
     const writes = target instanceof HTMLInputElement && target.type === "search";

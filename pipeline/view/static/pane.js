@@ -89,8 +89,8 @@ export class Pane {
     this.over = null;
     if (old) this.viewer.world.removeItem(old);
     drawLegend(this.legend, layer?.title ?? "", layer?.legend ?? null, opacity);
+    const wanted = (this.wanted = Symbol("the layer chosen last"));
     if (!layer) return;
-    const wanted = (this.wanted = Symbol(layer.name));
     const source = tileSource(this.info, this.info.layerSteps, layerPath(this.tag, this.slide, layer.number), true);
     const item = await new Promise((success) =>
       this.viewer.addTiledImage({ tileSource: source, opacity, success: (event) => success(event.item) }),
@@ -159,7 +159,7 @@ export class Pane {
   }
 
   moved() {
-    if (!this.info) return;
+    if (!this.info || !this.viewer.isOpen()) return;
     drawScale(this.scale, this.perPixel(true), this.info.mpp);
     this.onMove(this);
   }
