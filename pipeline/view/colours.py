@@ -48,7 +48,8 @@ class Scale:
             share = np.log(np.maximum(values, 1.0)) / np.log(self.top)
         else:
             share = values / self.top / 2 + 0.5
-        return (1 + np.rint(np.clip(share, 0, 1) * (COLOURS - 1))).astype(np.uint8)
+        places: Palette = (1 + np.rint(np.clip(share, 0, 1) * (COLOURS - 1))).astype(np.uint8)
+        return places
 
     @cached_property
     def palette(self) -> Palette:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import quote
 
@@ -73,7 +73,7 @@ def view(place: str, against: str | None, *, host: str, port: int, tell: Callabl
 
 
 @contextmanager
-def serving(batches: list[Batch], guard: Gate, port: int = 0) -> Iterator[ViewServer]:
+def serving(batches: Sequence[Batch], guard: Gate, port: int = 0) -> Iterator[ViewServer]:
     """A server that answers until the block ends."""
     site = Site(batches, Staging(budget=CACHE))
     try:

@@ -114,7 +114,7 @@ class ViewServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ViewServer
     protocol_version = "HTTP/1.1"
-    timeout: ClassVar[float] = IDLE_S  # type: ignore[misc]
+    timeout: ClassVar[float] = IDLE_S
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webdriver import WebDriver
 
 WIDTH, HEIGHT = 1440, 900
 
 
 @contextmanager
-def chromium() -> Iterator[WebDriver]:
+def chromium() -> Iterator[webdriver.Chrome]:
     """A new session; skips where Chromium or its driver is not installed."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
@@ -51,23 +50,23 @@ def until(found: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
     return value
 
 
-def shown(session: WebDriver, slide_id: str) -> None:
+def shown(session: webdriver.Chrome, slide_id: str) -> None:
     """Wait until a slide is shown, and all its tiles are drawn."""
     until(lambda: session.execute_script("return document.documentElement.dataset.shown") == slide_id, slide_id)
     settled(session)
 
 
-def settled(session: WebDriver) -> None:
+def settled(session: webdriver.Chrome) -> None:
     """Wait until nothing moves and every tile is there."""
     until(lambda: session.execute_script("return window.settled?.()"), "the picture to settle")
     time.sleep(0.1)
 
 
-def press(session: WebDriver, keys: str) -> None:
+def press(session: webdriver.Chrome, keys: str) -> None:
     """Type keys into the page."""
     session.find_element(By.TAG_NAME, "body").send_keys(keys)
 
 
-def complaints(session: WebDriver) -> list[str]:
+def complaints(session: webdriver.Chrome) -> list[str]:
     """What the console said since the last look."""
     return [f"{entry['level']}: {entry['message']}" for entry in session.get_log("browser")]

@@ -26,7 +26,8 @@ def coordinates_rgb(width: int, height: int) -> RGB:
     y, x = np.mgrid[0:height, 0:width]
     red, green = (16 + SLOPE * np.abs(place % 128 - 64) for place in (x, y))
     blue = x // 64 % 2 * 128 + y // 64 % 2 * 64 + 32
-    return np.rint(np.stack([red, green, blue], axis=2)).astype(np.uint8)
+    rgb: RGB = np.rint(np.stack([red, green, blue], axis=2)).astype(np.uint8)
+    return rgb
 
 
 def coordinates_of(pixels: Sequence[int] | RGB) -> tuple[float, float]:
