@@ -22,7 +22,7 @@ from pipeline.view.rasters import Floats, Mask
 COLOURS = 255  # and one for nothing
 _RISING = ("2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 _BELOW, _ABOVE = "0072b2", "d55e00"
-_FAINT, _DENSE = 0.45, 0.90
+_FAINT, _DENSE = 0.45, 0.80
 _SHADE = (28, 39, 51)
 
 Palette = npt.NDArray[np.uint8]

@@ -12,7 +12,7 @@ let site; // what there is
 let info = null; // of the slide that is shown
 let panes = [];
 let leader = null; // the pane that the others follow
-const chosen = { slide: 0, layer: "", opacity: 0.7, frames: true, pair: false, patch: null };
+const chosen = { slide: 0, layer: "", opacity: 0.7, frames: true, pair: false, patch: null, hidden: "attention" };
 
 const layers = () => layersOf(site, info);
 const title = (layer) => titleOf(layer, chosen.pair ? [] : site.models);
@@ -129,7 +129,7 @@ function drawPatch() {
     patch &&
     Object.entries(patch.values).map(([name, value]) => [
       name === "attention" ? "attention" : name.replace("_", ": "),
-      name.startsWith("attention") ? `${number(value)}\u00d7 uniform` : number(value),
+      name.startsWith("attention") ? `${Number(value.toPrecision(3))}\u00d7 uniform` : number(value),
     ]);
   const told = patch && {
     title: `Patch ${chosen.patch + 1}`,
@@ -172,6 +172,13 @@ function turnLayer(by) {
   setLayer(values[(values.indexOf(chosen.layer) + by + values.length) % values.length]);
 }
 
+// Away with the layer, to look at the tissue, and back.
+function hideLayer() {
+  const hidden = chosen.layer === "" ? chosen.hidden : "";
+  chosen.hidden = chosen.layer;
+  setLayer(hidden);
+}
+
 function setFrames(on) {
   chosen.frames = at("frames").checked = on;
   if (info) drawFrames();
@@ -198,6 +205,7 @@ const does = {
   previous: () => showPatch(chosen.patch === null ? -1 : chosen.patch - 1),
   nextSlide,
   turnLayer,
+  hideLayer,
   setLayer,
   setOpacity,
   denser: (by) => setOpacity(chosen.opacity + by),

@@ -24,6 +24,7 @@ const bindings = (does) => [
   key(["j"], "next slide", () => does.nextSlide(1)),
   key(["k"], "previous slide", () => does.nextSlide(-1)),
   key(["l", "L"], "next, previous layer", (pressed) => does.turnLayer(pressed === "l" ? 1 : -1)),
+  key(["o"], "layer away and back", does.hideLayer),
   key(["]", "["], "layer denser, clearer", (pressed) => does.denser(pressed === "]" ? 0.1 : -0.1)),
   key(["s"], "frames around selected patches", does.turnFrames),
   key(["c"], "two models side by side", does.turnPair),

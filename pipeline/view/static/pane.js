@@ -143,10 +143,12 @@ export class Pane {
     const zoom = this.info.width / (z * viewport.getContainerSize().x);
     viewport.zoomTo(zoom, null, now);
     viewport.panTo(new OpenSeadragon.Point(x / this.info.width, y / this.info.width), now);
+    if (now) this.moved(); // no event tells of a jump
   }
 
   goWhole(now = false) {
     this.viewer.viewport.fitBounds(this.rectangle(...this.info.bounds), now);
+    if (now) this.moved();
   }
 
   // By shares of the window; a zoom of 1 stays as it is.

@@ -84,6 +84,16 @@ def _canvas(browser: webdriver.Chrome) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
 
 
+def _check_scale(browser: webdriver.Chrome) -> None:
+    """The scale bar is as long as it says."""
+    per_pixel = float(_place(browser)["z"])
+    scale = browser.find_element(By.CSS_SELECTOR, ".scale")
+    length, unit = scale.text.split()[:2]
+    assert unit == "\N{MICRO SIGN}m"
+    width = scale.find_element(By.CSS_SELECTOR, ".bar").size["width"]
+    assert width * per_pixel * 0.2527 == pytest.approx(float(length), rel=0.02)
+
+
 def test_a_slide_is_shown_with_what_is_known_of_it(browser: webdriver.Chrome, viewer: ViewServer) -> None:
     _open(browser, viewer)
     names = [item.text.splitlines() for item in browser.find_elements(By.CSS_SELECTOR, "#list button")]
@@ -98,12 +108,7 @@ def test_a_slide_is_shown_with_what_is_known_of_it(browser: webdriver.Chrome, vi
         "tumour_lesion, models:/demo/1",
     ):
         assert told in panel
-    scale = browser.find_element(By.CSS_SELECTOR, ".scale")
-    bar, words = scale.find_element(By.CSS_SELECTOR, ".bar"), scale.text
-    length, unit = words.split()[:2]
-    assert unit == "µm"
-    per_pixel = float(_place(browser)["z"])
-    assert bar.size["width"] * per_pixel * 0.2527 == pytest.approx(float(length), rel=0.02)
+    _check_scale(browser)
     assert "5\N{MULTIPLICATION SIGN}" in browser.find_element(By.CSS_SELECTOR, ".legend").text
     pixels = _canvas(browser).reshape(-1, 3)
     assert (np.ptp(pixels.astype(int), axis=1) > 40).mean() > 0.05  # stained tissue is there
@@ -126,12 +131,16 @@ def test_keys_lead_through_patches_slides_layers_and_opacity(browser: webdriver.
     assert int(_place(browser)["patch"]) == len(grid(WIDTH, HEIGHT, EXTENT, EXTENT)[0])  # round to the last
     press(browser, "]")
     assert float(_place(browser)["opacity"]) == pytest.approx(0.8)
-    press(browser, "l")
+    press(browser, "o")
+    assert _place(browser)["layer"] == ""
+    press(browser, "ol")
     assert _place(browser)["layer"].startswith("effect_tumour_lesion")
     press(browser, "h")
     assert float(_place(browser)["x"]) == pytest.approx(WIDTH / 2, abs=1)
+    press(browser, "++++")
     press(browser, "j")
     shown(browser, "places")
+    _check_scale(browser)
     assert browser.find_element(By.CSS_SELECTOR, "#list [aria-current]").text.startswith("places")
     press(browser, "k")
     shown(browser, "tissue")
@@ -162,6 +171,7 @@ def test_the_address_leads_back_to_where_one_was(browser: webdriver.Chrome, view
     place = _place(browser)
     assert (place["slide"], place["layer"], place["frames"]) == ("places", "read", "no")
     assert [float(place[name]) for name in ("x", "y", "z", "opacity")] == pytest.approx([1500, 700, 0.5, 0.4])
+    _check_scale(browser)
     assert Select(browser.find_element(By.ID, "layer")).first_selected_option.text.startswith("Patches read")
     assert complaints(browser) == []
 
