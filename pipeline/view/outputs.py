@@ -1,4 +1,4 @@
-"""What `predict` wrote, to look at: the only module that knows its files (results/README.md says what they hold)."""
+"""What `predict` wrote, to look at: the only module that knows its files (predictions/README.md says what they hold)."""
 
 from __future__ import annotations
 
@@ -136,13 +136,13 @@ def _drawn(outlines: Mapping[str, Any], dimensions: tuple[int, int], origin: tup
 
 def _scales(said: Mapping[str, Any]) -> dict[str, Scale]:
     """By layer, from what `slide.json` says of its maps and their colours, which all slides share."""
-    maps, colours = said.get("maps", {}), said.get("colours", {})
+    maps, colours = said.get("maps") or {}, said.get("colours") or {}
     found = (
         {ATTENTION: Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))} if said else {}
     )
     for name in maps:
         if name.startswith(_EFFECT):
-            unit = str(maps[name].get("unit", "change of the output"))
+            unit = f"what the output gains by the patch: {maps[name].get('unit', 'number')}"
             found[name] = Scale("signed", _end(colours, "effect", 1.0), unit, _whence(colours, "effect"))
         elif name.startswith(_HEAD):
             found[name] = Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))
@@ -161,7 +161,7 @@ def _whence(colours: Mapping[str, Any], which: str) -> str:
     quantile = colours.get(which, {}).get("quantile")
     if quantile is None:
         return "the same for all slides"
-    return f"ends at the {100 * float(quantile):g}% quantile of all slides of the batch"
+    return f"ends at the {100 * float(quantile):g}% quantile of the patches of all slides"
 
 
 def _floats(table: pa.Table, name: str) -> Floats:

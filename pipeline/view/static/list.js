@@ -48,7 +48,8 @@ export function drawPanel(element, slide, models, info, patch) {
   const parts = [text("h2", slide.id), facts(slide, models, info)];
   for (const sentence of info?.sentences ?? []) parts.push(text("p", sentence));
   (info?.models ?? []).forEach((model, index) => {
-    if (model === null || model.mass === null) return;
+    const told = index === 0 && info.sentences.length > 0; // by what predicted it
+    if (model === null || model.mass === null || told) return;
     const whose = models.length > 1 ? `${models[index]}: ` : "";
     const share = (100 * model.mass).toFixed(model.mass > 0.995 || model.mass < 0.1 ? 1 : 0);
     parts.push(

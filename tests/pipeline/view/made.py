@@ -94,7 +94,7 @@ def _write_slide(folder: Path, slide_id: str, slide: Mapping[str, Any], model: s
     maps: dict[str, Any] = {"score": {"version": 1, "definition": "attention times patches", "unit": "uniform = 1"}}
     if "effect" in slide:
         columns["effect_tumour_lesion"] = np.asarray(slide["effect"], np.float32)
-        maps["effect_tumour_lesion"] = {"version": 1, "definition": "left out", "unit": "log odds without the patch"}
+        maps["effect_tumour_lesion"] = {"version": 1, "definition": "with it less without it", "unit": "log odds"}
     pq.write_table(pa.table(columns), folder / "attention.parquet")
     origin = tuple(slide.get("origin", (0, 0)))
     if "mask" in slide:

@@ -42,7 +42,7 @@ def test_what_predict_wrote_is_read(out: Path) -> None:
     assert found.scales[ATTENTION].top == 20
     assert "99.9% quantile" in found.scales[ATTENTION].stated
     assert found.scales["effect_tumour_lesion"].top == 1.5
-    assert found.scales["effect_tumour_lesion"].unit == "log odds without the patch"
+    assert found.scales["effect_tumour_lesion"].unit == "what the output gains by the patch: log odds"
 
 
 def test_patches_have_their_places_and_numbers(out: Path) -> None:
