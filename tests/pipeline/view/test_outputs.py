@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, StorageError
+from pipeline.predictions.run import predict
+from pipeline.storage.staging import Staging
 from pipeline.view.outputs import Output, is_output
+from pipeline.view.routes import parse
 from pipeline.view.shown import ATTENTION
+from pipeline.view.site import Site
+from tests.pipeline.small import HEIGHT, WIDTH, small_config, write_model, write_slide
 from tests.pipeline.view.made import grid, write_output
 
 
@@ -106,3 +112,36 @@ def test_what_is_damaged_is_named(out: Path) -> None:
 
 def test_a_folder_of_other_things_is_no_output(tmp_path: Path) -> None:
     assert not is_output(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_what_predict_writes_today_is_shown(tmp_path: Path) -> None:
+    config = small_config()
+    (tmp_path / "model").mkdir()
+    write_slide(tmp_path / "a.png", 0)
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    asked = [str(tmp_path / "a.png"), str(tmp_path / "bad.svs")]
+    predict(str(write_model(tmp_path / "model", config)), asked, None, tmp_path / "out", tracking_uri="unused")
+    found = Output(str(tmp_path / "out"))
+    assert found.name == str(tmp_path / "model")
+    assert [told.name for told in found.slides[0].told] == ["tumour_no", "tumour_yes"]
+    assert found.slides[0].reason is None
+    assert "bad.svs" in str(found.slides[1].reason)
+    patches = found.patches(0)
+    assert patches is not None
+    assert set(patches.values) == set(found.scales)
+    assert {ATTENTION, "effect_tumour_yes"} <= set(found.scales)
+    assert patches.values[ATTENTION].mean() == pytest.approx(1, abs=1e-5)
+    assert patches.selected.sum() == 5
+    assert "selected of" in found.sentences(0)[0]
+    mask = found.tissue(0)
+    assert mask is not None
+    assert 0 < mask.mean() < 1
+    with closing(Site([found], Staging())) as site:
+        told = json.loads(site.detailed(0))
+        assert (told["width"], told["height"]) == (WIDTH, HEIGHT)
+        layers = json.loads(site.listed())["layers"]
+        for number in told["layers"]:
+            route = parse(f"/{site.tag}/0/layer/{number}/0/0/0")
+            assert route is not None
+            assert site.picture(route).data[1:4] == b"PNG", layers[number]
