@@ -69,4 +69,10 @@ def press(session: webdriver.Chrome, keys: str) -> None:
 
 def complaints(session: webdriver.Chrome) -> list[str]:
     """What the console said since the last look."""
-    return [f"{entry['level']}: {entry['message']}" for entry in session.get_log("browser")]
+    return [f"{entry['level']}: {entry['message']}" for entry in logged(session, "browser")]
+
+
+def logged(session: webdriver.Chrome, kind: str) -> list[Any]:
+    """Entries of a log since the last look."""
+    entries: list[Any] = session.get_log(kind)  # type: ignore[no-untyped-call]
+    return entries

@@ -21,7 +21,7 @@ from pipeline.view.gate import gate
 from pipeline.view.outputs import Output
 from pipeline.view.run import address, serving
 from pipeline.view.server import ViewServer
-from tests.pipeline.view.browser import chromium, complaints, press, settled, shown, until
+from tests.pipeline.view.browser import chromium, complaints, logged, press, settled, shown, until
 from tests.pipeline.view.made import apart, coordinates_of, coordinates_rgb, grid, write_output
 from tests.s3 import S3Server
 from tests.synth import tissue_rgb, write_pyramid
@@ -202,7 +202,8 @@ def test_px_on_the_screen_are_where_the_address_says(
 ) -> None:
     """At the four corners of a slide whose px say where they are: within one level-0 px, and so are the layer's edges.
 
-    Where a px of the screen is two of level 0 (the file's second level is seen), within one of the screen.
+    Where a px of the screen is two of level 0 (the file's second level is seen), within one of the screen, for that much
+    tiles are drawn larger so that no seams are seen, and what the colours' rounding makes of it.
     """
     at = [(edge - 150 * zoom if far else 150 * zoom) for far, edge in zip(corner, (WIDTH, HEIGHT), strict=True)]
     where = f"#slide=places&layer=&frames=no&x={at[0]}&y={at[1]}&z={zoom}"
@@ -218,18 +219,18 @@ def test_px_on_the_screen_are_where_the_address_says(
         ]
         if all(value % 64 > 6 and value % 64 < 58 for value in meant):
             found = [apart(*pair) for pair in zip(coordinates_of(plain[y, x]), meant, strict=True)]
-            assert max(found) <= max(1, zoom), (found, meant)
+            assert max(found) <= (1 if zoom < 1 else zoom + 0.6), (found, meant)
             judged += 1
     assert judged
     Select(browser.find_element(By.ID, "layer")).select_by_visible_text("Patches read (the rest darkened)")
     settled(browser)
     dark = np.abs(_canvas(browser).astype(int) - plain).sum(axis=2) > 6
     corners, size = grid(WIDTH, HEIGHT, EXTENT, EXTENT)
-    for axis, name in ((1, "x"), (0, "y")):
-        end = (corners[:, 1 - axis] + size).max()
-        line = dark[plain.shape[0] // 2 - 3] if axis == 1 else dark[:, plain.shape[1] // 2 - 3]
-        edge = (end - place[name]) / place["z"] + plain.shape[axis] / 2
-        if corner[1 - axis] and 10 < edge < len(line) - 10:
+    ends = (corners + size[:, None]).max(axis=0)  # beyond them no patch was read
+    for axis, name, other in ((1, "x", "y"), (0, "y", "x")):
+        line = dark[dark.shape[0] // 2] if axis == 1 else dark[:, dark.shape[1] // 2]
+        edge = (ends[1 - axis] - place[name]) / place["z"] + dark.shape[axis] / 2
+        if 10 < edge < len(line) - 10 and place[other] < ends[axis]:
             reach = max(1, 1 / zoom)  # px of the screen
             assert not line[int(edge - reach) - 6 : int(edge - reach)].any()
             assert line[int(edge + reach) + 1 : int(edge + reach) + 7].all()
@@ -245,11 +246,11 @@ def test_a_slide_that_is_gone_is_said_and_the_next_is_shown(browser: webdriver.C
 
 
 def test_no_request_leaves_the_server(browser: webdriver.Chrome, viewer: ViewServer) -> None:
-    browser.get_log("performance")
+    logged(browser, "performance")
     _open(browser, viewer)
     press(browser, "n")
     settled(browser)
-    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [json.loads(entry["message"])["message"] for entry in logged(browser, "performance")]
     asked = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
     assert len(asked) > 10
     assert [url for url in asked if not url.startswith((address(viewer), "about:", "data:", "blob:"))] == []
