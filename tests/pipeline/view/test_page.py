@@ -202,7 +202,7 @@ def test_px_on_the_screen_are_where_the_address_says(
 ) -> None:
     """At the four corners of a slide whose px say where they are: within one level-0 px, and so are the layer's edges.
 
-    Where a px of the screen is two of level 0 (the file's second level is seen), within one of the screen, for that much
+    Where a px of the screen is two of level 0 (the file's second level is seen), within one of the screen, by which
     tiles are drawn larger so that no seams are seen, and what the colours' rounding makes of it.
     """
     at = [(edge - 150 * zoom if far else 150 * zoom) for far, edge in zip(corner, (WIDTH, HEIGHT), strict=True)]
