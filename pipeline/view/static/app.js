@@ -48,6 +48,7 @@ let remembering = 0;
 function remember() {
   clearTimeout(remembering);
   remembering = setTimeout(() => {
+    remembering = 0;
     if (!info) return;
     const { slide, layer, opacity, frames, pair, patch } = chosen;
     const words = {
@@ -240,7 +241,7 @@ async function main() {
   else trouble("There are no slides.");
 }
 
-// For programs that look at the page: whether what is seen is all there.
-window.settled = () => info !== null && panes.every((pane) => pane.settled);
+// For programs that look at the page: whether what is seen is all there, and the address says where.
+window.settled = () => info !== null && remembering === 0 && panes.every((pane) => pane.settled);
 
 main().catch((error) => trouble(error.message));

@@ -71,7 +71,6 @@ def _open(browser: webdriver.Chrome, viewer: ViewServer, hash: str = "", slide: 
 def _place(browser: webdriver.Chrome) -> dict[str, str]:
     """What the address says, once it has been written."""
     settled(browser)
-    browser.execute_async_script("setTimeout(arguments[0], 250)")
     return dict(part.split("=", 1) for part in browser.current_url.partition("#")[2].split("&"))
 
 
