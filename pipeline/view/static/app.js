@@ -154,6 +154,12 @@ function showPatch(index, move = true) {
   remember();
 }
 
+function move(how) {
+  if (!info) return;
+  how();
+  remember();
+}
+
 function setOpacity(share) {
   chosen.opacity = Math.min(1, Math.max(0, share));
   at("opacity").value = String(Math.round(100 * chosen.opacity));
@@ -214,8 +220,8 @@ const does = {
   turnFrames: () => setFrames(!chosen.frames),
   setPair,
   turnPair: () => setPair(!chosen.pair),
-  whole: () => info && leader.goWhole(),
-  nudge: (...by) => info && leader.nudge(...by),
+  whole: () => move(() => leader.goWhole()),
+  nudge: (...by) => move(() => leader.nudge(...by)),
 };
 
 function open(place) {
