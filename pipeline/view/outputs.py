@@ -1,4 +1,4 @@
-"""What `predict` wrote, to look at: the only module that knows its files (predictions/README.md says what they hold)."""
+"""What `predict` wrote, to look at: the only module that knows its files, of which predictions/README.md tells."""
 
 from __future__ import annotations
 
