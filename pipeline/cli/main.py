@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pipeline.cli import data, jobs, predict, release, sweep
 from pipeline.cli import store as store_commands
+from pipeline.cli import view as view_command
 from pipeline.cli.console import Chosen, JsonOption, Program, errors, print_json, print_table, with_config
 from pipeline.config.data import DemoConfig
 from pipeline.config.recipe import Config
@@ -267,6 +268,7 @@ def _must_be_local(folder: Path) -> None:
 
 
 app.command(rich_help_panel=_MODEL)(predict.predict)
+app.command(rich_help_panel=_MODEL)(view_command.view)
 app.add_typer(sweep.app, name="sweep", rich_help_panel=_MODEL)
 for _command in (data.qc, data.export, data.gc, data.erase):
     app.command(rich_help_panel=_TILED)(_command)

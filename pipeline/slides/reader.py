@@ -167,6 +167,10 @@ class SlideReader(ABC):
         """
         del level, boxes  # a reader that fetches nothing ahead need not know
 
+    def forget(self) -> None:
+        """Free what is kept of pixels that were read: boxes to come lie elsewhere."""
+        return  # most readers keep nothing
+
     def has_eighths(self, level: int) -> bool:
         """Whether a level can be read at an eighth of its size for less than by `read`."""
         del level

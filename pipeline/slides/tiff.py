@@ -87,6 +87,10 @@ class TiffReader(SlideReader):
         """Free the file and the decoded tiles."""
         self._bytes.close()
         self._source.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """See `SlideReader.forget`."""
         self._decoded, self._shrunk = _DecodedTiles(), _DecodedTiles()
 
     def _spans(self, level: int, boxes: Boxes) -> Iterator[Range]:

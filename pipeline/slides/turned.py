@@ -84,6 +84,10 @@ class _TurnedReader(SlideReader):
         """See `SlideReader.expect`."""
         self._stored.expect(level, self._back(level, boxes))
 
+    def forget(self) -> None:
+        """See `SlideReader.forget`."""
+        self._stored.forget()
+
     def close(self) -> None:
         """See `SlideReader.close`."""
         self._stored.close()

@@ -283,6 +283,16 @@ def test_decoded_tiles_do_not_pile_up(slide: Path, monkeypatch: pytest.MonkeyPat
         assert set(reader._decoded._rows) == {1}  # what lies above is dropped
 
 
+def test_what_is_forgotten_is_read_again(slide: Path) -> None:
+    with open_slide(slide) as reader:
+        assert isinstance(reader, TiffReader)
+        before = reader.read(0, 0, 0, 613, 487), reader.read_eighth(0, 0, 0, 613, 487)
+        reader.forget()
+        assert reader._decoded._rows == reader._shrunk._rows == {}
+        assert np.array_equal(reader.read(0, 0, 0, 613, 487), before[0])
+        assert np.array_equal(reader.read_eighth(0, 0, 0, 613, 487), before[1])
+
+
 def test_expected_or_not_the_pixels_are_the_same(slide: Path) -> None:
     boxes = np.array([(x, y, 100, 90) for y in (0, 200, 300) for x in (500, 3, 250)])
     with open_slide(slide) as told, open_slide(slide) as untold:
