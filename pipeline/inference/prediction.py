@@ -29,6 +29,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import PlanError, SlideError
+from pipeline.inference.shards import selected
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -91,15 +92,16 @@ class SlidePrediction:
         return self.found.values
 
 
-def load_model(folder: Path) -> tuple[IPSModel, Config]:
+def load_model(folder: Path, embed_weights: Path | None = None) -> tuple[IPSModel, Config]:
     """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
 
-    Where the folder holds the weights that make its features too (`registry.register_model`), the config names those.
+    Where the folder holds the weights that make its features too (`registry.register_model`), or `embed_weights` are
+    there, the config names those.
 
     Raises:
         StageError: the folder does not hold a model of this version.
     """
-    config = _with_embed_weights(read_config(folder), folder / EMBED_WEIGHTS)
+    config = _with_embed_weights(read_config(folder), embed_weights or folder / EMBED_WEIGHTS)
     model = build_model(config, pretrained=False)
     load_weights(model, folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
@@ -131,6 +133,7 @@ def predict_bag(
     *,
     heads: bool = False,
     pooled: bool = False,
+    logits: Tensor | None = None,
 ) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
@@ -142,6 +145,7 @@ def predict_bag(
         seed: draws the patches of mode random.
         heads: also give the attention of each head and task.
         pooled: also give what the outputs were pooled of; with `select.context: all` H*D_v numbers a patch.
+        logits: (N, J) of all patches, where others have scored them (`shards`); of mode exact, without `heads`.
     """
     selecting, parts = config.model.select, None
     if selecting.mode == "random":
@@ -149,6 +153,8 @@ def predict_bag(
         selection = random_selection([bag], selecting.memory, generator)
     elif selecting.mode == "every":
         selection = every_patch([bag])
+    elif logits is not None:
+        selection = selected(logits, selecting.memory)
     else:
         scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
         context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
