@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from pipeline import telemetry
-from pipeline.config.recipe import ClusterConfig
+from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError
 
 _POLL_S = 1.0
@@ -207,6 +207,20 @@ def require(bundles: Sequence[Bundle], timeout_s: float, what: str) -> None:
                 "nodes autoscale"
             )
         time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+def abreast(bundles: Sequence[Bundle], most: int) -> int:
+    """How many times the cluster's nodes hold all of the bundles side by side, up to `most`; 0 for not even once."""
+    nodes = _nodes()
+    held = (count for count in range(most, 0, -1) if _fitting([*bundles] * count, nodes) == count * len(bundles))
+    return next(held, 0)
+
+
+def of_training(config: Config, workers: int) -> list[Bundle]:
+    """What a training with so many workers takes: they, and what tiles for them where patches are streamed."""
+    cluster = config.cluster
+    readers = cluster.readers_per_worker if config.train.source == "stream" else 0
+    return [Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker), *[Bundle(config.tiling.cpus)] * readers] * workers
 
 
 def _nodes() -> list[Bundle]:

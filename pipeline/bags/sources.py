@@ -143,6 +143,17 @@ def content_of(source: Source) -> str:
             assert_never(source)
 
 
+def patch_bytes(source: Source) -> int:
+    """Of the patches that a reading of a slide takes; 0 of those that are drawn."""
+    match source:
+        case StoredSlide():
+            return int(np.sum(source.index().length))
+        case FeatureSlide():
+            return source.n_patches * source.dim * (2 if source.dtype == "float16" else 4)
+        case _:
+            return 0
+
+
 def patch_store(config: Config) -> PatchStore:
     """The store of the config's tiling spec; that of plans where patches are streamed or are features given."""
     return PatchStore(patch_root(config), config.tiling.fingerprint())
@@ -240,8 +251,8 @@ def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Ite
     Features are made of patches that are stored, if only for as long as this lasts. Errors as `prepared`, and PlanError
     when a patch is read that cannot be decoded: `tiled` leaves such out.
     """
-    known = None if store is None or config.cohort.megapixel_mnist is not None else _known(config, slide, store)
-    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or known is not None:
+    there = None if store is None or config.cohort.megapixel_mnist is not None else known(config, slide, store)
+    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or there is not None:
         with tiled(config, slide, store) as found:
             yield found
         return
@@ -264,7 +275,7 @@ def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Itera
     with scratch_folder() as folder:
         scratch, status = str(folder), None
         if store is not None:
-            status, scratch_store = _known(config, slide, store), store
+            status, scratch_store = known(config, slide, store), store
         if status is None:
             make = index_slide if config.given_features else store_slide
             status, scratch_store = make(slide, config.tiling, scratch), scratch
@@ -289,7 +300,7 @@ def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
     return status
 
 
-def _known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
+def known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
     """What a patch store says of this version of the slide, where it is committed there."""
     status = PatchStore(store, config.tiling.fingerprint()).status(slide, version_of(slide, config.tiling))
     return status if status is not None and status.key is not None else None

@@ -66,6 +66,7 @@ def folds_sweep(chosen: Chosen) -> None:
     ]
     print_table(("task", "measure", "over all patients", "95% interval"), rows)
     print(result.outputs["folds.json"])
+    print(f"The folds' mean is {result.ensemble}")
 
 
 @app.command("train")

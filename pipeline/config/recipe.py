@@ -67,6 +67,8 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     readers_per_worker: Positive = 1
     """train.source=stream: tasks that tile for each worker at a time, beside it; each takes tiling.cpus."""
+    trainings: Positive | None = None
+    """Of folds, or of a search, at most at a time. null: as many as the cluster holds side by side."""
     connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """How long Ray may take to start here, or the cluster to answer, before the command gives up with exit code 5."""
     start_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
@@ -87,6 +89,11 @@ class ClusterConfig(Section):
     def fewest_workers(self) -> int:
         """With which training starts."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """To which training grows."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @field_validator("workers", mode="before")
     @classmethod

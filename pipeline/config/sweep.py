@@ -86,6 +86,9 @@ class SweepConfig(Section):
     """Slides that most models get wrong, of each cohort, whose heatmaps are drawn."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that score (execution). 0: this one, without Ray. null: as `cluster.workers`, at most its upper end."""
+    shard_above: Annotated[int, Field(ge=1)] | None = None
+    """Slides of more patches, where the patch store has them, are scored by all these processes at once, and joined by
+    one: the same to the last bit (execution; exact selection of pixels alone). null: each slide by one."""
     models_gib: Annotated[float, Field(gt=0)] = 4.0
     """GiB of weights that one process holds at a time (execution): more models than that take several passes, each of
     which reads the slides."""

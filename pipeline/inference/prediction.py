@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ips.bag import Bag, Values
+from ips.bag import Bag, Selection, Values
 from ips.network.aggregator import Aggregator
 from ips.network.heads import probabilities
 from ips.network.model import IPSModel, evaluating
@@ -29,6 +29,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import PlanError, SlideError
+from pipeline.inference.shards import selected
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -91,15 +92,16 @@ class SlidePrediction:
         return self.found.values
 
 
-def load_model(folder: Path) -> tuple[IPSModel, Config]:
+def load_model(folder: Path, embed_weights: Path | None = None) -> tuple[IPSModel, Config]:
     """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
 
-    Where the folder holds the weights that make its features too (`registry.register_model`), the config names those.
+    Where the folder holds the weights that make its features too (`registry.register_model`), or `embed_weights` are
+    there, the config names those.
 
     Raises:
         StageError: the folder does not hold a model of this version.
     """
-    config = _with_embed_weights(read_config(folder), folder / EMBED_WEIGHTS)
+    config = _with_embed_weights(read_config(folder), embed_weights or folder / EMBED_WEIGHTS)
     model = build_model(config, pretrained=False)
     load_weights(model, folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
@@ -131,6 +133,7 @@ def predict_bag(
     *,
     heads: bool = False,
     pooled: bool = False,
+    logits: Tensor | None = None,
 ) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
@@ -142,21 +145,10 @@ def predict_bag(
         seed: draws the patches of mode random.
         heads: also give the attention of each head and task.
         pooled: also give what the outputs were pooled of; with `select.context: all` H*D_v numbers a patch.
+        logits: (N, J) of all patches, where others have scored them (`shards`); of mode exact, without `heads`.
     """
-    selecting, parts = config.model.select, None
-    if selecting.mode == "random":
-        generator = torch.Generator().manual_seed((len(bag) + seed * _SPREAD) % 2**32)  # it takes no more bits
-        selection = random_selection([bag], selecting.memory, generator)
-    elif selecting.mode == "every":
-        selection = every_patch([bag])
-    else:
-        scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
-        context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
-        maps: Literal["each"] | bool = "each" if heads else True
-        every = pooled and context is not None
-        selection = select(
-            model, [bag], *sizes, selecting.mode, attention=maps, scorer=scorer, context=context, values=every
-        )
+    selection = _selection(model, bag, config, scorer, seed, heads=heads, pooled=pooled, logits=logits)
+    parts = None
     rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():
         if selection.whole is not None:
@@ -164,7 +156,7 @@ def predict_bag(
             if selection.values is not None:
                 parts = Pooled(np.arange(len(bag)), selection.values[0])
         else:
-            outputs, weights, values = _pool(model, bag, rows, selecting.chunk)
+            outputs, weights, values = _pool(model, bag, rows, config.model.select.chunk)
             parts = Pooled(rows.numpy(), values) if values is not None and pooled else None
     each = None
     if selection.attention is None:
@@ -181,6 +173,33 @@ def predict_bag(
         heads=each,
         pooled=parts,
     )
+
+
+def _selection(
+    model: IPSModel,
+    bag: Bag,
+    config: Config,
+    scorer: Scorer | None,
+    seed: int,
+    *,
+    heads: bool,
+    pooled: bool,
+    logits: Tensor | None,
+) -> Selection:
+    """Which patches the aggregator sees; arguments as of `predict_bag`."""
+    selecting = config.model.select
+    if selecting.mode == "random":
+        generator = torch.Generator().manual_seed((len(bag) + seed * _SPREAD) % 2**32)  # it takes no more bits
+        return random_selection([bag], selecting.memory, generator)
+    if selecting.mode == "every":
+        return every_patch([bag])
+    if logits is not None:
+        return selected(logits, selecting.memory)
+    scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
+    context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
+    maps: Literal["each"] | bool = "each" if heads else True
+    every = pooled and context is not None
+    return select(model, [bag], *sizes, selecting.mode, attention=maps, scorer=scorer, context=context, values=every)
 
 
 def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor, Values | None]:

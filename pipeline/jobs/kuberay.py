@@ -27,7 +27,7 @@ def ray_cluster_spec(config: Config, *, autoscaling: bool) -> Manifest:
     """
     cluster, deploy = config.cluster, config.deploy
     head, volumes = ray_container(config, "ray-head", cpus=deploy.head_cpus, memory_gib=deploy.head_memory_gib)
-    most = cluster.workers if isinstance(cluster.workers, int) else cluster.workers[1]
+    most = cluster.most_workers
     groups = [_group(config, "train", cluster.fewest_workers, most, cluster.gpus_per_worker, autoscaling=autoscaling)]
     if cluster.gpus_per_worker:
         groups.append(_group(config, "tile", deploy.tilers, deploy.tilers, 0, autoscaling=autoscaling))

@@ -28,6 +28,9 @@ EMBED_WEIGHTS = "embed.weights"
 SEEN = "seen.json"
 """Beside a registered model, and beside the checkpoints of a training: what it was trained and validated on."""
 
+MEMBERS = "members"
+"""Of a registered ensemble: a folder for each of its models, and the `EMBED_WEIGHTS` that they share."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -64,6 +67,11 @@ def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> N
 
 def read_config(folder: Path) -> Config:
     """The config saved beside the weights; StageError where it is absent or of another version."""
+    if (folder / MEMBERS).is_dir():
+        raise StageError(
+            f"{folder}: it is an ensemble, which MLflow loads and serves as a whole; name one of its models instead: "
+            "the tag `members` of its version lists them"
+        )
     try:
         return Config.model_validate_json((folder / CONFIG).read_bytes())
     except (OSError, ValidationError) as error:

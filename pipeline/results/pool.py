@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import Bundle, ended, require
 from pipeline.errors import PipelineError, StageError
@@ -35,6 +36,8 @@ class Room:
     gpus: float
     timeout_s: float
     """How long the cluster may take until it could ever hold one."""
+    node: str | None = None
+    """Id of the node that all of them are to be on; None: any."""
 
 
 class _Actor(Generic[Item, Found]):
@@ -56,7 +59,11 @@ class _Actor(Generic[Item, Found]):
 
 
 def pooled(
-    make: Callable[[], Callable[[Item], Found]], items: Sequence[Item], room: Room, what: str
+    make: Callable[[], Callable[[Item], Found]],
+    items: Sequence[Item],
+    room: Room,
+    what: str,
+    then: Callable[[int, Found | StageError], Sequence[Item]] | None = None,
 ) -> Iterator[tuple[int, Found | StageError]]:
     """What comes of each item, by its place, as soon as it is there; on an initialised Ray.
 
@@ -67,6 +74,8 @@ def pooled(
         items: those in front begin first.
         room: for the actors.
         what: the work, for messages.
+        then: is told of what came of an item before others are; gives more items, which are the next to begin and have
+            the next places.
 
     Raises:
         ResourceError: the cluster can never hold an actor.
@@ -74,9 +83,9 @@ def pooled(
         PipelineError: what making one, or an item, raises.
     """
     require([Bundle(room.cpus, room.gpus)], room.timeout_s, what)
-    pool = _Pool(make, min(room.actors, len(items)), room, what)
+    pool = _Pool(make, room.actors if then else min(room.actors, len(items)), room, what)
     try:
-        yield from pool.run(items)
+        yield from pool.run(list(items), then or (lambda _place, _found: ()))
     finally:
         pool.close()
 
@@ -84,7 +93,9 @@ def pooled(
 class _Pool(Generic[Item, Found]):
     def __init__(self, make: Callable[[], Callable[[Item], Found]], actors: int, room: Room, what: str) -> None:
         self._make, self._room, self._what = make, room, what
-        self._kind = ray.remote(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0)(_Actor)
+        place = None if room.node is None else NodeAffinitySchedulingStrategy(room.node, soft=False)
+        options = {"num_cpus": room.cpus, "num_gpus": room.gpus, "max_restarts": 0, "scheduling_strategy": place}
+        self._kind = ray.remote(**options)(_Actor)
         self._actors: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, int]] = {}
@@ -92,7 +103,9 @@ class _Pool(Generic[Item, Found]):
         for _ in range(actors):
             self._start()
 
-    def run(self, items: Sequence[Item]) -> Iterator[tuple[int, Found | StageError]]:
+    def run(
+        self, items: list[Item], then: Callable[[int, Found | StageError], Sequence[Item]]
+    ) -> Iterator[tuple[int, Found | StageError]]:
         waiting, tries, idle = deque(range(len(items))), [0] * len(items), deque[Any]()
         while waiting or self._busy:
             while waiting and idle:
@@ -110,11 +123,15 @@ class _Pool(Generic[Item, Found]):
                 lost = self._lost(error, tries[place])
                 if lost is None:
                     waiting.appendleft(place)
-                else:
-                    yield place, lost
+                    continue
+                found = lost
             else:
                 idle.append(actor)
-                yield place, found
+            more = then(place, found)
+            waiting.extendleft(reversed(range(len(items), len(items) + len(more))))
+            items += more
+            tries += [0] * len(more)
+            yield place, found
 
     def close(self) -> None:
         """End all actors."""

@@ -22,8 +22,11 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from pipeline.cohort.table import CohortSlide
 from pipeline.credentials import masked_value
 from pipeline.errors import SlideError, StorageError
+from pipeline.inference.ensemble import load_members, predict_mean
 from pipeline.inference.explain import explain
+from pipeline.inference.metrics import Floats
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide, unpredicted
+from pipeline.model.folder import MEMBERS
 from pipeline.results.limits import ROWS, SECONDS, Limits, host_limits
 
 
@@ -33,13 +36,18 @@ class SlideModel(PythonModel):
     `mpp` is microns per level-0 px, over what a slide's file states; `series` the number of a file's image. A slide
     that cannot be used has None for outputs and its reason in `error`; the others are predicted, and their `error` is
     None. None is JSON's null, where NaN would be no JSON at all. A URI with a credential is refused, and comes back
-    masked. What `params` ask for are further columns (`_maps`).
+    masked. What `params` ask for are further columns (`_maps`). An ensemble gives the mean of its models' outputs, from
+    one reading of each slide, and null in those columns.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights; called once. ConfigError where the host's limits are no limits."""
         host_limits()
-        self.model, self.config = load_model(Path(context.artifacts["weights"]).parent)
+        if MEMBERS in context.artifacts:
+            self.members = load_members(Path(context.artifacts[MEMBERS]))
+        else:
+            self.members = [load_model(Path(context.artifacts["weights"]).parent)]
+        self.model, self.config = self.members[0]
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -73,16 +81,23 @@ class SlideModel(PythonModel):
         image, microns = None if pd.isna(series) else int(series), None if pd.isna(mpp) else mpp
         try:
             slide = CohortSlide(uri, limits.admit(uri), uri, None, microns, {}, {}, series=image)
-            found = predict_slide(self.model, self.config, slide, pooled=asked.explain)
+            values, maps = self._found(slide, asked)
         except SlideError as error:
             return self._failed(uri, unpredicted(error, "in the column mpp"))
         except StorageError as error:
             return self._failed(uri, str(error))
-        numbers = [value for task in self.config.tasks for value in found.values[task.name].tolist()]
+        numbers = [value for task in self.config.tasks for value in values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
             return self._failed(uri, f"the model gives {numbers}, no finite numbers; its weights are no good")
         outputs = dict(zip(self._outputs(), numbers, strict=True))
-        return {"uri": uri, **outputs, **self._maps(found, asked), "error": None}
+        return {"uri": uri, **outputs, **maps, "error": None}
+
+    def _found(self, slide: CohortSlide, asked: Asked) -> tuple[Mapping[str, Floats], dict[str, Any]]:
+        """Outputs of a slide and its maps; of several models the mean, which has none."""
+        if len(self.members) > 1:
+            return predict_mean(self.members, slide), {}
+        found = predict_slide(self.model, self.config, slide, pooled=asked.explain)
+        return found.values, self._maps(found, asked)
 
     def _maps(self, found: SlidePrediction, asked: Asked) -> dict[str, Any]:
         """What is asked for beside the outputs.

@@ -17,6 +17,7 @@ from pipeline.config.recipe import Config
 from pipeline.config.sweep import SweepConfig
 from pipeline.errors import ConfigError, StageError
 from pipeline.progress import progress
+from pipeline.results.parts import pooled_in_parts
 from pipeline.results.pool import Room, pooled
 from pipeline.storage.files import exists, join, write_json
 from pipeline.storage.lease import Lease, held
@@ -212,16 +213,20 @@ def _score_all(config: Config, found: Prepared, lease: Lease) -> tuple[Prepared,
 def _scored(config: Config, one: Reading) -> Iterator[list[Row]]:
     """The rows of each slide of a pass, as they come."""
     swept, cluster = _swept(config), config.cluster
-    most = cluster.workers if isinstance(cluster.workers, int) else cluster.workers[1]
-    workers = most if swept.workers is None else swept.workers
+    workers = cluster.most_workers if swept.workers is None else swept.workers
     if workers == 0:
         score = one.work.worker()
         for task in one.tasks:
             yield score(task)
         return
     room = Room(workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.start_timeout_s)
+    above = swept.shard_above if workers > 1 else None
+    make, run_pool = (
+        replace(one.work, shard_above=above, shards=workers).worker,
+        pooled if above is None else pooled_in_parts,
+    )
     with connected(cluster):
-        for place, rows in pooled(one.work.worker, one.tasks, room, "sweep"):
+        for place, rows in run_pool(make, one.tasks, room, "sweep"):
             yield _lost(one, one.tasks[place], rows) if isinstance(rows, StageError) else rows
 
 

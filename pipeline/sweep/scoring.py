@@ -9,23 +9,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ips.bag import Bag
 from ips.network.model import IPSModel
 from ips.selection.scorer import Scorer
-from pipeline.bags.given import GivenSlide
 from pipeline.bags.shared import together
-from pipeline.bags.sources import Source, content_of, featured, open_bag, tiled
+from pipeline.bags.sources import Source, content_of, featured, known, open_bag, patch_bytes, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError, PipelineError, SlideError
 from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
+from pipeline.inference.shards import Strip, borders, strip_logits
 from pipeline.model.folder import at_hand
+from pipeline.results.parts import Cut, Joined
 from pipeline.schema import SWEEP_ROWS
-from pipeline.store.features import FeatureSlide
-from pipeline.store.patches import StoredSlide
 from pipeline.sweep.cells import Cell, Scoring
 from pipeline.sweep.rows import Row
 from pipeline.training.headroom import forget_peak, peak_bytes
@@ -50,17 +50,42 @@ class Pass:
     scorings: tuple[Scoring, ...]
     store: str | None
     """Root of the patch store, whose tiles are taken where it has them."""
+    shard_above: int | None = None
+    """Patches of a slide in that store, from which several processes score it."""
+    shards: int = 1
+    """How many."""
 
-    def worker(self) -> Callable[[Task], list[Row]]:
-        """What scores slides, its models loaded."""
-        return Panel(self).score
+    def worker(self) -> Callable[[Any], Any]:
+        """What scores slides, its models loaded: a `Task` to rows, or to a `Cut` into `Shard`s; see `Panel.work`."""
+        return Panel(self).work
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a large slide's patches."""
+
+    task: Task
+    rows: int
+    """Of the whole slide."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of a shard, by the scoring's digest."""
+
+    logits: Mapping[str, Tensor | Exception]
+    """(n, J), or what went wrong."""
+    seconds: Mapping[str, float]
+    read_seconds: float
 
 
 class Panel:
     """The models of a pass, loaded; lives as long as its process."""
 
     def __init__(self, asked: Pass) -> None:
-        self._store, self._stack = asked.store, ExitStack()
+        self._asked, self._store, self._stack = asked, asked.store, ExitStack()
         self._scorings = {one.digest: one for one in asked.scorings}
         loaded: dict[str, IPSModel] = {}
         self._models: dict[str, IPSModel] = {}
@@ -76,35 +101,99 @@ class Panel:
                 scorers[kind] = scorer_of(loaded[name], one)
             self._scorers[digest] = scorers[kind]
 
-    def score(self, task: Task) -> list[Row]:
-        """The rows of a slide, in the order of `task.wanted`; whatever is wrong with it stands in them."""
+    def work(self, item: Task | Shard | Joined[Task]) -> list[Row] | Cut[Shard] | Scored:
+        """Rows of a slide; or, of a large one that is stored, shards, then their logits, then rows."""
+        match item:
+            case Shard():
+                return self._shard(item)
+            case Joined():
+                return self.score(item.item, item.found)
+        return self._cut(item) or self.score(item)
+
+    def score(self, task: Task, shards: Sequence[Scored] = ()) -> list[Row]:
+        """The rows of a slide, in the order of `task.wanted`; whatever is wrong with it stands in them.
+
+        `shards` have the logits of all its patches, of those scorings that can be split.
+        """
         scorings = [self._scorings[digest] for digest in task.wanted]
+        split = self._split(task) if shards else []
         try:
             with tiled(scorings[0].config, task.slide, self._store) as (source, scratch):
-                rows = dict(self._rows(task, source, scratch, scorings))
+                whole = [scoring for scoring in scorings if scoring not in split]
+                rows = {scoring.digest: self._joined(task, source, scoring, shards) for scoring in split}
+                rows |= dict(self._rows(task, source, scratch, whole))
                 return [rows[digest] for digest in task.wanted]
         except (SlideError, DamagedError) as error:
             reason = error.reason if isinstance(error, SlideError) else "damaged"
             told = unpredicted(error, "in the cohort's mpp column") if isinstance(error, SlideError) else str(error)
             return [_failed(task, scoring, reason, told) for scoring in scorings]
 
+    def _split(self, task: Task) -> list[Scoring]:
+        """Scorings whose logits can come from anywhere: of pixels, by exact selection, with nothing summed beside."""
+        scorings = [self._scorings[digest] for digest in task.wanted]
+        return [
+            scoring
+            for scoring in scorings
+            if scoring.setting.mode == "exact"
+            and scoring.config.model.select.context == "none"
+            and scoring.config.model.encoder.name != "features"
+        ]
+
+    def _cut(self, task: Task) -> Cut[Shard] | None:
+        """The shards of a large slide; None of one that is scored here."""
+        above, config = self._asked.shard_above, self._scorings[task.wanted[0]].config
+        if above is None or self._store is None or config.cohort.megapixel_mnist is not None or not self._split(task):
+            return None
+        try:
+            status = known(config, task.slide, self._store)
+        except SlideError:
+            return None  # told by whoever scores it
+        if status is None or status.n_patches <= above:
+            return None
+        n = status.n_patches
+        return Cut(tuple(Shard(task, n, start, stop) for start, stop in borders(n, self._asked.shards)))
+
+    def _shard(self, shard: Shard) -> Scored:
+        scorings = self._split(shard.task)
+        try:
+            with tiled(scorings[0].config, shard.task.slide, self._store) as (source, _):
+                bag = Strip(open_bag(source, threads=torch.get_num_threads(), augment=None), shard.start, shard.stop)
+                found, seconds, reading = together(bag, [partial(self._logits, one, shard.rows) for one in scorings])
+        except (SlideError, DamagedError) as error:
+            return Scored({one.digest: error for one in scorings}, {one.digest: 0.0 for one in scorings}, 0.0)
+        digests = [one.digest for one in scorings]
+        return Scored(dict(zip(digests, found, strict=True)), dict(zip(digests, seconds, strict=True)), reading)
+
+    def _logits(self, scoring: Scoring, rows: int, own: Bag) -> Tensor:
+        scorer = self._scorers[scoring.digest]
+        assert scorer is not None  # mode exact
+        return strip_logits(own, rows, scorer, scoring.config.model.select.chunk)
+
+    def _joined(self, task: Task, source: Source, scoring: Scoring, shards: Sequence[Scored]) -> Row:
+        """A row of what shards have scored; seconds are those of all of them."""
+        forget_peak()
+        digest, began = scoring.digest, time.perf_counter()
+        found: BagPrediction | Exception
+        parts = [shard.logits[digest] for shard in shards]
+        if wrong := [part for part in parts if isinstance(part, Exception)]:
+            found = wrong[0]
+        else:
+            bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+            logits = torch.cat([part for part in parts if isinstance(part, Tensor)])
+            model, scorer = self._models[digest], self._scorers[digest]
+            found = predict_bag(model, bag, scoring.config, scorer, logits=logits)
+        seconds = time.perf_counter() - began + sum(shard.seconds[digest] for shard in shards)
+        row = _outcome(task, scoring, found, source.n_patches)
+        return {**row, **_facts(source, source, sum(s.read_seconds for s in shards)), "seconds": seconds}
+
     def _rows(self, task: Task, source: Source, scratch: str, scorings: Sequence[Scoring]) -> Iterator[tuple[str, Row]]:
-        content = content_of(source)
         for group in _by_features(scorings):
             own = featured(group[0].config, source, scratch)
             bag = open_bag(own, threads=torch.get_num_threads(), augment=None)
             forget_peak()
             works = [partial(self._predict, scoring) for scoring in group]
             found, seconds, read_seconds = together(bag, works)
-            shared = {
-                "key": own.key,
-                "content": content,
-                "patches_total": own.n_patches,
-                "n_bad_tiles": own.n_bad_tiles,
-                "read_seconds": read_seconds,
-                "bytes_read": _bytes_of(own),
-                "peak_bytes": int(peak_bytes()),
-            }
+            shared = _facts(source, own, read_seconds)
             for scoring, one, took in zip(group, found, seconds, strict=True):
                 yield scoring.digest, {**_outcome(task, scoring, one, own.n_patches), **shared, "seconds": took}
 
@@ -113,6 +202,19 @@ class Panel:
         return predict_bag(
             self._models[digest], bag, scoring.config, self._scorers[digest], seed=scoring.setting.seed or 0
         )
+
+
+def _facts(source: Source, own: Source, read_seconds: float) -> Row:
+    """What a row says of a slide, of which the model takes `own`."""
+    return {
+        "key": own.key,
+        "content": content_of(source),
+        "patches_total": own.n_patches,
+        "n_bad_tiles": own.n_bad_tiles,
+        "read_seconds": read_seconds,
+        "bytes_read": patch_bytes(own),
+        "peak_bytes": int(peak_bytes()),
+    }
 
 
 def scorer_of(model: IPSModel, scoring: Scoring) -> Scorer | None:
@@ -165,21 +267,6 @@ def _blank(task: Task, scoring: Scoring) -> Row:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "finished": time.time(),
     }
-
-
-def _bytes_of(source: Source) -> int:
-    """Of the patches that a reading takes; 0 of those that are drawn."""
-    match source:
-        case StoredSlide():
-            return int(np.sum(source.index().length))
-        case FeatureSlide() | GivenSlide():
-            return (
-                source.n_patches
-                * source.dim
-                * np.dtype(np.float16 if source.dtype == "float16" else np.float32).itemsize
-            )
-        case _:
-            return 0
 
 
 _GIB = 2**30

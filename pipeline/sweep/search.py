@@ -25,6 +25,8 @@ from pipeline.results.tables import table_csv
 from pipeline.storage.files import join, write_bytes, write_json
 from pipeline.workflow.run import ensure_cohort
 from pipeline.workflow.run import run as run_workflow
+from pipeline.workflow.side_by_side import Asked, run_all
+from pipeline.workflow.stage import Record
 
 log = logging.getLogger(__name__)
 
@@ -116,31 +118,35 @@ def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def run_search(config: Config) -> SearchResult:
-    """Train all trials that are not done, choose by the validation slides, and test the chosen one.
+    """Train all trials that are not done, several at once where they fit, choose by validation, and test that one.
 
     Raises:
         ConfigError: as `trial_configs`.
         StageError: a training has no validation score.
+        PipelineError: what a training raises; the others go on at the next call.
     """
     asked = trial_configs(config)
     ensure_cohort(config)
-    trials = []
+    runs = [Asked(json.dumps(dict(settings)), own) for settings, own in asked]
     with connected(config.cluster):
-        for number, (settings, own) in enumerate(asked, start=1):
-            log.info("search: %d of %d, %s", number, len(asked), json.dumps(dict(settings)))
-            record = run_workflow(own, "train").stages["train"].record
-            if SCORE not in record.metrics:
-                raise StageError(
-                    f"search: the training with {json.dumps(dict(settings))} has no validation score, by which one "
-                    "could be chosen; give the val split slides with labels of every task"
-                )
-            score = record.metrics[SCORE]
-            trials.append(Trial(settings, record.fingerprint, record.outputs["checkpoint"], score, record.metrics))
+        first = asked[0][1]
+        run_workflow(first, "embed" if first.model.encoder.name == "features" else "tile")
+        records = [found["train"] for found in run_all(runs, "train", "search")]
+        trials = [_trial(settings, record) for (settings, _), record in zip(asked, records, strict=True)]
         chosen = max(range(len(trials)), key=lambda place: (trials[place].score, -place))
         best = trials[chosen]
         log.info("search: %s is chosen, %s %.4f", json.dumps(dict(best.settings)), SCORE, best.score)
         tested = run_workflow(asked[chosen][1], "evaluate").stages["evaluate"].record
     return _kept(config, trials, chosen, tested.metrics)
+
+
+def _trial(settings: Mapping[str, Any], record: Record) -> Trial:
+    if SCORE not in record.metrics:
+        raise StageError(
+            f"search: the training with {json.dumps(dict(settings))} has no validation score, by which one could be "
+            "chosen; give the val split slides with labels of every task"
+        )
+    return Trial(settings, record.fingerprint, record.outputs["checkpoint"], record.metrics[SCORE], record.metrics)
 
 
 def _kept(config: Config, trials: Sequence[Trial], chosen: int, test: Mapping[str, float]) -> SearchResult:

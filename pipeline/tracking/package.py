@@ -7,7 +7,9 @@ nothing of this repository, nor of where the model was trained.
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.config.recipe import Config
-from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, SEEN, WEIGHTS
+from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, MEMBERS, SEEN, WEIGHTS
 from pipeline.storage import files
 
 _PACKAGES = Path(__file__).resolve().parents[2]
@@ -40,6 +42,19 @@ def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, s
         files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
         artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
     return artifacts
+
+
+def gather_members(folders: Sequence[Path], config: Config, scratch: Path) -> dict[str, str]:
+    """As `gather_artifacts`, of an ensemble: a folder for each model, and once what makes the features of all."""
+    place = scratch / MEMBERS
+    for number, folder in enumerate(folders):
+        member = place / f"{number:02d}"
+        member.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG, SEEN):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, member / name)
+    gather_artifacts(folders[0], config, place)
+    return {MEMBERS: str(place)}
 
 
 def write_package(target: Path, artifacts: dict[str, str], config: Config, example_uri: str, model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from mlflow.models import Model
 
 from pipeline.errors import PipelineError, TrackingError
 from pipeline.model.folder import read_config
-from pipeline.tracking.package import gather_artifacts, write_package
+from pipeline.tracking.package import gather_artifacts, gather_members, write_package
 from pipeline.tracking.places import missing
 from pipeline.tracking.tracker import Store, Tracker, reported
 
@@ -57,7 +57,7 @@ class RegisteredVersion:
 def register_model(
     tracker: Tracker,
     name: str,
-    folder: Path,
+    folders: Path | Sequence[Path],
     run_id: str,
     *,
     tags: Mapping[str, str],
@@ -70,7 +70,8 @@ def register_model(
     Args:
         tracker: of the run's experiment.
         name: of the registered model; it is made when absent.
-        folder: holds weights.safetensors and config.json (`checkpoint.save_model`).
+        folders: one with weights.safetensors and config.json (`checkpoint.save_model`); or several of one recipe, whose
+            mean is the model.
         run_id: the run the model belongs to.
         metrics: logged in that run, linked to the model.
         tags: lineage: cohort digest, slide keys digest, tiling fingerprint, git sha, image.
@@ -81,9 +82,12 @@ def register_model(
         TrackingError: the registry or the artifact store cannot be reached or refuses.
         StorageError: the weights that make the model's features cannot be read.
     """
-    client, config = tracker.client, read_config(folder)
+    client, config = tracker.client, read_config(folders if isinstance(folders, Path) else folders[0])
     with tempfile.TemporaryDirectory() as scratch:
-        artifacts = gather_artifacts(folder, config, Path(scratch))
+        if isinstance(folders, Path):
+            artifacts = gather_artifacts(folders, config, Path(scratch))
+        else:
+            artifacts = gather_members(folders, config, Path(scratch))
         with _logged_model(tracker, name, run_id, tags) as logged:
             model = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
             with _place_reported(tracker.uri, "written to", logged.artifact_location):

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
 from pipeline.bags.sources import LabelledSource, content_of
-from pipeline.cluster import Bundle, ended, require
+from pipeline.cluster import Bundle, ended, of_training, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
 from pipeline.logs import RUN_VARIABLE, VARIABLE, chosen_format, context
@@ -74,10 +74,7 @@ def train(
     Raises ResourceError when the cluster can never give the workers, StageError when training fails.
     """
     cluster = config.cluster
-    worker = Bundle(cluster.cpus_per_worker, cluster.gpus_per_worker)
-    streams = config.train.source == "stream"
-    reader = [Bundle(config.tiling.cpus)] * (cluster.readers_per_worker if streams else 0)
-    require([worker, *reader] * cluster.fewest_workers, cluster.start_timeout_s, "train")
+    require(of_training(config, cluster.fewest_workers), cluster.start_timeout_s, "train")
     folder = join(config.storage.root, "train", f"{config.name}-{fingerprint}")
     keys, sizes = [s.key for _, s in slides], [s.n_patches for _, s in slides]
     digest = plan_digest(keys, sizes, fingerprint)

@@ -35,8 +35,7 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     slides = stored_slides(patch_store(config), space.records["tile"].facts["keys"].values())
     for edge in {slide.patch_px for slide in slides}:
         check_encoder("embed.encoder", settings.encoder, edge)
-    workers = config.cluster.workers
-    least, most = (workers, workers) if isinstance(workers, int) else workers
+    least, most = config.cluster.fewest_workers, config.cluster.most_workers
     cpus, gpus = config.cluster.cpus_per_worker, config.cluster.gpus_per_worker
     space.ray()
     cluster.require([cluster.Bundle(cpus, gpus)] * least, config.cluster.start_timeout_s, "embed")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pipeline.model.folder import SEEN
 from pipeline.storage.files import download, exists, join, parent
 from pipeline.tracking.tracker import connect
 from pipeline.training.saver import model_folder
-from pipeline.workflow.stage import Record, Workspace, slide_tags
+from pipeline.workflow.stage import Record, Stage, Workspace, slide_tags
 
 if TYPE_CHECKING:
     from pipeline.tracking.registry import RegisteredVersion
@@ -30,22 +31,31 @@ def identity(space: Workspace) -> Mapping[str, Any]:
 
 def outdated(space: Workspace, record: Record) -> str | None:
     """Why the record does not hold; the registry is asked, for others move its aliases and delete its versions."""
-    from pipeline.tracking.registry import champion, find_registered, gated_by
+    from pipeline.tracking.registry import champion, gated_by
 
-    tracking, version = space.config.tracking, record.facts["version"]
+    found = _found(space, record)
+    if isinstance(found, str):
+        return found
+    tracker = connect(str(space.config.tracking.uri))
+    holder = champion(tracker, found.name)
+    if holder == found.version or gated_by(tracker, found.name) is not None:
+        return None
+    return f"version {found.version} of {found.name} is registered, but the champion is {holder or 'nobody'}"
+
+
+def _found(space: Workspace, record: Record) -> RegisteredVersion | str:
+    """The version of the trained model; or why there is none."""
+    from pipeline.tracking.registry import find_registered
+
+    tracking = space.config.tracking
     assert tracking.uri is not None  # compose.py fills both
     assert tracking.model is not None
     try:
-        tracker = connect(tracking.uri)
-        found = find_registered(tracker, tracking.model, _tags(space))
+        found = find_registered(connect(tracking.uri), tracking.model, _tags(space))
     except TrackingError as error:
         return str(error).splitlines()[0]
-    if found is None:
-        return f"version {version} of {tracking.model} is no longer in the registry"
-    holder = champion(tracker, tracking.model)
-    if holder == found.version or gated_by(tracker, tracking.model) is not None:
-        return None
-    return f"version {found.version} of {tracking.model} is registered, but the champion is {holder or 'nobody'}"
+    gone = f"version {record.facts['version']} of {tracking.model} is no longer in the registry"
+    return gone if found is None else found
 
 
 def _tags(space: Workspace) -> dict[str, str]:
@@ -78,11 +88,14 @@ def _thresholds(train: Record) -> dict[str, str]:
     return {**chosen, "train_run_id": str(train.run_id)}
 
 
-def _add_seen(checkpoint: str, folder: Path) -> None:
-    """What the model was trained on, where the training noted it."""
-    noted = join(parent(checkpoint), SEEN)
-    if exists(noted):
-        download(noted, folder / SEEN)
+@contextmanager
+def trained_folder(checkpoint: str) -> Iterator[Path]:
+    """A training's model as a local folder, with what it was trained on where the training noted that."""
+    with model_folder(checkpoint) as folder:
+        noted = join(parent(checkpoint), SEEN)
+        if exists(noted):
+            download(noted, folder / SEEN)
+        yield folder
 
 
 def register(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
@@ -118,8 +131,7 @@ def enter(
     found = find_registered(tracker, name, tags)
     if found is not None:
         return found
-    with model_folder(train.outputs["checkpoint"]) as folder:
-        _add_seen(train.outputs["checkpoint"], folder)
+    with trained_folder(train.outputs["checkpoint"]) as folder:
         return register_model(
             tracker,
             name,
@@ -130,3 +142,19 @@ def enter(
             example_uri=space.cohort.slides[0].uri,
             description=description,
         )
+
+
+def _enter_fold(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
+    train = space.config.train
+    tags = {**_tags(space), "folds": str(train.folds), "fold": str(train.fold)}
+    made = enter(space, run_id, tags, space.records["evaluate"].metrics, _description(space))
+    return Record("enter", stage_fingerprint, {}, {}, {"model": made.name, "version": made.version, "uri": made.uri})
+
+
+def _fold_gone(space: Workspace, record: Record) -> str | None:
+    found = _found(space, record)
+    return found if isinstance(found, str) else None
+
+
+ENTER = Stage("enter", identity, _enter_fold, _fold_gone)
+"""Makes the model of a fold a version; no alias moves, as for one of several that only together say something."""

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import Bundle, call, connected, prepare_environment, require
+from pipeline.cluster import Bundle, abreast, call, connected, of_training, prepare_environment, require
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import ResourceError, SlideError, StageError
+from tests.pipeline.small import small_config
 
 
 def _double(number: int) -> int:
@@ -84,6 +85,31 @@ def test_a_worker_has_to_fit_on_one_node(monkeypatch: pytest.MonkeyPatch, bundle
 def test_what_fits_is_let_through(monkeypatch: pytest.MonkeyPatch, bundles: list[Bundle]) -> None:
     monkeypatch.setattr("ray.nodes", lambda: NODES)
     require(bundles, 0, "train")
+
+
+@pytest.mark.parametrize(
+    ("bundles", "most", "held"),
+    [
+        ([Bundle(2)], 9, 4),
+        ([Bundle(2)], 3, 3),
+        ([Bundle(3), Bundle(1)], 9, 2),
+        ([Bundle(3)] * 2, 9, 1),  # one of 3 CPUs a node
+        ([Bundle(1, 1)], 9, 1),
+        ([Bundle(8)], 9, 0),
+    ],
+)
+def test_what_fits_side_by_side_is_counted(
+    monkeypatch: pytest.MonkeyPatch, bundles: list[Bundle], most: int, held: int
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: NODES)
+    assert abreast(bundles, most) == held
+
+
+def test_a_training_takes_its_workers_and_what_tiles_for_them() -> None:
+    stored = small_config(cluster={"cpus_per_worker": 3, "gpus_per_worker": 1})
+    assert of_training(stored, 2) == [Bundle(3, 1)] * 2
+    streamed = small_config(cluster={"readers_per_worker": 2}, train={"source": "stream"}, tiling={"cpus": 0.5})
+    assert of_training(streamed, 2) == [Bundle(2), Bundle(0.5), Bundle(0.5)] * 2
 
 
 @pytest.mark.ray

@@ -36,12 +36,12 @@ READ = {
     "train": "source begins_with epochs batch_size balance_window micro_batch bounded norm lr encoder_lr "
     "freeze_encoder freeze_encoder_epochs weight_decay warmup_epochs sampling validate_every patience keep_best "
     "clip_norm augment stain_jitter compute_dtype threads folds fold",
-    "sweep": "models resamples few allow_seen overlays workers models_gib",
+    "sweep": "models resamples few allow_seen overlays workers models_gib shard_above",
     "sweep.cohorts": "uri split",
     "sweep.grid": "mode memory precision mpp seed",
     "sweep.train": "grid runs",
     "cluster": "address workers cpus_per_worker gpus_per_worker connect_timeout_s start_timeout_s max_failures "
-    "wait_minutes checkpoint_minutes checkpoint_steps",
+    "wait_minutes checkpoint_minutes checkpoint_steps trainings",
     "gate": "approval first",
     "gate.floors": "measure bound task least action",
     "gate.no_worse": "margin level measure task least resamples action",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from pipeline.model.build import build_model
 from pipeline.model.folder import save_model
@@ -66,6 +67,25 @@ def test_microns_that_are_missing_are_asked_for_in_their_column(tmp_path: Path) 
     (error,) = model.predict(None, pd.DataFrame({"uri": [str(tmp_path / "a.png")]}))["error"]
     fact = "the file states no microns per px (of a plain image its resolution is not taken)"
     assert error == f"{fact}; give it in the column mpp"
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_models(tmp_path: Path) -> None:
+    places = [tmp_path / "members" / name for name in ("00", "01")]
+    for seed, place in enumerate(places):
+        place.mkdir(parents=True)
+        torch.manual_seed(seed)
+        save_model(place, build_model(small_config(), pretrained=False).state_dict(), small_config())
+    write_slide(tmp_path / "a.png", 2)
+    asked = pd.DataFrame({"uri": [str(tmp_path / "a.png")]})
+
+    def answer(artifacts: dict[str, str]) -> float:
+        model = SlideModel()
+        model.load_context(PythonModelContext(artifacts, None))
+        return float(model.predict(None, asked)["tumour_yes"][0])
+
+    alone = [answer({"weights": str(place / "weights.safetensors")}) for place in places]
+    assert alone[0] != alone[1]
+    assert answer({"members": str(tmp_path / "members")}) == sum(alone) / 2
 
 
 def test_no_rows_give_an_empty_answer(context: PythonModelContext) -> None:

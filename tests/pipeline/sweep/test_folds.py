@@ -12,12 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.cohort.table import read_cohort
+from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError
-from pipeline.model.folder import WEIGHTS
-from pipeline.sweep.folds import fold_config, run_folds
+from pipeline.inference.ensemble import load_members, predict_mean
+from pipeline.inference.prediction import load_model, predict_slide
+from pipeline.model.folder import MEMBERS, WEIGHTS
+from pipeline.sweep.folds import FoldsResult, fold_config, run_folds
+from pipeline.tracking.registry import champion, fetch, find_version
+from pipeline.tracking.tracker import connect
 from pipeline.workflow.run import run
 from tests.pipeline.small import write_slide
 
@@ -83,11 +87,37 @@ def test_no_label_of_the_fold_that_is_reported_reaches_its_training(ray_session:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # three trainings
-def test_each_slide_is_predicted_by_the_fold_that_did_not_train_on_it(ray_session: None, tmp_path: Path) -> None:
+@pytest.mark.timeout(400)  # four trainings
+def test_folds_side_by_side_are_those_of_one_after_the_other(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a kill between folds: the first one is done already, and the other two run at once."""
     _cohort(tmp_path)
     config = _config(tmp_path, "root")
-    result = run_folds(config)
+    run(fold_config(config, 0), "evaluate")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "root" / "stages").glob("*.json")}
+    with caplog.at_level("INFO", logger="pipeline"):
+        result = run_folds(config)
+    assert "folds: 2 of 2 at a time" in caplog.text
+    assert "fold b: train: running" in caplog.text  # its process's own line
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    _check_table(config, result)
+    alone = run(fold_config(_config(tmp_path, "alone", "cluster.trainings=1"), 1), "evaluate").stages
+    assert _weights(alone["train"].record.outputs["checkpoint"]) == _weights(result.folds[1].checkpoint)
+    assert dict(alone["evaluate"].record.metrics) == dict(result.folds[1].metrics)
+    _check_ensemble(config, result, tmp_path)
+    caplog.clear()
+    again = run_folds(config)
+    assert "at a time" not in caplog.text
+    assert (again.outputs, again.versions, again.ensemble) == (result.outputs, result.versions, result.ensemble)
+
+
+def _weights(checkpoint: str) -> bytes:
+    return (Path(checkpoint) / WEIGHTS).read_bytes()
+
+
+def _check_table(config: Config, result: FoldsResult) -> None:
+    """Each slide is predicted by the fold that did not train on it, and all of them are measured together."""
     assert [fold.name for fold in result.folds] == ["a", "b", "c"]
     assert len({fold.checkpoint for fold in result.folds}) == 3
     table = pq.read_table(result.outputs["predictions.parquet"]).to_pydict()
@@ -103,5 +133,16 @@ def test_each_slide_is_predicted_by_the_fold_that_did_not_train_on_it(ray_sessio
     for fold in result.folds:
         own = [place for place, name in enumerate(table["fold"]) if name == fold.name]
         assert fold.metrics["test_auc"] == pytest.approx(roc_auc_score(y[own], np.array(table["label_1"])[own]))
-    again = run_folds(config)
-    assert again.outputs == result.outputs
+
+
+def _check_ensemble(config: Config, result: FoldsResult, folder: Path) -> None:
+    """A version for each fold, without an alias, and one whose answers are their mean."""
+    store = connect(str(config.tracking.uri))
+    assert result.versions == ("models:/small/1", "models:/small/2", "models:/small/3")
+    assert champion(store, "small") is None
+    assert [find_version(store, uri).tags["fold"] for uri in result.versions] == ["0", "1", "2"]
+    version, files = fetch(store, result.ensemble, folder / "fetched")
+    assert version.tags["members"] == ", ".join(result.versions)
+    slide = CohortSlide("s0", str(folder / "s0.png"), "s0", None, None, {}, {})
+    each = [predict_slide(*load_model(Path(fold.checkpoint)), slide).values["label"] for fold in result.folds]
+    np.testing.assert_array_equal(predict_mean(load_members(files / MEMBERS), slide)["label"], np.mean(each, axis=0))

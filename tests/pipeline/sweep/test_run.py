@@ -11,14 +11,17 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.bags import patch_bag
+from pipeline.cohort.table import read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import CohortError, ConfigError, StageError
+from pipeline.ingest.tiler import store_slide
 from pipeline.model.folder import SEEN, Seen
 from pipeline.predictions.run import predict
 from pipeline.storage.files import write_json
 from pipeline.sweep.run import plan, run
 from pipeline.sweep.scoring import Panel, Task
 from pipeline.workflow.erasure import erase, find_patient
+from tests.pipeline.small import small_config
 from tests.pipeline.sweep.small_sweep import SLIDES, sweep_config, write_cohort, write_model
 
 PATCHES = 20  # of a slide
@@ -338,7 +341,10 @@ def test_on_ray_as_in_this_process(two: Config, tmp_path: Path, ray_session: Non
     here = {(row["scoring"], row["slide_id"]): row["outputs"] for row in _rows(two)}
     cluster = two.cluster.model_copy(update={"workers": 2, "cpus_per_worker": 1.0})
     storage = two.storage.model_copy(update={"root": str(tmp_path / "other")})
-    there = _changed(two.model_copy(update={"cluster": cluster, "storage": storage}), workers=None, overlays=2)
+    there = two.model_copy(update={"cluster": cluster, "storage": storage})
+    there = _changed(there, workers=None, overlays=2, shard_above=10)  # slides in the store are split in two
+    for slide in read_cohort(str(tmp_path / "cohort.csv")).slides[:3]:
+        store_slide(slide, small_config().tiling, str(storage.patches))
     result = run(there)
     found = {(row["scoring"], row["slide_id"]): row["outputs"] for row in _rows(there)}
     assert found.keys() == here.keys()

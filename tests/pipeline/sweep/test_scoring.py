@@ -13,6 +13,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.sweep import SettingsGrid
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.ingest.tiler import store_slide
+from pipeline.results.parts import Joined
 from pipeline.sweep.cells import Scoring, expand
 from pipeline.sweep.cohorts import SweptCohort
 from pipeline.sweep.models import SweepModel
@@ -59,6 +60,35 @@ def test_each_scoring_has_its_row_and_fails_alone(tmp_path: Path) -> None:
     assert broken["reason"] in ("not-finite", "crash")
     (alone,) = score(Task(slide, "source", (scorings[0].digest,)))
     assert alone["outputs"] == good["outputs"]
+
+
+def test_a_large_slide_s_shards_give_the_rows_of_one_process(tmp_path: Path) -> None:
+    """Exact selection is split; what cannot be is scored by whoever joins the shards."""
+    write_slide(tmp_path / "s.png", 4)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
+    store_slide(slide, small_config().tiling, str(tmp_path / "store"))
+    model = SweepModel("m", "m", "m", small_config(), str(write_model(tmp_path / "m", 1)), 100)
+    cohort = SweptCohort("all", "c", (slide,), ("source",), {})
+    grid = SettingsGrid(mode=("exact", "window", "random"), memory=(3, 5))
+    scorings = tuple(cell.scoring for cell in expand([model], [cohort], grid).cells)
+    task = Task(slide, "source", tuple(scoring.digest for scoring in scorings))
+    alone = Pass(scorings, str(tmp_path / "store")).worker()(task)
+    work = Pass(scorings, str(tmp_path / "store"), shard_above=19, shards=3).worker()
+    cut = work(task)
+    assert [(shard.start, shard.stop, shard.rows) for shard in cut.parts] == [(0, 6, 20), (6, 13, 20), (13, 20, 20)]
+    found = [work(shard) for shard in cut.parts]
+    assert all(len(one.logits) == 2 for one in found)
+    rows = work(Joined(task, tuple(found)))
+    same = [{key: row[key] for key in row if not key.endswith("seconds")} for row in rows]
+    for row, expected in zip(same, alone, strict=True):
+        assert {key: row[key] for key in row if key not in ("finished", "peak_bytes")} == {
+            key: expected[key] for key in row if key not in ("finished", "peak_bytes")
+        }
+    assert all(row["seconds"] > 0 for row in rows)
+    at_the_limit = Pass(scorings, str(tmp_path / "store"), shard_above=20, shards=3).worker()
+    assert isinstance(at_the_limit(task), list)
+    not_stored = Pass(scorings, str(tmp_path / "empty"), shard_above=1, shards=3).worker()
+    assert isinstance(not_stored(task), list)
 
 
 def test_what_the_store_has_is_taken_from_there(tmp_path: Path) -> None:

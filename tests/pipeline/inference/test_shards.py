@@ -1,0 +1,63 @@
+"""A bag scored in strips says what it says whole, to the last bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ips.bag import Bag
+from pipeline.bags.shared import together
+from pipeline.bags.sources import open_bag
+from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
+from pipeline.inference.shards import Strip, borders, strip_logits
+from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_strips_hold_each_row_once_and_are_alike(rows: int, parts: int) -> None:
+    found = borders(rows, parts)
+    assert [row for start, stop in found for row in range(start, stop)] == list(range(rows))
+    lengths = [stop - start for start, stop in found]
+    assert len(found) == min(rows, parts)
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory: pytest.TempPathFactory) -> Bag:
+    folder = tmp_path_factory.mktemp("slides")
+    ((_, source),) = store_slides(write_cohort(folder, ("yes",)), folder / "store", small_config())
+    return open_bag(source, threads=1, augment=None)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 20])
+def test_logits_from_anywhere_give_the_prediction_of_one(bag: Bag, parts: int, tmp_path: Path) -> None:
+    config = small_config()
+    model, _ = load_model(write_model(tmp_path, config))
+    scorer = bag_scorer(model, config)
+    assert scorer is not None
+    strips = [Strip(bag, *ends) for ends in borders(len(bag), parts)]
+    logits = [strip_logits(own, len(bag), scorer, config.model.select.chunk) for own in reversed(strips)]
+    assert [len(part) for part in reversed(logits)] == [len(own) for own in strips]
+    found = predict_bag(model, bag, config, scorer, logits=torch.cat(logits[::-1]))
+    whole = predict_bag(model, bag, config, scorer)
+    np.testing.assert_array_equal(found.values["tumour"], whole.values["tumour"])
+    np.testing.assert_array_equal(found.attention, whole.attention)
+    np.testing.assert_array_equal(found.selected, whole.selected)
+
+
+def test_several_models_share_the_reading_of_a_strip(bag: Bag, tmp_path: Path) -> None:
+    model, config = load_model(write_model(tmp_path, small_config()))
+    scorer = bag_scorer(model, config)
+    assert scorer is not None
+    own, rows = Strip(bag, 3, 16), len(bag)
+    alone = strip_logits(own, rows, scorer, 7)
+    works = [partial(strip_logits, rows=rows, scorer=scorer, size=size) for size in (7, 4)]
+    for found in together(own, works)[0]:
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found, alone)
