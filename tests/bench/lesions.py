@@ -129,8 +129,9 @@ def trained(
     selecting: SelectConfig,
     seed: int,
     after: Callable[[StepDone], None] = lambda _: None,
+    watch: Callable[[IPSModel], None] = lambda _: None,
 ) -> IPSModel:
-    """A network that has learned from the cohort, by the product's own loop."""
+    """A network that has learned from the cohort, by the product's own loop; told of every step, and shown after it."""
     sizes = [len(bag) for bag in cohort.bags]
     slides = Slides(
         sizes, [{TASK: float(label)} for label in cohort.labels], {TASK: "binary"}, lambda index, _: cohort.bags[index]
@@ -142,6 +143,7 @@ def trained(
         seed=seed, start_epoch=0, ranks=Ranks(), winners=winners,
     ):  # fmt: skip
         after(done)
+        watch(model)
     return model
 
 
@@ -165,7 +167,8 @@ def auc(model: IPSModel, cohort: Cohort, selecting: SelectConfig) -> float:
 def mean_and_spread(values: Sequence[float]) -> str:
     """As a cell of a table."""
     found = torch.tensor(values, dtype=torch.float64)
-    return f"{found.mean():.3f} ± {found.std(correction=min(1, len(found) - 1)):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+    spread = found.std(correction=min(1, len(found) - 1))
+    return f"{found.mean():.3f} ± {spread:.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
 def stamp() -> dict[str, str]:
