@@ -34,7 +34,7 @@ from tests.bench.lesions import Law, auc, draw, mean_and_spread, stamp, trained
 from tests.bench.memory import PoolingStub
 from tests.bench.scenes import Clock, EndlessBag, Goal
 
-LAW = Law(patches=(150, 250), lesions=((0.06, 0.09), (0.11, 0.14)), marked=0.16)
+LAW = Law(patches=(200, 300), lesions=((0.045, 0.075), (0.13, 0.18)), marked=0.2, contrast=2.0, own=6.0)
 METHODS = {
     "none": SelectConfig(memory=8, chunk=256),
     "all": SelectConfig(memory=8, chunk=256, context="all"),
@@ -48,9 +48,9 @@ def burden(seeds: list[int], epochs: int) -> list[Goal]:
     """Train and test each method, on one thread: products are small."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {method: [] for method in METHODS}
-    settings = TrainConfig(epochs=epochs, batch_size=8, lr=1e-3, warmup_epochs=2, augment=False, score_batch=256)
+    settings = TrainConfig(epochs=epochs, batch_size=8, lr=2e-3, warmup_epochs=1, augment=False, score_batch=256)
     for seed in seeds:
-        train, test = draw(LAW, 160, 2 * seed + 1), draw(LAW, 160, 2 * seed + 2)
+        train, test = draw(LAW, 200, 2 * seed + 1), draw(LAW, 200, 2 * seed + 2)
         for method, selecting in METHODS.items():
             began = time.perf_counter()
             model = trained(train, settings, selecting, seed)
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, metavar=("N", "CONTEXT"), help="a single line of memory, in this process")
     parser.add_argument("--parts", nargs="+", default=["burden", "memory", "time"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--rounds", type=int, default=5)
     Clock.add_option(parser)
     options = parser.parse_args()

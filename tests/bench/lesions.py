@@ -1,8 +1,8 @@
 """Cohorts of features in which the answer lies in few patches, or in how many: what selection and context are tried on.
 
 A patch has two properties or one or none of them, in directions that are the same for all slides, beside noise and the
-tint of its slide. A lesion has both. In every slide as many patches have the one as the other, so no mean over a slide
-tells anything: a network has to see both in one patch, which a product of one matrix cannot.
+tint of its slide. A lesion has both, and something of its own. In every slide as many patches have the one property as
+the other, so these say nothing of a slide, and look-alikes stand beside what decides.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def draw(law: Law, slides: int, seed: int) -> Cohort:
 
 
 class Projector(nn.Module):
-    """Two layers, so that an embedding can say that both properties are there."""
+    """Two layers, small enough to train on any machine."""
 
     inputs, dim = WIDTH, DIM
 
