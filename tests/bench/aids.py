@@ -28,7 +28,7 @@ SHARES = {"half": 0.5, "quarter": 0.25}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--slides", type=int, default=48, help="to train on, and as many to test")
+    parser.add_argument("--slides", type=int, default=64, help="to train on, and as many to test")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = TrainConfig(epochs=EPOCHS, batch_size=8, lr=2e-3, warmup_epochs=1, augment=False, score_batch=1024)
