@@ -5,7 +5,7 @@ The cohort of `tests.bench.reselect` at k = 1: few lesions among 5,000 patches a
     plain      the last weights
     average    the same run, and an exponential average of its weights, as `train.ema` would have it
     half       `model.select.explore_share=0.5`: half of the M drawn at random from what is not among the best
-    quarter    0.25
+
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.bench.lesions import auc, draw, mean_and_spread, stamp, trained
 from tests.bench.reselect import EPOCHS, LAW, SELECT
 
 DECAYS = (0.9, 0.98)
-SHARES = {"half": 0.5, "quarter": 0.25}
+SHARES = {"half": 0.5}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--slides", type=int, default=64, help="to train on, and as many to test")
+    parser.add_argument("--slides", type=int, default=48, help="to train on, and as many to test")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = TrainConfig(epochs=EPOCHS, batch_size=8, lr=2e-3, warmup_epochs=1, augment=False, score_batch=1024)

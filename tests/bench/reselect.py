@@ -29,7 +29,7 @@ EVERY = (1, 2, 4, 8)
 GOAL = 1 / 3
 LAW = Law(patches=(5000, 5500), lesions=((0.0, 0.0), (0.004, 0.008)), marked=0.02, contrast=3.0, own=6.0)
 SELECT = SelectConfig(memory=16, chunk=1024)
-EPOCHS, EXPLORE = 20, 0
+EPOCHS, EXPLORE = 16, 0
 
 
 @dataclass
@@ -114,7 +114,7 @@ def best(runs: Sequence[Run]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=64, help="to train on, and as many to test")
+    parser.add_argument("--slides", type=int, default=48, help="to train on, and as many to test")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kept", type=Path, help="JSON file of runs that are done, to which others are added")
