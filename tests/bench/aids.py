@@ -5,7 +5,6 @@ The cohort of `tests.bench.reselect` at k = 1: few lesions among 5,000 patches a
     plain      the last weights
     average    the same run, and an exponential average of its weights, as `train.ema` would have it
     half       `model.select.explore_share=0.5`: half of the M drawn at random from what is not among the best
-
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -71,7 +70,7 @@ def burden(seeds: list[int], epochs: int) -> list[Goal]:
 def one(N: int, context: Use | None) -> None:
     """Score N patches in this process; print its peak in MiB, and the seconds."""
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     stub = PoolingStub()
     model = IPSModel(stub, Aggregator(stub.dim, 1, 8, 16, 16, 64), {"t": nn.Linear(stub.dim, 1)})
     began = time.perf_counter()
