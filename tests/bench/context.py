@@ -43,11 +43,13 @@ _MIB = 2**20
 Use = Literal["whole", "rest"]
 
 
-def burden(seeds: list[int], epochs: int) -> list[Goal]:
+def burden(seeds: list[int], epochs: int, explore: int) -> list[Goal]:
     """Train and test each method, on one thread: products are small."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {method: [] for method in METHODS}
-    settings = TrainConfig(epochs=epochs, batch_size=8, lr=2e-3, warmup_epochs=1, augment=False, score_batch=256)
+    settings = TrainConfig(
+        epochs=epochs, batch_size=8, lr=2e-3, warmup_epochs=1, explore_epochs=explore, augment=False, score_batch=256
+    )
     for seed in seeds:
         train, test = draw(LAW, 200, 2 * seed + 1), draw(LAW, 200, 2 * seed + 2)
         for method, selecting in METHODS.items():
@@ -131,6 +133,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=["burden", "memory", "time"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--explore", type=int, default=6, help="epochs of them with M random patches (not in full)")
     parser.add_argument("--rounds", type=int, default=5)
     Clock.add_option(parser)
     options = parser.parse_args()
@@ -140,7 +143,7 @@ def main() -> int:
         return 0
     goals: list[Goal] = []
     if "burden" in options.parts:
-        goals += burden(options.seeds, options.epochs)
+        goals += burden(options.seeds, options.epochs, options.explore)
     if "memory" in options.parts:
         goals += memory((1000, 250_000))
     if "time" in options.parts:
