@@ -16,6 +16,7 @@ import sys
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ips.network.model import unwrapped
 from pipeline.config.model import TrainConfig
 from tests.bench.lesions import auc, draw, mean_and_spread, stamp, trained
 from tests.bench.reselect import EPOCHS, LAW, SELECT
@@ -39,12 +40,12 @@ def main() -> int:
         def average(model: torch.nn.Module, averages: dict[float, AveragedModel] = averages) -> None:
             for decay in DECAYS:
                 if decay not in averages:
-                    averages[decay] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+                    averages[decay] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
                 averages[decay].update_parameters(model)
 
         model = trained(train, settings, SELECT, seed, watch=average)
         results = {"plain": auc(model, test, SELECT)}
-        results |= {f"average {decay}": auc(averages[decay].module, test, SELECT) for decay in DECAYS}
+        results |= {f"average {decay}": auc(unwrapped(averages[decay]), test, SELECT) for decay in DECAYS}
         for name, share in SHARES.items():
             other = trained(train, settings, SELECT.model_copy(update={"explore_share": share}), seed)
             results[name] = auc(other, test, SELECT)

@@ -90,8 +90,8 @@ def main() -> int:
             total[name] += conv.times * seconds
         rate = PATCHES * conv.products / conv.times / best["float32"] / 1e9
         shape = f"{conv.inputs} to {conv.outputs}, {conv.kernel} x {conv.kernel} / {conv.stride}, {conv.size} px"
-        ratios = [f"{best['float32'] / best[name]:.2f}x" for name in ("bfloat16", "int8")]
-        print(f"| {shape} | {conv.times} | {rate:.0f} | {' | '.join(ratios)} |", flush=True)
+        cells = [f"{best['float32'] / best[name]:.2f}x" for name in ("bfloat16", "int8")]
+        print(f"| {shape} | {conv.times} | {rate:.0f} | {' | '.join(cells)} |", flush=True)
     ratios = {name: total["float32"] / seconds for name, seconds in total.items()}
     print(f"all convolutions of a patch, of float32: bfloat16 {ratios['bfloat16']:.2f}x, int8 {ratios['int8']:.2f}x")
     print(json.dumps({**stamp(), "ms_a_patch": {k: 1e3 * v / PATCHES for k, v in total.items()}, "ratios": ratios}))

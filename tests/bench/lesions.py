@@ -156,8 +156,8 @@ def auc(model: IPSModel, cohort: Cohort, selecting: SelectConfig) -> float:
         if selecting.mode == "every":
             found = every_patch([bag])
         else:
-            context = "rest" if selecting.context == "all" else None
-            found = select(model, [bag], selecting.memory, selecting.chunk, context=context)
+            pools = selecting.context == "all"
+            found = select(model, [bag], selecting.memory, selecting.chunk, context="rest" if pools else None)
         scores.append(float(model(gather([bag], found, "cpu"))[TASK]))
     values, labels = torch.tensor(scores), torch.tensor(cohort.labels)
     over = values[labels == 1].unsqueeze(1) - values[labels == 0]

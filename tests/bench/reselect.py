@@ -59,6 +59,7 @@ def run(every: int, seed: int, slides: int, epochs: int) -> Run:
     )  # fmt: skip
     found, steps = Run(every, seed), list[StepDone]()
     seconds, read = [0.0] * epochs, [0] * epochs
+    spent = time.process_time()
 
     def after(done: StepDone) -> None:
         nonlocal spent
@@ -67,7 +68,6 @@ def run(every: int, seed: int, slides: int, epochs: int) -> Run:
         spent = time.process_time()
         read[done.epoch] = train.read
 
-    spent = time.process_time()
     model = trained(train, settings, SELECT, seed, after)
     steady = range(EXPLORE + 1, epochs)
     found.epoch_s = median(seconds[epoch] for epoch in steady)
