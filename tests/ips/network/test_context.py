@@ -43,6 +43,20 @@ def test_sums_are_their_definition() -> None:
     assert summed(logits, x).second is None
 
 
+def test_float32_has_digits_for_how_patches_differ() -> None:
+    """Embeddings far from the origin: what is learned from is a small difference of large products."""
+    logits, x, projection = _patches(211, 0, 0.3)
+    own = projection.float().double().repeat_interleave(T, dim=0)
+    off = (x + 1000).float()
+    spreads = []
+    for y, of_values in ((off, projection.float()), (off.double(), projection.float().double())):
+        found = summed(logits.to(y.dtype), y, of_values)
+        assert found.second is not None
+        products = torch.einsum("bjd,jvd->bjv", found.mean, own).unsqueeze(2)
+        spreads.append(found.second - found.mean.unsqueeze(-1) * products)
+    assert (spreads[0] - spreads[1]).abs().max() < 1e-5 * spreads[1].abs().max()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 40), st.lists(st.integers(0, 40), max_size=5), st.integers(0, 10**6), st.sampled_from([0.1, 3, 40])
