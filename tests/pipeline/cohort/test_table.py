@@ -198,7 +198,7 @@ def test_many_rows_of_one_problem_are_one_line(tmp_path: Path) -> None:
             b"PK\x03\x04rest",
             "the file is a workbook (xlsx) or archive, not CSV or Parquet; unpack it, or save it as CSV",
         ),
-        (gzip.compress(FULL.encode()), "the file is gzipped, not CSV or Parquet"),
+        (gzip.compress(FULL.encode(), mtime=0), "the file is gzipped, not CSV or Parquet"),
         (b"slide_id,uri,label\n", "no rows below the header"),
         (b"slide_id,uri,label,uri\na,b,1,c\n", "column 'uri' stands twice in the header"),
         (b"slide_id,uri,label\na,\xe9.png,1\n", "row 2: byte 0xe9 is not UTF-8; save the file as CSV UTF-8"),
