@@ -19,6 +19,7 @@ from pipeline.errors import DamagedError, StageError, StorageError
 from pipeline.storage import files, lease, objects
 from pipeline.storage.cloud import ChangedError
 from pipeline.storage.listing import ask_all, folder_names
+from pipeline.storage.once import create_json
 from pipeline.storage.s3 import PART_BYTES
 from pipeline.storage.staging import Staging, fetch
 from pipeline.storage.tree import delete_folder, upload_tree, walk
@@ -172,6 +173,20 @@ def test_a_file_is_replaced_only_while_it_is_what_was_read(place: tuple[str, Fau
     files.delete(uri)
     with pytest.raises(ChangedError):
         files.replace(uri, b"5", later)
+
+
+@pytest.mark.slow
+def test_a_file_that_is_written_once_is_another_s_or_ones_own(
+    place: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{place[0]}/once"
+    assert create_json(uri, {"a": 1})
+    assert create_json(uri, {"a": 1})
+    assert not create_json(uri, {"a": 2})
+    if place[0].startswith("az"):  # of two that both saw nothing, too
+        monkeypatch.setattr("pipeline.storage.once.read_if_there", lambda _: None)
+        assert not create_json(uri, {"a": 3})
+    assert files.read_json(uri) == {"a": 1}
 
 
 @pytest.mark.slow
