@@ -23,14 +23,16 @@ _NAME = rf"(?P<name>[?&;#](?:[\w.-]*(?:{_SECRET_WORDS})[\w.-]*|sig|key|auth|pwd?
 _PARAMETER = re.compile(rf"{_NAME}[^&;#\s'\"]+", re.IGNORECASE)
 _ONE_PARAMETER = re.compile(rf"{_NAME}[^&;#]+", re.IGNORECASE)
 _VARIABLE = re.compile(
-    r"TOKEN(?!IZERS)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_(PWD|PASS)$", re.IGNORECASE
+    r"TOKEN(?!IZERS)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|ACCOUNT|PRIVATE|SAS)_?KEY|_(PWD|PASS)$",
+    re.IGNORECASE,
 )
 _TELLING = 8  # characters; a shorter value may stand in a text by chance
 _TOKEN_ALONE = {"http", "https", "s3"}  # here a user without a password is a token, or the id of a key
 
 _REMEDY = (
     "put it into the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for "
-    "MLflow; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3; PGPASSWORD for PostgreSQL"
+    "MLflow; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3; AZURE_STORAGE_ACCOUNT_KEY for Azure; PGPASSWORD for "
+    "PostgreSQL"
 )
 
 

@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             faults.sent.append((self.path, len(data)))
         headers = [item for item in answer.getheaders() if item[0].lower() not in ("transfer-encoding", "connection")]
-        self._answer(answer.status, answer.reason, headers, data, short=short)
+        part = answer.status == 200 and answer.getheader("Content-Range")  # so rclone answers; HTTP says 206
+        status = 206 if part else answer.status
+        self._answer(status, answer.reason, headers, data, short=short)
 
     def _answer(
         self, status: int, reason: str, headers: list[tuple[str, str]], data: bytes, *, short: bool = False

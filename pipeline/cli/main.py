@@ -263,7 +263,7 @@ def _told(facts: Mapping[str, Any]) -> str:
 
 
 def _must_be_local(folder: Path) -> None:
-    if folder.parts[:1] == ("s3:",):
+    if folder.parts[:1] in (("s3:",), ("gs:",), ("az:",)):
         raise ConfigError(str(folder), ["this command writes local files only; name a local folder and copy it"])
 
 

@@ -239,6 +239,11 @@ def _ray_job_problems(config: Config) -> list[str]:
 def _place_problems(config: Config) -> list[str]:
     """Places in which MLflow, that takes them for addresses, would not write but beside them."""
     root, problems = absolute(config.storage.root), []
+    if root.startswith("az://"):
+        problems.append(
+            f"storage.root: {root!r} would hold MLflow's artifacts too, which MLflow cannot keep there; take a disk or "
+            "s3://, and az:// for storage.patches and storage.features"
+        )
     if is_remote(root) and (odd := re.search(r"[?#]", root)):
         problems.append(
             f"storage.root: {root!r} holds {odd[0]!r}, at which MLflow ends the place of its artifacts, so that they "

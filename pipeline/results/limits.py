@@ -111,5 +111,7 @@ def _is_below(place: str, root: str) -> bool:
         return False
     if not files.is_remote(place):
         return Path(_real(place)).is_relative_to(root)
+    if place.partition("://")[0] != root.partition("://")[0]:  # both absolute, so of small letters
+        return False
     key, prefix = s3.key(place), s3.key(root)
     return not {".", ".."} & set(key.split("/")) and (key == prefix or key.startswith(f"{prefix}/"))

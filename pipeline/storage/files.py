@@ -1,10 +1,11 @@
-"""Files by URI: plain paths, `file://` and `s3://`. The only module that knows where bytes are kept.
+"""Files by URI: plain paths, `file://`, `s3://`, `gs://` and `az://`. The only module that knows where bytes are kept.
 
-S3 goes through s3fs. The endpoint, region and credentials come from the standard AWS variables alone
-(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`,
-`AWS_DEFAULT_REGION`). Checksums beyond S3's own are used only `when_required`: servers other than AWS often
-refuse the uploads of newer SDKs, or answer a range read with the whole object's checksum. Set
-`AWS_REQUEST_CHECKSUM_CALCULATION` or `AWS_RESPONSE_CHECKSUM_VALIDATION` to `when_supported` to have them.
+Each cloud stands behind one seam (`cloud`): S3 goes through s3fs, Google and Azure through obstore (`objects`). Of S3
+the endpoint, region and credentials come from the standard AWS variables alone (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`, `AWS_DEFAULT_REGION`). Checksums
+beyond S3's own are used only `when_required`: servers other than AWS often refuse the uploads of newer SDKs, or answer
+a range read with the whole object's checksum. Set `AWS_REQUEST_CHECKSUM_CALCULATION` or
+`AWS_RESPONSE_CHECKSUM_VALIDATION` to `when_supported` to have them.
 
 A write is whole or absent: a temporary name, fsync and rename locally; one PUT or multipart upload on S3.
 Every failure is a `StorageError` that names the URI, the reason and the remedy. Waits are finite: 5 s to connect and
@@ -14,50 +15,25 @@ connects and is silent a minute. `AWS_MAX_ATTEMPTS` sets another patience than 2
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from pipeline.credentials import masked_value, refusal
 from pipeline.errors import DamagedError, StorageError
 from pipeline.storage import s3
-
-PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one object may have 156 GiB
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceVersion:
-    """What tells one state of a file from another without reading it: size and etag (S3) or mtime (local)."""
-
-    size: int
-    """Bytes."""
-    etag: str | None
-    """S3's entity tag without quotes."""
-    mtime: float | None
-    """Seconds since the epoch."""
-
-
-def is_remote(uri: str) -> bool:
-    """Whether the URI lies on S3. One that holds a credential is a StorageError, whatever is to be done with it."""
-    if (problem := refusal(uri)) is not None:
-        raise StorageError(f"{masked_value(uri)}: {problem}")
-    found = _SCHEME.match(uri)
-    if found is None or found[1].lower() == "file":
-        return False
-    if found[1].lower() != "s3":
-        raise StorageError(f"{uri}: {found[0]} is not supported; use a path, file:// or s3://")
-    return True
+from pipeline.storage.clients import SCHEME, NoFileError
+from pipeline.storage.clients import cloud as cloud
+from pipeline.storage.clients import failures as failures
+from pipeline.storage.clients import is_remote as is_remote
+from pipeline.storage.cloud import SourceVersion as SourceVersion
+from pipeline.storage.s3 import PART_BYTES
 
 
 def join(root: str, *parts: str) -> str:
@@ -71,35 +47,24 @@ def parent(uri: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A URI that means the same in every process: `s3://bucket/key` as it is, else an absolute path."""
+    """A URI that means the same in every process: `s3://bucket/key` and its like as it is, else an absolute path."""
     if not is_remote(uri):
         return _local_name(uri)
-    return "s3://" + (s3.ANONYMOUS if s3.is_anonymous(uri) else "") + s3.key(uri)
+    scheme = uri.partition("://")[0].lower()
+    return f"{scheme}://{s3.ANONYMOUS if s3.is_anonymous(uri) else ''}{s3.key(uri)}"
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there. A bucket that does not exist is a StorageError."""
     with failures(uri, "look up"):
-        if not is_remote(uri):
-            return local_path(uri).exists()
-        try:
-            s3.call(uri, "info", s3.key(uri))
-        except FileNotFoundError as error:
-            if s3.code(error) == "NoSuchBucket":
-                raise
-            return False
-        return True
-
-
-class NoFileError(OSError):
-    """A pipe, a device or a socket: it may have no end, or be opened for ever."""
+        return cloud(uri).exists(uri) if is_remote(uri) else local_path(uri).exists()
 
 
 def source_version(uri: str) -> SourceVersion:
     """The file's size with its etag or mtime; StorageError when it is absent, denied, a folder or no file at all."""
     with failures(uri, "read"):
         if is_remote(uri):
-            version = _s3_version(s3.call(uri, "info", s3.key(uri)))
+            version = cloud(uri).version(uri)
         else:
             found = os.stat(_local_name(uri))  # noqa: PTH116
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
@@ -122,25 +87,35 @@ def read_if_there(uri: str) -> bytes | None:
         try:
             return _read(uri)
         except FileNotFoundError as error:
-            if s3.code(error) == "NoSuchBucket":
+            if is_remote(uri) and cloud(uri).is_missing_bucket(error):
                 raise
             return None
 
 
 def _read(uri: str) -> bytes:
+    return cloud(uri).read(uri) if is_remote(uri) else local_path(uri).read_bytes()
+
+
+def read_tagged(uri: str) -> tuple[bytes, str | None] | None:
+    """The whole file, and by what `replace` knows it again, where the storage has such; None when it does not exist."""
     if not is_remote(uri):
-        return local_path(uri).read_bytes()
-    data: bytes = s3.call(uri, "cat_file", s3.key(uri), max_concurrency=1)  # more would ask for the size first
-    return data
+        data = read_if_there(uri)
+        return None if data is None else (data, None)
+    with failures(uri, "read"):
+        try:
+            tag, data = cloud(uri).fetch(uri)
+        except FileNotFoundError as error:
+            if cloud(uri).is_missing_bucket(error):
+                raise
+            return None
+        return data, tag
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of each (start, length), in that order; concurrent requests on S3."""
+    """The bytes of each (start, length), in that order; concurrent requests in a cloud."""
     with failures(uri, "read"):
         if is_remote(uri):
-            wanted = [(start, start + length) for start, length in ranges if length]
-            starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
-            fetched = iter(s3.call(uri, "cat_ranges", [s3.key(uri)] * len(wanted), starts, ends, on_error="raise"))
+            fetched = iter(cloud(uri).read_ranges(uri, [wanted for wanted in ranges if wanted[1]]))
             found = [next(fetched) if length else b"" for _, length in ranges]
         else:
             with local_path(uri).open("rb") as file:
@@ -158,9 +133,26 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole, over an old one."""
     with failures(uri, "write"):
         if is_remote(uri):
-            s3.call(uri, "pipe_file", s3.key(uri), data, chunksize=PART_BYTES)
+            cloud(uri).write(uri, data)
         else:
             _replace(local_path(uri), lambda file: file.write(data))
+
+
+def replace(uri: str, data: bytes, tag: str | None) -> str | None:
+    """Write the file only while it is still the one of this tag (`read_tagged`); None: while it is not there.
+
+    Returns:
+        Its new tag; None where the storage knows no conditions, so that it is written in any case: disks, S3.
+
+    Raises:
+        ChangedError: another one wrote it since.
+        StorageError: it cannot be written.
+    """
+    if not is_remote(uri):
+        write_bytes(uri, data)
+        return None
+    with failures(uri, "write"):
+        return cloud(uri).replace(uri, data, tag)
 
 
 def read_json(uri: str) -> Any:
@@ -177,9 +169,14 @@ def parsed_json(uri: str, data: bytes) -> Any:
 
 
 def write_json(uri: str, obj: object) -> None:
-    """Write sorted, indented JSON: equal objects give equal bytes."""
+    """Write sorted, indented JSON."""
+    write_bytes(uri, json_bytes(obj))
+
+
+def json_bytes(obj: object) -> bytes:
+    """Sorted, indented JSON: equal objects give equal bytes."""
     text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(uri, (text + "\n").encode(errors="backslashreplace"))  # halves of characters, as JSON escapes
+    return (text + "\n").encode(errors="backslashreplace")  # halves of characters, as JSON escapes
 
 
 def list_names(uri: str) -> list[str]:
@@ -188,7 +185,7 @@ def list_names(uri: str) -> list[str]:
 
 
 def list_versions(uri: str) -> dict[str, SourceVersion]:
-    """The state of each file directly in a folder, by name and unfinished ones included; of S3 in one request."""
+    """The state of each file directly in a folder, by name and unfinished ones included; of a cloud in one request."""
     found = _entries(uri)
     return {name: version for name, version in sorted(found.items()) if version is not None}
 
@@ -198,13 +195,11 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
     with failures(uri, "list"):
         try:
             if is_remote(uri):
-                entries = s3.call(uri, "ls", s3.key(uri), detail=True)
-                named = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries}
-                return {name: _s3_version(entry) for name, entry in named.items() if name}
+                return cloud(uri).entries(uri)
             with os.scandir(local_path(uri)) as scan:
                 there = list(scan)
         except FileNotFoundError as error:
-            if s3.code(error) == "NoSuchBucket":
+            if is_remote(uri) and cloud(uri).is_missing_bucket(error):
                 raise
             return {}
         found: dict[str, SourceVersion | None] = {}
@@ -215,17 +210,11 @@ def _entries(uri: str) -> dict[str, SourceVersion | None]:
 
 
 def without_file(uri: str) -> list[str]:
-    """Names directly in a folder that lead to no file or folder, sorted: links to nothing, pipes; S3 has none."""
+    """Names directly in a folder that lead to no file or folder, sorted: links to nothing, pipes; a cloud has none."""
     if is_remote(uri) or not local_path(uri).is_dir():
         return []
     with failures(uri, "list"):
         return sorted(path.name for path in local_path(uri).iterdir() if not path.is_file() and not path.is_dir())
-
-
-def _s3_version(info: Mapping[str, Any]) -> SourceVersion | None:
-    if info["type"] == "directory":
-        return None
-    return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)
 
 
 def _local_version(found: os.stat_result) -> SourceVersion:
@@ -237,7 +226,7 @@ def delete(uri: str) -> None:
     with failures(uri, "delete"):
         try:
             if is_remote(uri):
-                s3.call(uri, "rm_file", s3.key(uri))
+                cloud(uri).delete(uri)
             else:
                 local_path(uri).unlink()
         except FileNotFoundError:
@@ -254,7 +243,7 @@ def download(uri: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         try:
-            s3.call(uri, "get_file", s3.key(uri), str(temporary))
+            cloud(uri).download(uri, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -264,7 +253,7 @@ def upload(path: Path, uri: str) -> None:
     """Copy a local file to a URI, whole or not at all, in constant memory."""
     with failures(uri, "write"):
         if is_remote(uri):
-            s3.call(uri, "put_file", str(path), s3.key(uri), chunksize=PART_BYTES)
+            cloud(uri).upload(path, uri)
         else:
             with path.open("rb") as source:
                 _replace(local_path(uri), lambda file: shutil.copyfileobj(source, file, PART_BYTES))
@@ -277,7 +266,7 @@ def local_path(uri: str) -> Path:
 
 def _local_name(uri: str) -> str:
     """That path; of a million files a `Path` each would take longer than looking at them."""
-    if _SCHEME.match(uri):
+    if SCHEME.match(uri):
         split = urlsplit(uri.replace("?", "%3F").replace("#", "%23"))
         if split.netloc not in ("", "localhost"):
             raise StorageError(f"{uri}: file:// names the host {split.netloc}; write file:///absolute/path")
@@ -312,38 +301,3 @@ def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-@contextmanager
-def failures(uri: str, action: str) -> Iterator[None]:
-    """Turn what the file system or the S3 client raises into a StorageError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        reason = s3.reason(error, uri) if is_remote(uri) else None
-        if reason is None and isinstance(error, OSError):
-            reason = _os_reason(error)
-        if reason is None and isinstance(error, ValueError) and not uri.isprintable():  # a NUL, half a character
-            raise StorageError(f"cannot {action} {uri!a}: no file can have such a name; correct it") from error
-        if reason is None:
-            raise
-        raise StorageError(f"cannot {action} {uri}: {reason}") from error
-
-
-def _os_reason(error: OSError) -> str:
-    match error:
-        case FileNotFoundError():
-            return "it does not exist; check the spelling"
-        case IsADirectoryError():
-            return "it is a folder; name a file"
-        case NoFileError():
-            return "it is a pipe, a device or a socket; name a file"
-        case NotADirectoryError() | FileExistsError():
-            return f"a folder of this path is a file ({error.filename}); name another path"
-        case PermissionError():
-            return "permission denied; check its owner and mode, and those of its folders"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk, or its quota, is full; free space, or name a place with more"
-    return f"{error.strerror or error}; mend that and run again"

@@ -1,11 +1,12 @@
 """One process at a time for one piece of work, on any storage: whoever does it says so in a file, again and again.
 
-Nothing here needs a lock of the storage's, for local disks, network disks and S3 servers have no lock in common. A
-claim that is found is judged by whether its process lives, on this machine, or by whether its beats still come, on
-another one, so clocks need not agree. Two that claim at the same moment, or one that was silent for so long that
-another took over, are told apart by the token: the last one that wrote it goes on, and the other ends at its next beat
-or before it writes (`Lease.check`). A lease that is given back stays as a file that says so: whoever was silent through
-all of another one's work must not take the absence of a claim for its own.
+Nothing here needs a lock of the storage's, for local disks, network disks and S3 servers have no lock in common; where
+the storage writes on a condition (Google's, Azure's), a claim replaces only the file that was judged. A claim that is
+found is judged by whether its process lives, on this machine, or by whether its beats still come, on another one, so
+clocks need not agree. Two that claim at the same moment, or one that was silent for so long that another took over, are
+told apart by the token: the last one that wrote it goes on, and the other ends at its next beat or before it writes
+(`Lease.check`). A lease that is given back stays as a file that says so: whoever was silent through all of another
+one's work must not take the absence of a claim for its own.
 
 Work that several processes may do at once (`joined`: tiling, whose slides are committed one by one) needs the lease
 for one thing only: who holds it may take the MLflow runs of the same work for abandoned.
@@ -13,7 +14,6 @@ for one thing only: who holds it may take the MLflow runs of the same work for a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -22,14 +22,16 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import StageError, StorageError
-from pipeline.storage.files import read_if_there, write_json
+from pipeline.storage.cloud import ChangedError
+from pipeline.storage.files import json_bytes, parsed_json, read_tagged, replace
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +78,10 @@ class Lease:
             StageError: another process has taken the work over, or even done it; or this one has given it back.
             StorageError: that cannot be found out.
         """
-        found = _read(self.uri)
+        found, _ = _read(self.uri)
         if found is None:  # some S3 servers (rclone) remove the old file before they write the new one
             time.sleep(_AGAIN_S)
-            found = _read(self.uri)
+            found, _ = _read(self.uri)
         if found is None:
             raise StageError(
                 f"{self.uri} is gone, by which other processes know that this one is at work; nothing more is written, "
@@ -107,14 +109,20 @@ def held(uri: str, what: str) -> Iterator[Lease]:
         StageError: a process that lives holds it. Found out at once on its own machine, elsewhere within `SILENT_S`.
         StorageError: the file cannot be read or written.
     """
-    check_free(uri, what)
-    with _claimed(uri) as lease:
+    found, tag = _living(uri, what)
+    if found is not None:
+        raise _taken(uri, what, *found)
+    try:
+        claim, tag = _begin(uri, tag)
+    except ChangedError as other:
+        raise StageError(f"{what}: another process claimed it at the same moment ({uri}); it goes on there") from other
+    with _claimed(uri, claim, tag) as lease:
         yield lease
 
 
 def check_free(uri: str, what: str) -> None:
     """Return where no process that lives holds the lease; arguments and errors as `held`."""
-    found = _living(uri, what)
+    found, _ = _living(uri, what)
     if found is not None:
         raise _taken(uri, what, *found)
 
@@ -130,22 +138,47 @@ def joined(uri: str, what: str) -> Iterator[Lease | None]:
     Raises:
         StorageError: the file cannot be read or written.
     """
-    found = _living(uri, what)
+    found, tag = _living(uri, what)
     if found is not None:
         log.info("%s: %s, is at work on it too", what, found[0])
         yield None
         return
-    with _claimed(uri) as lease:
+    try:
+        claim, tag = _begin(uri, tag)
+    except ChangedError:
+        log.info("%s: another process has begun it at the same moment", what)
+        yield None
+        return
+    with _claimed(uri, claim, tag) as lease:
         yield lease
 
 
-@contextmanager
-def _claimed(uri: str) -> Iterator[Lease]:
-    """The lease, whoever holds it."""
+def _begin(uri: str, tag: str | None) -> tuple[Claim, str | None]:
+    """This process's claim, written in the place of what was judged, and its tag.
+
+    Raises:
+        ChangedError: another process claimed it meanwhile, which the storage told.
+    """
     claim = _claim()
-    write_json(uri, asdict(claim))
+    return claim, _write(uri, claim, tag)
+
+
+def _write(uri: str, claim: Claim, tag: str | None) -> str | None:
+    """Write a claim in the place of the one of this tag; where the answer to that was lost, it is found there."""
+    try:
+        return replace(uri, json_bytes(asdict(claim)), tag)
+    except ChangedError:
+        found, now = _read(uri)
+        if found != claim:
+            raise
+        return now
+
+
+@contextmanager
+def _claimed(uri: str, claim: Claim, tag: str | None) -> Iterator[Lease]:
+    """The lease, which this process has claimed."""
     stop = threading.Event()
-    thread = threading.Thread(target=_beat, args=(uri, claim, stop), name="lease", daemon=True)
+    thread = threading.Thread(target=_beat, args=(uri, claim, tag, stop), name="lease", daemon=True)
     thread.start()
     try:
         yield Lease(uri, claim.token)
@@ -166,32 +199,36 @@ def _machine() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116, a link that leads nowhere
 
 
-def _read(uri: str) -> Claim | None:
-    data = read_if_there(uri)
-    return None if data is None else Claim(**json.loads(data))
+def _read(uri: str) -> tuple[Claim | None, str | None]:
+    """The claim that is there, and its tag."""
+    found = read_tagged(uri)
+    return (None, None) if found is None else (Claim(**parsed_json(uri, found[0])), found[1])
 
 
-def _living(uri: str, what: str) -> tuple[Claim, str] | None:
-    """The claim of a process that lives, and how to end it; None as soon as it is sure that there is none."""
-    found = _read(uri)
+def _living(uri: str, what: str) -> tuple[tuple[Claim, str] | None, str | None]:
+    """The claim of a process that lives, and how to end it; None as soon as it is sure that there is none.
+
+    With the tag of the file that was judged.
+    """
+    found, tag = _read(uri)
     if found is None or found.free:
-        return None
+        return None, tag
     if found.machine == _machine():
         if _lives(found):
-            return found, f"stop it (kill {found.pid})"
+            return (found, f"stop it (kill {found.pid})"), tag
         log.info("%s: %s, is dead; this run goes on", what, found)
-        return None
+        return None, tag
     log.info("%s: %s, has begun it; %g s to see whether it lives", what, found, SILENT_S)
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)
-        later = _read(uri)
+        later, tag = _read(uri)
         if later is None or later.free:
-            return None
+            return None, tag
         if later != found:
-            return later, "stop it there"
+            return (later, "stop it there"), tag
     log.warning("%s: %s, is silent; this run takes over", what, found)
-    return None
+    return None, tag
 
 
 def _lives(claim: Claim) -> bool:
@@ -211,17 +248,19 @@ def _taken(uri: str, what: str, claim: Claim, remedy: str) -> StageError:
     )
 
 
-def _beat(uri: str, claim: Claim, stop: threading.Event) -> None:
+def _beat(uri: str, claim: Claim, tag: str | None, stop: threading.Event) -> None:
     """Say again and again that the process lives, until it ends or another one has the lease."""
     beats, lease = 0, Lease(uri, claim.token)
     while not stop.wait(BEAT_S):
         beats += 1
         try:
             lease.check()
-            write_json(uri, asdict(replace(claim, beats=beats)))
+            tag = _write(uri, changed(claim, beats=beats), tag)
         except StageError as lost:
             log.error("%s", lost)  # noqa: TRY400, no trace: whoever writes next raises it
             return
+        except ChangedError:  # since the check: the next one says by whom
+            continue
         except StorageError as away:
             log.warning("%s: not renewed for now (%s)", uri, str(away).splitlines()[0])
 
@@ -229,8 +268,10 @@ def _beat(uri: str, claim: Claim, stop: threading.Event) -> None:
 def _give_back(uri: str, claim: Claim) -> None:
     """Say in the file that the work is anyone's, unless it is another's by now."""
     try:
-        found = _read(uri)
+        found, tag = _read(uri)
         if found is not None and found.token == claim.token:
-            write_json(uri, asdict(replace(found, free=True)))
+            _write(uri, changed(found, free=True), tag)
+    except ChangedError:
+        return  # another one has it
     except StorageError as away:  # it is found to be a dead process's by the next run
         log.warning("%s: not given back (%s)", uri, str(away).splitlines()[0])

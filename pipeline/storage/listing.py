@@ -1,5 +1,7 @@
 """The state of many files at once: on S3 by pages of listings instead of a request a file.
 
+In other clouds they are asked for side by side.
+
 A page says which objects there are from a name on, a thousand at most. The next one starts at the first name that is
 wanted and not yet told of: one page for each thousand files where they lie together. Where they do not, as slides among
 millions of DICOM files, pages tell of few: then some files are asked alone, side by side, and twice as many after the
@@ -30,7 +32,12 @@ _Found = SourceVersion | StorageError | None
 def ask_all(uris: Iterable[str]) -> Ask:
     """The versions of these files, asked for now; the function then knows them, and asks for any other file."""
     wanted = list(dict.fromkeys(uris))
-    found = _ask_s3([uri for uri in wanted if is_remote(uri) and "/" in s3.key(uri) and not s3.is_arn(uri)])
+    remote = [uri for uri in wanted if is_remote(uri) and "/" in s3.key(uri)]
+    paged = [uri for uri in remote if uri[:5].lower() == "s3://" and not s3.is_arn(uri)]
+    others = [uri for uri in remote if uri[:5].lower() in ("gs://", "az://")]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(others, pool.map(_alone, others), strict=True))
+    found |= _ask_s3(paged)
 
     def ask(uri: str) -> SourceVersion:
         version = found.get(uri)
@@ -43,7 +50,7 @@ def ask_all(uris: Iterable[str]) -> Ask:
 
 def folder_names(uri: str) -> frozenset[str]:
     """Names of the folders in one that begin with a hexadecimal digit; S3 is asked for all digits at a time."""
-    if not is_remote(uri):
+    if uri[:5].lower() != "s3://":
         return frozenset(list_names(uri))
     bucket, folder, _ = s3.client(uri).split_path(s3.key(uri))
 

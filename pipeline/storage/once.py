@@ -1,8 +1,9 @@
 """Files that are written once: of several who would write one at the same moment, one does, and all know which.
 
 A local file is linked to its name, which fails where there is one. S3 is asked by `If-None-Match: *`, which AWS, MinIO,
-Ceph and Google know. A disk without links, or a server that does not know the condition, writes over what is there; so
-whoever wrote looks at what others will read, and has written only where that is his own.
+Ceph and Google know; other clouds by their own conditions. A disk without links, or a server that does not know the
+condition, writes over what is there; so whoever wrote looks at what others will read, and has written only where that
+is his own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import uuid
 
 from pipeline.storage import s3
-from pipeline.storage.files import failures, is_remote, local_path, read_bytes, read_if_there, write_bytes
+from pipeline.storage.cloud import ChangedError
+from pipeline.storage.files import failures, is_remote, local_path, read_bytes, read_if_there, replace, write_bytes
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NOT_KNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest"}  # what servers answer to a header that they refuse
@@ -49,6 +51,12 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 def _create(uri: str, data: bytes) -> None:
     """Write it where nothing is; FileExistsError where something is."""
+    if is_remote(uri) and not uri.lower().startswith("s3://"):
+        try:
+            replace(uri, data, None)
+        except ChangedError as error:
+            raise FileExistsError(uri) from error
+        return
     if is_remote(uri):
         s3.call(uri, "pipe_file", s3.key(uri), data, mode="create")
         return

@@ -1,19 +1,22 @@
-"""The S3 client, and its failures in words. The only module that knows s3fs and botocore."""
+"""Objects on S3: the client, and its failures in words. The only module that knows s3fs and botocore."""
 
 from __future__ import annotations
 
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from pipeline.errors import StorageError
+from pipeline.storage.cloud import Found, SourceVersion
 from pipeline.telemetry import note
 
 ANONYMOUS = "anonymous@"
+PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one object may have 156 GiB
 CONNECT_S = 5.0
 READ_S = 15.0  # without a byte; S3 itself answers within seconds
 _BAD_CREDENTIALS = {"SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken"}
@@ -217,3 +220,82 @@ def _passes(error: Exception) -> bool:
 
 def _checksums(environment: Mapping[str, str], variable: str) -> str:
     return environment.get(variable, "when_required").lower()
+
+
+class Amazon:
+    """S3, and servers that speak as it does. See `Cloud`."""
+
+    def version(self, uri: str) -> SourceVersion | None:
+        """See `Cloud`."""
+        return _version(call(uri, "info", key(uri)))
+
+    def exists(self, uri: str) -> bool:
+        """See `Cloud`."""
+        try:
+            call(uri, "info", key(uri))
+        except FileNotFoundError as error:
+            if self.is_missing_bucket(error):
+                raise
+            return False
+        return True
+
+    def read(self, uri: str) -> bytes:
+        """See `Cloud`."""
+        data: bytes = call(uri, "cat_file", key(uri), max_concurrency=1)  # more would ask for the size first
+        return data
+
+    def read_ranges(self, uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `Cloud`."""
+        starts, ends = [start for start, _ in ranges], [start + length for start, length in ranges]
+        found: list[bytes] = call(uri, "cat_ranges", [key(uri)] * len(ranges), starts, ends, on_error="raise")
+        return found
+
+    def fetch(self, uri: str) -> tuple[str, bytes]:
+        """See `Cloud`."""
+        etag, data = fetch(uri)
+        return etag.strip('"'), data
+
+    def write(self, uri: str, data: bytes) -> None:
+        """See `Cloud`."""
+        call(uri, "pipe_file", key(uri), data, chunksize=PART_BYTES)
+
+    def replace(self, uri: str, data: bytes, tag: str | None) -> None:
+        """Written whatever is there: of the servers that speak S3 some ignore conditions, and some refuse them."""
+        self.write(uri, data)
+
+    def entries(self, uri: str) -> dict[str, SourceVersion | None]:
+        """See `Cloud`."""
+        found = call(uri, "ls", key(uri), detail=True)
+        named = {str(entry["name"]).rpartition("/")[2]: entry for entry in found}
+        return {name: _version(entry) for name, entry in named.items() if name}
+
+    def walk(self, uri: str) -> Iterator[Found]:
+        """See `Cloud`."""
+        for name, info in call(uri, "find", key(uri), detail=True).items():
+            yield Found(f"s3://{name}", info["size"], info["LastModified"].timestamp())
+
+    def delete(self, uri: str) -> None:
+        """See `Cloud`."""
+        call(uri, "rm_file", key(uri))
+
+    def download(self, uri: str, path: Path) -> None:
+        """See `Cloud`."""
+        call(uri, "get_file", key(uri), str(path))
+
+    def upload(self, path: Path, uri: str) -> None:
+        """See `Cloud`."""
+        call(uri, "put_file", str(path), key(uri), chunksize=PART_BYTES)
+
+    def reason(self, error: Exception, uri: str) -> str | None:
+        """See `Cloud`."""
+        return reason(error, uri)
+
+    def is_missing_bucket(self, error: Exception) -> bool:
+        """See `Cloud`."""
+        return code(error) == "NoSuchBucket"
+
+
+def _version(info: Mapping[str, Any]) -> SourceVersion | None:
+    if info["type"] == "directory":
+        return None
+    return SourceVersion(int(info["size"]), str(info["ETag"]).strip('"'), None)

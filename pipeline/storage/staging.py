@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import NodeError, SlideError, StorageError
-from pipeline.storage import files, s3
+from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # only of the disk that is written
@@ -45,14 +45,14 @@ class Fetched:
 
 
 def fetch(uri: str) -> Fetched:
-    """A file on S3, whole and of one state, in one request.
+    """A file in a cloud, whole and of one state, in one request.
 
     Raises:
         StorageError: it cannot be read.
     """
     with files.failures(uri, "read"):
-        etag, data = s3.fetch(uri)
-        return Fetched(SourceVersion(len(data), etag.strip('"'), None), data)
+        tag, data = files.cloud(uri).fetch(uri)
+        return Fetched(SourceVersion(len(data), tag.partition(" ")[0], None), data)
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,24 @@
-"""All that lies below a folder, here or on S3: what is there, away with it, copied to it."""
+"""All that lies below a folder, here or in a cloud: what is there, away with it, copied to it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.storage import s3
-from pipeline.storage.files import failures, is_remote, join, local_path, upload
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file below a folder."""
-
-    uri: str
-    size: int
-    """Bytes."""
-    modified: float
-    """When it was last written, s since 1970, by the clock of whoever keeps it."""
+from pipeline.storage.cloud import Found as Found
+from pipeline.storage.files import cloud, delete, failures, is_remote, join, local_path, upload
 
 
 def walk(uri: str) -> Iterator[Found]:
     """Every file below a folder, unfinished ones included, in the order of their URIs; none where there is no folder.
 
-    On S3 one request for 1,000 files.
+    In a cloud one request for 1,000 files.
     """
     with failures(uri, "list"):
         if is_remote(uri):
-            entries = s3.call(uri, "find", s3.key(uri), detail=True)
-            found = {f"s3://{name}": (info["size"], info["LastModified"].timestamp()) for name, info in entries.items()}
-            yield from (Found(name, *found[name]) for name in sorted(found))
+            yield from sorted(cloud(uri).walk(uri), key=lambda file: file.uri)
             return
         for folder, folders, names in os.walk(local_path(uri)):
             folders.sort()
@@ -47,8 +33,8 @@ def delete_folder(uri: str) -> None:
     """Remove a folder with all below it; one that does not exist is no error."""
     with failures(uri, "delete"):
         if is_remote(uri):
-            for name in s3.call(uri, "find", s3.key(uri)):
-                s3.call(uri, "rm_file", name)
+            for file in cloud(uri).walk(uri):
+                delete(file.uri)
         elif local_path(uri).is_dir():
             shutil.rmtree(local_path(uri))
 

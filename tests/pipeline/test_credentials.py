@@ -79,7 +79,18 @@ def test_no_password_passes(scheme: str, user: str, password: str) -> None:
     assert f"QQ{password}QQ" not in masked_value(uri)
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MYSQL_PWD", "OPENAI_API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "db_password",
+        "MYSQL_PWD",
+        "OPENAI_API_KEY",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_SAS_KEY",
+    ],
+)
 def test_secret_variables_are_told_by_their_names(name: str) -> None:
     assert is_secret_variable(name)
     assert secret_within("a-12345678-b", {"HOME": "12345678", name: "12345678"}) == name

@@ -131,7 +131,7 @@ a,b.png,p1,test,zero,maybe
 
 ,c.png,p2,dev,-1,nan
 d,,p3,,inf,
-e,gs://b/e,p4,train,0,0.5
+e,gcs://b/e,p4,train,0,0.5
 f,f.png,p5,train
 """
     assert problems(write(tmp_path, text), [TUMOR]) == (
@@ -148,7 +148,7 @@ f,f.png,p5,train
         "row 6: uri is empty",
         "row 6: mpp 'inf' is not a positive number; write microns per level-0 px, as in 0.25",
         "row 6: split is empty; give every slide a split, or none of them",
-        "row 7: column 'uri': gs://b/e: gs:// is not supported; use a path, file:// or s3://",
+        "row 7: column 'uri': gcs://b/e: gcs:// is not supported; use a path, file://, s3://, gs:// or az://",
         "row 7: mpp '0' is not a positive number; write microns per level-0 px, as in 0.25",
     )
 

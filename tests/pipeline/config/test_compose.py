@@ -255,3 +255,11 @@ def test_every_place_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.embed.encoder.weights == str(tmp_path / "w.pth")
     assert config.tiling.coords == str(tmp_path / "h5")
     assert config.storage.features == str(tmp_path / "runs" / "default" / "features")
+
+
+def test_a_root_where_mlflow_keeps_nothing_is_refused(tmp_path: Path) -> None:
+    stores = ["storage.patches=az://c/patches", "cohort.uri=az://c/cohort.csv"]
+    config = load_config("default", [*stores, f"storage.root={tmp_path}"])
+    assert config.storage.patches == "az://c/patches"
+    with pytest.raises(ConfigError, match=r"storage\.root: 'az://c/root' would hold MLflow's artifacts"):
+        load_config("default", [*stores, "storage.root=az://c/root", f"tracking.uri=sqlite:///{tmp_path}/m.db"])

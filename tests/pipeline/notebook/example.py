@@ -34,7 +34,8 @@ store.sample(24, seed=1)
 
 # %%
 slide = store["demo-0001"]
-box = slide.read_box(1500, 1500, 2500, 2000)
+x, y = (slide.table()[name][40].as_py() for name in ("x", "y"))
+box = slide.read_box(x - 200, y - 200, x + 600, y + 400)
 box
 
 # %%

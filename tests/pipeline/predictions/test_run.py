@@ -196,11 +196,11 @@ def test_no_two_slides_share_an_id(folder: Path, tmp_path: Path) -> None:
 
 def test_uris_that_lead_nowhere_are_rows_with_errors(folder: Path, tmp_path: Path) -> None:
     write_slide(tmp_path / "one.png", 4)
-    uris = ["gs://bucket/a.svs", "file://host/b.svs", "c\0.svs", "d\n.svs", "e\udcff.svs", str(tmp_path / "one.png")]
+    uris = ["gcs://bucket/a.svs", "file://host/b.svs", "c\0.svs", "d\n.svs", "e\udcff.svs", str(tmp_path / "one.png")]
     predict(str(folder), uris, None, tmp_path / "out", tracking_uri="unused")
     table = pq.read_table(tmp_path / "out" / "predictions.parquet")
     assert [bool(error) for error in table["error"].to_pylist()] == [True] * 5 + [False]
-    assert "gs:// is not supported" in table["error"][0].as_py()
+    assert "gcs:// is not supported" in table["error"][0].as_py()
     assert table["uri"][4].as_py().endswith("e\\udcff.svs")
 
 

@@ -63,6 +63,7 @@ def test_local_roots_follow_links_on_both_sides(tmp_path: Path) -> None:
         ("s3://b/p/../a.svs", False),
         ("s3://b/p/./a.svs", False),
         ("s3://c/p/a.svs", False),
+        ("gs://b/p/a.svs", False),
         ("/p/a.svs", False),
     ],
 )
@@ -93,7 +94,7 @@ def test_every_file_of_a_slide_lies_in_a_root(tmp_path: Path) -> None:
         ("IPS_MAX_ROWS", "0"),
         ("IPS_MAX_SECONDS", "nan"),
         ("IPS_MAX_SECONDS", "-1"),
-        ("IPS_ALLOWED_ROOTS", "gs://b"),
+        ("IPS_ALLOWED_ROOTS", "gcs://b"),
         ("IPS_ALLOWED_ROOTS", "/a, s3://KEY:Pa55@b"),
     ],
 )

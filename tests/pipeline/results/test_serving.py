@@ -35,7 +35,7 @@ def test_rows_come_back_in_order_and_a_bad_slide_keeps_its_reason(
     write_slide(tmp_path / "a.png", 2)
     (tmp_path / "empty.svs").touch()
     monkeypatch.chdir(tmp_path)
-    uris = [str(tmp_path / "b.png"), "empty.svs", "a.png", "gs://bucket/x.svs", None]
+    uris = [str(tmp_path / "b.png"), "empty.svs", "a.png", "gcs://bucket/x.svs", None]
     answer = model.predict(context, pd.DataFrame({"uri": uris, "mpp": [None, 0.5, 0.25, None, None]}))
     assert list(answer.columns) == ["uri", "tumour_no", "tumour_yes", "error"]
     assert answer["uri"].tolist()[:4] == uris[:4]
@@ -44,7 +44,7 @@ def test_rows_come_back_in_order_and_a_bad_slide_keeps_its_reason(
     assert answer["tumour_yes"].isna().tolist() == [False, True, False, True, True]
     assert "empty.svs" in answer["error"][1]
     assert answer["error"].isna().tolist() == [True, False, True, False, False]
-    assert "gs://bucket/x.svs" in answer["error"][3]
+    assert "gcs://bucket/x.svs" in answer["error"][3]
     assert "uri is missing" in answer["error"][4]
 
 

@@ -177,7 +177,7 @@ def test_uris() -> None:
     assert files.absolute("S3://b/p/") == "s3://b/p"
     assert files.is_remote("s3://b/p")
     assert not files.is_remote("/data/s3://b")
-    for uri, reason in [("gs://b/p", "gs:// is not"), ("s3:///p", "no bucket"), ("file://host/p", "names the host")]:
+    for uri, reason in [("gcs://b/p", "gcs:// is not"), ("s3:///p", "no bucket"), ("file://host/p", "names the host")]:
         with pytest.raises(StorageError, match=reason):
             files.absolute(uri)
 

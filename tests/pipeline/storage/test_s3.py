@@ -274,3 +274,18 @@ def test_a_call_is_one_request(
         faults.seen.clear()
         call("s3://bucket")
         assert [method for method, *_ in faults.seen] == requests
+
+
+def test_a_file_is_replaced_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What servers make of conditions differs; `lease` tells by the token who wrote last."""
+    with serve_s3(tmp_path) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        uri = f"{server.bucket('b')}/claim"
+        for data in (b"1", b"2"):
+            assert files.replace(uri, data, None) is None
+            found = files.read_tagged(uri)
+            assert found is not None
+            assert found[0] == data
+        assert s3.Amazon().fetch(uri)[0] == files.source_version(uri).etag
+        assert files.read_tagged(f"{uri}-no") is None
