@@ -31,7 +31,7 @@ def test_the_readme_lists_the_commands_that_there_are() -> None:
 @pytest.mark.parametrize("command", ["run", "export"])
 def test_a_command_that_takes_a_config_has_its_options_after_its_own(command: str) -> None:
     options = [parameter.name for parameter in get_command(app).commands[command].params]  # type: ignore[attr-defined]
-    own = {"run": [], "export": ["out", "tool"]}[command]
+    own = {"run": [], "export": ["out", "tool", "features"]}[command]
     assert options == [*own, "config", "overrides", "config_dir", "as_json", "log_format"]
 
 
