@@ -28,6 +28,7 @@ from pipeline.errors import NodeError, SlideError, StorageError
 from pipeline.formats.dicom import PREAMBLE, series_uid
 from pipeline.slides.layout import BROKEN
 from pipeline.storage import files
+from pipeline.storage.clients import NoFileError
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
 from pipeline.storage.ranges import Range, SourceFile
@@ -138,7 +139,7 @@ def reading_source() -> Iterator[None]:
         match error.__cause__:
             case FileNotFoundError() | ValueError():  # of a name that no file can have
                 reason = "missing"
-            case files.NoFileError():
+            case NoFileError():
                 reason = "not-a-file"
             case IsADirectoryError():
                 reason = "directory"
