@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -27,13 +28,20 @@ class VectorSlide(Protocol):
 
 
 class FeatureBag:
-    """The features of one slide as an `ips` bag; holds its index and at most two chunks."""
+    """The features of one slide, or of several slides of a patient, as an `ips` bag.
 
-    def __init__(self, slide: VectorSlide) -> None:
-        self._slide = slide
+    Holds the index of its slides and at most two chunks.
+
+    Args:
+        slides: of one encoder; their rows follow one another.
+    """
+
+    def __init__(self, slides: Sequence[VectorSlide]) -> None:
+        self._slides = tuple(slides)
+        self._starts = np.array([0, *accumulate(slide.n_patches for slide in slides)], np.int64)
 
     def __len__(self) -> int:
-        return self._slide.n_patches
+        return int(self._starts[-1])
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Every row once, in order, as (n, D) float16 or float32.
@@ -66,6 +74,15 @@ class FeatureBag:
         return self._load(rows.numpy())
 
     def _load(self, rows: Ints) -> Chunk:
-        vectors = torch.from_numpy(self._slide.vectors(rows).copy())  # torch wants memory that may be written
-        positions = torch.from_numpy(self._slide.positions(rows).astype(np.float32))
-        return Chunk(vectors, torch.from_numpy(rows), positions)
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        vectors: Features | None = None
+        positions = np.empty((len(rows), 2), np.float32)
+        for number in np.unique(owners).tolist() or [0]:  # of no rows the first slide gives none
+            members = np.flatnonzero(owners == number)
+            slide, own = self._slides[number], rows[members] - self._starts[number]
+            found = slide.vectors(own)
+            if vectors is None:  # torch wants memory that may be written
+                vectors = np.empty((len(rows), found.shape[1]), found.dtype)
+            vectors[members], positions[members] = found, slide.positions(own)
+        assert vectors is not None
+        return Chunk(torch.from_numpy(vectors), torch.from_numpy(rows), torch.from_numpy(positions))

@@ -26,6 +26,7 @@ from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.given import GivenSlide, open_given
 from pipeline.bags.images import PastedImage, open_image
 from pipeline.bags.patch_bag import PatchBag
+from pipeline.bags.patients import PatientSlides
 from pipeline.bags.streamed import PassingSlide, StreamedSlide, open_streamed, plan_root
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.embed import EmbedConfig
@@ -100,11 +101,17 @@ class PatchSource(Protocol):
 
 
 Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide | GivenSlide
-LabelledSource = tuple[CohortSlide, Source]
+BagSource = Source | PatientSlides
+LabelledSource = tuple[CohortSlide, BagSource]
 
 
-def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
-    """The bag of one slide.
+def slides_of(source: BagSource) -> Sequence[Source]:
+    """One by one."""
+    return source.slides if isinstance(source, PatientSlides) else (source,)
+
+
+def open_bag(source: BagSource, *, threads: int, augment: Augment | None) -> Bag:
+    """The bag of one slide, or of a patient's.
 
     Args:
         source: which one.
@@ -117,7 +124,11 @@ def open_bag(source: Source, *, threads: int, augment: Augment | None) -> Bag:
         case PastedImage():
             return source.bag()  # the config refuses to flip digits
         case FeatureSlide() | GivenSlide():
-            return FeatureBag(source)  # the config refuses to flip features
+            return FeatureBag([source])  # the config refuses to flip features
+        case PatientSlides():
+            pixels = [slide for slide in source.slides if isinstance(slide, StoredSlide | StreamedSlide)]
+            vectors = [slide for slide in source.slides if isinstance(slide, FeatureSlide | GivenSlide)]
+            return PatchBag(pixels, threads=threads, augment=augment) if pixels else FeatureBag(vectors)
         case _:
             assert_never(source)
 

@@ -64,6 +64,8 @@ class CohortConfig(Section):
     """Folder or s3:// prefix of TRIDENT's, CLAM's or STAMP's feature files (`<slide>.h5`, or tensors as `<slide>.pt`),
     one for every slide without `features` in the cohort: with `model.encoder.name: features` and no `embed`, models
     learn from these, and no slide is opened. The place is execution; the files' content enters each slide's key."""
+    bag: Literal["slide", "patient"] = "slide"
+    """patient: all slides of a patient form one bag, with one label and one prediction; their labels must agree."""
     split: SplitConfig = SplitConfig()
     demo: DemoConfig | None = None
     """Set: the cohort is the synthetic one and is written to `uri`'s folder when it is absent."""

@@ -224,6 +224,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _patients(self) -> Config:
+        if self.cohort.bag == "patient" and self.train.source == "stream":
+            raise ValueError(
+                "cohort.bag: patient needs patches at hand of several slides at once; a stream reads one slide after "
+                "another: set train.source=store"
+            )
+        if self.cohort.bag == "patient" and self.cohort.megapixel_mnist is not None:
+            raise ValueError("cohort.bag: patient: made images have no patients; set cohort.bag=slide")
+        if self.cohort.bag == "patient" and (self.sweep is not None or self.train.folds is not None):
+            raise ValueError("cohort.bag: patient: sweeps and folds score slide by slide; set cohort.bag=slide")
+        return self
+
+    @model_validator(mode="after")
     def _stream(self) -> Config:
         made = self.cohort.megapixel_mnist is not None or self.model.encoder.name == "features"
         if self.train.source == "stream" and made:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Curve = dict[str, list[float | None]]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of one slide."""
+    """Of one bag."""
 
     effect: Mapping[str, npt.NDArray[np.float32]]
     """Output column -> (N,): what the log odds of the output gain by each patch; of a regression its value, in the
@@ -42,6 +42,10 @@ class Explanation:
     """`fraction`, ascending from 0 to 1; and of each order of the patches (attention, effect, random) `deletion` and
     `insertion`: output column -> the output with that share of them, the first in the order, left out, or alone. None
     where no patch is left. The effect is that on the first task's likeliest output."""
+
+    def of(self, rows: slice) -> Explanation:
+        """Of some of the patches; the curves stay those of all."""
+        return replace(self, effect={column: values[rows] for column, values in self.effect.items()})
 
 
 def explain(model: IPSModel, tasks: Sequence[TaskConfig], found: BagPrediction, seed: str) -> Explanation | None:

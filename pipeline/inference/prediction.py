@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +24,12 @@ from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import select
 from ips.selection.transfer import arrived
-from pipeline.bags.sources import PatchSource, Source, featured, open_bag, passing, tiled
+from pipeline.bags.sources import PatchSource, Source, open_bag
+from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
-from pipeline.errors import PlanError, SlideError
+from pipeline.errors import SlideError
 from pipeline.inference.shards import selected
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
@@ -72,13 +73,16 @@ class Pooled:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """What the model says of one slide."""
+    """What the model says of one slide, alone or together with others of its patient."""
 
     found: BagPrediction
+    """Of the bag that the slide is in."""
+    rows: slice
+    """Of the slide, in this bag."""
     attention: pa.Table
-    """Schema ATTENTION."""
+    """Schema ATTENTION, of this slide; over all slides of the bag it sums to 1."""
     key: str
-    """Of the slide's patches."""
+    """Of the bag's patches."""
     extent: float
     """Edge of a patch, in level-0 px."""
     mpp: float | None
@@ -227,33 +231,52 @@ def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str
 
 
 def predict_slide(model: IPSModel, config: Config, slide: CohortSlide, *, pooled: bool = False) -> SlidePrediction:
-    """Predict a slide that no stage has seen, or a generated image; its patches are cut while they are read.
+    """As `predict_together`, of a slide alone."""
+    return predict_together(model, config, [slide], pooled=pooled)[0]
+
+
+def predict_together(
+    model: IPSModel, config: Config, slides: Sequence[CohortSlide], *, pooled: bool = False
+) -> list[SlidePrediction]:
+    """Predict the slides of one patient as one bag: equal values for each, and each one's part of the attention.
+
+    No stage has seen them: their patches are cut while they are read. Generated images come alone.
 
     `pooled`: see `predict_bag`.
 
     Raises:
-        SlideError: the slide cannot be read or used.
+        SlideError: one of them cannot be read or used.
     """
-    try:
-        with passing(config, slide) as (pixels, scratch):
-            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
-    except PlanError:  # a patch that cannot be decoded: those are found, and left out
-        with tiled(config, slide) as (pixels, scratch):
-            return _predict_source(model, config, slide, featured(config, pixels, scratch), pooled=pooled)
+
+    def predict(sources: Sequence[Source]) -> list[SlidePrediction]:
+        whole = as_one(slides, sources)
+        bag = open_bag(whole, threads=torch.get_num_threads(), augment=None)
+        found = predict_bag(model, bag, config, pooled=pooled)
+        return [
+            SlidePrediction(
+                found=found,
+                rows=rows,
+                attention=attention_table(slide.slide_id, source, part_of(found, rows)),
+                key=whole.key,
+                extent=source.extent,
+                mpp=source.mpp,
+                n_bad_tiles=source.n_bad_tiles,
+            )
+            for slide, source, rows in zip(slides, sources, rows_of(sources), strict=True)
+        ]
+
+    return read_together(config, slides, predict)
 
 
-def _predict_source(
-    model: IPSModel, config: Config, slide: CohortSlide, source: Source, *, pooled: bool
-) -> SlidePrediction:
-    bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
-    found = predict_bag(model, bag, config, pooled=pooled)
-    return SlidePrediction(
-        found=found,
-        attention=attention_table(slide.slide_id, source, found),
-        key=source.key,
-        extent=source.extent,
-        mpp=source.mpp,
-        n_bad_tiles=source.n_bad_tiles,
+def part_of(found: BagPrediction, rows: slice) -> BagPrediction:
+    """What concerns these rows, counted from the first of them; without what the outputs were pooled of."""
+    inside = (found.selected >= rows.start) & (found.selected < rows.stop)
+    return replace(
+        found,
+        attention=found.attention[rows],
+        selected=found.selected[inside] - rows.start,
+        heads=None if found.heads is None else found.heads[rows],
+        pooled=None,
     )
 
 

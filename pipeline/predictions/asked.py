@@ -27,6 +27,8 @@ class Asked:
     slide: CohortSlide
     mpp_remedy: str
     """Where its microns per px can be given."""
+    patient: str | None = None
+    """Whose it is, of those that a cohort lists."""
 
 
 def asked_slides(
@@ -49,7 +51,7 @@ def asked_slides(
     found = list(chain.from_iterable(map(_below, uris)))
     named = _named(found, mpp, series, {slide.slide_id for slide in listed})
     asked = [Asked(slide, "with --mpp, as in --mpp 0.25") for slide in named]
-    asked += [Asked(slide, "in the cohort's mpp column") for slide in listed]
+    asked += [Asked(slide, "in the cohort's mpp column", slide.patient_id) for slide in listed]
     if not asked:
         raise StageError("predict: no slides; name slides, folders or prefixes, or give --cohort")
     return asked

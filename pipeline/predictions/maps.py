@@ -35,7 +35,8 @@ def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) ->
         heads: `<task>_<head>`, where asked for.
     """
     selecting = config.model.select
-    over = "the patches of the slide"
+    patients = config.cohort.bag == "patient"
+    over = f"the patches of {'all slides of the patient' if patients else 'the slide'}"
     if selecting.mode in ("random", "every"):
         over = "the patches that the model saw, and 0 for the others"
     pooled = "all patches" if selecting.context == "all" else f"the {selecting.memory} selected patches"
@@ -45,7 +46,8 @@ def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) ->
         "score": {
             "version": "score/1",
             "unit": "multiple of uniform attention",
-            "definition": "attention times the number of patches: where the model looked, not what that did",
+            "definition": f"attention times the number of {'these' if patients else 'patches'}: where the model "
+            "looked, not what that did",
         },
     }
     for column in effects:
@@ -76,9 +78,14 @@ def head_columns(tasks: Sequence[TaskConfig], found: BagPrediction) -> dict[str,
 
 
 def map_table(
-    index: Corners, extent: float, found: BagPrediction, explanation: Explanation | None, config: Config
+    index: Corners,
+    extent: float,
+    found: BagPrediction,
+    explanation: Explanation | None,
+    config: Config,
+    among: int | None = None,
 ) -> pa.Table:
-    """One row a patch, as the README of this room says."""
+    """One row a patch, as the README of this room says; `among`: of how many in the bag, None where they are all."""
     n = len(found.attention)
     selected = np.zeros(n, np.bool_)
     selected[found.selected] = True
@@ -87,7 +94,7 @@ def map_table(
         "x": np.asarray(index.x, np.int64),
         "y": np.asarray(index.y, np.int64),
         "size": np.full(n, extent, np.float32),
-        "score": (found.attention.astype(np.float64) * n).astype(np.float32),
+        "score": (found.attention.astype(np.float64) * (among or n)).astype(np.float32),
         "attention": found.attention,
         "selected": selected,
     }

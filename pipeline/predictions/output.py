@@ -85,6 +85,7 @@ def write_tables(
     outcomes: Sequence[Outcome],
     labels: Sequence[Mapping[str, str | None]],
     tasks: Sequence[TaskConfig],
+    patients: Sequence[str | None] | None = None,
 ) -> list[str]:
     """The tables of all slides; their places.
 
@@ -94,8 +95,9 @@ def write_tables(
         outcomes: of each.
         labels: of each, task -> what the cohort says, where it says anything.
         tasks: of the model.
+        patients: of each slide, where the model predicts patients.
     """
-    table = _table(asked, outcomes, labels, tasks)
+    table = _table(asked, outcomes, labels, tasks, patients)
     places = [join(out, f"predictions.{kind}") for kind in ("parquet", "csv")]
     for place, data in zip(places, (as_parquet(table), table_csv(table)), strict=True):
         write_bytes(place, data)
@@ -107,6 +109,7 @@ def _table(
     outcomes: Sequence[Outcome],
     labels: Sequence[Mapping[str, str | None]],
     tasks: Sequence[TaskConfig],
+    patients: Sequence[str | None] | None,
 ) -> pa.Table:
     good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
     bad = [one if isinstance(one, Failure) else None for one in outcomes]
@@ -122,6 +125,7 @@ def _table(
 
     columns = {
         "slide_id": pa.array([slide_id for slide_id, _ in asked], pa.string()),
+        **({} if patients is None else {"patient_id": pa.array(patients, pa.string())}),
         "uri": pa.array([as_text(uri) for _, uri in asked], pa.string()),
         "folder": column(pa.string(), "folder"),
         "width": column(pa.int64(), "dimensions", 0),

@@ -32,6 +32,7 @@ from pipeline.predictions.output import (
     safe_name,
     write_tables,
 )
+from pipeline.predictions.patients import bags_of, share_outcomes, with_others
 from pipeline.predictions.slide import Job, Predicting
 from pipeline.predictions.summary import write_summary
 from pipeline.progress import progress
@@ -133,25 +134,29 @@ def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
 def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How) -> dict[str, Any]:
     out, looked = predicting.out, _versions(config, asked)
     jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
+    bags = bags_of([one.patient for one in asked], config)
+    jobs = with_others(jobs, bags)
     outcomes: list[Outcome | None] = [
         _failed(one, version) if isinstance(version, SlideError) else None
         for one, version in zip(asked, looked, strict=True)
     ]
     _add_done(outcomes, jobs, out)
-    missing = [place for place, found in enumerate(outcomes) if found is None]
+    share_outcomes(outcomes, bags, [one.slide.slide_id for one in asked])
+    missing = [bag for bag in bags if outcomes[bag[0]] is None]
+    left = sum(map(len, missing))
     sizes = [0 if isinstance(version, SlideError) else version.size for version in looked]
     done = sum(found is not None and not isinstance(found, Failure) for found in outcomes)
-    log.info(
-        "predict: %d slides, of which %d are done already and %d are to be predicted", len(jobs), done, len(missing)
-    )
+    log.info("predict: %d slides, of which %d are done already and %d are to be predicted", len(jobs), done, left)
     if how.workers:
-        missing.sort(key=lambda place: (-sizes[place], place))  # so that none is left to the end alone
-    with _working(how) as work, progress("predict", len(jobs), "slides", len(jobs) - len(missing)) as steps:
-        for number, found in work(predicting.worker, [jobs[place] for place in missing]):
-            place = missing[number]
-            outcomes[place] = found = Failure("crash", str(found)) if isinstance(found, StageError) else _slim(found)
-            steps.advance()
-            _log(jobs[place], found)
+        missing.sort(key=lambda bag: (-sum(sizes[place] for place in bag), bag))  # none is left to the end alone
+    with _working(how) as work, progress("predict", len(jobs), "slides", len(jobs) - left) as steps:
+        for number, answer in work(predicting.worker, [[jobs[place] for place in bag] for bag in missing]):
+            bag = missing[number]
+            each = [Failure("crash", str(answer))] * len(bag) if isinstance(answer, StageError) else answer
+            for place, found in zip(bag, each, strict=True):
+                outcomes[place] = found = _slim(found)
+                _log(jobs[place], found)
+            steps.advance(len(bag))
         complete = [found for found in outcomes if found is not None]
         good = [found for found in complete if not isinstance(found, Failure)]
         if good:
@@ -159,7 +164,7 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
             for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
                 if isinstance(failed, StageError):
                     raise failed
-    return _report(asked, jobs, complete, predicting, config, len(missing))
+    return _report(asked, jobs, complete, predicting, config, left)
 
 
 def _report(
@@ -173,8 +178,9 @@ def _report(
     """Write what is over all slides; what `predict` returns."""
     out, named = predicting.out, [(one.slide.slide_id, one.slide.uri) for one in asked]
     labels = [job.labels for job in jobs]
-    places = write_tables(out, named, outcomes, labels, config.tasks)
-    places.append(write_summary(out, predicting.source, named, outcomes, labels, config.tasks))
+    patients = [one.patient for one in asked] if config.cohort.bag == "patient" else None
+    places = write_tables(out, named, outcomes, labels, config.tasks, patients)
+    places.append(write_summary(out, predicting.source, named, outcomes, labels, config.tasks, patients))
     failed = {slide_id: found.message for (slide_id, _), found in zip(named, outcomes, strict=True)
               if isinstance(found, Failure)}  # fmt: skip
     if len(failed) == len(named):

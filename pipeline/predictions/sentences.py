@@ -32,6 +32,21 @@ def sentences(config: Config, patches: int, selected: int, share: float, explana
     return [*told, *_deletion(config, explanation.curves)]
 
 
+def of_one(slides: int, share: float, selected: int, among: int) -> str:
+    """Of one of a patient's slides.
+
+    Args:
+        slides: of the patient.
+        share: of the attention over all of them, that is on this one.
+        selected: patches of this one.
+        among: patches that were selected of all.
+    """
+    return (
+        f"{_percent(share)} of the attention over the patient's {slides:,} slides is on this one, which has "
+        f"{selected:,} of the {among:,} selected patches."
+    )
+
+
 def _deletion(config: Config, curves: Any) -> list[str]:
     """Of the first task's likeliest output."""
     columns = config.tasks[0].output_columns

@@ -1,4 +1,7 @@
-"""One slide to its folder: read once, predicted, explained, and all of its files but those that slides share."""
+"""One slide to its folder: read once, predicted, explained, and all of its files but those that slides share.
+
+The slides of a patient come together where the model takes them so: one prediction, and a folder for each.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline.bags.given import GivenSlide
 from pipeline.bags.images import PastedImage
-from pipeline.bags.sources import Source, featured, open_bag, passing, tiled
+from pipeline.bags.sources import Source, open_bag
 from pipeline.bags.streamed import StreamedSlide
+from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.errors import ConfigError, DamagedError, PlanError, SlideError, StorageError
+from pipeline.errors import ConfigError, DamagedError, SlideError, StorageError
 from pipeline.inference.explain import Explanation, explain
-from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
+from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, part_of, predict_bag, unpredicted
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened
 from pipeline.model.folder import at_hand
@@ -43,7 +48,7 @@ from pipeline.predictions.output import (
     folder_of,
     safe_name,
 )
-from pipeline.predictions.sentences import sentences
+from pipeline.predictions.sentences import of_one, sentences
 from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
 from pipeline.predictions.sheet import EACH, Shown, sheet_png
 from pipeline.storage.files import join, parsed_json, upload, write_bytes
@@ -82,8 +87,8 @@ class Predicting:
     heads: bool
     all_patches: bool
 
-    def worker(self) -> Callable[[Job], Outcome]:
-        """What predicts slides, its model loaded."""
+    def worker(self) -> Callable[[Sequence[Job]], list[Outcome]]:
+        """What predicts the slides of a bag, its model loaded."""
         return Predictor(self).predict
 
 
@@ -95,42 +100,47 @@ class Predictor:
         self._model, self._config = load_model(at_hand(asked.model, self._stack))
         self._scorer = bag_scorer(self._model, self._config)
 
-    def predict(self, job: Job) -> Outcome:
-        """What `slide.json` says of the slide; whatever is wrong with it instead."""
+    def predict(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """What `slide.json` says of each slide of a bag; what is wrong with one of them, for all, instead."""
+        found = self._outcome(jobs)
+        return [found] * len(jobs) if isinstance(found, Failure) else list(found)
+
+    def _outcome(self, jobs: Sequence[Job]) -> list[Facts] | Failure:
+        slides = [job.slide for job in jobs]
         try:
-            try:
-                with passing(self._config, job.slide, self._asked.store) as (pixels, scratch):
-                    return self._predict(job, pixels, scratch)
-            except PlanError:  # a patch that cannot be decoded: those are found, and left out
-                with tiled(self._config, job.slide, self._asked.store) as (pixels, scratch):
-                    return self._predict(job, pixels, scratch)
+            return read_together(self._config, slides, partial(self._predict, jobs), self._asked.store)
         except SlideError as error:
-            return Failure(error.reason, as_text(unpredicted(error, job.mpp_remedy)))
+            return Failure(error.reason, as_text(unpredicted(error, jobs[0].mpp_remedy)))
         except DamagedError as error:
             return Failure("damaged", as_text(str(error)))
         except (StorageError, ConfigError, MemoryError):
             raise  # the output's, or this node's: what concerns the slide is a SlideError by now
         except Exception as error:  # one slide's unforeseen failure must not end the others' batch
-            log.exception("predict: %s", job.slide.slide_id)
+            log.exception("predict: %s", ", ".join(slide.slide_id for slide in slides))
             return Failure("crash", as_text(f"{type(error).__name__}: {error}"))
 
-    def _predict(self, job: Job, pixels: Source, scratch: str) -> Outcome:
-        config = self._config
-        source = featured(config, pixels, scratch)
-        bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
+    def _predict(self, jobs: Sequence[Job], sources: Sequence[Source]) -> list[Facts] | Failure:
+        config, whole = self._config, as_one([job.slide for job in jobs], sources)
+        bag = open_bag(whole, threads=torch.get_num_threads(), augment=None)
         found = predict_bag(self._model, bag, config, self._scorer, heads=self._asked.heads, pooled=True)
         numbers = [value for task in config.tasks for value in found.values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
             return Failure("not-finite", f"the model gives {numbers}, no finite numbers; its weights are no good")
-        explanation = explain(self._model, config.tasks, found, source.key)
-        table = map_table(source.index(), source.extent, found, explanation, config)
-        facts = self._facts(job, source, found, explanation, table)
-        self._write(facts, source, table, config)
-        return facts
+        explanation, written = explain(self._model, config.tasks, found, whole.key), []
+        for job, source, rows in zip(jobs, sources, rows_of(sources), strict=True):
+            part, told = part_of(found, rows), None if explanation is None else explanation.of(rows)
+            table = map_table(source.index(), source.extent, part, told, config, len(found.attention))
+            facts = self._facts(job, source, found, explanation, table)
+            if len(jobs) > 1:
+                _add_patient(facts, jobs, found, part)
+            self._write(facts, source, table, config)
+            written.append(facts)
+        return written
 
     def _facts(
         self, job: Job, source: Source, found: BagPrediction, explanation: Explanation | None, table: pa.Table
     ) -> Facts:
+        """What is said of a slide, of which `table` has the maps; the other arguments are of its whole bag."""
         stored, slide, config = stored_of(source), job.slide, self._config
         size, origin = _frame(source, stored, slide, config)
         share = float(found.attention[found.selected].astype(np.float64).sum())
@@ -149,9 +159,9 @@ class Predictor:
             "origin": list(origin),
             "patch": source.extent,
             "stride": source.extent if stored is None else stored.stride,
-            "n_patches": len(found.attention),
+            "n_patches": len(table),
             "n_bad_tiles": source.n_bad_tiles,
-            "selected": len(found.selected),
+            "selected": pc.sum(table["selected"]).as_py(),
             "attention_in_selected": round(share, 6),
             "model": {"source": self._asked.source, "digest": self._asked.digest},
             "values": values,
@@ -180,6 +190,19 @@ class Predictor:
                     write_all(file, facts, table)
                 upload(scratch / ALL, join(folder, ALL))
         commit(folder, facts)
+
+
+def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: BagPrediction) -> None:
+    """What is said of one of several slides, of which `part` is in what was found of all."""
+    share = float(part.attention.astype(np.float64).sum())
+    facts["patient"] = {
+        "patient_id": jobs[0].slide.patient_id,
+        "slides": [job.slide.slide_id for job in jobs],
+        "n_patches": len(found.attention),
+        "selected": len(found.selected),
+        "attention": round(share, 6),
+    }
+    facts["sentences"].insert(1, of_one(len(jobs), share, len(part.selected), len(found.selected)))
 
 
 def stored_of(source: Source) -> StoredSlide | None:

@@ -23,12 +23,17 @@ def write_summary(
     outcomes: Sequence[Outcome],
     labels: Sequence[Mapping[str, str | None]],
     tasks: Sequence[TaskConfig],
+    patients: Sequence[str | None] | None = None,
 ) -> str:
     """Its place. Arguments as `output.write_tables`; `source` is the model."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = page.from_string(files("pipeline.predictions").joinpath("summary.html").read_text("utf-8"))
     labelled = [task.name for task in tasks if any(one.get(task.name) is not None for one in labels)]
-    rows = [_row(*one, tasks, labelled) for one in zip(asked, outcomes, labels, strict=True)]
+    whose = [None] * len(asked) if patients is None else patients
+    rows = [
+        {**_row(*one, tasks, labelled), "patient": patient}
+        for one, patient in zip(zip(asked, outcomes, labels, strict=True), whose, strict=True)
+    ]
     good = [row for row in rows if row["error"] is None]
     text = template.render(
         source=source,

@@ -57,6 +57,9 @@ def retrain(config: Config, force: str | None = None, now: Callable[[], float] =
         ReleaseError: `force` says nothing.
         PipelineError: a stage fails; the file and the server of `notify` are told of that too.
     """
+    if config.cohort.bag == "patient":
+        problem = "cohort.bag: patient: `retrain` compares and watches slide by slide; use `run`, or cohort.bag=slide"
+        raise ConfigError("config", [problem])
     if config.gate is None:
         problem = "gate: is required to retrain: no model is promoted unseen; set gate=standard"
         raise ConfigError(f"config {config.name}", [problem])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,9 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.credentials import masked_value
 from pipeline.errors import SlideError, StorageError
 from pipeline.inference.ensemble import load_members, predict_mean
-from pipeline.inference.explain import explain
+from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.metrics import Floats
-from pipeline.inference.prediction import SlidePrediction, load_model, predict_slide, unpredicted
+from pipeline.inference.prediction import SlidePrediction, load_model, predict_together, unpredicted
 from pipeline.model.folder import MEMBERS
 from pipeline.results.limits import ROWS, SECONDS, Limits, host_limits
 
@@ -37,7 +37,9 @@ class SlideModel(PythonModel):
     that cannot be used has None for outputs and its reason in `error`; the others are predicted, and their `error` is
     None. None is JSON's null, where NaN would be no JSON at all. A URI with a credential is refused, and comes back
     masked. What `params` ask for are further columns (`_maps`). An ensemble gives the mean of its models' outputs, from
-    one reading of each slide, and null in those columns.
+    one reading of each slide, and null in those columns. A model of patients (`cohort.bag`) takes a column `patient`:
+    the rows of one are one bag and have the same outputs, each with the maps of its slide; one slide that cannot be
+    used fails them all.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -58,48 +60,67 @@ class SlideModel(PythonModel):
             raise MlflowException.invalid_parameter_value(
                 f"{len(model_input)} slides in one request, and {limits.rows:g} are allowed ({ROWS}); send fewer"
             )
-        rows: list[dict[str, Any]] = []
-        for uri, mpp, series in model_input.reindex(columns=["uri", "mpp", "series"]).itertuples(index=False):
+        given = [_Row(*one) for one in model_input.reindex(columns=_Row._fields).itertuples(index=False)]
+        rows: dict[int, dict[str, Any]] = {}
+        for group in self._bags(given):
             late = bool(rows) and time.monotonic() - began > limits.seconds  # the first is always begun
-            rows.append(self._failed(uri, _late(limits)) if late else self._row(uri, mpp, series, limits, asked))
+            own = [given[number] for number in group]
+            found = [self._failed(one, _late(limits)) for one in own] if late else self._rows(own, limits, asked)
+            rows |= zip(group, found, strict=True)
         columns = ["uri", *self._outputs(), *asked.columns, "error"]
-        return pd.DataFrame([{**dict.fromkeys(columns), **row} for row in rows], columns=columns, dtype=object)
+        ordered = [{**dict.fromkeys(columns), **rows[number]} for number in range(len(given))]
+        return pd.DataFrame(ordered, columns=columns, dtype=object)
+
+    def _bags(self, given: Sequence[_Row]) -> list[list[int]]:
+        """Numbers of the rows that are predicted together: of one patient, where the model knows patients."""
+        groups: dict[Hashable, list[int]] = {}
+        for number, one in enumerate(given):
+            alone = self.config.cohort.bag == "slide" or pd.isna(one.patient)
+            groups.setdefault((number,) if alone else one.patient, []).append(number)
+        return list(groups.values())
 
     def _outputs(self) -> list[str]:
         return [column for task in self.config.tasks for column in task.output_columns]
 
-    def _failed(self, uri: object, error: str) -> dict[str, Any]:
-        return {"uri": masked_value(uri) if isinstance(uri, str) else None, "error": error}
+    def _failed(self, row: _Row, error: str) -> dict[str, Any]:
+        return {"uri": masked_value(row.uri) if isinstance(row.uri, str) else None, "error": error}
 
-    def _row(
-        self, uri: object, mpp: float | None, series: float | None, limits: Limits, asked: Asked
-    ) -> dict[str, Any]:
-        if not isinstance(uri, str):
-            return self._failed(None, "uri is missing; give a path or an s3:// URI")
-        if not pd.isna(series) and not (series >= 0 and float(series).is_integer()):
-            return self._failed(uri, f"series {series:g} is no whole number from 0")
-        image, microns = None if pd.isna(series) else int(series), None if pd.isna(mpp) else mpp
+    def _rows(self, given: Sequence[_Row], limits: Limits, asked: Asked) -> list[dict[str, Any]]:
+        """The answers to the rows of one bag: the same outputs, or one error."""
+        answer = self._answer(given, limits, asked)
+        if isinstance(answer, str):
+            return [self._failed(one, answer) for one in given]
+        outputs, maps = answer
+        return [{"uri": one.uri, **outputs, **own, "error": None} for one, own in zip(given, maps, strict=True)]
+
+    def _answer(
+        self, given: Sequence[_Row], limits: Limits, asked: Asked
+    ) -> tuple[dict[str, float], list[dict[str, Any]]] | str:
+        """Outputs of a bag, and the maps of each of its slides; or why there is none of it."""
+        problem = next(filter(None, map(_problem, given)), None)
+        if problem is not None:
+            return problem
         try:
-            slide = CohortSlide(uri, limits.admit(uri), uri, None, microns, {}, {}, series=image)
-            values, maps = self._found(slide, asked)
+            values, maps = self._found([_slide(one, limits) for one in given], asked)
         except SlideError as error:
-            return self._failed(uri, unpredicted(error, "in the column mpp"))
+            return unpredicted(error, "in the column mpp")
         except StorageError as error:
-            return self._failed(uri, str(error))
+            return str(error)
         numbers = [value for task in self.config.tasks for value in values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
-            return self._failed(uri, f"the model gives {numbers}, no finite numbers; its weights are no good")
-        outputs = dict(zip(self._outputs(), numbers, strict=True))
-        return {"uri": uri, **outputs, **maps, "error": None}
+            return f"the model gives {numbers}, no finite numbers; its weights are no good"
+        return dict(zip(self._outputs(), numbers, strict=True)), maps
 
-    def _found(self, slide: CohortSlide, asked: Asked) -> tuple[Mapping[str, Floats], dict[str, Any]]:
-        """Outputs of a slide and its maps; of several models the mean, which has none."""
-        if len(self.members) > 1:
-            return predict_mean(self.members, slide), {}
-        found = predict_slide(self.model, self.config, slide, pooled=asked.explain)
-        return found.values, self._maps(found, asked)
+    def _found(self, slides: Sequence[CohortSlide], asked: Asked) -> tuple[Mapping[str, Floats], list[dict[str, Any]]]:
+        """What a bag's slides have; of several models the mean, which has no maps."""
+        if len(self.members) > 1:  # of folds, which take slides alone
+            return predict_mean(self.members, slides[0]), [{}]
+        found = predict_together(self.model, self.config, slides, pooled=asked.explain)
+        first = found[0]
+        said = explain(self.model, self.config.tasks, first.found, first.key) if asked.explain else None
+        return first.values, [self._maps(one, said, asked) for one in found]
 
-    def _maps(self, found: SlidePrediction, asked: Asked) -> dict[str, Any]:
+    def _maps(self, found: SlidePrediction, said: Explanation | None, asked: Asked) -> dict[str, Any]:
         """What is asked for beside the outputs.
 
         attention: `patches`, columns of x, y (level-0 px), attention and, if explained, effects, in the order of rows.
@@ -108,10 +129,9 @@ class SlideModel(PythonModel):
         """
         if not asked.columns:
             return {}
-        said = explain(self.model, self.config.tasks, found.found, found.key) if asked.explain else None
         maps = {name: found.attention[name].to_numpy() for name in ("x", "y", "attention")}
         if said is not None:
-            maps |= {f"effect_{name}": values for name, values in said.effect.items()}
+            maps |= {f"effect_{name}": values for name, values in said.of(found.rows).effect.items()}
         best = np.argsort(-maps["attention"], kind="stable")[: asked.top_k]
         top = [{"row": int(row), **{name: values[row].item() for name, values in maps.items()}} for row in best]
         made = {
@@ -121,6 +141,29 @@ class SlideModel(PythonModel):
             "curves": None if said is None else said.curves,
         }
         return {name: made[name] for name in asked.columns}
+
+
+class _Row(NamedTuple):
+    """Of a request, as it came."""
+
+    uri: Any
+    mpp: Any
+    series: Any
+    patient: Any
+
+
+def _problem(row: _Row) -> str | None:
+    """Why a row names no slide; None where it does."""
+    if not isinstance(row.uri, str):
+        return "uri is missing; give a path or an s3:// URI"
+    if not pd.isna(row.series) and not (row.series >= 0 and float(row.series).is_integer()):
+        return f"series {row.series:g} is no whole number from 0"
+    return None
+
+
+def _slide(row: _Row, limits: Limits) -> CohortSlide:
+    image, microns = None if pd.isna(row.series) else int(row.series), None if pd.isna(row.mpp) else row.mpp
+    return CohortSlide(row.uri, limits.admit(row.uri), row.uri, None, microns, {}, {}, series=image)
 
 
 @dataclass(frozen=True)

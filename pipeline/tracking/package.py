@@ -93,6 +93,7 @@ def _signature(config: Config) -> ModelSignature:
                 ColSpec(DataType.string, "uri"),
                 ColSpec(DataType.double, "mpp", required=False),
                 ColSpec(DataType.double, "series", required=False),  # whole numbers, of which some may be missing
+                *([ColSpec(DataType.string, "patient", required=False)] if config.cohort.bag == "patient" else []),
             ]
         ),
         Schema(

@@ -21,7 +21,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
-from pipeline.bags.sources import LabelledSource, content_of
+from pipeline.bags.sources import LabelledSource, content_of, slides_of
 from pipeline.cluster import Bundle, ended, of_training, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
@@ -103,9 +103,10 @@ def _note_seen(config: Config, folder: str, slides: Sequence[LabelledSource]) ->
     """
     if config.train.begins_with is not None:
         return
+    sources = [one for _, source in slides for one in slides_of(source)]
     with ThreadPoolExecutor(16) as pool:  # they wait on the storage
-        contents = list(pool.map(content_of, [source for _, source in slides]))
-    keys = {source.key for _, source in slides}
+        contents = list(pool.map(content_of, sources))
+    keys = {source.key for source in sources}
     patients = {Seen.patient(slide.patient_id) for slide, _ in slides}
     write_json(join(folder, SEEN), Seen(frozenset({*contents, *keys}), frozenset(patients)).as_json())
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.bags.sources import Source
+from pipeline.bags.sources import BagSource
 from pipeline.errors import PipelineError, TrackingError
 from pipeline.tracking.tracker import Row, Tracker
 
@@ -28,7 +28,7 @@ _PERIOD_S = 5.0
 _STEP_KEY, _EPOCH_KEY = "loss", "epoch"  # a row of a step holds the one, a row of an epoch the other
 _TILE_PX = 64
 _COLUMNS = 8
-Shown = tuple[Source, torch.Tensor]
+Shown = tuple[BagSource, torch.Tensor]
 """A slide's source, and the rows of its patches to show, best first."""
 
 

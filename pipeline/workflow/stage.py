@@ -8,7 +8,8 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.bags.sources import LabelledSource, open_sources
+from pipeline.bags.patients import OneSlide, by_patient
+from pipeline.bags.sources import LabelledSource, open_sources, slides_of
 from pipeline.cohort.table import Cohort
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
@@ -52,8 +53,8 @@ class Workspace:
         """The state of each slide's files when this invocation first asked."""
         return look_at(self.cohort.slides, self.config.tiling)
 
-    def stored(self, split: str | None = None) -> list[LabelledSource]:
-        """The committed slides of a split, in the cohort's order."""
+    def stored(self, split: str | None = None) -> Sequence[LabelledSource]:
+        """The committed slides of a split, in the cohort's order; by `cohort.bag` those of a patient together."""
         keys: Mapping[str, str] = self.records["tile"].facts["keys"]
         slides = self.cohort.slides
         chosen = [
@@ -62,7 +63,10 @@ class Workspace:
             if slide.slide_id in keys and (split is None or slide.split == split)
         ]
         versions = [self.versions[number] for number in chosen] if self.config.planned else None
-        return open_sources(self.config, [slides[number] for number in chosen], keys, versions)
+        found = open_sources(self.config, [slides[number] for number in chosen], keys, versions)
+        if self.config.cohort.bag == "slide":
+            return found
+        return by_patient([(slide, source) for slide, source in found if isinstance(source, OneSlide)])
 
 
 @dataclass(frozen=True)
@@ -102,4 +106,7 @@ def slide_tags(space: Workspace) -> dict[str, str]:
 def learned(slides: Sequence[LabelledSource]) -> dict[str, list[str]]:
     """What a model has seen of these slides: content, and digests of the patients' ids, which no record names."""
     patients = {fingerprint(slide.patient_id) for slide, _ in slides}
-    return {"keys": sorted({source.key for _, source in slides}), "patients": sorted(patients)}
+    return {
+        "keys": sorted({one.key for _, source in slides for one in slides_of(source)}),
+        "patients": sorted(patients),
+    }

@@ -16,7 +16,7 @@ from tests.pipeline.small import small_config, store_slides, write_cohort
 def bag_and_vectors(tmp_path: Path) -> tuple[FeatureBag, np.ndarray]:
     ((_, stored),) = store_slides(write_cohort(tmp_path, ["no"]), tmp_path / "store", small_config())
     whole = np.random.default_rng(0).normal(size=(stored.n_patches, 5)).astype(np.float16)
-    return FeatureBag(FeatureStore(str(tmp_path / "features"), "a", "b").write(stored, [whole], {})), whole
+    return FeatureBag([FeatureStore(str(tmp_path / "features"), "a", "b").write(stored, [whole], {})]), whole
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -40,6 +40,7 @@ def test_take_gives_what_chunks_gave(bag_and_vectors: tuple[FeatureBag, np.ndarr
     assert everything.positions is not None
     assert chunk.positions is not None
     assert (chunk.positions == everything.positions[rows]).all()
+    assert bag.take(rows[:0]).patches.shape == (0, whole.shape[1])
 
 
 def test_a_strip_is_a_part_of_it(bag_and_vectors: tuple[FeatureBag, np.ndarray]) -> None:
@@ -57,6 +58,6 @@ def test_a_reader_may_stop_early(bag_and_vectors: tuple[FeatureBag, np.ndarray])
 
 def test_a_part_that_is_gone_is_an_error(bag_and_vectors: tuple[FeatureBag, np.ndarray]) -> None:
     bag = bag_and_vectors[0]
-    next(Path(bag._slide.uri).glob("part-00000-*.arrow")).unlink()  # type: ignore[attr-defined]
+    next(Path(bag._slides[0].uri).glob("part-00000-*.arrow")).unlink()  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=r"part-00000-\w+\.arrow"):
         list(bag.chunks(3))

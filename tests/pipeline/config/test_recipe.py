@@ -90,6 +90,8 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
         ({"seed": 20_240_101_123_000}, "less than 2147483648"),
         ({"cohort": {"uri": "c.csv", "demo": {"seed": -1}}}, "greater than or equal to 0"),
         ({"tracking": {"model": "team/model"}}, "tracking.model"),
+        ({"cohort": {"uri": "c", "bag": "patient"}, "train": {"source": "stream"}}, "set train.source=store"),
+        ({"cohort": {"uri": "c", "bag": "patient"}, "train": {"folds": 3}}, "folds score slide by slide"),
         (
             {"model": {"encoder": {"name": "features", "features": 9}}},
             "stored features cannot be flipped or turned; set train.augment=false",

@@ -21,7 +21,7 @@ FEATURES = {"model.encoder.name": "features", "model.encoder.features": 64, "emb
 GIVEN = {"model.encoder.name": "features", "model.encoder.features": 64, "cohort.features": "folder"}
 
 READ = {
-    "": "name seed cohort.uri evaluate.split evaluate.bootstrap storage.root",
+    "": "name seed cohort.uri cohort.bag evaluate.split evaluate.bootstrap storage.root",
     "tracking": "uri experiment model",
     "cohort.demo": "slides seed",
     "cohort.megapixel_mnist": "folder train test width height strokes seed",

@@ -37,8 +37,8 @@ def test_a_patch_that_cannot_be_decoded_is_left_out(tmp_path: Path) -> None:
     """A plan names it, and only reading finds out."""
     good = write_pyramid(tmp_path / "good.tiff", RGB, levels=1)
     predictor = _predictor(tmp_path, tmp_path / "out", max_bad_tiles=0.9)
-    whole = predictor.predict(_job(good))
-    lost = predictor.predict(_job(spoilt("zeroed", good, tmp_path)))
+    (whole,) = predictor.predict([_job(good)])
+    (lost,) = predictor.predict([_job(spoilt("zeroed", good, tmp_path))])
     assert isinstance(whole, dict)
     assert isinstance(lost, dict)
     assert whole["n_bad_tiles"] == 0 < lost["n_bad_tiles"]
@@ -47,7 +47,7 @@ def test_a_patch_that_cannot_be_decoded_is_left_out(tmp_path: Path) -> None:
 
 def test_facts_say_what_there_is(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", RGB, levels=2)
-    facts = _predictor(tmp_path, tmp_path / "out").predict(_job(path))
+    (facts,) = _predictor(tmp_path, tmp_path / "out").predict([_job(path)])
     assert isinstance(facts, dict)
     folder = tmp_path / "out" / "slides" / "a"
     assert json.loads((folder / "slide.json").read_text()) == facts
@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_slide_or_a_model_is_said_and_the_output_is_not_to_
 ) -> None:
     predictor = _predictor(tmp_path, tmp_path / "out")
     (tmp_path / "bad.svs").write_bytes(b"no slide")
-    found = predictor.predict(_job(tmp_path / "bad.svs"))
+    (found,) = predictor.predict([_job(tmp_path / "bad.svs")])
     assert isinstance(found, Failure)
     assert found.reason == "not-a-slide"
     write_slide(tmp_path / "a.png", 2)
@@ -74,12 +74,12 @@ def test_what_is_wrong_with_a_slide_or_a_model_is_said_and_the_output_is_not_to_
         raise ValueError("never seen before")
 
     monkeypatch.setattr(slide_module, "map_table", failing)
-    assert predictor.predict(_job(tmp_path / "a.png")) == Failure("crash", "ValueError: never seen before")
+    assert predictor.predict([_job(tmp_path / "a.png")]) == [Failure("crash", "ValueError: never seen before")]
     monkeypatch.undo()
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "slides").write_bytes(b"a file")
     with pytest.raises(StorageError, match="a folder of this path is a file"):
-        predictor.predict(_job(tmp_path / "a.png"))
+        predictor.predict([_job(tmp_path / "a.png")])
 
 
 def test_numbers_that_are_none_are_no_prediction(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_numbers_that_are_none_are_no_prediction(tmp_path: Path) -> None:
     save_model(tmp_path, state, config)
     write_slide(tmp_path / "a.png", 2)
     again = Predictor(replace(predictor._asked))
-    found = again.predict(_job(tmp_path / "a.png"))
+    (found,) = again.predict([_job(tmp_path / "a.png")])
     assert isinstance(found, Failure)
     assert found.reason == "not-finite"
 
@@ -107,6 +107,6 @@ def test_a_store_of_before_that_does_not_say_the_bounds_is_read_with_those_of_th
     commit.write_text(json.dumps(facts))
     model = str(write_model(tmp_path, config))
     asked = Predicting(model, "m", "d", str(tmp_path / "out"), str(store), heads=False, all_patches=False)
-    found = Predictor(asked).predict(_job(path))
+    (found,) = Predictor(asked).predict([_job(path)])
     assert isinstance(found, dict)
     assert found["origin"] == list(corner)

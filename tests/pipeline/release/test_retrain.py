@@ -17,6 +17,7 @@ from pipeline.release.cycle import Cycle
 from pipeline.release.retrain import EXIT_CODES, retrain
 from pipeline.storage.lease import held
 from tests.pipeline.release.quarter import Growing
+from tests.pipeline.small import small_config
 
 DAY_S = 86_400.0
 
@@ -44,6 +45,11 @@ def test_without_a_gate_nothing_is_retrained(tmp_path: Path) -> None:
     rules = ("floors=[]", "no_worse=null", "drift=null", "lost=null", "first=hold")
     with pytest.raises(ConfigError, match="gate: no rule is set"):
         growing.config(*(f"gate.{rule}" for rule in rules))
+
+
+def test_patients_of_several_slides_are_not_retrained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cohort.bag: patient: `retrain` compares and watches slide by slide"):
+        retrain(small_config(cohort={"uri": "c.csv", "bag": "patient"}))
 
 
 def test_nothing_new_is_told_and_costs_nothing(grown: Growing) -> None:

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.cohort.table import CohortSlide
+from pipeline.inference.prediction import predict_together
 from pipeline.model.build import build_model
 from pipeline.model.folder import save_model
 from tests.pipeline.small import small_config, write_model, write_sections, write_slide
@@ -57,6 +59,34 @@ def test_a_series_is_the_image_that_is_predicted(context: PythonModelContext, tm
     assert answer["tumour_yes"][0] != answer["tumour_yes"][1]
     assert "several images could be the slide: series 0 of 211 x 157 px, series 1 of 211 x 157 px" in answer["error"][2]
     assert answer["error"][3] == "series 0.5 is no whole number from 0"
+
+
+def test_rows_of_one_patient_have_one_answer(tmp_path: Path) -> None:
+    config = small_config(cohort={"uri": "c.csv", "bag": "patient"})
+    model = SlideModel()
+    weights = write_model(tmp_path, config) / "weights.safetensors"
+    model.load_context(PythonModelContext({"weights": str(weights)}, None))
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        write_slide(path, number)
+    slides = [CohortSlide(str(path), str(path), "p", None, None, {}, {}) for path in paths]
+    uris, patients = [*map(str, paths), "absent.svs"], ["a", "b", "a", "b"]
+    answer = model.predict(None, pd.DataFrame({"uri": uris, "patient": patients}))
+    assert answer["uri"].tolist() == uris
+    assert answer["error"].isna().tolist() == [True, False, True, False]
+    assert answer["tumour_yes"][0] == answer["tumour_yes"][2]
+    together = predict_together(model.model, config, [slides[0], slides[2]])
+    assert answer["tumour_yes"][0] == together[0].values["tumour"][1]
+    assert "absent.svs" in answer["error"][1] == answer["error"][3]
+    maps = model.predict(None, pd.DataFrame({"uri": uris[::2], "patient": "a"}), {"attention": True, "explain": True})
+    sums = [sum(patches["attention"]) for patches in maps["patches"]]
+    assert sums[0] != pytest.approx(sums[1])
+    assert sum(sums) == pytest.approx(1, abs=1e-5)
+    assert maps["curves"][0] == maps["curves"][1]
+    assert [len(patches["effect_tumour_yes"]) for patches in maps["patches"]] == [20, 20]
+    alone = model.predict(None, pd.DataFrame({"uri": uris[:2], "patient": [None, None]}))
+    assert alone["error"].isna().all()
+    assert alone["tumour_yes"][0] != alone["tumour_yes"][1]
 
 
 def test_microns_that_are_missing_are_asked_for_in_their_column(tmp_path: Path) -> None:

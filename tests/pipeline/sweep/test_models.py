@@ -11,9 +11,10 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.model.folder import CONFIG, SEEN, WEIGHTS, Seen, at_hand
 from pipeline.storage.files import write_json
-from pipeline.sweep.models import keep, resolve_models
+from pipeline.sweep.models import SweepModel, keep, resolve_models, same_tasks
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
+from tests.pipeline.small import small_config
 from tests.pipeline.sweep.small_sweep import sweep_config, write_model
 
 
@@ -70,3 +71,20 @@ def test_kept_models_outlive_their_origin(tmp_path: Path, mlflow_uri: str) -> No
         assert (local / WEIGHTS).read_bytes() == before
         assert json.loads((local / CONFIG).read_text())["name"] == "small"
     assert keep(model, str(tmp_path / "root")) == kept
+
+
+def test_models_that_read_otherwise_are_not_compared() -> None:
+    """Patients as one bag, and features that other tools have made beside slides."""
+
+    def model(name: str, **changes: object) -> SweepModel:
+        return SweepModel(name, f"models:/{name}/1", name, small_config(**changes), "/folder", 100)
+
+    slides, patients = model("slides"), model("patients", cohort={"uri": "c.csv", "bag": "patient"})
+    features = {"encoder": {"name": "features", "features": 9}}
+    given = model("given", model=features, train={"augment": False})
+    same_tasks([slides, model("others")])
+    same_tasks([given])
+    with pytest.raises(ConfigError, match="sweep.models.patients: learned from patients of several slides"):
+        same_tasks([slides, patients])
+    with pytest.raises(ConfigError, match="of slides and given one takes features that other tools have made"):
+        same_tasks([slides, given])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking import package
-from pipeline.tracking.package import REQUIREMENTS, requirements
+from pipeline.tracking.package import REQUIREMENTS, _signature, requirements
 from tests.pipeline.small import small_config
 
 ROOT = Path(package.__file__).parents[2]
@@ -58,3 +58,10 @@ def test_a_network_of_timm_needs_timm(section: str, monkeypatch: pytest.MonkeyPa
     config = small_config(**({"model": named} if section == "model" else other))
     assert "timm==1.0.7" in requirements(config)
     assert not any(line.startswith("timm") for line in requirements(small_config()))
+
+
+def test_a_model_of_patients_is_told_which_rows_are_one_s() -> None:
+    for bag, columns in (("slide", ["uri", "mpp", "series"]), ("patient", ["uri", "mpp", "series", "patient"])):
+        signature = _signature(small_config(cohort={"uri": "c.csv", "bag": bag}))
+        assert signature.inputs.input_names() == columns
+        assert signature.inputs.required_input_names() == ["uri"]

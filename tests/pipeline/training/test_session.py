@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.bags.patients import OneSlide, by_patient
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import StageError, TrackingError
 from pipeline.model.checkpoint import Progress
@@ -98,6 +99,21 @@ def _short(job: Job, folder: Path, **train: object) -> Job:
     settings = {"epochs": 2, "batch_size": 2, "warmup_epochs": 1, "validate_every": 2, **train}
     config = small_config(train=settings, cluster={"cpus_per_worker": 1, "checkpoint_steps": 1})
     return _started(replace(job, config=config), folder)
+
+
+def test_patients_of_several_slides_are_trained_on_and_looked_at_as_one_bag_each(job: Job, tmp_path: Path) -> None:
+    """Every step takes patients; augmented patches of all their slides are scored and trained on."""
+    train, val = (
+        by_patient([(slide, source) for slide, source in part if isinstance(source, OneSlide)])
+        for part in (job.train, job.val)
+    )
+    assert [len(source.slides) for _, source in train] == [2, 2, 1]
+    patients = replace(job, train=tuple(train), val=tuple(val))
+    short = _short(patients, tmp_path / "patients")
+    done = _run(pickle.loads(pickle.dumps(short)))
+    assert (done.step, done.epoch, done.is_last) == (4, 2, True)
+    looks = job.tracker.client.get_metric_history(short.run_id, "val_loss")
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -202,7 +202,7 @@ def test_the_best_5000_of_12000_features_are_those_that_training_takes(one_threa
     assert stored.n_patches == 12_000
     vectors = np.random.default_rng(7).normal(size=(12_000, 8)).astype(np.float32)
     written = FeatureStore(str(tmp_path), "spec", "encoder").write(stored, np.array_split(vectors, 7), {})
-    bag = FeatureBag(written)
+    bag = FeatureBag([written])
     torch.manual_seed(0)
     model = build_model(config)
     before = best_rows(model, vectors, 5000)
