@@ -43,7 +43,8 @@ def released(tmp_path: Path) -> Path:
     """The folder of that release as if it had been made here: paths and times of files are as its records say."""
     assert hashlib.sha256(_ARCHIVE.read_bytes()).hexdigest() == _SHA256
     with tarfile.open(_ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 has it, Debian's 3.11.2 not
+        archive.extractall(tmp_path)
     named = ["cohort.csv", "config.json", "patches/*/sources/*.json", "run/stages/*.json"]
     for path in (found for pattern in named for found in tmp_path.glob(pattern)):
         path.write_text(path.read_text().replace(_MADE_IN, str(tmp_path)))
