@@ -106,7 +106,7 @@ def _here(own: Config, config: Config) -> Config:
     return own.model_copy(update={**same, "train": train, "tiling": tiling, "tasks": config.tasks})
 
 
-def test_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[LabelledSource]:
+def test_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> Sequence[LabelledSource]:
     """The test slides as a model needs them: those that are stored so already, and the others tiled and embedded.
 
     Args:

@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from safetensors.torch import load_file
 
+from pipeline.bags.sources import content_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
@@ -135,10 +136,12 @@ def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best
 
 
 def test_what_a_model_has_seen_is_told_unless_it_began_with_another_training(slides: Slides, tmp_path: Path) -> None:
-    _note_seen(_config(tmp_path), str(tmp_path / "own"), slides)
+    config = _config(tmp_path)
+    storage = config.storage.model_copy(update={"patches": str(Path(slides[0][1].uri).parents[1])})
+    _note_seen(config.model_copy(update={"storage": storage}), str(tmp_path / "own"), slides)
     seen = read_seen(tmp_path / "own")
     assert seen is not None
-    assert {source.key for _, source in slides} < seen.slides
+    assert {source.key for _, source in slides} | {content_of(source) for _, source in slides} == seen.slides
     assert seen.patients == {Seen.patient(slide.patient_id) for slide, _ in slides}
     _note_seen(_config(tmp_path, begins_with="champion.safetensors"), str(tmp_path / "warm"), slides)
     assert read_seen(tmp_path / "warm") is None
@@ -159,11 +162,11 @@ def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failures": 2})})
     begun = tmp_path / "begun"
 
-    def diverges(loop_config: Mapping[str, Job]) -> Progress:
+    def diverges(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
         begun.write_bytes(begun.read_bytes() + b"x" if begun.exists() else b"x")
         return train_worker(loop_config)
 
-    def goes_away(loop_config: Mapping[str, Job]) -> Progress:
+    def goes_away(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
         begun.write_bytes(begun.read_bytes() + b"y")
         raise StorageError("cannot read s3://bucket/x: the endpoint cannot be reached")
 
