@@ -86,8 +86,8 @@ class _Maker:
     def __call__(self, *values: Any) -> CohortSlide:
         slide_id, uri, patient_id, split, mpp, mask, coords, features, series, labels, *extra = values
         others = dict(zip(self.extra, extra, strict=True))
-        given = slide_id, uri, patient_id, split, mpp, self.labels[labels], others, mask, coords, series
-        return CohortSlide(*given, features=features)
+        given = slide_id, uri, patient_id, split, mpp, self.labels[labels], others, mask, coords, series, features
+        return CohortSlide(*given)
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,6 @@ def _slide(
     if tasks and all(is_missing(task, row) for task in tasks):
         problems.add(number, f"no label in column {_names(dict.fromkeys(task.column for task in tasks))}")
     patient = row.get("patient_id", "")
-    used = _used(tasks)
     return CohortSlide(
         slide_id=row["slide_id"],
         uri=_resolve(row["uri"], folder, number, problems) if row.get("uri") else features or "",
@@ -268,7 +267,7 @@ def _slide(
         split=split or None,
         mpp=_mpp(number, row.get("mpp", ""), problems),
         labels=labels,
-        extra={name: value for name, value in row.items() if name not in used},
+        extra={name: value for name, value in row.items() if name not in _used(tasks)},
         mask=_beside("mask", row, folder, number, problems),
         coords=_beside("coords", row, folder, number, problems),
         series=_series(number, row.get("series", ""), problems),

@@ -95,11 +95,9 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     }
     tracker.log_metrics(run_id, metrics, 0)
     _check_budget(config, bad, len(held), outputs["ledger"])
-    # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
-    passing = TRANSIENT - {"missing", "directory"}
+    passing = TRANSIENT - {"missing", "directory"}  # a file that appears changes the stage's identity
     again = [s.slide_id for s in bad if (s.reason or "").partition(":")[0] in passing]
-    facts: dict[str, Any] = {"try_again": again}
-    facts["too_expensive"] = [s.limits for s in bad if s.limits is not None]
+    facts: dict[str, Any] = {"try_again": again, "too_expensive": [s.limits for s in bad if s.limits is not None]}
     if "ledger_slides" not in outputs:
         facts["keys"] = {s.slide_id: s.key for s in statuses if s.status == "committed"}
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
