@@ -57,4 +57,5 @@ def as_columns(statuses: Iterable[SlideStatus]) -> Columnar[SlideStatus]:
 def _status(*values: Any) -> SlideStatus:
     _, *given, seconds, gib, size, etag, mtime = values
     limits = None if seconds is None else (seconds, gib)
-    return SlideStatus(*given, limits, None if size is None else SourceVersion(size, etag, mtime))
+    version = None if size is None else SourceVersion(size, etag, mtime)
+    return SlideStatus(*(*given, limits, version))

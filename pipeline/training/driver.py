@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import ray
 from ray.exceptions import ActorDiedError, RayError
 from ray.train import (
     ControllerError,
@@ -171,7 +170,7 @@ def _trainer(job: Job, failures: Failures, scratch: str) -> TorchTrainer:
         resources["GPU"] = cluster.gpus_per_worker
     return _Trainer(
         train_worker,
-        train_loop_config={"job": ray.put(job)},  # Ray would write the job itself out for its dashboard
+        train_loop_config={"job": job},  # put into Ray's object store once; slides in columns are not copied by workers
         torch_config=_process_group(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,  # a range is elastic: as many as there is room for

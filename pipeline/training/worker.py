@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-import ray
 import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
@@ -20,13 +19,13 @@ from pipeline.training.session import Job, run_session
 ASK_S = 5.0  # between two questions for a notice; Ray itself looks for one every 5 s, and clouds give 30 s or more
 
 
-def train_worker(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
+def train_worker(loop_config: Mapping[str, Job]) -> Progress:
     """Train to the last epoch, from the run's newest checkpoint if there is one.
 
     Ray calls this again on every worker after a crash. Rank 0 alone looks for the checkpoint, so that all go on from
     the same one.
     """
-    job, ranks = ray.get(loop_config["job"]), joined_ranks()
+    job, ranks = loop_config["job"], joined_ranks()
     log_as_json(stage="train", rank=ranks.rank)
     torch.set_num_threads(job.config.train.threads)  # MKL's too; whatever the environment of the node says
     found = newest(job.folder, read=True) if ranks.rank == 0 else None

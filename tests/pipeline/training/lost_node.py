@@ -69,9 +69,9 @@ def main(path: str, how: str) -> None:
     cluster.shutdown()
 
 
-def watched_worker(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
+def watched_worker(loop_config: Mapping[str, Job]) -> Progress:
     """The pipeline's worker, slowed down; it writes after which step it noticed, and which step was then saved."""
-    job = ray.get(loop_config["job"])
+    job = loop_config["job"]
     found = newest(job.folder)
     taken, noticed = found.step if found else 0, 0
     asked = worker.Notices.seen

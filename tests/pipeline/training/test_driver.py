@@ -44,7 +44,7 @@ Slides = list[tuple[CohortSlide, StoredSlide]]
 def _config(root: Path, workers: int = 1, **train_: object) -> Config:
     settings = {"epochs": 3, "batch_size": 3, "warmup_epochs": 1, "augment": False, **train_}
     cluster = {"workers": workers, "cpus_per_worker": 0.5, "start_timeout_s": 2, "max_failures": 0}
-    return small_config(storage={"root": str(root)}, train=settings, cluster=cluster)
+    return small_config(storage={"root": str(root), "patches": str(root / "patches")}, train=settings, cluster=cluster)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +162,11 @@ def test_an_error_that_lasts_ends_the_run_at_once_and_one_that_may_pass_is_tried
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failures": 2})})
     begun = tmp_path / "begun"
 
-    def diverges(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
+    def diverges(loop_config: Mapping[str, Job]) -> Progress:
         begun.write_bytes(begun.read_bytes() + b"x" if begun.exists() else b"x")
         return train_worker(loop_config)
 
-    def goes_away(loop_config: Mapping[str, ray.ObjectRef[Job]]) -> Progress:
+    def goes_away(loop_config: Mapping[str, Job]) -> Progress:
         begun.write_bytes(begun.read_bytes() + b"y")
         raise StorageError("cannot read s3://bucket/x: the endpoint cannot be reached")
 
