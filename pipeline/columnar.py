@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar, overload
 
+import numpy as np
 import pyarrow as pa
 
 BATCH = 8192
 """Objects that are held at a time while all are made, or looked at."""
+
+_DTYPES = {"int32": np.int32, "int64": np.int64, "double": np.float64}
 
 Item = TypeVar("Item", covariant=True)
 Other = TypeVar("Other")
@@ -114,12 +117,28 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
+def texts(values: Sequence[str]) -> pa.Array:
+    """Text as Arrow has it."""
+    return _array(values, pa.string())
+
+
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    try:
+    """As `pa.array`, which loads pandas for a second where it is installed."""
+    if pa.types.is_string(kind):
+        try:
+            data = [b"" if value is None else value.encode() for value in values]
+        except UnicodeEncodeError:
+            data = [b"" if value is None else value.encode("utf-8", "surrogatepass") for value in values]
+            kind = pa.binary()
+        offsets = np.concatenate([[0], np.cumsum(list(map(len, data)))]).astype(np.int32)
+        buffers = [pa.py_buffer(offsets), pa.py_buffer(b"".join(data))]
+    elif str(kind) in _DTYPES:
+        buffers = [pa.py_buffer(np.array([0 if value is None else value for value in values], _DTYPES[str(kind)]))]
+    else:
         return pa.array(values, kind)
-    except UnicodeEncodeError:
-        texts = (None if value is None else value.encode("utf-8", "surrogatepass") for value in values)
-        return pa.array(texts, pa.binary())
+    valid = np.array([value is not None for value in values])
+    bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(values), [bits, *buffers])
 
 
 def _values(column: pa.Array) -> list[Any]:

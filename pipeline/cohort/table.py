@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from pipeline.cohort.labels import MISSING, Label, NotAClass, finite, is_missing, other_classes, read_label
 from pipeline.cohort.rows import REQUIRED, Rows, parse
-from pipeline.columnar import Columnar
+from pipeline.columnar import Columnar, texts
 from pipeline.config.data import TaskConfig
 from pipeline.credentials import refusal
 from pipeline.errors import CohortError, StorageError
@@ -329,8 +329,9 @@ def _check_rows(numbers: Sequence[int], slides: Columnar[CohortSlide], problems:
         for number, slide in zip(numbers, slides, strict=True):
             if slide.slide_id in repeated:
                 problems.add(number, f"slide_id {slide.slide_id!r} is not unique")
-    given = table.filter(pc.is_in(table["split"], value_set=pa.array(SPLITS))).select(["patient_id", "split"])
-    if torn := _repeated(given.group_by(["patient_id", "split"]).aggregate([])["patient_id"]):
+    given = table.filter(pc.is_in(table["split"], value_set=texts(SPLITS))).select(["patient_id", "split"])
+    pairs = set(zip(given["patient_id"].to_pylist(), given["split"].to_pylist(), strict=True))
+    if torn := {patient for patient, count in Counter(one for one, _ in pairs).items() if patient and count > 1}:
         splits: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for number, slide in zip(numbers, slides, strict=True):
             if slide.patient_id in torn and slide.split in SPLITS:
@@ -345,6 +346,5 @@ def _check_rows(numbers: Sequence[int], slides: Columnar[CohortSlide], problems:
 
 def _repeated(column: pa.ChunkedArray) -> set[str]:
     """What stands in more than one row, but for empty text, which is told of by itself."""
-    counts = pc.value_counts(column)
-    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    return set(twice.to_pylist()) - {""}
+    distinct = pc.count_distinct(column).as_py() == len(column)
+    return set() if distinct else {text for text, rows in Counter(column.to_pylist()).items() if rows > 1 and text}
