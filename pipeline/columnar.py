@@ -52,10 +52,10 @@ class Columnar(Sequence[Item], Generic[Item]):
 
     def paired(self, others: Columnar[Other]) -> Columnar[tuple[Item, Other]]:
         """Each item with the other one at its place; nothing is copied."""
-        table = pa.table(
-            [*self.table.columns, *others.table.columns], names=[*self.table.column_names, *others.table.column_names]
-        )
-        return Columnar(table, _Pair(self._make, others._make, self.table.num_columns))
+        columns = [*self.table.columns, *others.table.columns]
+        names = [f"0.{name}" for name in self.table.column_names]  # Ray takes columns by name, so each has its own
+        names += [f"1.{name}" for name in others.table.column_names]
+        return Columnar(pa.table(columns, names=names), _Pair(self._make, others._make, self.table.num_columns))
 
     def with_column(self, name: str, values: Sequence[Any]) -> Columnar[Item]:
         """The same with other values in one column."""

@@ -45,5 +45,6 @@ def test_two_of_them_go_together() -> None:
     first, second = (Columnar.of([(f"{name}{n}", n) for n in range(5)], SCHEMA, pair) for name in "ab")
     both = first.paired(second)
     assert both == list(zip(first, second, strict=True))
+    assert both.table.column_names == ["0.text", "0.number", "1.text", "1.number"]
     assert pickle.loads(pickle.dumps(both[2:]))[1] == (("a3", 3), ("b3", 3))
     assert first.filter(pa.array([True, False, True, False, False])) == [("a0", 0), ("a2", 2)]
