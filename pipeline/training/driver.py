@@ -170,7 +170,7 @@ def _trainer(job: Job, failures: Failures, scratch: str) -> TorchTrainer:
         resources["GPU"] = cluster.gpus_per_worker
     return _Trainer(
         train_worker,
-        train_loop_config={"job": job},  # put into Ray's object store once; slides in columns are not copied by workers
+        train_loop_config={"job": job},  # put into Ray's object store once
         torch_config=_process_group(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,  # a range is elastic: as many as there is room for
