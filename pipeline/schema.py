@@ -88,6 +88,19 @@ CATALOGUE = pa.schema(
     metadata=_META,
 )
 
+_LOOK = {
+    "source": (
+        "id", "key", "asked", "uri", "status", "reason", "max_seconds", "max_gib", "left", "n_patches", "n_bad_tiles",
+    ),
+    "slide": (
+        "id", "key", "n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "width", "height",
+        "thumbnail_scale", "imported", "dim", "dtype", "pack", "place",
+    ),
+    "removal": ("id",),
+}  # fmt: skip
+LOOK = {kind: pa.schema([CATALOGUE.field(name) for name in names]) for kind, names in _LOOK.items()}
+"""Columns of each kind of row of the catalogue that a look reads; of the others some have KB a row."""
+
 ATTENTION = pa.schema(
     [
         pa.field("slide_id", pa.string(), nullable=False),

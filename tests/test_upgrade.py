@@ -69,7 +69,7 @@ def _stored(released: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("migrated", [True, False])
 def test_stores_are_taken_over_and_no_slide_is_tiled_again(released: Path, migrated: bool) -> None:  # noqa: FBT001
-    config, keys = _config(released), _record(released, "tile").facts["keys"]
+    config, keys = _config(released), _record(released, "tile").keys
     before = {path: data for path, data in _stored(released).items() if path.parent.name != "sources"}
     assert {path.parent.name for path in before} == {keys[name] for name in _KEPT}
     for top, sources in (("patches", 2), ("features", 0)) if migrated else ():
@@ -115,7 +115,7 @@ def test_a_registered_model_predicts_what_it_did(released: Path) -> None:
     for top in ("patches", "features"):
         assert CliRunner().invoke(app, ["store", "migrate", str(released / top)]).exit_code == 0
     (slide,) = (one for one in read_cohort(here.cohort.uri or "").slides if one.slide_id == "d")
-    ((_, source),) = open_sources(config, [slide], _record(released, "tile").facts["keys"])
+    ((_, source),) = open_sources(config, [slide], _record(released, "tile").keys)
     found = predict_bag(model.eval(), open_bag(source, threads=1, augment=None), config).values["tumour"]
     (told,) = (row for row in pv.read_csv(released / "run" / "predictions.csv").to_pylist() if row["slide_id"] == "d")
     np.testing.assert_allclose(found, [told["tumour_no"], told["tumour_yes"]], rtol=1e-5)

@@ -29,6 +29,7 @@ from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.patients import PatientSlides
 from pipeline.bags.streamed import PassingSlide, StreamedSlide, open_streamed, plan_root
 from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import Columnar
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
@@ -139,17 +140,34 @@ def content_of(source: Source) -> str:
     Raises:
         StorageError: its commit cannot be read.
     """
+    return source.key if isinstance(source, PastedImage) else str(_patches(source).facts()["content"])
+
+
+def contents(config: Config, sources: Sequence[Source]) -> set[str]:
+    """Digests of the content of slides of a run of the config, as `content_of`; one look at the catalogue.
+
+    Raises:
+        StorageError: the catalogue cannot be read.
+    """
+    if config.cohort.megapixel_mnist is not None:
+        return {source.key for source in sources}
+    keys = list({_patches(source).key for source in sources})
+    return {str(facts["content"]) for _, facts in patch_store(config).all_facts(keys)}
+
+
+def _patches(source: Source) -> StoredSlide:
+    """The committed patches, or the plan of them, that a source rests on."""
     match source:
         case StoredSlide():
-            return str(source.facts()["content"])
+            return source
         case StreamedSlide():
-            return content_of(source.plan)
+            return source.plan
         case GivenSlide():
-            return content_of(source.plan)
+            return source.plan
         case FeatureSlide():
-            return content_of(source.patches)
+            return source.patches
         case PastedImage():
-            return source.key
+            raise AssertionError("generated images are not stored")
         case _:
             assert_never(source)
 
@@ -180,7 +198,7 @@ def patch_root(config: Config) -> str:
 
 def open_sources(
     config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str], versions: Sequence[Looked] | None = None
-) -> list[LabelledSource]:
+) -> Sequence[LabelledSource]:
     """The sources of slides that the tile stage has committed under `keys` (slide id -> key).
 
     `versions` are those of the slides' files, where they were looked at already; only those of plans are.
@@ -201,7 +219,7 @@ def open_sources(
         return list(zip(slides, open_streamed(slides, looked, config.tiling, store, wanted), strict=True))
     stored = store.slides(wanted)
     if config.model.encoder.name != "features":
-        return list(zip(slides, stored, strict=True))
+        return slides.paired(stored) if isinstance(slides, Columnar) else list(zip(slides, stored, strict=True))
     features = feature_store(config)[0].slides(stored)
     _check_width(config, features)
     return list(zip(slides, features, strict=True))

@@ -22,7 +22,7 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened, version_of
-from pipeline.ingest.versions import Looked
+from pipeline.ingest.versions import Looked, known
 from pipeline.slides.identity import reading_source
 from pipeline.slides.open import SlideReader
 from pipeline.storage import files
@@ -162,7 +162,7 @@ def open_streamed(
 
 def planned_keys(plans: PatchStore, slides: Sequence[CohortSlide], versions: Sequence[Looked]) -> list[str | None]:
     """Keys of the plans of these versions of the slides' files: another picture's patches stand elsewhere."""
-    statuses = plans.statuses(slides, [None if isinstance(version, SlideError) else version for version in versions])
+    statuses = plans.statuses(slides, known(versions))
     return [None if status is None else status.key for status in statuses]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pipeline.cohort.labels import stratum
 from pipeline.cohort.table import Cohort
@@ -80,7 +79,7 @@ def with_fold(
         validating |= set(own[:count])
     split_of = {patient: "test" if fold_of[patient] == fold else "train" for patient in strata}
     split_of |= dict.fromkeys(validating, "val")
-    return replace(cohort, slides=tuple(replace(slide, split=split_of[slide.patient_id]) for slide in cohort.slides))
+    return cohort.with_splits(lambda slide: split_of[slide.patient_id])
 
 
 def _strata(cohort: Cohort, tasks: Sequence[TaskConfig]) -> dict[str, int]:

@@ -131,7 +131,8 @@ def _cells(text: str, separator: str) -> Iterator[list[str]]:
 
 
 def _reader(text: str, separator: str) -> Iterator[list[str]]:
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    lines = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="")  # StringIO takes 4 bytes a letter
+    return csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
 
 
 def _trimmed(cells: Sequence[str]) -> list[str]:

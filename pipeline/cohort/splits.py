@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from pipeline.cohort.labels import lacks
@@ -90,7 +89,7 @@ def with_splits(
         slide.patient_id: known.split(slide.patient_id) or drawn_split(slide.patient_id, shares, seed)
         for slide in cohort.slides
     }
-    return replace(cohort, slides=tuple(replace(slide, split=split_of[slide.patient_id]) for slide in cohort.slides))
+    return cohort.with_splits(lambda slide: split_of[slide.patient_id])
 
 
 def drawn_split(patient_id: str, shares: SplitConfig, seed: int) -> str:

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.cohort.labels import MISSING, Label, NotAClass, finite, is_missing, other_classes, read_label
 from pipeline.cohort.rows import REQUIRED, Rows, parse
+from pipeline.columnar import Columnar, texts
 from pipeline.config.data import TaskConfig
 from pipeline.credentials import refusal
 from pipeline.errors import CohortError, StorageError
@@ -53,12 +59,44 @@ class CohortSlide:
     """URI of a file of TRIDENT's, CLAM's or STAMP's features of the slide, which only some recipes take."""
 
 
+_COLUMNS = pa.schema(
+    [
+        ("slide_id", pa.string()),
+        ("uri", pa.string()),
+        ("patient_id", pa.string()),
+        ("split", pa.string()),
+        ("mpp", pa.float64()),
+        ("mask", pa.string()),
+        ("coords", pa.string()),
+        ("features", pa.string()),
+        ("series", pa.int64()),
+        ("labels", pa.int32()),  # their number among the different ones
+    ]
+)
+"""Of the rows of a file; then all other columns, as text."""
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a row of its columns."""
+
+    labels: list[Mapping[str, Label | None]]
+    extra: tuple[str, ...]
+
+    def __call__(self, *values: Any) -> CohortSlide:
+        slide_id, uri, patient_id, split, mpp, mask, coords, features, series, labels, *extra = values
+        others = dict(zip(self.extra, extra, strict=True))
+        given = slide_id, uri, patient_id, split, mpp, self.labels[labels], others, mask, coords, series, features
+        return CohortSlide(*given)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """All rows, in the order of the file."""
 
     uri: str
-    slides: tuple[CohortSlide, ...]
+    slides: Sequence[CohortSlide]
+    """Those of a file are made when they are asked for."""
 
     @property
     def digest(self) -> str:
@@ -78,6 +116,12 @@ class Cohort:
     def subset(self, split: str) -> tuple[CohortSlide, ...]:
         """The slides of one split."""
         return tuple(slide for slide in self.slides if slide.split == split)
+
+    def with_splits(self, split_of: Callable[[CohortSlide], str | None]) -> Cohort:
+        """The same slides in these splits."""
+        if isinstance(self.slides, Columnar):
+            return replace(self, slides=self.slides.with_column("split", [split_of(slide) for slide in self.slides]))
+        return replace(self, slides=tuple(replace(slide, split=split_of(slide)) for slide in self.slides))
 
 
 def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
@@ -103,11 +147,12 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
     folder = files.parent(uri)
-    numbers: list[int] = []
-    slides = tuple(_slide(number, row, folder, tasks, found) for number, row in _counted(rows, numbers))
+    numbers = array("q")
+    checked = (_slide(number, row, folder, tasks, found) for number, row in _counted(rows, numbers))
+    slides = _as_columns(checked, tuple(column for column in dict.fromkeys(columns) if column not in _used(tasks)))
     _check_rows(numbers, slides, found)
     for task in tasks:
-        found.add_other_classes(task, places[task.name], [slide.labels[task.name] for slide in slides])
+        found.add_other_classes(task, places[task.name], (slide.labels[task.name] for slide in slides))
     problems += [*absent, *found.lines()]
     if not slides and not problems:
         problems.append("no rows below the header; list at least one slide")
@@ -116,7 +161,28 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     return Cohort(uri, slides)
 
 
-def _counted(rows: Rows, numbers: list[int]) -> Rows:
+def _as_columns(slides: Iterable[CohortSlide], extra: tuple[str, ...]) -> Columnar[CohortSlide]:
+    make = _Maker([], extra)
+    known: dict[tuple[Label | None, ...], int] = {}
+
+    def cells() -> Iterator[Sequence[object]]:
+        for slide in slides:
+            labels = known.setdefault(tuple(slide.labels.values()), len(known))
+            if labels == len(make.labels):
+                make.labels.append(slide.labels)
+            given = [slide.slide_id, slide.uri, slide.patient_id, slide.split, slide.mpp]
+            given += [slide.mask, slide.coords, slide.features, slide.series, labels]
+            yield [*given, *slide.extra.values()]
+
+    return Columnar.of(cells(), pa.schema([*_COLUMNS, *((f"extra.{name}", pa.string()) for name in extra)]), make)
+
+
+def _used(tasks: Sequence[TaskConfig]) -> set[str]:
+    """Columns that are more than text."""
+    return {*_RESERVED, *(column for task in tasks for column in task.columns)}
+
+
+def _counted(rows: Rows, numbers: array[int]) -> Rows:
     """The same, with the numbers of those that were taken."""
     for number, row in rows:
         numbers.append(number)
@@ -138,7 +204,7 @@ class _Problems:
         for text in texts:
             self._others[task.name][text].append(row)
 
-    def add_other_classes(self, task: TaskConfig, field: str, labels: Sequence[Label | None]) -> None:
+    def add_other_classes(self, task: TaskConfig, field: str, labels: Iterable[Label | None]) -> None:
         """One problem of all values of a column that are no classes."""
         others = self._others[task.name]
         if others:
@@ -194,7 +260,6 @@ def _slide(
     if tasks and all(is_missing(task, row) for task in tasks):
         problems.add(number, f"no label in column {_names(dict.fromkeys(task.column for task in tasks))}")
     patient = row.get("patient_id", "")
-    used = {*_RESERVED, *(column for task in tasks for column in task.columns)}
     return CohortSlide(
         slide_id=row["slide_id"],
         uri=_resolve(row["uri"], folder, number, problems) if row.get("uri") else features or "",
@@ -202,7 +267,7 @@ def _slide(
         split=split or None,
         mpp=_mpp(number, row.get("mpp", ""), problems),
         labels=labels,
-        extra={name: value for name, value in row.items() if name not in used},
+        extra={name: value for name, value in row.items() if name not in _used(tasks)},
         mask=_beside("mask", row, folder, number, problems),
         coords=_beside("coords", row, folder, number, problems),
         series=_series(number, row.get("series", ""), problems),
@@ -240,7 +305,7 @@ def _series(row: int, text: str, problems: _Problems) -> int | None:
     if text.casefold() in MISSING:
         return None
     value = finite(text)
-    if value is None or value < 0 or value != int(value):
+    if value is None or not 0 <= value < 2**31 or value != int(value):
         problems.add(row, f"series {text!r} is no whole number from 0; write the number of the file's image, as in 1")
         return None
     return int(value)
@@ -257,21 +322,29 @@ def _label(number: int, row: Mapping[str, str], task: TaskConfig, problems: _Pro
         return None
 
 
-def _check_rows(numbers: Sequence[int], slides: Sequence[CohortSlide], problems: _Problems) -> None:
+def _check_rows(numbers: Sequence[int], slides: Columnar[CohortSlide], problems: _Problems) -> None:
     """What only shows across rows: double ids, patients in two splits, splits that are given in part."""
-    ids: defaultdict[str, list[int]] = defaultdict(list)
-    splits: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for number, slide in zip(numbers, slides, strict=True):
-        ids[slide.slide_id].append(number)
-        if slide.split in SPLITS:
-            splits[slide.patient_id].setdefault(slide.split, number)
-    for slide_id, rows in ids.items():
-        for row in rows if slide_id and len(rows) > 1 else ():
-            problems.add(row, f"slide_id {slide_id!r} is not unique")
-    for patient, first in splits.items():
-        for row in first.values() if patient and len(first) > 1 else ():
-            problems.add(row, f"patient {patient!r} stands in {len(first)} splits ({', '.join(first)}); keep one")
-    if splits:
+    table = slides.table
+    if repeated := _repeated(table["slide_id"]):
         for number, slide in zip(numbers, slides, strict=True):
-            if slide.split is None:
-                problems.add(number, "split is empty; give every slide a split, or none of them")
+            if slide.slide_id in repeated:
+                problems.add(number, f"slide_id {slide.slide_id!r} is not unique")
+    given = table.filter(pc.is_in(table["split"], value_set=texts(SPLITS))).select(["patient_id", "split"])
+    pairs = set(zip(given["patient_id"].to_pylist(), given["split"].to_pylist(), strict=True))
+    if torn := {patient for patient, count in Counter(one for one, _ in pairs).items() if patient and count > 1}:
+        splits: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for number, slide in zip(numbers, slides, strict=True):
+            if slide.patient_id in torn and slide.split in SPLITS:
+                splits[slide.patient_id].setdefault(slide.split, number)
+        for patient, first in splits.items():
+            for row in first.values():
+                problems.add(row, f"patient {patient!r} stands in {len(first)} splits ({', '.join(first)}); keep one")
+    if len(given):
+        for row in pc.indices_nonzero(pc.is_null(table["split"])).to_pylist():
+            problems.add(numbers[row], "split is empty; give every slide a split, or none of them")
+
+
+def _repeated(column: pa.ChunkedArray) -> set[str]:
+    """What stands in more than one row, but for empty text, which is told of by itself."""
+    distinct = pc.count_distinct(column).as_py() == len(column)
+    return set() if distinct else {text for text, rows in Counter(column.to_pylist()).items() if rows > 1 and text}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipeline.columnar import BATCH, Columnar
 from pipeline.credentials import refusal
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -23,9 +25,30 @@ def credential_in(value: object) -> str | None:
 
 
 def fingerprint(value: object) -> str:
-    """First 16 hex digits of the sha256 of the value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """First 16 hex digits of the sha256 of the value's canonical JSON, in which what is columnar is a list."""
+    hasher = hashlib.sha256()
+    for piece in _pieces(value):
+        hasher.update(piece.encode())
+    return hasher.hexdigest()[:16]
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """Canonical JSON; of columnar lists, also those in an object, some thousand items at a time."""
+    if isinstance(value, Columnar):
+        for start in range(0, max(1, len(value)), BATCH):
+            yield ("," if start else "[") + _canonical(list(value[start : start + BATCH]))[1:-1]
+        yield "]"
+    elif isinstance(value, dict) and any(isinstance(part, Columnar) for part in value.values()):
+        for place, key in enumerate(sorted(value)):
+            yield ("," if place else "{") + _canonical(key) + ":"
+            yield from _pieces(value[key])
+        yield "}"
+    else:
+        yield _canonical(value)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class Section(BaseModel):

@@ -25,6 +25,7 @@ from pipeline.ingest.placing import Placed, place
 from pipeline.ingest.source import unchanged, version_of
 from pipeline.ingest.tiler import known_status, outcome_of, quarantined
 from pipeline.ingest.versions import Looked, look_at
+from pipeline.ingest.versions import known as known_versions
 from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.slides.identity import reading_source
 from pipeline.storage import files
@@ -59,7 +60,7 @@ def index_cohort(
     patches = PatchStore(store, spec.fingerprint())
     statuses: list[SlideStatus] = []
     rows: list[Row] = []
-    known = patches.statuses(slides, [None if isinstance(one, SlideError) else one for one in versions])
+    known = list(patches.statuses(slides, known_versions(versions)))
     if None in known:
         patches.forget_gone()  # what is made in their place may be otherwise
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
@@ -24,8 +26,10 @@ from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
 from pipeline.ingest.group import Group, Keys
 from pipeline.ingest.isolated import read_slide, store_share
-from pipeline.ingest.tiler import LargeSlide, ReadSlide, finish_slide, may_go_further, quarantined
+from pipeline.ingest.statuses import in_order, numbered
+from pipeline.ingest.tiler import LargeSlide, ReadSlide, finished, may_go_further, quarantined
 from pipeline.ingest.versions import Looked, look_at
+from pipeline.ingest.versions import known as known_versions
 from pipeline.progress import progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.storage.files import SourceVersion
@@ -34,6 +38,7 @@ from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.telemetry import add, drain
 
+TOGETHER = 64  # large slides committed by one file of the catalogue; after a kill the next run finds their folders
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
@@ -63,7 +68,7 @@ def tile_cohort(
     pixels: bool = True,
     versions: Sequence[Looked] | None = None,
     start: Callable[[], None] = lambda: None,
-) -> list[SlideStatus]:
+) -> Sequence[SlideStatus]:
     """Tile the slides that the store does not know yet; statuses come back in the order of `slides`.
 
     Each slide is committed on its own, and the parts of a large one are kept: after an interruption the next call goes
@@ -85,20 +90,25 @@ def tile_cohort(
     """
     versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
-    statuses, fresh = _look_up(slides, versions, spec, patches)
-    unreachable = [s for s in statuses.values() if s.reason is not None and s.reason.startswith("source: ")]
+    fresh = array("q")
+    known = numbered(_look_up(slides, versions, spec, patches, fresh))
+    unreachable = known.filter(pc.starts_with(known.table["reason"], "source: "))
     if unreachable and len(unreachable) == len(slides):
         raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
-    for status in statuses.values():
+    for status in known:
         on_status(status)
-    if fresh:
-        patches.forget_gone()  # what is tiled in their place may be otherwise
-        start()
-        job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared_keys(patches))
-        for number, status in _tile(slides, fresh, job):
-            statuses[number] = status
+    if not fresh:
+        return in_order(known)
+    patches.forget_gone()  # what is tiled in their place may be otherwise
+    start()
+    job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared_keys(patches))
+
+    def tiled() -> Iterator[tuple[int, SlideStatus]]:
+        for number, status in _tile(slides, versions, fresh, job):
             on_status(status)
-    return [statuses[number] for number in range(len(slides))]
+            yield number, status
+
+    return in_order(known, numbered(tiled()))
 
 
 def _look_up(
@@ -106,19 +116,17 @@ def _look_up(
     versions: Sequence[Looked],
     spec: TilingConfig,
     patches: PatchStore,
-) -> tuple[dict[int, SlideStatus], dict[int, SourceVersion]]:
-    """Statuses of the slides that need no work, done before or out of reach; versions of the others. By number."""
-    statuses: dict[int, SlideStatus] = {}
-    fresh: dict[int, SourceVersion] = {}
-    known = patches.statuses(slides, [None if isinstance(v, SlideError) else v for v in versions])
-    for number, (slide, version, status) in enumerate(zip(slides, versions, known, strict=True)):
+    fresh: MutableSequence[int],
+) -> Iterator[tuple[int, SlideStatus]]:
+    """Numbers and statuses of the slides that need no work, done before or out of reach; of the others into `fresh`."""
+    found = patches.statuses(slides, known_versions(versions))
+    for number, (slide, version, status) in enumerate(zip(slides, versions, found, strict=True)):
         if isinstance(version, SlideError):
-            statuses[number] = quarantined(slide, version.reason, version)
+            yield number, quarantined(slide, version.reason, version)
         elif status is None or may_go_further(status, spec):
-            fresh[number] = version
+            fresh.append(number)
         else:
-            statuses[number] = status
-    return statuses, fresh
+            yield number, status
 
 
 def _shared_keys(patches: PatchStore) -> Callable[[], Keys]:
@@ -130,13 +138,14 @@ def _shared_keys(patches: PatchStore) -> Callable[[], Keys]:
 
 
 def _tile(
-    slides: Sequence[CohortSlide], fresh: Mapping[int, SourceVersion], job: _Job
+    slides: Sequence[CohortSlide], versions: Sequence[Looked], fresh: Sequence[int], job: _Job
 ) -> Iterator[tuple[int, SlideStatus]]:
-    """Tile the slides whose numbers and versions are given; statuses come as they are final."""
-    numbers = list(fresh)
-    groups = group_slides([version.size for version in fresh.values()], _slots(job.cpus))
-    named = ([numbers[place] for place in group] for group in groups)
-    items = (pickle.dumps([(number, slides[number], fresh[number]) for number in group]) for group in named)
+    """Tile the slides of these numbers; statuses come as they are final."""
+    wanted = np.zeros(len(slides), bool)
+    wanted[fresh] = True
+    sizes = [version.size for version in compress(versions, wanted) if isinstance(version, SourceVersion)]
+    named = ([fresh[place] for place in group] for group in group_slides(sizes, _slots(job.cpus)))
+    items = (pickle.dumps([(number, slides[number], versions[number]) for number in group]) for group in named)
     large: dict[int, LargeSlide] = {}
     for number, outcome in _run(_tile_group, items, job):
         if isinstance(outcome, LargeSlide):
@@ -158,16 +167,25 @@ def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, 
     items = (pickle.dumps((number, large[number].share(parts), parts)) for number in cut for parts in cut[number])
     final: dict[int, SlideStatus] = {}
     patches = {number: len(slide.planned.tiling.cells) for number, slide in large.items()}
+    group = Group(PatchStore(job.store, job.spec.fingerprint()), np.empty(0, "S32"))
     with progress("tile", sum(patches.values()), "patches of large slides") as done:
-        for number, outcome in _run(_tile_share, items, job):
-            assert not isinstance(outcome, LargeSlide)
-            open_shares[number] -= 1
-            total, count, ended = patches[number], len(cut[number]), len(cut[number]) - open_shares[number]
-            done.advance(total * ended // count - total * (ended - 1) // count)
-            if outcome is not None:
-                final.setdefault(number, outcome)
-            if not open_shares[number]:
-                yield number, final.get(number) or finish_slide(large[number], job.spec, job.store)
+        try:
+            for number, outcome in _run(_tile_share, items, job):
+                assert not isinstance(outcome, LargeSlide)
+                open_shares[number] -= 1
+                total, count, ended = patches[number], len(cut[number]), len(cut[number]) - open_shares[number]
+                done.advance(total * ended // count - total * (ended - 1) // count)
+                if outcome is not None:
+                    final.setdefault(number, outcome)
+                if not open_shares[number]:
+                    known = (final[number], []) if number in final else finished(large[number], job.spec, job.store)
+                    group.add_status(number, *known)
+                if len(group) >= TOGETHER:
+                    yield from group.commit()
+        except (StorageError, ConfigError):
+            yield from group.commit()
+            raise
+        yield from group.commit()
 
 
 def _slots(cpus: float) -> float:

@@ -40,6 +40,10 @@ class Group:
         """Whether it holds as many bytes as a pack should have."""
         return self._bytes >= PACK_BYTES
 
+    def __len__(self) -> int:
+        """Slides that wait."""
+        return len(self._done)
+
     def add(self, number: int, slide: ReadSlide) -> None:
         """A small slide that is read; one of the same content as another is stored once."""
         if slide.small.key not in self._small and not _is_in(self._known, slide.small.key):

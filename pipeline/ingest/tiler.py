@@ -76,7 +76,8 @@ class ReadSlide:
         """What it ends with once its pack is committed."""
         facts = self.small.facts
         counts = facts["n_patches"], facts["n_bad_tiles"]
-        return SlideStatus(self.slide.slide_id, self.slide.uri, self.small.key, "committed", None, *counts)
+        named = self.slide.slide_id, self.slide.uri, self.small.key
+        return SlideStatus(*named, "committed", None, *counts, version=self.version)
 
 
 def store_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:
@@ -168,6 +169,13 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
     Raises:
         StorageError: the store itself cannot be read or written.
     """
+    status, rows = finished(large, spec, store)
+    PatchStore(store, spec.fingerprint()).append(rows)
+    return status
+
+
+def finished(large: LargeSlide, spec: TilingConfig, store: str) -> tuple[SlideStatus, list[Row]]:
+    """As `finish_slide`, of a slide that is committed with others, by these rows."""
     patches = PatchStore(store, spec.fingerprint())
 
     def work() -> SlideStatus:
@@ -175,9 +183,7 @@ def finish_slide(large: LargeSlide, spec: TilingConfig, store: str) -> SlideStat
         with _leaving(patches, large.planned):
             return _committed(large.slide, commit_shares(patches, large.planned))
 
-    status, rows = outcome_of(large.slide, large.version, patches, work)
-    patches.append(rows)
-    return status
+    return outcome_of(large.slide, large.version, patches, work)
 
 
 def known_status(
@@ -305,7 +311,7 @@ def outcome_of(
         if not isinstance(found, SlideStatus):
             return found, []
         status = found
-    return status, patches.rows(slide, version, status, left)
+    return replace(status, version=version), patches.rows(slide, version, status, left)
 
 
 def _committed(slide: CohortSlide, stored: StoredSlide) -> SlideStatus:

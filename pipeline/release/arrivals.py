@@ -86,14 +86,18 @@ def look(config: Config) -> Arrivals:
     """
     cohort = listed(config, config.tasks)
     made = config.cohort.megapixel_mnist is not None
-    found = [None] * len(cohort.slides) if made else look_at(cohort.slides, config.tiling)
+    found: Sequence[Looked | None] = [None] * len(cohort.slides) if made else look_at(cohort.slides, config.tiling)
     away = [one for one in found if isinstance(one, SlideError) and one.may_pass]
     if away and len(away) == len(found):
         raise StorageError(f"none of the cohort's {len(found)} files can be reached, such as: {away[0]}")
-    pairs = list(zip(cohort.slides, found, strict=True))
-    rows = {fingerprint(slide.slide_id): _row(slide, version) for slide, version in pairs}
-    there = frozenset(fingerprint(slide.slide_id) for slide, one in pairs if not isinstance(one, SlideError))
-    return Arrivals(cohort, rows, there, fingerprint([_settings(config), sorted(rows.items())]))
+    rows: dict[str, Row] = {}
+    there: set[str] = set()
+    for slide, version in zip(cohort.slides, found, strict=True):
+        name = fingerprint(slide.slide_id)
+        rows[name] = _row(slide, version)
+        if not isinstance(version, SlideError):
+            there.add(name)
+    return Arrivals(cohort, rows, frozenset(there), fingerprint([_settings(config), sorted(rows.items())]))
 
 
 def _settings(config: Config) -> dict[str, Any]:

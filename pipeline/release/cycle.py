@@ -90,8 +90,8 @@ def _question(config: Config, tracker: Tracker, before: Act | None, arrivals: Ar
 def _concluded(config: Config, tracker: Tracker, result: WorkflowResult) -> Cycle:
     """From the stages' records to aliases; after a kill, the same."""
     root, model, record = config.storage.root, str(config.tracking.model), result.stages["judge"].record
-    tiled = result.stages["tile"].record.facts
-    whole, holds = not tiled.get("try_again"), contents(tiled["keys"])
+    tiled = result.stages["tile"].record
+    whole, holds = not tiled.facts.get("try_again"), contents(tiled.keys)
     facts: dict[str, Any] = {"run_id": result.parent_run_id, "version": record.facts["version"], "decision": None}
     facts |= {"diff": record.facts.get("diff"), "pages": record.facts.get("pages", {})}
     if record.facts["verdict"] == SAME:

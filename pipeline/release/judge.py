@@ -58,7 +58,7 @@ class Question:
         wanted = 1 + config.retrain.refresh_test
         if found is not None and found.version >= wanted:
             return found
-        keys: Mapping[str, str] = space.records["tile"].facts["keys"]
+        keys = space.records["tile"].keys
         return draw_up(wanted, config.evaluate.split, space.cohort.slides, keys, config.tasks)
 
 
@@ -109,7 +109,7 @@ class _Judgement:
 
     @property
     def keys(self) -> Mapping[str, str]:
-        keys: Mapping[str, str] = self.space.records["tile"].facts["keys"]
+        keys: Mapping[str, str] = self.space.records["tile"].keys
         return keys
 
     @property
@@ -285,7 +285,7 @@ def _lost(counts: Mapping[str, float]) -> dict[str, float]:
 
 def _contents(space: Workspace) -> list[Any]:
     """The committed slides, by what they are: a file that was touched alone is nothing new."""
-    keys: Mapping[str, str] = space.records["tile"].facts["keys"]
+    keys: Mapping[str, str] = space.records["tile"].keys
     committed = [slide for slide in space.cohort.slides if slide.slide_id in keys]
     return [[s.slide_id, s.patient_id, keys[s.slide_id], dict(s.extra), Labels(s.labels)] for s in committed]
 

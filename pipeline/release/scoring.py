@@ -24,7 +24,7 @@ from pipeline.results.evaluate import Evaluation, evaluate
 from pipeline.results.report import render_report
 from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import stored_slides
-from pipeline.store.patches import PatchStore
+from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.tracking.registry import RegisteredVersion, fetch
 from pipeline.tracking.tracker import Store
 from pipeline.training.headroom import forget_peak, peak_bytes
@@ -106,7 +106,7 @@ def _here(own: Config, config: Config) -> Config:
     return own.model_copy(update={**same, "train": train, "tiling": tiling, "tasks": config.tasks})
 
 
-def test_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> list[LabelledSource]:
+def test_sources(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str]) -> Sequence[LabelledSource]:
     """The test slides as a model needs them: those that are stored so already, and the others tiled and embedded.
 
     Args:
@@ -135,7 +135,7 @@ def _tiled(config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str
     log.info("release: tiling %d test slides as the champion was trained", len(slides))
     pixels = config.train.source == "store"
     if config.given_features:
-        found = index_cohort(slides, config.tiling, root, on_status=lambda _: None)
+        found: Sequence[SlideStatus] = index_cohort(slides, config.tiling, root, on_status=lambda _: None)
     else:
         found = tile_cohort(
             slides, config.tiling, root, cpus=config.tiling.cpus, on_status=lambda _: None, pixels=pixels

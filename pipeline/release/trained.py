@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cohort.table import Cohort
+from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.config.model import TrainConfig
 from pipeline.config.recipe import Config
@@ -19,6 +19,7 @@ from pipeline.storage.files import exists, join, read_json, upload, write_json
 from pipeline.storage.scratch import scratch_folder
 from pipeline.tracking.registry import RegisteredVersion, fetch
 from pipeline.tracking.tracker import Store
+from pipeline.workflow.changes import slides_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def read_trained(root: str, train: str | None) -> Trained | None:
     facts: Mapping[str, Any] = read_json(record)["facts"] if exists(record) else {}
     if "learned" not in facts:
         return None
-    return Trained(facts["learned"], sorted(facts["items"]["train"]), None)
+    return Trained(facts["learned"], slides_of(facts["items"], "train"), None)
 
 
 def write_trained(root: str, train: str, trained: Trained) -> None:
@@ -99,10 +100,9 @@ def replayed(trained: Trained | None, share: float, seed: int) -> Callable[[Coho
         return fingerprint(slide_id) in old and int.from_bytes(digest[:8]) / 2**64 >= share
 
     def choose(cohort: Cohort) -> Cohort:
-        slides = [
-            replace(slide, split=None) if slide.split == "train" and left_out(slide.slide_id) else slide
-            for slide in cohort.slides
-        ]
-        return replace(cohort, slides=tuple(slides))
+        def split_of(slide: CohortSlide) -> str | None:
+            return None if slide.split == "train" and left_out(slide.slide_id) else slide.split
+
+        return cohort.with_splits(split_of)
 
     return choose

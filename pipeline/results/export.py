@@ -15,7 +15,7 @@ from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError, StageError
 from pipeline.formats.feature_files import clam_h5, clam_pt, stamp_h5, trident_h5
-from pipeline.results.quality import look_up
+from pipeline.results.quality_rows import look_up
 from pipeline.storage import files
 from pipeline.store.patches import StoredSlide
 from pipeline.tiling.interchange import (

@@ -31,8 +31,7 @@ _Found = SourceVersion | StorageError | None
 
 def ask_all(uris: Iterable[str]) -> Ask:
     """The versions of these files, asked for now; the function then knows them, and asks for any other file."""
-    wanted = list(dict.fromkeys(uris))
-    remote = [uri for uri in wanted if is_remote(uri) and "/" in s3.key(uri)]
+    remote = list(dict.fromkeys(uri for uri in uris if is_remote(uri) and "/" in s3.key(uri)))
     paged = [uri for uri in remote if uri[:5].lower() == "s3://" and not s3.is_arn(uri)]
     others = [uri for uri in remote if uri[:5].lower() in ("gs://", "az://")]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -29,82 +29,61 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedError, StorageError
-from pipeline.schema import CATALOGUE, SCHEMA_VERSION
+from pipeline.schema import CATALOGUE, LOOK, SCHEMA_VERSION
 from pipeline.storage import files
 from pipeline.storage.tree import Found, walk
 
 FOLDER = "catalogue"
 FAN = 16  # files of a generation: of 1,500 groups some 20 files are read, 45 at most, and each row is merged 3 times
 GRACE_S = 3600.0  # a look takes minutes at most
-WIDE = frozenset({"error", "picture", "facts"})
-"""Columns of KB a row, which a look leaves out."""
 THREADS = 16  # they wait on the storage
 AGAIN = 3  # looks at a catalogue of which a file went while it was read
 BATCH = 8192  # rows of all columns held at a time: 20 MB
 _NAME = re.compile(r"^(\d\d)-([0-9a-f]{32})\.parquet$")
 _REPLACES, _SPEC = b"ips.replaces", b"ips.spec"
 """Keys of a file's metadata: names of the files merged to it, and of the folder that it was written for."""
-_OF_SOURCES = (
-    "id", "key", "asked", "uri", "given_mpp", "mask", "coords", "series", "size", "etag", "mtime", "status", "reason",
-    "max_seconds", "max_gib", "left", "n_patches", "n_bad_tiles",
-)  # fmt: skip
-_OF_SLIDES = (
-    "id", "key", "n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "width", "height",
-    "thumbnail_scale", "imported", "dim", "dtype", "pack", "place",
-)  # fmt: skip
-_KINDS = {kind: pa.schema([CATALOGUE.field(name) for name in names]) for kind, names in (
-    ("source", _OF_SOURCES), ("slide", _OF_SLIDES), ("removal", ("id",))
-)}  # fmt: skip
-"""Columns of each kind of row that a look reads."""
-
+Texts: TypeAlias = Collection[str | None] | pa.Array | pa.ChunkedArray
 Row = Mapping[str, Any]
 """Columns of CATALOGUE but the id; absent ones are null."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of the catalogue."""
-
-    name: str
-    rows: Mapping[str, pa.Table]
-    """By kind, without the `WIDE` columns."""
-    replaces: frozenset[str]
-    """Files that were merged to it."""
 
 
 class View:
     """What the catalogue says at one moment."""
 
-    def __init__(self, members: Sequence[Member], listed: Mapping[str, Found]) -> None:
-        self.members = {member.name: member.replaces for member in members}
+    def __init__(
+        self, members: Mapping[str, frozenset[str]], rows: dict[str, list[pa.Table]], listed: Mapping[str, Found]
+    ) -> None:
+        self.members = members
         """Files that it was read from -> those that were merged to each."""
         self.listed = listed
         """All files that were there, by name; those that others replace too."""
-        rows = {
-            kind: pa.concat_tables([schema.empty_table(), *(member.rows[kind] for member in members)])
-            for kind, schema in _KINDS.items()
-        }
-        self.removed = rows["removal"]["id"].combine_chunks()
+        self.removed = pa.concat_tables(rows.pop("removal"))["id"].combine_chunks()
         """Ids that removals name."""
-        slides, sources = (_left(rows[kind], self.removed) for kind in ("slide", "source"))
-        taken_away = sum(len(rows[kind]) for kind in ("slide", "source")) - len(slides) - len(sources)
-        self.holds_removed = taken_away > 0 or self.members.keys() != listed.keys()
+        slides, fewer = _left(pa.concat_tables(rows.pop("slide")), self.removed)
+        merits = [slides["key"], slides["n_bad_tiles"]]
+        columns = dict(zip(slides.column_names, slides.columns, strict=True))
+        del slides  # each column goes when it is in order
+        self._slides = _ordered(columns, merits)
+        sources, others = _left(pa.concat_tables(rows.pop("source")), self.removed)
+        self.holds_removed = fewer + others > 0 or self.members.keys() != listed.keys()
         """Whether files may hold rows that were taken away, as `Catalogue.purge` leaves none."""
-        self._slides = _ordered(slides, slides["key"], slides["n_bad_tiles"])
-        limits = (pc.negate(pc.fill_null(sources[name], np.inf)) for name in ("max_seconds", "max_gib"))
-        refused = pc.cast(pc.is_null(sources["key"]), pa.int8())
-        self._sources = _ordered(sources, sources["asked"], refused, *limits)
+        limits = [pc.negate(pc.fill_null(sources[name], np.inf)) for name in ("max_seconds", "max_gib")]
+        merits = [sources["asked"], pc.cast(pc.is_null(sources["key"]), pa.int8()), *limits]
+        columns = dict(zip(sources.column_names, sources.columns, strict=True))
+        del sources
+        self._sources = _ordered(columns, merits)
+        pa.default_memory_pool().release_unused()  # of a million slides, hundreds of MB
 
     @cached_property
     def rows(self) -> pa.Table:
@@ -122,16 +101,16 @@ class View:
     def sources(self) -> pa.Table:
         """One row for each version of a source that was asked for; those whose slide is not there are left out."""
         keys = self._sources["key"]
-        there = pc.or_(pc.is_null(keys), pc.is_in(keys, value_set=_values(self.slides["key"])))
+        there = pc.or_(pc.is_null(keys), pc.is_in(keys, value_set=self.slides["key"].combine_chunks()))
         return _firsts(self._sources if pc.all(there).as_py() else self._sources.filter(there), "asked")
 
-    def slide_places(self, keys: Collection[str | None]) -> pa.Array:
+    def slide_places(self, keys: Texts) -> pa.Array:
         """Where in `slides` each key stands; null where it does not."""
-        return pc.index_in(pa.array(keys, pa.string()), value_set=_values(self.slides["key"]))
+        return _places(keys, self.slides["key"])
 
-    def source_places(self, asked: Collection[str | None]) -> pa.Array:
+    def source_places(self, asked: Texts) -> pa.Array:
         """Where in `sources` each digest of what is asked for stands; null where it does not."""
-        return pc.index_in(pa.array(asked, pa.string()), value_set=_values(self.sources["asked"]))
+        return _places(asked, self.sources["asked"])
 
     def ids(self, kind: str, column: str, values: Collection[str]) -> list[bytes]:
         """Of all rows of a kind with one of these values, those included that others stand before."""
@@ -177,13 +156,15 @@ class Catalogue:
 
     def _read(self, without: Collection[str]) -> View:
         listed = {name: file for name, file in self._listed().items() if name not in without}
-        members: list[Member] = []
-        replaced: set[str] = set()
-        with ThreadPoolExecutor(THREADS) as pool:
-            for _, names in groupby(sorted(listed, reverse=True), key=_generation):
-                members += pool.map(self._member, [name for name in names if name not in replaced])
-                replaced.update(*(member.replaces for member in members))
-        return View(members, listed)
+        members: dict[str, frozenset[str]] = {}
+        rows = {kind: [schema.empty_table()] for kind, schema in LOOK.items()}
+        for _, names in groupby(sorted(listed, reverse=True), key=_generation):
+            replaced = frozenset().union(*members.values())
+            wanted = [name for name in names if name not in replaced]
+            for name, file in zip(wanted, self._opened(wanted), strict=True):
+                members[name] = frozenset(json.loads(file.schema_arrow.metadata[_REPLACES]))
+                _sort_out(file, rows)
+        return View(members, rows, listed)
 
     def broken(self) -> dict[str, StorageError]:
         """Files that cannot be read, by name, and why."""
@@ -214,10 +195,12 @@ class Catalogue:
             self.delete(view.listed.keys() - {merged})
 
     def wide(self, view: View, columns: Sequence[str], ids: pa.Array) -> Iterator[pa.Table]:
-        """Further columns of some rows of a view, and their ids, some thousands at a time."""
-        for rows in self._batches(view.members, ["id", "kind", *columns]):
-            wanted = pc.and_(pc.is_in(rows["id"], value_set=ids), pc.not_equal(rows["kind"], "removal"))
-            yield rows.filter(wanted)
+        """Any columns of some rows of a view, and their ids, some thousands at a time."""
+        wanted = np.sort(_plain(ids))
+        for rows in self._batches(list(view.members), ["id", "kind", *columns]) if len(ids) else ():
+            found = _plain(rows["id"].combine_chunks())
+            there = wanted[np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)] == found
+            yield rows.filter(pc.and_(pa.array(there), pc.not_equal(rows["kind"], "removal")))
 
     def tidy(self, view: View, now: float | None = None) -> bool:
         """Merge the files of a view where they are many, and delete those that were merged long ago.
@@ -274,25 +257,18 @@ class Catalogue:
         files.write_bytes(files.join(self.uri, name), data)
         return name
 
-    def _member(self, name: str) -> Member:
-        file = self._open(name)
-        columns = list(dict.fromkeys(["kind", *_OF_SOURCES, *_OF_SLIDES]))
-        parts: dict[str, list[pa.Table]] = {kind: [schema.empty_table()] for kind, schema in _KINDS.items()}
-        for batch in file.iter_batches(BATCH, columns=columns):
-            rows = pa.Table.from_batches([batch])
-            for kind, schema in _KINDS.items():
-                parts[kind].append(rows.filter(pc.equal(rows["kind"], kind)).select(schema.names).cast(schema))
-        replaces = json.loads(file.schema_arrow.metadata[_REPLACES])
-        return Member(name, {kind: pa.concat_tables(found) for kind, found in parts.items()}, frozenset(replaces))
+    def _batches(self, names: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Rows of these files, in their order."""
+        for file in self._opened(names):
+            for batch in file.iter_batches(BATCH, columns=columns):
+                yield pa.Table.from_batches([batch])
 
-    def _batches(self, names: Iterable[str], columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Rows of these files, in their order; some files are fetched at a time."""
+    def _opened(self, names: Iterable[str]) -> Iterator[pq.ParquetFile]:
+        """These files, some of which are fetched at a time; threads that decoded them would hold ten times as much."""
         rest = iter(names)
         with ThreadPoolExecutor(THREADS) as pool:
             while some := list(islice(rest, THREADS)):
-                for file in pool.map(self._open, some):
-                    for batch in file.iter_batches(BATCH, columns=columns):
-                        yield pa.Table.from_batches([batch])
+                yield from pool.map(self._open, some)
 
     def _open(self, name: str) -> pq.ParquetFile:
         """A file's bytes, checked by its name."""
@@ -315,35 +291,53 @@ class Catalogue:
         return file
 
 
+def _sort_out(file: pq.ParquetFile, rows: Mapping[str, list[pa.Table]]) -> None:
+    """Add a file's rows to those of their kinds."""
+    columns = list(dict.fromkeys(["kind", *(name for schema in LOOK.values() for name in schema.names)]))
+    for batch in file.iter_batches(BATCH, columns=columns):
+        found = pa.Table.from_batches([batch])
+        for kind, schema in LOOK.items():
+            rows[kind].append(found.filter(pc.equal(found["kind"], kind)).select(schema.names).cast(schema))
+    pa.default_memory_pool().release_unused()
+
+
 def _generation(name: str) -> int:
     """0: written by a task; else one more than that of the files that were merged."""
     return int(name[:2])
 
 
 def _text(value: object) -> object:
-    """Text without halves of characters, which names of files may have, and Arrow has not."""
+    """Without halves of characters, which names of files may have, and Arrow has not."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _values(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks()
+def _places(texts: Texts, column: pa.ChunkedArray) -> pa.Array:
+    found = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts, pa.string())
+    return pc.index_in(found, value_set=column.combine_chunks())
 
 
-def _left(rows: pa.Table, removed: pa.Array) -> pa.Table:
-    """The rows that no removal names."""
-    return rows.filter(pc.invert(pc.is_in(rows["id"], value_set=removed))) if len(removed) else rows
+def _plain(ids: pa.Array) -> npt.NDArray[np.bytes_]:
+    """For each batch of rows Arrow would hash all ids anew."""
+    return np.frombuffer(ids.buffers()[1], "S16", len(ids), 16 * ids.offset)
 
 
-def _ordered(rows: pa.Table, *merits: pa.ChunkedArray) -> pa.Table:
-    """Each row once, by the least merits and then by id."""
+def _left(rows: pa.Table, removed: pa.Array) -> tuple[pa.Table, int]:
+    """The rows that no removal names, and how many others there were."""
+    left = rows.filter(pc.invert(pc.is_in(rows["id"], value_set=removed))) if len(removed) else rows
+    return left, len(rows) - len(left)
+
+
+def _ordered(columns: dict[str, pa.ChunkedArray], merits: Sequence[pa.ChunkedArray]) -> pa.Table:
+    """Each row once, by the least merits and then by id; takes the columns away."""
     names = [str(number) for number in range(len(merits) + 1)]
-    places = pc.sort_indices(pa.table([*merits, rows["id"]], names), [(name, "ascending") for name in names])
-    return _firsts(rows.take(places), "id")
+    by = [(name, "ascending") for name in names]
+    places = pc.sort_indices(pa.table([*merits, columns["id"]], names), by)
+    return _firsts(pa.table({name: columns.pop(name).take(places) for name in list(columns)}), "id")
 
 
 def _firsts(rows: pa.Table, column: str) -> pa.Table:
     """Of neighbours with one value in a column the first one."""
-    values = _values(rows[column])
+    values = rows[column].combine_chunks()
     if len(values) < 2:
         return rows
     other = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1))

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import Columnar
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.packs import PACKS, pack_sha256, pack_uri
-from pipeline.store.parts import parquet_bytes
 from pipeline.store.patches import PatchStore, SlideStatus
 
-BATCH = 4096  # rows made of Python objects at a time; a million of them would take gigabytes
+BATCH = 16_384  # rows that are Python objects at a time; a million of them would take gigabytes
 _OF_COMMITS = ("key", "content", "vendor", "mpp", "width", "height", "level", "rejects", "tissue", "tissue_beyond")
 _COMMITS = pa.schema([SLIDE_LEDGER.field(name) for name in _OF_COMMITS])
+_OUTCOMES = pa.schema([field for field in SLIDE_LEDGER if field.name not in _OF_COMMITS[1:]])
+_ENTRIES = pa.schema([("name", pa.string()), *(FILE_LEDGER.field(n) for n in ("key", "bytes", "sha256", "patches"))])
 BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "truncated", "unopenable", "unreadable"})
 """Reasons that say that a slide's file is damaged, where the others are about what it shows or how it is asked for."""
 
@@ -31,7 +35,7 @@ BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "truncated", "unop
 def write_ledger(
     store: PatchStore,
     slides: Sequence[CohortSlide],
-    versions: Sequence[SourceVersion | None],
+    versions: Iterable[SourceVersion | None],
     statuses: Sequence[SlideStatus],
     folder: str,
 ) -> dict[str, str]:
@@ -40,90 +44,93 @@ def write_ledger(
     Args:
         store: where the slides are.
         slides: all rows of the cohort.
-        versions: of their files; None of one that could not be reached.
+        versions: of their files when they were asked for; None of one that could not be reached.
         statuses: of each one, in that order.
         folder: URI.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    keys = list(dict.fromkeys(status.key for status in statuses if status.key is not None))
+    keys = pc.unique(pa.array((status.key for status in statuses), pa.string())).drop_null()
     commits, stored, torn = _stored(store, keys)
-    sources = _table(_sources(slides, versions, statuses), FILE_LEDGER)
+    sources = _tables(_sources(slides, versions, statuses), FILE_LEDGER)
     tables = {
-        "slides": _slides(slides, statuses, commits),
-        "files": pa.concat_tables([sources, stored, _packs(store, keys)]),
-        "corruption": _table(_corruption(slides, statuses, torn), CORRUPTION_LEDGER),
+        "slides": (SLIDE_LEDGER, _slides(slides, statuses, commits)),
+        "files": (FILE_LEDGER, chain(sources, _files_of(store, stored), [_packs(store, keys)])),
+        "corruption": (CORRUPTION_LEDGER, _tables(_corruption(slides, statuses, torn), CORRUPTION_LEDGER)),
     }
     uris = {f"ledger_{name}": files.join(folder, f"{name}.parquet") for name in tables}
-    for uri, table in zip(uris.values(), tables.values(), strict=True):
-        files.write_bytes(uri, parquet_bytes(table))
+    for uri, (schema, some) in zip(uris.values(), tables.values(), strict=True):
+        files.write_bytes(uri, _parquet(some, schema))
     return uris
 
 
-def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table, some thousands of them as Python objects at a time."""
-    batches: list[pa.RecordBatch] = []
-    held: list[Mapping[str, Any]] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == BATCH:
-            batches.append(pa.RecordBatch.from_pylist(held, schema=schema))
-            held = []
-    return pa.Table.from_batches([*batches, pa.RecordBatch.from_pylist(held, schema=schema)])
+def _parquet(tables: Iterable[pa.Table], schema: pa.Schema) -> bytes:
+    """A Parquet file of these tables, of which one is held at a time."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
-def _stored(store: PatchStore, keys: Iterable[str]) -> tuple[pa.Table, pa.Table, dict[str, Mapping[str, Any]]]:
-    """What the slides' commits say, their files, each in the order of the keys, and the commits that lost patches."""
+def _tables(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    rest = iter(rows)
+    while some := list(islice(rest, BATCH)):
+        yield pa.Table.from_pylist(some, schema=schema)
+
+
+def _stored(store: PatchStore, keys: pa.Array) -> tuple[pa.Table, pa.Table, dict[str, Mapping[str, Any]]]:
+    """What the slides' commits say, their files, and the commits that lost patches; in no order."""
     torn: dict[str, Mapping[str, Any]] = {}
-    tables: tuple[list[pa.Table], list[pa.Table]] = ([], [])
-    commits: list[dict[str, Any]] = []
-    entries: list[dict[str, Any]] = []
+    entries: list[pa.Table] = []
 
-    def flush() -> None:
-        tables[0].append(pa.Table.from_pylist(commits, schema=_COMMITS))
-        tables[1].append(pa.Table.from_pylist(entries, schema=FILE_LEDGER))
-        commits.clear()
-        entries.clear()
+    def commits() -> Iterator[Sequence[object]]:
+        held: list[dict[str, Any]] = []
+        for key, facts in store.all_facts(keys):
+            held += _files(key, facts)
+            if facts["bad_tiles"]:
+                torn[key] = facts
+            if len(held) >= BATCH:
+                entries.append(pa.Table.from_pylist(held, schema=_ENTRIES))
+                held.clear()
+            yield _commit(facts)
+        entries.append(pa.Table.from_pylist(held, schema=_ENTRIES))
 
-    for key, facts in store.all_facts(keys):
-        commits.append(_commit(facts))
-        entries += _files(store, key, facts)
-        if facts["bad_tiles"]:
-            torn[key] = facts
-        if len(commits) == BATCH:
-            flush()
-    flush()
-    joined = [pa.concat_tables(each) for each in tables]
-    by_key = [table.take(pc.sort_indices(table["key"])) for table in joined]
-    return by_key[0], by_key[1], torn
+    found = Columnar.of(commits(), _COMMITS, dict).table
+    return found, pa.concat_tables(entries), torn
 
 
-def _commit(facts: Mapping[str, Any]) -> dict[str, Any]:
-    width, height = facts["dimensions"]
+def _commit(facts: Mapping[str, Any]) -> Sequence[object]:
     mask = facts["evidence"]["mask"]
-    return {
-        **{name: facts[name] for name in ("key", "content", "vendor", "mpp", "level")},
-        "width": width,
-        "height": height,
-        "rejects": json.dumps(facts["rejects"], sort_keys=True),
-        "tissue": mask.get("share"),
-        "tissue_beyond": mask.get("beyond"),
-    }
+    known = [facts[name] for name in ("key", "content", "vendor", "mpp")]
+    rejects = json.dumps(facts["rejects"], sort_keys=True)
+    return [*known, *facts["dimensions"], facts["level"], rejects, mask.get("share"), mask.get("beyond")]
 
 
-def _files(store: PatchStore, key: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _files(key: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if "parts" not in facts:  # of a slide in a pack
         return
     for file in (*facts["parts"], facts["index"], facts["thumbnail"], *facts["files"]):
-        names = ("bytes", "sha256", "patches")
-        place = files.join(store.uri, key, file["name"])
-        yield {"role": "stored", "key": key, "uri": place, **{name: file.get(name) for name in names}}
+        yield {"key": key, **{name: file.get(name) for name in ("name", "bytes", "sha256", "patches")}}
 
 
-def _packs(store: PatchStore, keys: Iterable[str]) -> pa.Table:
+def _files_of(store: PatchStore, entries: pa.Table) -> Iterator[pa.Table]:
+    """The files of slides with folders, in the order of the slides' keys."""
+    order = pc.sort_indices(entries["key"])  # which leaves a slide's files as they are
+    for start in range(0, len(order), BATCH):
+        some = entries.take(order[start : start + BATCH])
+        uris = pc.binary_join_element_wise(store.uri, some["key"], some["name"], "/")
+        columns: dict[str, Any] = {**{name: some[name] for name in some.column_names}, "uri": uris}
+        columns["role"] = pa.repeat("stored", len(some))
+        absent = (pa.nulls(len(some), field.type) for field in FILE_LEDGER)
+        arrays = [columns.get(field.name, none) for field, none in zip(FILE_LEDGER, absent, strict=True)]
+        yield pa.table(arrays, schema=FILE_LEDGER)
+
+
+def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
     """The packs that slides are in, with the patches of those slides."""
-    chosen = store.view.slides.take(store.view.slide_places(list(keys)).drop_null())
+    chosen = store.view.slides.select(["pack", "n_patches"]).take(store.view.slide_places(keys).drop_null())
     counts = chosen.filter(pc.is_valid(chosen["pack"])).group_by("pack").aggregate([("n_patches", "sum")])
     sizes = {name: version.size for name, version in files.list_versions(files.join(store.uri, PACKS)).items()}
     rows = [
@@ -139,21 +146,20 @@ def _packs(store: PatchStore, keys: Iterable[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=FILE_LEDGER)
 
 
-def _slides(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], commits: pa.Table) -> pa.Table:
-    columns: dict[str, Any] = {
-        name: [getattr(slide, name) for slide in slides] for name in ("slide_id", "patient_id", "uri")
-    }
-    columns |= {
-        name: [getattr(status, name) for status in statuses] for name in ("status", "key", "n_patches", "n_bad_tiles")
-    }
-    columns["reason"] = [_category(status) for status in statuses]
-    columns["message"] = [status.reason for status in statuses]
-    columns["traceback"] = [status.error for status in statuses]
-    places = pc.index_in(pa.array(columns["key"], pa.string()), value_set=commits["key"].combine_chunks())
-    found = commits.take(places)
-    columns |= {name: found[name] for name in _OF_COMMITS[1:]}
-    columns["rejects"] = pc.fill_null(columns["rejects"], "{}")
-    return pa.table([columns[name] for name in SLIDE_LEDGER.names], names=SLIDE_LEDGER.names).cast(SLIDE_LEDGER)
+def _slides(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], commits: pa.Table) -> Iterator[pa.Table]:
+    keys = commits["key"].combine_chunks()
+    for rows in _tables(_outcomes(slides, statuses), _OUTCOMES):
+        found = commits.take(pc.index_in(rows["key"], value_set=keys))
+        columns = {name: found[name] for name in _OF_COMMITS[1:]} | {name: rows[name] for name in rows.column_names}
+        columns["rejects"] = pc.fill_null(columns["rejects"], "{}")
+        yield pa.table([columns[name] for name in SLIDE_LEDGER.names], names=SLIDE_LEDGER.names).cast(SLIDE_LEDGER)
+
+
+def _outcomes(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus]) -> Iterator[dict[str, Any]]:
+    for slide, status in zip(slides, statuses, strict=True):
+        row = {name: getattr(slide, name) for name in ("slide_id", "patient_id", "uri")}
+        row |= {name: getattr(status, name) for name in ("status", "key", "n_patches", "n_bad_tiles")}
+        yield {**row, "reason": _category(status), "message": status.reason, "traceback": status.error}
 
 
 def _category(status: SlideStatus) -> str | None:
@@ -161,12 +167,12 @@ def _category(status: SlideStatus) -> str | None:
 
 
 def _sources(
-    slides: Sequence[CohortSlide], versions: Sequence[SourceVersion | None], statuses: Sequence[SlideStatus]
+    slides: Sequence[CohortSlide], versions: Iterable[SourceVersion | None], statuses: Sequence[SlideStatus]
 ) -> Iterator[dict[str, Any]]:
     for slide, version, status in zip(slides, versions, statuses, strict=True):
         row: dict[str, Any] = {"role": "source", "slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
-        if version is not None:
-            row |= {"bytes": version.size, "etag": version.etag, "mtime": version.mtime}
+        if (read := status.version or version) is not None:
+            row |= {"bytes": read.size, "etag": read.etag, "mtime": read.mtime}
         yield row
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import Columnar
 from pipeline.config.base import fingerprint
 from pipeline.errors import StorageError
 from pipeline.schema import INDEX, SCHEMA_VERSION
@@ -39,7 +40,9 @@ from pipeline.tiling.grid import cells_at
 
 UNFINISHED = "unfinished"
 """Folder beside those of the slides."""
-_DETAILS = ["error", "picture"]
+_DETAILS, _COUNTS = ["error", "picture"], ["n_patches", "n_bad_tiles"]
+_OUTCOME = ["id", "key", "status", "reason", "max_seconds", "max_gib", *_COUNTS]
+_ASKED = pa.schema([("asked", pa.string())])
 PLANS = "plans"
 """Folder below the root: a store of slides without parts (`commit.write_plan`)."""
 GIVEN = "given"
@@ -66,6 +69,8 @@ class SlideStatus:
     """A quarantined slide in small, a JPEG in base64, where it was seen before it was given up."""
     limits: tuple[float, float] | None = None
     """Where it was too expensive: the `tiling.max_seconds` and `tiling.max_slide_gib` that were not enough."""
+    version: SourceVersion | None = field(default=None, compare=False)
+    """Of the source as it was read, where it was; it may have been replaced since somebody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -192,54 +197,47 @@ class PatchStore(Shelf):
         return [source] if facts is None else [source, slide_row(facts)]
 
     def statuses(
-        self, slides: Sequence[CohortSlide], versions: Sequence[SourceVersion | None]
-    ) -> list[SlideStatus | None]:
+        self, slides: Sequence[CohortSlide], versions: Iterable[SourceVersion | None]
+    ) -> Iterator[SlideStatus | None]:
         """What became of these versions of the sources; None of one that was never tiled, or whose slide is gone."""
-        asked = [None if v is None else asked_digest(s, v) for s, v in zip(slides, versions, strict=True)]
+        digests = (None if v is None else asked_digest(s, v) for s, v in zip(slides, versions, strict=True))
+        asked = Columnar.of(((digest,) for digest in digests), _ASKED, str).table["asked"]
         places = self.view.source_places(asked)
-        sources = self._counted(self.view.sources.take(places.drop_null()))
+        sources = self._counted(self.view.sources.select(_OUTCOME).take(places.drop_null()))
         refused = sources.filter(pc.is_null(sources["key"]))["id"].combine_chunks()
         batches = self.catalogue.wide(self.view, _DETAILS, refused) if len(refused) else ()
         details = {row["id"]: row for rows in batches for row in rows.to_pylist()}
-        gone = set(self.gone(dict.fromkeys(sources["key"].drop_null().to_pylist())))
+        gone = set(self.gone(sources["key"].drop_null()))
         known = (row for batch in sources.to_batches(BATCH) for row in batch.to_pylist())
-        found: list[SlideStatus | None] = []
-        for slide, is_known in zip(slides, places.is_valid().to_pylist(), strict=True):
+        there = (is_known for batch in pc.is_valid(places).chunks for is_known in batch.to_pylist())
+        for slide, is_known in zip(slides, there, strict=True):
             row = next(known) if is_known else None
             if row is None or row["key"] in gone:
-                found.append(None)
+                yield None
             else:
-                found.append(SlideStatus(slide.slide_id, slide.uri, **outcome({**row, **details.get(row["id"], {})})))
-        return found
+                yield SlideStatus(slide.slide_id, slide.uri, **outcome({**row, **details.get(row["id"], {})}))
 
     def _counted(self, sources: pa.Table) -> pa.Table:
         """Sources with the counts of the slides that are there, which may have been made anew since."""
-        slides = self.view.slides.take(self.view.slide_places(sources["key"].to_pylist()))
-        for name in ("n_patches", "n_bad_tiles"):
+        slides = self.view.slides.select(_COUNTS).take(self.view.slide_places(sources["key"]))
+        for name in _COUNTS:
             place = sources.schema.get_field_index(name)
             sources = sources.set_column(place, name, pc.coalesce(slides[name], sources[name]))
         return sources
 
     def status(self, slide: CohortSlide, version: SourceVersion) -> SlideStatus | None:
         """Of one source; see `statuses`."""
-        return self.statuses([slide], [version])[0]
+        return next(self.statuses([slide], [version]))
 
-    def slides(self, keys: Sequence[str]) -> list[StoredSlide]:
+    def slides(self, keys: Sequence[str]) -> Columnar[StoredSlide]:
         """Committed slides.
 
         Raises:
             StorageError: one is not committed here, or gone.
         """
         self.require(dict.fromkeys(keys), "no committed slide; run the tile stage")
-        rows = self.view.slides.take(self.view.slide_places(keys)).to_pylist()
-        return [self._stored(row) for row in rows]
-
-    def _stored(self, row: Row) -> StoredSlide:
-        """The slide of a row of the catalogue."""
-        packed = row["pack"] is not None
-        uri = files.join(self.uri, PACKS, row["pack"]) if packed else files.join(self.uri, row["key"])
-        place = Place.of(row["place"]) if packed else None
-        return StoredSlide(uri=uri, key=row["key"], place=place, **stored(row))
+        rows = self.view.slides.drop_columns(["id"]).take(self.view.slide_places(keys))
+        return Columnar(rows, _Stored(self.uri, tuple(rows.column_names)))
 
     def slide(self, key: str) -> StoredSlide:
         """One of them; see `slides`."""
@@ -283,6 +281,21 @@ class PatchStore(Shelf):
 
     def _distrusted(self, key: str) -> str:
         return files.join(self.uri, UNFINISHED, key, "damaged")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Makes a slide of its row of the catalogue."""
+
+    uri: str
+    names: tuple[str, ...]
+
+    def __call__(self, *values: Any) -> StoredSlide:
+        row = dict(zip(self.names, values, strict=True))
+        packed = row["pack"] is not None
+        uri = files.join(self.uri, PACKS, row["pack"]) if packed else files.join(self.uri, row["key"])
+        place = Place.of(row["place"]) if packed else None
+        return StoredSlide(uri=uri, key=row["key"], place=place, **stored(row))
 
 
 def stored_slide(spec_uri: str, facts: Mapping[str, Any]) -> StoredSlide:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.errors import StorageError
 from pipeline.storage import files
 from pipeline.storage.listing import folder_names
-from pipeline.store.catalogue import Catalogue, Row, View
+from pipeline.store.catalogue import Catalogue, Row, Texts, View
 from pipeline.store.packs import PACKS, pack_uri, read_pack, without
 from pipeline.store.rows import stored_row
 
@@ -59,7 +59,7 @@ class Shelf:
 
     def forget_gone(self) -> None:
         """Take those slides out of the catalogue that are not there any more."""
-        if gone := self.gone(self.view.slides["key"].to_pylist()):
+        if gone := self.gone(self.view.slides["key"]):
             self.forget(gone)
 
     def take_out(self, keys: Collection[str]) -> None:
@@ -94,17 +94,19 @@ class Shelf:
         """Whether the slide is committed, and there."""
         return not self.gone([key])
 
-    def gone(self, keys: Iterable[str]) -> list[str]:
-        """Which of the slides are not committed, or whose folder or pack is not there any more."""
-        wanted = list(keys)
+    def gone(self, keys: Iterable[str] | pa.ChunkedArray) -> list[str]:
+        """Which of the slides are not committed, or whose folder or pack is not there any more, each once."""
+        wanted = pc.unique(keys if isinstance(keys, pa.ChunkedArray) else pa.array(list(keys), pa.string()))
         places = self.view.slide_places(wanted)
-        packs = iter(self.view.slides["pack"].take(places.drop_null()).to_pylist())
-        there = (
-            known
-            and (self._is_there(key, len(wanted)) if (pack := next(packs)) is None else pack in self._pack_files())
-            for key, known in zip(wanted, places.is_valid().to_pylist(), strict=True)
-        )
-        return [key for key, found in zip(wanted, there, strict=True) if not found]
+        packs = self.view.slides["pack"].take(places).combine_chunks()
+        packed = pc.is_valid(packs)
+        there = pc.is_in(packs, pa.array(self._pack_files(), pa.string())) if pc.any(packed).as_py() else packed
+        own = pc.and_(pc.is_valid(places), pc.invert(packed))
+        folders = wanted.filter(own)
+        found = [self._is_there(key.as_py(), len(folders)) for key in folders]
+        there = pc.replace_with_mask(there, own, pa.array(found, pa.bool_()))
+        gone: list[str] = wanted.filter(pc.invert(there)).to_pylist()
+        return gone
 
     def require(self, keys: Iterable[str], what: str) -> None:
         """StorageError where one of the slides is not there; `what` is missing, and what to do."""
@@ -114,10 +116,10 @@ class Shelf:
             if gone := self.gone(wanted):
                 raise StorageError(f"{files.join(self.uri, gone[0])}: {what}")
 
-    def all_facts(self, keys: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def all_facts(self, keys: Texts) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Key and all that its commit says, of each of these slides that is committed, in no order."""
-        chosen = self.view.slides.take(self.view.slide_places(list(keys)).drop_null())
-        for rows in self.catalogue.wide(self.view, ["key", "facts"], chosen["id"].combine_chunks()):
+        chosen = self.view.slides["id"].take(self.view.slide_places(keys).drop_null())
+        for rows in self.catalogue.wide(self.view, ["key", "facts"], chosen.combine_chunks()):
             for row in rows.to_pylist():
                 yield row["key"], json.loads(row["facts"])
 

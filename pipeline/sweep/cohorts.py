@@ -100,7 +100,7 @@ def _read(config: Config, model: SweepModel, name: str) -> SweptCohort:
         cohort = split_as_asked(config, cohort)
         slides = cohort.subset(asked.split)
     else:
-        slides = cohort.slides
+        slides = tuple(cohort.slides)
     if model.config.given_features:
         slides = tuple(located(config.cohort.model_copy(update={"uri": asked.uri}), slides))
     if not slides:

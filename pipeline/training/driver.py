@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 
-from pipeline.bags.sources import LabelledSource, content_of, slides_of
+from pipeline.bags.sources import LabelledSource, contents, slides_of
 from pipeline.cluster import Bundle, ended, of_training, require
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import PipelineError, ResourceError, StageError, TrackingError
@@ -87,7 +86,7 @@ def train(
     _note_seen(config, folder, [*slides, *validation])
     done = _earlier(folder, digest, tracker, run_id)
     if done is None or not done.is_last:
-        job = Job(config, tuple(slides), tuple(validation), digest, folder, tracker, run_id, lease)
+        job = Job(config, slides, validation, digest, folder, tracker, run_id, lease)
         done = _fit(job, done.step if done else 0)
     elif done.run_id is not None:  # its driver died after the last checkpoint, perhaps before its metrics were sent
         send_unsent(tracker, run_id, Journal(tracker, done.run_id, done.unsent).unsent)
@@ -104,11 +103,9 @@ def _note_seen(config: Config, folder: str, slides: Sequence[LabelledSource]) ->
     if config.train.begins_with is not None:
         return
     sources = [one for _, source in slides for one in slides_of(source)]
-    with ThreadPoolExecutor(16) as pool:  # they wait on the storage
-        contents = list(pool.map(content_of, sources))
-    keys = {source.key for source in sources}
+    keys = contents(config, sources) | {source.key for source in sources}
     patients = {Seen.patient(slide.patient_id) for slide, _ in slides}
-    write_json(join(folder, SEEN), Seen(frozenset({*contents, *keys}), frozenset(patients)).as_json())
+    write_json(join(folder, SEEN), Seen(frozenset(keys), frozenset(patients)).as_json())
 
 
 def _warn_of_threads(config: Config) -> None:
@@ -174,7 +171,7 @@ def _trainer(job: Job, failures: Failures, scratch: str) -> TorchTrainer:
         resources["GPU"] = cluster.gpus_per_worker
     return _Trainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job},  # put into Ray's object store once
         torch_config=_process_group(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,  # a range is elastic: as many as there is room for

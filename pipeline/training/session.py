@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -49,11 +49,11 @@ _GROWTH = 1.1  # of memory beyond what was tried, from which on the log says so
 
 @dataclass(frozen=True)
 class Job:
-    """All that a rank needs to know; travels by pickle."""
+    """All that a rank needs to know; travels by pickle, its slides as the columns of tables where they are many."""
 
     config: Config
-    train: tuple[LabelledSource, ...]
-    val: tuple[LabelledSource, ...]
+    train: Sequence[LabelledSource]
+    val: Sequence[LabelledSource]
     plan_digest: str
     folder: str
     """Of the run's checkpoints, a URI."""
@@ -260,23 +260,23 @@ class _Keeper:
 
 def training_slides(job: Job) -> Slides:
     """The loop's view of the training slides."""
-    tasks = job.config.tasks
-    weights = {task.name: class_weights(task, [slide.labels[task.name] for slide, _ in job.train]) for task in tasks}
+    tasks, settings = job.config.tasks, job.config.train
+    read = [(slide.slide_id, slide.labels, source.n_patches) for slide, source in job.train]  # made one after another
+    weights = {task.name: class_weights(task, [labels[task.name] for _, labels, _ in read]) for task in tasks}
     threads, feed = _threads(job), _feed(job)
 
     def bag(index: int, epoch: int) -> Bag:
         source = job.train[index][1]
-        settings = job.config.train
         augment = Augment(job.config.seed, epoch, source.key, settings.stain_jitter) if settings.augment else None
         if feed is not None:
             return feed.bag(index, threads=threads, augment=augment)
         return open_bag(source, threads=threads, augment=augment)
 
     slides = Slides(
-        sizes=[source.n_patches for _, source in job.train],
-        targets=[{task.name: target(task, slide.labels[task.name]) for task in tasks} for slide, _ in job.train],
+        sizes=[n_patches for _, _, n_patches in read],
+        targets=[{task.name: target(task, labels[task.name]) for task in tasks} for _, labels, _ in read],
         kinds={task.name: task.kind for task in tasks},
-        names=[slide.slide_id for slide, _ in job.train],
+        names=[slide_id for slide_id, _, _ in read],
         class_weights={name: torch.tensor(weight) for name, weight in weights.items() if weight is not None},
         bag=bag,
     )
@@ -290,9 +290,9 @@ def _threads(job: Job) -> int:
 
 def _feed(job: Job) -> Feed | None:
     """What streams the slides; None where they come from a store."""
-    slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
-    if not slides:
+    if not job.train or not isinstance(job.train[0][1], StreamedSlide):  # all of them are of one kind
         return None
+    slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
     from pipeline.bags.streaming import Feed  # Ray Data loads for seconds
 
     return Feed(slides, cpus=job.config.tiling.cpus, readers=job.config.cluster.readers_per_worker)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.columnar import Columnar
 from pipeline.config.base import fingerprint
 
 SHOWN = 20  # names of each kind; the others are counted
 _DIGITS = 8  # of a digest: one slide is compared with itself alone
 
-Items = Mapping[str, Mapping[str, Sequence[str]]]
-"""Part of an identity -> digest of each slide's id -> digest of what it is, and of its labels. Records outlive slides,
-and what is kept of a patient is erased on demand, so none of them names one."""
+Items = Mapping[str, str | Mapping[str, Sequence[str]]]
+"""Part of an identity -> its slides in their order, in base64 of 16 bytes each: digest of the id, of what the slide is,
+and of its labels. Of older releases an object of the same digests. Records outlive slides, and what is kept of a
+patient is erased on demand, so none of them names one."""
+
+_SLIDE = np.dtype([("slide", ">u8"), ("what", ">u4"), ("labels", ">u4")])
 
 
-def items(identity: Mapping[str, Any]) -> Items:
+def items(identity: Mapping[str, Any]) -> dict[str, str]:
     """The slides that an identity lists, as rows that begin with an id; labels are `Labels`."""
-    return {
-        part: {fingerprint(row[0]): _digests(row[1:]) for row in rows}
-        for part, rows in identity.items()
-        if _lists_slides(rows)
-    }
+    return {part: _written(rows) for part, rows in identity.items() if _lists_slides(rows)}
+
+
+def slides_of(known: Items, part: str) -> list[str]:
+    """The digests of the ids of a part's slides, ascending."""
+    return [f"{slide:016x}" for slide in np.sort(_read(known[part])["slide"]).tolist()]
 
 
 class Labels(dict[str, Any]):
@@ -32,19 +41,23 @@ def changes(part: str, before: Items, now: Items, ids: Iterable[str]) -> str:
     """The part's name, with what happened to its slides where both sides know them; of those in `ids` by name."""
     if part not in before or part not in now:
         return part
-    old, new = before[part], now[part]
-    both = [name for name in new if name in old]
+    old, new = _read(before[part]), _read(now[part])
+    _, places, olds = np.intersect1d(new["slide"], old["slide"], return_indices=True)
+    order = np.argsort(places)
+    both, then = new[places[order]], old[olds[order]]
+    same = both["what"] == then["what"]
     happened = {
-        "added": [name for name in new if name not in old],
-        "removed": [name for name in old if name not in new],
-        "changed": [name for name in both if old[name][0] != new[name][0]],
-        "relabelled": [name for name in both if old[name][0] == new[name][0] and old[name][1] != new[name][1]],
+        "added": new[~np.isin(new["slide"], old["slide"])],
+        "removed": old[~np.isin(old["slide"], new["slide"])],
+        "changed": both[~same],
+        "relabelled": both[same & (both["labels"] != then["labels"])],
     }
-    names = {fingerprint(slide_id): slide_id for slide_id in ids}
+    wanted = {slide for those in happened.values() for slide in those["slide"].tolist()}
+    names = {number: name for name in ids if wanted and (number := int(fingerprint(name), 16)) in wanted}
     told = [
-        f"{len(those):,} {what}{_shown([names[one] for one in those if one in names], len(those))}"
+        f"{len(those):,} {what}{_shown([names[one] for one in those['slide'].tolist() if one in names], len(those))}"
         for what, those in happened.items()
-        if those
+        if len(those)
     ]
     return f"{part} ({'; '.join(told) or 'in another order'})"
 
@@ -58,7 +71,23 @@ def _shown(names: Sequence[str], count: int) -> str:
 
 
 def _lists_slides(rows: object) -> bool:
+    if isinstance(rows, Columnar):
+        return True
     return isinstance(rows, list) and all(isinstance(row, list) and row and isinstance(row[0], str) for row in rows)
+
+
+def _written(rows: Iterable[Sequence[Any]]) -> str:
+    data = bytearray()
+    for row in rows:
+        data += bytes.fromhex(fingerprint(row[0]) + "".join(_digests(row[1:])))
+    return base64.b64encode(data).decode()
+
+
+def _read(slides: str | Mapping[str, Sequence[str]]) -> npt.NDArray[Any]:
+    if isinstance(slides, str):
+        return np.frombuffer(base64.b64decode(slides), _SLIDE)
+    rows = [(int(slide, 16), int(what, 16), int(labels, 16)) for slide, (what, labels) in slides.items()]
+    return np.array(rows, _SLIDE)
 
 
 def _digests(values: Sequence[Any]) -> tuple[str, str]:

@@ -25,14 +25,14 @@ def stages_for(config: Config, last: str) -> list[Stage]:
 
 
 def _identity(space: Workspace) -> Mapping[str, Any]:
-    keys: Mapping[str, str] = space.records["tile"].facts["keys"]
-    return {"store": feature_store(space.config)[0].uri, "slides": sorted(set(keys.values()))}
+    keys = space.records["tile"].tiled["key"].to_pylist()
+    return {"store": feature_store(space.config)[0].uri, "slides": sorted(set(keys))}
 
 
 def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     config = space.config
     store, settings = feature_store(config)
-    slides = stored_slides(patch_store(config), space.records["tile"].facts["keys"].values())
+    slides = stored_slides(patch_store(config), space.records["tile"].tiled["key"].to_pylist())
     for edge in {slide.patch_px for slide in slides}:
         check_encoder("embed.encoder", settings.encoder, edge)
     least, most = config.cluster.fewest_workers, config.cluster.most_workers
@@ -55,8 +55,7 @@ def _embed(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
 
 def _outdated(space: Workspace, _record: Record) -> str | None:
     """Slides whose features are not whole in the store any more; those alone are then made again."""
-    keys: Mapping[str, str] = space.records["tile"].facts["keys"]
-    return gone_from("features", keys, feature_store(space.config)[0].gone)
+    return gone_from("features", space.records["tile"].tiled, feature_store(space.config)[0].gone)
 
 
 EMBED = Stage("embed", _identity, _embed, _outdated)

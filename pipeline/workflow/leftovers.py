@@ -22,6 +22,7 @@ from pipeline.store.packs import PACKS
 from pipeline.store.patches import APART, UNFINISHED
 from pipeline.store.repair import SOURCES
 from pipeline.store.shelf import Shelf
+from pipeline.workflow.stage import Record
 
 DAY_S = 86_400.0
 _FOLDERS = ("train", "reports", "ledger")
@@ -117,10 +118,10 @@ def _named(root: str) -> _Named:
     named = _Named()
     for name in list_names(join(root, "stages")):
         if name.endswith(".json"):
-            record = read_json(join(root, "stages", name))
-            named.outputs |= set(record["outputs"].values())
-            if "store" in record["outputs"]:
-                named.keys[record["outputs"]["store"]] |= set(record["facts"]["keys"].values())
+            record = Record(**read_json(join(root, "stages", name)))
+            named.outputs |= set(record.outputs.values())
+            if "store" in record.outputs:
+                named.keys[record.outputs["store"]].update(record.tiled["key"].to_pylist())
     return named
 
 

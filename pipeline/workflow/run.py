@@ -137,10 +137,11 @@ def plan(config: Config, last: str = "register") -> list[Planned]:
             planned.append(Planned(stage.name, "unknown", f"needs {planned[-1].stage}", None))
             continue
         identity = stage.identity(space)
-        record, why = _find(space, stage, identity)
+        stage_fingerprint = fingerprint(identity)
+        record, why = _find(space, stage, identity, stage_fingerprint)
         if record is not None:
             space.records[stage.name] = record
-        planned.append(Planned(stage.name, "run" if record is None else "skip", why, fingerprint(identity)))
+        planned.append(Planned(stage.name, "run" if record is None else "skip", why, stage_fingerprint))
     return planned
 
 
@@ -153,7 +154,8 @@ def finished(config: Config, last: str) -> Record:
     cohort = load_cohort(config, needs_labels=last not in ("tile", "embed"))
     space = Workspace(config, cohort, _no_tracker, _no_ray, {})
     for stage in stages_for(config, last):
-        record, why = _find(space, stage, stage.identity(space))
+        identity = stage.identity(space)
+        record, why = _find(space, stage, identity, fingerprint(identity))
         if record is None:
             raise StageError(f"{config.name}: the stage {stage.name} has to run first ({why}); use `pipeline {last}`")
         space.records[stage.name] = record
@@ -238,7 +240,7 @@ def _no_ray() -> None:
 def _bring_up(stage: Stage, space: Workspace, tracking: Tracking, last: str) -> StageResult:
     identity = stage.identity(space)
     stage_fingerprint = fingerprint(identity)
-    found, why = _find(space, stage, identity)
+    found, why = _find(space, stage, identity, stage_fingerprint)
     if found is not None:
         log.info("%s: %s (%s)", stage.name, why, stage_fingerprint)
         return StageResult(found, "skipped")
@@ -287,9 +289,11 @@ def _record_uri(config: Config, stage: str, stage_fingerprint: str) -> str:
     return join(config.storage.root, "stages", f"{stage}-{stage_fingerprint}.json")
 
 
-def _find(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> tuple[Record | None, str]:
+def _find(
+    space: Workspace, stage: Stage, identity: Mapping[str, Any], stage_fingerprint: str
+) -> tuple[Record | None, str]:
     """The record of a finished stage that still holds, and why it is skipped; or None, and why it has to run."""
-    uri = _record_uri(space.config, stage.name, fingerprint(identity))
+    uri = _record_uri(space.config, stage.name, stage_fingerprint)
     if not exists(uri):
         return None, _changes(space, stage, identity)
     record = Record(**read_json(uri))
@@ -315,12 +319,22 @@ def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str
     records = _records(space.config, stage.name)
     if not records:
         return "never done before"
-    newest = max(records, key=lambda record: float(record.facts["finished"]))
+    newest = max(records, key=_finished)
     before: Mapping[str, str] = newest.facts["identity"]
     known, now = newest.facts.get("items", {}), items(identity)
     ids = {slide.slide_id for slide in space.cohort.slides}
     if space.config.cohort.bag == "patient":
         ids |= {slide.patient_id for slide in space.cohort.slides}
-    ids |= {slide_id for record in _records(space.config, "tile") for slide_id in record.facts["keys"]}
+    ids.update(*map(_named, sorted(_records(space.config, "tile"), key=_finished)[-2:]))  # who is gone since was there
     changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"
+
+
+def _finished(record: Record) -> float:
+    return float(record.facts["finished"])
+
+
+def _named(record: Record) -> list[str]:
+    """The slides of a tile stage whose ledger is still there, by id."""
+    there = all(exists(record.outputs[name]) for name in ("ledger_slides",) if name in record.outputs)
+    return list(record.tiled["slide_id"].to_pylist()) if there else []

@@ -16,21 +16,24 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import cluster, telemetry
 from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.bags.streamed import planned_keys
 from pipeline.cohort.splits import check_apart
+from pipeline.columnar import Columnar
 from pipeline.config.recipe import Config
-from pipeline.errors import DataBudgetError, PlanError, SlideError, StageError
+from pipeline.errors import DataBudgetError, PlanError, StageError
 from pipeline.inference.operating import thresholds
+from pipeline.ingest.statuses import as_columns
 from pipeline.ingest.tiler import TRANSIENT, allows_more
-from pipeline.ingest.versions import Looked
+from pipeline.ingest.versions import known
 from pipeline.model.folder import WEIGHTS
 from pipeline.progress import progress
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import SourceVersion, join, read_bytes, source_version, write_bytes
+from pipeline.storage.files import join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import asked_digest
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SAMPLED, _FEW_PICTURES = 2000, 3  # of more slides the page shows few: each costs some 8 requests, and qc shows more
+_ASKED = pa.schema([("slide_id", pa.string()), ("asked", pa.string())])
 _DEFAULT_BAD_SHARE = 0.05  # of the cohort's slides, at least one, when tiling.max_bad_slides is null
 
 
@@ -54,21 +58,16 @@ def _tile_identity(space: Workspace) -> Mapping[str, Any]:
     if images is not None:
         names = [[slide.slide_id, slide.uri] for slide in slides]
         return {"grid": space.config.tiling.fingerprint(), "files": source_versions(images), "slides": names}
-    found = zip(slides, _known(space.versions), strict=True)
-    rows = [[slide.slide_id, asked_digest(slide, version)] for slide, version in found]
-    return {"store": patch_store(space.config).uri, "slides": rows}
-
-
-def _known(versions: Sequence[Looked]) -> list[SourceVersion | None]:
-    """Each source's version; None where it cannot be read, which the tile stage then reports by slide."""
-    return [None if isinstance(version, SlideError) else version for version in versions]
+    found = zip(slides, known(space.versions), strict=True)  # which cannot be read the stage reports by slide
+    rows = ([slide.slide_id, asked_digest(slide, version)] for slide, version in found)
+    return {"store": patch_store(space.config).uri, "slides": Columnar.of(rows, _ASKED, lambda *row: list(row))}
 
 
 def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     config, slides = space.config, space.cohort.slides
     outputs = {"ledger": join(config.storage.root, "stages", f"tile-{stage_fingerprint}-slides.csv")}
     if config.cohort.megapixel_mnist is not None:  # nothing to cut: patches are drawn when they are asked for
-        statuses = image_statuses(config, slides)
+        statuses: Sequence[SlideStatus] = image_statuses(config, slides)
     elif config.given_features:
         statuses = index_features(space)
         outputs["store"] = patch_store(config).uri
@@ -79,25 +78,28 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         outputs["store"] = store.uri
         outputs |= _review(config, store, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
-        outputs |= write_ledger(store, slides, _known(space.versions), statuses, folder)
-    write_bytes(outputs["ledger"], ledger_csv(statuses))
+        outputs |= write_ledger(store, slides, known(space.versions), statuses, folder)
+    listed = ledger_csv(statuses)
+    write_bytes(outputs["ledger"], listed)
     tracker = space.tracker()
-    tracker.log_text(run_id, ledger_csv(statuses).decode(), "slides.csv")
+    tracker.log_text(run_id, listed.decode(), "slides.csv")
     if "quality" in outputs:
         tracker.log_text(run_id, read_bytes(outputs["quality"]).decode(), "quality.html")
+    held = as_columns(statuses)
+    bad = list(held.filter(pc.equal(held.table["status"], "quarantined")))
     metrics = {
-        "slides": float(len(statuses)),
-        "slides_quarantined": float(sum(s.status == "quarantined" for s in statuses)),
-        "patches": float(sum(s.n_patches for s in statuses)),
-        "bad_tiles": float(sum(s.n_bad_tiles for s in statuses)),
+        "slides": float(len(held)),
+        "slides_quarantined": float(len(bad)),
+        "patches": float(pc.sum(held.table["n_patches"]).as_py() or 0),
+        "bad_tiles": float(pc.sum(held.table["n_bad_tiles"]).as_py() or 0),
     }
     tracker.log_metrics(run_id, metrics, 0)
-    _check_budget(config, statuses, outputs["ledger"])
-    keys = {s.slide_id: s.key for s in statuses if s.status == "committed"}
-    # A missing file changes the stage's identity when it appears; the other transient reasons do not show there.
-    passing = TRANSIENT - {"missing", "directory"}
-    again = [s.slide_id for s in statuses if (s.reason or "").partition(":")[0] in passing]
-    facts = {"keys": keys, "try_again": again, "too_expensive": [s.limits for s in statuses if s.limits is not None]}
+    _check_budget(config, bad, len(held), outputs["ledger"])
+    passing = TRANSIENT - {"missing", "directory"}  # a file that appears changes the stage's identity
+    again = [s.slide_id for s in bad if (s.reason or "").partition(":")[0] in passing]
+    facts: dict[str, Any] = {"try_again": again, "too_expensive": [s.limits for s in bad if s.limits is not None]}
+    if "ledger_slides" not in outputs:
+        facts["keys"] = {s.slide_id: s.key for s in statuses if s.status == "committed"}
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
 
 
@@ -105,7 +107,8 @@ def _review(
     config: Config, store: PatchStore, statuses: Sequence[SlideStatus], stage_fingerprint: str
 ) -> dict[str, str]:
     """The quality page; it stands even where too many slides are bad and the stage fails."""
-    from pipeline.results.quality import PICTURES, quality_rows, write_quality
+    from pipeline.results.quality import PICTURES, write_quality
+    from pipeline.results.quality_rows import quality_rows
 
     folder = join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
     pictures = PICTURES if len(statuses) <= _SAMPLED else _FEW_PICTURES
@@ -115,7 +118,7 @@ def _review(
     return outputs
 
 
-def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
+def _tile_slides(space: Workspace, ledger: str) -> Sequence[SlideStatus]:
     """Tile the cohort on Ray, and say how far it is; `ledger` is where all slides will be listed."""
     from pipeline.ingest.graph import tile_cohort  # Ray Data loads in seconds; only when there is work
 
@@ -158,19 +161,19 @@ def _tile_slides(space: Workspace, ledger: str) -> list[SlideStatus]:
 
 def _tiles_outdated(space: Workspace, record: Record) -> str | None:
     """Slides that are not in the store any more, or may take more now; those alone are tiled again."""
-    config, keys = space.config, record.facts["keys"]
+    config = space.config
     if config.cohort.megapixel_mnist is not None:
         return None
     if any(allows_more(config.tiling, limits) for limits in record.facts.get("too_expensive", ())):
         return "slides that were too expensive may take more now"
     store = patch_store(config)
-    gone = gone_from("store", keys, store.gone)
-    return _plans_outdated(space, store, keys) if gone is None and config.planned else gone
+    gone = gone_from("store", record.tiled, store.gone)
+    return _plans_outdated(space, store, record) if gone is None and config.planned else gone
 
 
-def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]) -> str | None:
+def _plans_outdated(space: Workspace, plans: PatchStore, record: Record) -> str | None:
     """Slides last planned from another version of their files, as by another job: `open_streamed` refuses them."""
-    slides = space.cohort.slides
+    slides, keys = space.cohort.slides, record.keys
     current = planned_keys(plans, slides, space.versions)
     others = sorted(s.slide_id for s, key in zip(slides, current, strict=True) if keys.get(s.slide_id, key) != key)
     return f"{len(others)} slides were planned from another version: {', '.join(others[:5])}" if others else None
@@ -179,21 +182,21 @@ def _plans_outdated(space: Workspace, plans: PatchStore, keys: Mapping[str, str]
 def ledger_csv(statuses: Sequence[SlideStatus]) -> bytes:
     """One row a slide: status, reason, counts."""
     columns = ("slide_id", "uri", "status", "reason", "n_patches", "n_bad_tiles", "key")
-    return table_csv(pa.table({name: pa.array([getattr(s, name) for s in statuses]) for name in columns}))
+    return table_csv(as_columns(statuses).table.select(columns))
 
 
-def _check_budget(config: Config, statuses: Sequence[SlideStatus], ledger: str) -> None:
-    bad = [s for s in statuses if s.status == "quarantined"]
+def _check_budget(config: Config, bad: Sequence[SlideStatus], slides: int, ledger: str) -> None:
+    """DataBudgetError where more of the slides are bad than may be."""
     allowed = config.tiling.max_bad_slides
     if allowed is None:
-        allowed = max(1, int(_DEFAULT_BAD_SHARE * len(statuses)))
+        allowed = max(1, int(_DEFAULT_BAD_SHARE * slides))
     if len(bad) > allowed:
         lines = "\n".join(f"  - {s.slide_id} ({s.uri}): {s.reason}" for s in bad[:SHOWN])
         if len(bad) > SHOWN:
             lines += f"\n  and {len(bad) - SHOWN:,} more, all in {ledger}"
         raise DataBudgetError(
-            f"{len(bad)} of {len(statuses)} slides are quarantined and {allowed} are allowed:\n{lines}\n"
-            f"The other {len(statuses) - len(bad)} are committed and kept. Mend or remove the bad ones, "
+            f"{len(bad)} of {slides} slides are quarantined and {allowed} are allowed:\n{lines}\n"
+            f"The other {slides - len(bad)} are committed and kept. Mend or remove the bad ones, "
             f"or set tiling.max_bad_slides={len(bad)}"
         )
 
@@ -227,7 +230,7 @@ def _version_of_file(weights: str | None) -> Mapping[str, Any] | None:
 def _train(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     from pipeline.training.driver import train
 
-    check_apart(space.cohort, space.records["tile"].facts["keys"])
+    check_apart(space.cohort, space.records["tile"].keys)
     slides, validation = space.stored("train"), space.stored("val")
     if not validation:
         log.warning(
@@ -298,7 +301,7 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     from pipeline.results.report import render_report
 
     config, tracker = space.config, space.tracker()
-    check_apart(space.cohort, space.records["tile"].facts["keys"])
+    check_apart(space.cohort, space.records["tile"].keys)
     slides = space.stored(config.evaluate.split)
     tracker.log_dataset(run_id, "cohort", space.cohort.digest, space.cohort.uri, "evaluation")
     space.ray()

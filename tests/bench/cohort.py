@@ -1,7 +1,8 @@
 """How a cohort's cost grows: `python -m tests.bench.cohort --sizes 1000 10000 100000`, in minutes; --s3 takes longer.
 
 For each size a store in which every slide is committed: one slide is tiled, its folder and its rows of the catalogue
-are cloned, and the cohort's files are hard links of its file. Then, each in a process of its own:
+are cloned, and the cohort's files are hard links of its file; with --packed it is in a pack, and the rows alone are
+cloned, as of a million small images. Then, each in a process of its own:
 
 - *known*: the tile stage of a cohort that the store knows and no stage recorded, which writes page, ledgers and record
 - *nothing*: the same command again
@@ -37,10 +38,12 @@ from PIL import Image
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.compose import load_config
-from pipeline.ingest.tiler import store_slide
+from pipeline.config.recipe import Config
+from pipeline.ingest.group import Group
+from pipeline.ingest.tiler import ReadSlide, read_slide, store_slide
 from pipeline.storage.files import SourceVersion
 from pipeline.store.catalogue import Catalogue, Row
-from pipeline.store.patches import PatchStore
+from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import slide_row, source_row
 from tests.faults import faulty_s3
 from tests.s3 import serve_s3
@@ -87,30 +90,45 @@ class Place:
         ]
 
 
-def write_study(place: Place, count: int) -> None:
-    """A cohort all of whose slides are committed."""
+def write_study(place: Place, count: int, *, packed: bool = False) -> None:
+    """A cohort all of whose slides are committed, each in a folder of its own or all in one pack."""
     (place.folder / "slides").mkdir(parents=True)
     Image.fromarray(tissue_rgb(EDGE, EDGE)).save(place.folder / "first.jpg", quality=85)
     config = load_config("default", Place(place.folder, str(place.folder)).overrides())
     assert config.storage.patches is not None
     first = CohortSlide("first", str(place.folder / "first.jpg"), "p", None, None, {}, {})
-    status = store_slide(first, config.tiling, config.storage.patches)
-    assert status.key is not None, status.error
     store = PatchStore(config.storage.patches, config.tiling.fingerprint())
+    status = _in_a_pack(first, config, store) if packed else store_slide(first, config.tiling, config.storage.patches)
+    assert status.key is not None, status.error
+    store.look_again()
     facts = store.facts(status.key)
+    (known,) = store.view.slides.to_pylist()
     shutil.rmtree(Path(store.catalogue.uri))
     rows: list[Row] = []
     for number, (slide, version) in enumerate(_cloned(place, count)):
         key = hashlib.sha256(slide.slide_id.encode()).hexdigest()[:32]
-        _clone_folder(Path(store.uri), status.key, key, whole=number < REAL or number >= count - REAL)
+        if not packed:
+            _clone_folder(Path(store.uri), status.key, key, whole=number < REAL or number >= count - REAL)
         rows.append(source_row(slide, version, {**asdict(status), "key": key}, None))
-        rows.append(slide_row({**facts, "key": key}))
+        rows.append(slide_row({**facts, "key": key}, known["pack"], known["place"]))
         if len(rows) >= FILE_ROWS:
             Catalogue(store.uri).append(rows)
             rows = []
     Catalogue(store.uri).append(rows)
-    shutil.rmtree(Path(store.uri, status.key))
+    if not packed:
+        shutil.rmtree(Path(store.uri, status.key))
     write_cohort(place, count)
+
+
+def _in_a_pack(slide: CohortSlide, config: Config, store: PatchStore) -> SlideStatus:
+    """Tile a slide as a task does that has others to put beside it."""
+    assert config.storage.patches is not None
+    read, _ = read_slide(slide, Path(slide.uri).stat().st_size, config.tiling, config.storage.patches)
+    assert isinstance(read, ReadSlide)
+    group = Group(store, np.empty(0, "S32"))
+    group.add(0, read)
+    ((_, status),) = group.commit()
+    return status
 
 
 def _cloned(place: Place, count: int) -> Iterator[tuple[CohortSlide, SourceVersion]]:
@@ -171,10 +189,10 @@ def _kind(method: str, path: str) -> str:
     return "LIST" if method == "GET" and "list-type=2" in urlsplit(path).query else method
 
 
-def study(count: int, *, s3: bool) -> list[Cost]:
+def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
     """All commands on one cohort."""
     with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
-        write_study(place, count)
+        write_study(place, count, packed=packed)
         costs = [measured(step, count, place, env, seen) for step in STEPS[:-1]]
         Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
         write_cohort(place, count + 1)
@@ -224,8 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--s3", action="store_true", help="on a real S3 server behind a counting proxy")
+    parser.add_argument("--packed", action="store_true", help="small images in packs")
     chosen = parser.parse_args(arguments)
-    costs = [cost for size in chosen.sizes for cost in study(size, s3=chosen.s3)]
+    costs = [cost for size in chosen.sizes for cost in study(size, s3=chosen.s3, packed=chosen.packed)]
     print(report(costs))
     print(json.dumps([asdict(cost) for cost in costs]))
 

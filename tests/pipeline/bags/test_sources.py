@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ips.bag import Bag
 from ips.selection.transfer import arrived
 from pipeline.bags.augment import Augment
 from pipeline.bags.images import cohort_csv
-from pipeline.bags.sources import LabelledSource, content_of, image_statuses, open_bag, open_sources, prepared
+from pipeline.bags.sources import LabelledSource, content_of, contents, image_statuses, open_bag, open_sources, prepared
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
@@ -50,7 +51,7 @@ def _config(root: Path, digits: Path, *overrides: str) -> Config:
     return load_config("megapixel_mnist", [*small, *overrides], CONF)
 
 
-def _sources(config: Config) -> list[LabelledSource]:
+def _sources(config: Config) -> Sequence[LabelledSource]:
     images = config.cohort.megapixel_mnist
     assert images is not None
     uri = Path(config.cohort.uri)
@@ -113,6 +114,9 @@ def test_a_slide_in_a_pack_has_the_content_that_it_has_in_a_folder(tmp_path: Pat
     written = [json.loads((Path(source.uri) / "slide.json").read_text())["content"] for source in folders]
     assert [content_of(source) for source in packed] == [content_of(source) for source in folders] == written
     assert len({*written, *(source.key for source in folders)}) == 6
+    for kind, sources in (("folders", folders), ("packs", packed)):
+        config = small_config(storage={"root": str(tmp_path), "patches": str(tmp_path / kind)})
+        assert contents(config, sources[1:]) == set(written[1:])
 
 
 def test_images_are_evaluated_shown_and_predicted_like_slides(tmp_path: Path, digits: Path) -> None:

@@ -103,9 +103,9 @@ def test_parquet_types(tmp_path: Path) -> None:
 def test_series_are_whole_numbers(tmp_path: Path) -> None:
     cohort = read_cohort(write(tmp_path, "slide_id,uri,series\na,x.tif,0\nb,x.tif,2\nc,x.tif,\n"))
     assert [(slide.series, dict(slide.extra)) for slide in cohort.slides] == [(0, {}), (2, {}), (None, {})]
-    found = problems(write(tmp_path, "slide_id,uri,series\na,x,-1\nb,x,1.5\nc,x,first\nd,x,inf\n"), [])
+    found = problems(write(tmp_path, "slide_id,uri,series\na,x,-1\nb,x,1.5\nc,x,first\nd,x,inf\ne,x,1e30\n"), [])
     assert found[0] == "row 2: series '-1' is no whole number from 0; write the number of the file's image, as in 1"
-    assert [line.partition(":")[0] for line in found] == ["row 2", "row 3", "row 4", "row 5"]
+    assert [line.partition(":")[0] for line in found] == ["row 2", "row 3", "row 4", "row 5", "row 6"]
 
 
 def test_without_tasks_labels_are_extra(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -19,19 +23,21 @@ from PIL import Image
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import StorageError
+from pipeline.ingest import graph
 from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.storage import files
 from pipeline.store.patches import SlideStatus
 from tests.bench.canvas import repeat, write_canvas
-from tests.pipeline.tiled import RGB, SPEC, row, spoilt, what_is_stored
+from tests.pipeline.tiled import RGB, SPEC, row, small_tasks, spoilt, what_is_stored
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
 
+Task = Callable[[dict[str, bytes], graph._Job], Iterator[dict[str, Any]]]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
 
-def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> list[SlideStatus]:
+def tile(slides: list[CohortSlide], store: Path, spec: TilingConfig = SPEC) -> Sequence[SlideStatus]:
     seen: list[SlideStatus] = []
     statuses = tile_cohort(slides, spec, str(store), cpus=1, on_status=seen.append)
     assert sorted(s.slide_id for s in seen) == sorted(slide.slide_id for slide in slides)
@@ -106,6 +112,29 @@ def test_a_cohort_on_ray(good: Path, tmp_path: Path, store: Path, ray_session: N
     assert again[2].status == "committed"
     assert [s for i, s in enumerate(again) if i != 2] == [s for i, s in enumerate(statuses) if i != 2]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_large_slides_are_committed_together(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(task: Task, items: Iterable[bytes], job: graph._Job) -> Iterator[tuple[int, object]]:
+        for item in items:
+            for found in task({"item": item}, job):
+                assert found["failure"] is None
+                yield found["number"], pickle.loads(found["outcome"])
+
+    monkeypatch.setattr(graph, "_run", here)
+    small_tasks(monkeypatch.setattr)
+    paths = [write_pyramid(tmp_path / f"{seed}.tiff", tissue_rgb(613, 487, seed=seed), levels=2) for seed in range(3)]
+    begun = {number: begin_slide(row(path), SPEC, str(store), whole=False) for number, path in enumerate(paths)}
+    large = {number: slide for number, slide in begun.items() if isinstance(slide, LargeSlide)}
+    assert len(large) == 3
+    for together, names in ((2, 2), (64, 3)):  # those of the first round are found, and recorded again
+        monkeypatch.setattr(graph, "TOGETHER", together)
+        statuses = dict(
+            graph._tile_large(large, graph._Job("run", SPEC, str(store), 1, True, lambda: np.empty(0, "S32")))
+        )
+        assert [statuses[number].status for number in range(3)] == ["committed"] * 3
+        assert len(list(store.glob("*/catalogue/*"))) == names
+    assert {row(path).slide_id for path in paths} == {status.slide_id for status in statuses.values()}
 
 
 @pytest.mark.ray
@@ -215,6 +244,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
+from pipeline.ingest import graph
 from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.tiler import store_slide
 path, store = sys.argv[1:]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import child, isolated, tiler
 from pipeline.ingest.child import DiedError, LimitError
@@ -50,11 +51,16 @@ def test_a_slide_that_is_too_expensive_is_tried_again_where_it_may_cost_more(cos
     patches = PatchStore(store, spec.fingerprint())
     slides = [row(costly)]
     versions = look_at(slides, spec)
-    assert _look_up(slides, versions, spec, patches) == ({0: first}, {})  # free where nothing changed
+
+    def found(given: TilingConfig) -> tuple[list[tuple[int, SlideStatus]], list[int]]:
+        fresh: list[int] = []
+        return list(_look_up(slides, versions, given, patches, fresh)), fresh
+
+    assert found(spec) == ([(0, first)], [])  # free where nothing changed
     less = spec.model_copy(update={"max_seconds": 0.1})
-    assert _look_up(slides, versions, less, patches) == ({0: first}, {})
+    assert found(less) == ([(0, first)], [])
     more = spec.model_copy(update={"max_seconds": 0.3})
-    assert _look_up(slides, versions, more, patches) == ({}, {0: versions[0]})
+    assert found(more) == ([], [0])
     again = store_slide(row(costly), more, store)
     assert again.limits == (0.3, 2.0)
     assert more.fingerprint() == spec.fingerprint()

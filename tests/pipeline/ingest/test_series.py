@@ -18,7 +18,8 @@ from PIL import Image
 from pipeline.bags.streamed import plan_root
 from pipeline.cohort.table import CohortSlide
 from pipeline.ingest.tiler import begin_slide, store_slide
-from pipeline.results.quality import quality_csv, quality_page, quality_rows
+from pipeline.results.quality import quality_page
+from pipeline.results.quality_rows import quality_csv, quality_rows
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 from pipeline.store.verify import verify_store
 from tests.pipeline.tiled import RGB, SPEC, open_plan, row
@@ -84,7 +85,8 @@ def test_two_series_of_a_file_are_two_slides(sections: Path, tmp_path: Path) -> 
     report = verify_store(str(tmp_path), 1, lambda done, total: None)
     assert (report.slides, report.damage, report.leftovers) == (2, [], [])
     store.look_again()
-    assert sorted(store.view.sources["series"].to_pylist(), key=str) == [0, 1, None]
+    sources = store.catalogue.wide(store.view, ["series"], store.view.sources["id"].combine_chunks())
+    assert sorted((row["series"] for rows in sources for row in rows.to_pylist()), key=str) == [0, 1, None]
 
 
 def test_naming_what_is_taken_anyway_makes_no_other_slide(tmp_path: Path) -> None:

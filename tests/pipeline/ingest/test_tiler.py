@@ -255,7 +255,7 @@ def test_a_mended_copy_of_a_large_slide_gets_its_patches_back(
         assert store_it(row(path), spec, str(store)) == status
     slides = [row(path) for path in paths]
     versions = [version_of(slide, spec) for slide in slides]
-    assert PatchStore(str(store), spec.fingerprint()).statuses(slides, versions) == [worst, better, whole]
+    assert list(PatchStore(str(store), spec.fingerprint()).statuses(slides, versions)) == [worst, better, whole]
 
 
 def test_a_worse_copy_of_a_large_slide_keeps_the_stored_patches(

@@ -29,9 +29,9 @@ def test_what_a_model_learned_from_is_recorded_or_read_off_its_training(tmp_path
     root = str(tmp_path)
     assert read_trained(root, None) is None
     assert read_trained(root, "abc") is None
-    facts = {"learned": LEARNED, "items": {"train": {"d2": ["x", "y"], "d1": ["x", "y"]}}}
+    facts = {"learned": LEARNED, "items": {"train": {f"{slide:016x}": ["0" * 8, "1" * 8] for slide in (2, 1)}}}
     write_json(f"{root}/stages/train-abc.json", {"facts": facts})
-    assert read_trained(root, "abc") == Trained(LEARNED, ["d1", "d2"], None)
+    assert read_trained(root, "abc") == Trained(LEARNED, [f"{slide:016x}" for slide in (1, 2)], None)
     write_json(f"{root}/stages/train-old.json", {"facts": {}})
     assert read_trained(root, "old") is None
     whole = Trained(LEARNED, ["d1"], {"d1": ["p", "v", "g", "l"]})

@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,18 +20,8 @@ from PIL import Image
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.ingest.tiler import store_slide
-from pipeline.results.quality import (
-    PICTURES,
-    ROWS,
-    _mpp_source,
-    chosen,
-    look_up,
-    quality_csv,
-    quality_page,
-    quality_rows,
-    write_outlines,
-    write_quality,
-)
+from pipeline.results.quality import PICTURES, chosen, quality_page, write_outlines, write_quality
+from pipeline.results.quality_rows import ROWS, look_up, quality_csv, quality_rows
 from pipeline.store.patches import PatchStore, SlideStatus
 from tests.pipeline import tiled as slides
 from tests.pipeline.results.test_report import Page
@@ -86,21 +75,6 @@ def test_page_table_and_outlines(tiled: tuple[PatchStore, list[SlideStatus]], tm
     (feature,) = json.loads(outlines[0].read_text())["features"]
     xs = [x for x, _ in feature["geometry"]["coordinates"][0]]
     assert (min(xs), max(xs)) == (pytest.approx(5, abs=2), pytest.approx(170, abs=2))
-
-
-@pytest.mark.parametrize(
-    ("mpp", "stated", "source"),
-    [
-        (None, [0.5, 0.5], "none"),
-        (0.5, [0.5, 0.5], "file"),
-        (math.sqrt(0.5 * 0.501), [0.5, 0.501], "file"),
-        (0.25, [0.5, 0.5], "cohort or config"),
-        (0.5, None, "cohort or config"),
-        (0.5, [0.25, 0.5], "cohort or config; not square in the file, 0.25 x 0.5"),
-    ],
-)
-def test_who_stated_the_microns(mpp: float | None, stated: list[float] | None, source: str) -> None:
-    assert _mpp_source(mpp, stated) == source
 
 
 def test_the_threshold_is_shown_with_the_histogram(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:

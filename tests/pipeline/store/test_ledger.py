@@ -7,14 +7,19 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SlideError
-from pipeline.ingest.tiler import store_slide
+from pipeline.ingest.group import Group
+from pipeline.ingest.isolated import read_slide
+from pipeline.ingest.statuses import numbered
+from pipeline.ingest.tiler import ReadSlide, store_slide
 from pipeline.ingest.versions import look_at
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
+from pipeline.storage.files import SourceVersion
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import PatchStore, SlideStatus
 from tests.pipeline.small import pack_slides, small_config, write_cohort
@@ -117,3 +122,21 @@ def test_packs_are_files_too(tmp_path: Path) -> None:
     data = Path(pack["uri"]).read_bytes()
     assert (pack["bytes"], pack["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert pack["patches"] == sum(stored.n_patches for _, stored in pairs)
+
+
+def test_a_file_that_was_replaced_meanwhile_has_the_version_that_was_read(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", RGB, levels=2)
+    slide = row(path)
+    (asked,) = look_at([slide], SPEC)
+    assert isinstance(asked, SourceVersion)
+    write_pyramid(path, RGB[:-7], levels=2)
+    (now,) = look_at([slide], SPEC)
+    found, rows = read_slide(slide, asked, SPEC, str(tmp_path / "store"), pixels=True)
+    store = PatchStore(str(tmp_path / "store"), SPEC.fingerprint())
+    group = Group(store, np.empty(0, "S32"))
+    assert isinstance(found, ReadSlide), rows
+    group.add(0, found)
+    statuses = numbered(group.commit())
+    uris = write_ledger(store, [slide], [asked], statuses, str(tmp_path / "ledger"))
+    source = pq.read_table(uris["ledger_files"]).to_pylist()[0]
+    assert SourceVersion(source["bytes"], source["etag"], source["mtime"]) == now != asked

@@ -140,14 +140,16 @@ def as_before_there_was_a_catalogue(store: Path) -> None:
     folder.mkdir()
     ids = patches.view.sources["id"].combine_chunks()
     wide = {
-        r["id"]: r for rows in patches.catalogue.wide(patches.view, ["error", "picture"], ids) for r in rows.to_pylist()
+        row["id"]: row
+        for rows in patches.catalogue.wide(patches.view, ["error", "size", "etag", "mtime"], ids)
+        for row in rows.to_pylist()
     }
     for number, source in enumerate(patches.view.sources.to_pylist()):
         status = {name: source[name] for name in ("key", "status", "reason", "n_patches", "n_bad_tiles")}
         status["error"] = wide[source["id"]]["error"]
         record = {
             "source": {"uri": source["uri"], "mpp": None, "mask": None, "coords": None, "series": None},
-            "version": {name: source[name] for name in ("size", "etag", "mtime")},
+            "version": {name: wide[source["id"]][name] for name in ("size", "etag", "mtime")},
             "status": status,
             "left": source["left"],
         }

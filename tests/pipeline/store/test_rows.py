@@ -26,8 +26,10 @@ def test_a_status_comes_back_from_its_row(status: SlideStatus, tmp_path: Path) -
     catalogue.append([made, {"kind": "slide", "key": "k", "n_bad_tiles": 3}])
     view = catalogue.read()
     (seen,) = view.sources.to_pylist()
-    (wide,) = catalogue.wide(view, ["error", "picture"], view.sources["id"].combine_chunks())
-    found = SlideStatus("a", slide.uri, **outcome({**seen, **wide.to_pylist()[0]}))
+    wide = ["error", "picture", "size", "etag", "mtime"]
+    (others,) = catalogue.wide(view, wide, view.sources["id"].combine_chunks())
+    seen |= others.to_pylist()[0]
+    found = SlideStatus("a", slide.uri, **outcome(seen))
     assert found == replace(status, error=status.error and status.error.replace("\ud800", r"\ud800"))
     assert (seen["left"], seen["size"], seen["etag"], seen["mtime"]) == ("left", 7, "etag", None)
 

@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from safetensors.torch import load_file
 
+from pipeline.bags.sources import content_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ResourceError, StageError, StorageError
@@ -43,7 +44,7 @@ Slides = list[tuple[CohortSlide, StoredSlide]]
 def _config(root: Path, workers: int = 1, **train_: object) -> Config:
     settings = {"epochs": 3, "batch_size": 3, "warmup_epochs": 1, "augment": False, **train_}
     cluster = {"workers": workers, "cpus_per_worker": 0.5, "start_timeout_s": 2, "max_failures": 0}
-    return small_config(storage={"root": str(root)}, train=settings, cluster=cluster)
+    return small_config(storage={"root": str(root), "patches": str(root / "patches")}, train=settings, cluster=cluster)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,12 @@ def test_a_finished_run_whose_driver_died_sends_what_was_left_and_gives_the_best
 
 
 def test_what_a_model_has_seen_is_told_unless_it_began_with_another_training(slides: Slides, tmp_path: Path) -> None:
-    _note_seen(_config(tmp_path), str(tmp_path / "own"), slides)
+    config = _config(tmp_path)
+    storage = config.storage.model_copy(update={"patches": str(Path(slides[0][1].uri).parents[1])})
+    _note_seen(config.model_copy(update={"storage": storage}), str(tmp_path / "own"), slides)
     seen = read_seen(tmp_path / "own")
     assert seen is not None
-    assert {source.key for _, source in slides} < seen.slides
+    assert {source.key for _, source in slides} | {content_of(source) for _, source in slides} == seen.slides
     assert seen.patients == {Seen.patient(slide.patient_id) for slide, _ in slides}
     _note_seen(_config(tmp_path, begins_with="champion.safetensors"), str(tmp_path / "warm"), slides)
     assert read_seen(tmp_path / "warm") is None

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 
-from pipeline.workflow.changes import Labels, changes, items
+import pyarrow as pa
+
+from pipeline.columnar import Columnar
+from pipeline.config.base import fingerprint
+from pipeline.workflow.changes import Labels, changes, items, slides_of
 
 
 def _identity(*rows: list[str]) -> dict[str, object]:
@@ -44,3 +48,27 @@ def test_an_order_is_all_that_changed() -> None:
 
 def test_a_record_without_names_tells_the_part() -> None:
     assert changes("train", {}, items(_identity(["a", "k", "no"])), "a") == "train"
+
+
+def test_slides_of_an_older_record_are_compared_too() -> None:
+    now = items(_identity(["a", "k1", "yes"], ["b", "k9", "no"], ["e", "k5", "no"]))
+    rows = [["c", "k3", "no"], ["b", "k2", "no"], ["a", "k1", "no"]]
+    old = {
+        fingerprint(name): [fingerprint([key])[:8], fingerprint([{"tumour": label}])[:8]] for name, key, label in rows
+    }
+    told = "train (1 added: e; 1 removed: c; 1 changed: b; 1 relabelled: a)"
+    assert (
+        changes("train", {"train": old}, now, "abcde")
+        == told
+        == changes("train", items(_identity(*rows)), now, "abcde")
+    )
+    assert slides_of({"train": old}, "train") == slides_of(items(_identity(*rows)), "train") == sorted(old)
+
+
+def test_a_list_in_columns_is_a_list() -> None:
+    rows: list[list[str | None]] = [["a", "k1"], ["b", None]]
+    schema = pa.schema([("slide_id", pa.string()), ("asked", pa.string())])
+    held = {"slides": Columnar.of(rows, schema, lambda *values: list(values)), "store": "s3://b"}
+    assert items(held) == items({"slides": rows, "store": "s3://b"})
+    assert fingerprint(held) == fingerprint({"slides": rows, "store": "s3://b"})
+    assert fingerprint(Columnar.of([], schema, list)) == fingerprint([])

@@ -159,8 +159,8 @@ def _as_features_given(config: Config, out: Path) -> None:
     assert {name: stage.outcome for name, stage in stages.items()} == dict.fromkeys(
         ("tile", "train", "evaluate"), "done"
     )
-    own = open_sources(config, load_cohort(config, needs_labels=True).slides, finished(config, "tile").facts["keys"])
-    back = open_sources(given, load_cohort(given, needs_labels=True).slides, stages["tile"].record.facts["keys"])
+    own = open_sources(config, load_cohort(config, needs_labels=True).slides, finished(config, "tile").keys)
+    back = open_sources(given, load_cohort(given, needs_labels=True).slides, stages["tile"].record.keys)
     for (_, ours), (_, theirs) in zip(own, back, strict=True):
         rows = np.arange(ours.n_patches)
         assert theirs.vectors(rows).tobytes() == ours.vectors(rows).tobytes()  # type: ignore[union-attr]

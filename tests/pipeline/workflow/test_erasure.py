@@ -36,7 +36,7 @@ def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, 
     config = image_config(tmp_path, "tiling.max_bad_slides=1")
     root = Path(config.storage.root)
     words = ["p-two", "beta", "gamma", "badly"]
-    keys = run(config, "tile").stages["tile"].record.facts["keys"]
+    keys = run(config, "tile").stages["tile"].record.keys
     theirs = (keys["alpha"], keys["delta"])
     others = {name: patches for name, patches in what_is_stored(root).items() if name.endswith(theirs)}
     assert len(others) == 2
@@ -91,7 +91,7 @@ def test_a_picture_that_another_patient_has_too_stays(ray_session: None, tmp_pat
     write_images(tmp_path, {"one": "p", "two": "q"})
     (tmp_path / "two.png").write_bytes((tmp_path / "one.png").read_bytes())
     config = image_config(tmp_path)
-    (key,) = set(run(config, "tile").stages["tile"].record.facts["keys"].values())
+    (key,) = set(run(config, "tile").stages["tile"].record.keys.values())
     traces = find_patient(config, "q")
     assert traces.shared == {key}
     assert not any(key in uri for uri in traces.erasable)

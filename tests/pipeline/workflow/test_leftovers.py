@@ -17,6 +17,7 @@ from pipeline.store.shelf import Shelf
 from pipeline.store.verify import verify_store
 from pipeline.workflow.leftovers import find_leftovers, remove
 from pipeline.workflow.run import run
+from pipeline.workflow.stage import Record
 from tests.pipeline.tiled import contents
 from tests.pipeline.workflow.images import image_config, write_images
 
@@ -44,7 +45,7 @@ def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_
     write_images(tmp_path, {"a": "p", "bad": "r", "c": "s"})
     run(config, "tile")
     record = max(root.glob("stages/tile-*.json"), key=lambda path: path.stat().st_mtime)
-    keys = json.loads(record.read_text())["facts"]["keys"]
+    keys = Record(**json.loads(record.read_text())).keys
     record.unlink()  # a run that never ended: c is stored, and nothing names it
     (root / "train" / "small-0123" / "step-00000010").mkdir(parents=True)
     (root / "train" / "small-0123" / "step-00000010" / "state.pt").write_bytes(bytes(1000))

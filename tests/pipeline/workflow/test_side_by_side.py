@@ -37,7 +37,7 @@ def test_each_runs_once_and_says_so_here_and_a_failure_comes_back_as_itself(
     assert "tilings: 2 of 2 at a time" in caplog.text
     for name in ("a", "b"):
         assert f"{name}: tile: running, never done before" in caplog.text
-    assert [records["tile"].facts["keys"].keys() for records in found] == [{"s0", "s1", "s2"}] * 2
+    assert [records["tile"].keys.keys() for records in found] == [{"s0", "s1", "s2"}] * 2
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="pipeline"):
         again = run_all(asked, "tile", "tilings")

@@ -1,0 +1,61 @@
+"""What became of a cohort's slides, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.columnar import Columnar, joined
+from pipeline.storage.files import SourceVersion
+from pipeline.store.patches import SlideStatus
+
+_COLUMNS = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("slide_id", pa.string()),
+        ("uri", pa.string()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("n_patches", pa.int64()),
+        ("n_bad_tiles", pa.int64()),
+        ("error", pa.string()),
+        ("picture", pa.string()),
+        ("max_seconds", pa.float64()),
+        ("max_gib", pa.float64()),
+        ("size", pa.int64()),
+        ("etag", pa.string()),
+        ("mtime", pa.float64()),
+    ]
+)
+
+
+def numbered(statuses: Iterable[tuple[int, SlideStatus]]) -> Columnar[SlideStatus]:
+    """Statuses with their slides' numbers in the cohort, as they come."""
+    return Columnar.of((_cells(number, status) for number, status in statuses), _COLUMNS, _status)
+
+
+def _cells(number: int, s: SlideStatus) -> Sequence[object]:
+    version = (None, None, None) if s.version is None else (s.version.size, s.version.etag, s.version.mtime)
+    given = [number, s.slide_id, s.uri, s.key, s.status, s.reason, s.n_patches, s.n_bad_tiles, s.error, s.picture]
+    return [*given, *(s.limits or (None, None)), *version]
+
+
+def in_order(*parts: Columnar[SlideStatus]) -> Columnar[SlideStatus]:
+    """Those of all parts, which `numbered` made, by their numbers."""
+    table = joined([part.table for part in parts])
+    return Columnar(table.sort_by("number") if len(parts) > 1 else table, _status)
+
+
+def as_columns(statuses: Iterable[SlideStatus]) -> Columnar[SlideStatus]:
+    """The same in columns, which have the names of the fields but for `limits`."""
+    return statuses if isinstance(statuses, Columnar) else numbered(enumerate(statuses))
+
+
+def _status(*values: Any) -> SlideStatus:
+    _, *given, seconds, gib, size, etag, mtime = values
+    limits = None if seconds is None else (seconds, gib)
+    version = None if size is None else SourceVersion(size, etag, mtime)
+    return SlideStatus(*(*given, limits, version))
