@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -40,7 +41,7 @@ class _Free:
         pass
 
 
-def _cpu_seconds(config: Config, slides: tuple[CohortSlide, ...]) -> float:
+def _cpu_seconds(config: Config, slides: Sequence[CohortSlide]) -> float:
     with tempfile.TemporaryDirectory() as store:
         began = time.process_time()
         for slide in slides:
