@@ -112,6 +112,7 @@ def _postgres(folder: Path, port: int, password: str) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_services_work_together_by_their_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without containers: ports and hosts are this machine's, all else is what the file says."""

@@ -79,6 +79,7 @@ def test_a_cohort_grows_and_one_model_is_champion_at_every_moment(ray_session: N
         retrain_now(config, look(config), None)
 
 
+@pytest.mark.nightly
 def test_a_champion_from_before_the_gate_is_adopted_and_can_be_gone_on_from(ray_session: None, tmp_path: Path) -> None:
     growing = Growing(tmp_path / "slides")
     growing.add("jan", 30)

@@ -58,6 +58,7 @@ def test_what_makes_no_training_is_refused(tmp_path: Path, given: str, said: str
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_best_by_validation_alone_is_tested(ray_session: None, tmp_path: Path) -> None:
     lines = ["slide_id,uri,split,label"]
     for number, split in enumerate(["train"] * 4 + ["val"] * 4 + ["test"] * 5):

@@ -83,6 +83,7 @@ def test_a_run_resumes_from_its_last_checkpoint_as_if_uninterrupted(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_weights_do_not_depend_on_the_cpus_that_a_worker_has(

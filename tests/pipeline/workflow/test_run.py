@@ -167,6 +167,7 @@ def test_tiling_goes_on_beside_another_run_and_leaves_its_mlflow_run_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_jobs_that_tile_one_cohort_at_once_end_with_one_store(tmp_path: Path) -> None:
     _cohort(tmp_path, [f"s{number}" for number in range(24)])
     overrides = [f"cohort.uri={tmp_path / 'cohort.csv'}", f"storage.root={tmp_path / 'root'}", "tiling=image"]
