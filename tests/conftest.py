@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.update(
@@ -19,6 +20,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Each has its share of the cores: two pools of two threads on two cores wait for each other by spinning, and a test
     # that takes 0.6 s alone then took 19 s.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -26,7 +26,10 @@ class Stored(Batch):
         for folder in spec_folders(self.name):
             root, _, spec = folder.rpartition("/")
             shelf = PatchStore(root, spec)
-            sources = shelf.view.sources.select(["uri", "key", "series", "reason"]).to_pylist()
+            tables = shelf.catalogue.wide(
+                shelf.view, ["uri", "key", "series", "reason"], shelf.view.sources["id"].combine_chunks()
+            )
+            sources = [row for table in tables for row in table.to_pylist()]
             keys = dict.fromkeys(row["key"] for row in sources if row["key"] is not None)
             gone = set(shelf.gone(keys))
             known = {slide.key: slide for slide in shelf.slides([key for key in keys if key not in gone])}

@@ -109,8 +109,8 @@ async function lay() {
     const layer = wanted[index];
     return pane.lay(layer && { ...layer, title: title(layer) }, chosen.opacity);
   });
-  await Promise.all(laid);
   remember();
+  await Promise.all(laid);
 }
 
 function drawFrames() {

@@ -57,7 +57,7 @@ export class Pane {
     picture.className = "picture";
     scale.className = "scale";
     legend.className = "legend";
-    Object.assign(this, { picture, title, scale, legend, onMove, onTrouble });
+    Object.assign(this, { picture, title, scale, legend, onMove, onTrouble, laying: 0 });
     this.element.append(picture, title, scale, legend);
   }
 
@@ -92,9 +92,11 @@ export class Pane {
     const wanted = (this.wanted = Symbol("the layer chosen last"));
     if (!layer) return;
     const source = tileSource(this.info, this.info.layerSteps, layerPath(this.tag, this.slide, layer.number), true);
+    this.laying += 1;
     const item = await new Promise((success) =>
       this.viewer.addTiledImage({ tileSource: source, opacity, success: (event) => success(event.item) }),
     );
+    this.laying -= 1;
     if (this.wanted === wanted) this.over = item;
     else this.viewer.world.removeItem(item); // another one was chosen meanwhile
   }
@@ -166,11 +168,11 @@ export class Pane {
     this.onMove(this);
   }
 
-  // Whether nothing moves and all tiles of what is seen are drawn.
+  // Whether nothing moves, no layer is on its way and all tiles of what is seen are drawn.
   get settled() {
     const { viewer } = this;
     const items = Array.from({ length: viewer.world.getItemCount() }, (_, index) => viewer.world.getItemAt(index));
-    return items.length > 0 && !viewer.isAnimating() && items.every((item) => item.getFullyLoaded());
+    return items.length > 0 && this.laying === 0 && !viewer.isAnimating() && items.every((item) => item.getFullyLoaded());
   }
 
   end() {
