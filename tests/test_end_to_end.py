@@ -320,6 +320,7 @@ def test_an_interrupted_training_is_killed_in_mlflow_and_goes_on(tmp_path: Path,
         assert hashlib.sha256(weights[0]).hexdigest() == hashlib.sha256(weights[1]).hexdigest()
 
 
+@pytest.mark.nightly
 def test_more_workers_than_the_cluster_has_end_with_5_within_a_minute(tmp_path: Path) -> None:
     few = ["cluster.start_timeout_s=2", "cluster.workers=64", *QUICK]
     _ips("tile", "--config", "demo", *QUICK, cwd=tmp_path)

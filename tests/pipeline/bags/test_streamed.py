@@ -251,6 +251,7 @@ def test_a_slide_over_the_budget_is_quarantined_by_both(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_run_that_meets_it_removes_the_plan_and_the_next_one_trains_on_a_mended_plan(
     ray_session: None, tmp_path: Path
 ) -> None:

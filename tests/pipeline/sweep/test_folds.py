@@ -88,6 +88,7 @@ def test_no_label_of_the_fold_that_is_reported_reaches_its_training(ray_session:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # four trainings
+@pytest.mark.nightly
 def test_folds_side_by_side_are_those_of_one_after_the_other(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
