@@ -62,7 +62,7 @@ class Cloud(Protocol):
     def replace(self, uri: str, data: bytes, tag: str | None) -> str | None:
         """Write it only while it has this entity tag (None: while it is not there); its new tag.
 
-        A storage that knows no such condition writes, and returns None.
+        A storage that refuses such a condition writes, and returns None; one that ignores it writes too.
 
         Raises:
             ChangedError: it is another.

@@ -142,7 +142,7 @@ def replace(uri: str, data: bytes, tag: str | None) -> str | None:
     """Write the file only while it is still the one of this tag (`read_tagged`); None: while it is not there.
 
     Returns:
-        Its new tag; None where the storage knows no conditions, so that it is written in any case: disks, S3.
+        Its new tag; None where the storage knows no conditions, so that it is written in any case: disks, some servers.
 
     Raises:
         ChangedError: another one wrote it since.

@@ -1,7 +1,7 @@
 """One process at a time for one piece of work, on any storage: whoever does it says so in a file, again and again.
 
-Nothing here needs a lock of the storage's, for local disks, network disks and S3 servers have no lock in common; where
-the storage writes on a condition (Google's, Azure's), a claim replaces only the file that was judged. A claim that is
+Nothing here needs a lock of the storage's, for local disks, network disks and clouds have no lock in common; where the
+storage writes on a condition (AWS, Google, Azure), a claim replaces only the file that was judged. A claim that is
 found is judged by whether its process lives, on this machine, or by whether its beats still come, on another one, so
 clocks need not agree. Two that claim at the same moment, or one that was silent for so long that another took over, are
 told apart by the token: the last one that wrote it goes on, and the other ends at its next beat or before it writes

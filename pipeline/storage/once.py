@@ -1,9 +1,8 @@
 """Files that are written once: of several who would write one at the same moment, one does, and all know which.
 
-A local file is linked to its name, which fails where there is one. S3 is asked by `If-None-Match: *`, which AWS, MinIO,
-Ceph and Google know; other clouds by their own conditions. A disk without links, or a server that does not know the
-condition, writes over what is there; so whoever wrote looks at what others will read, and has written only where that
-is his own.
+A local file is linked to its name, which fails where there is one; clouds are asked to write on condition (`replace`).
+A disk without links, or a server that does not know the condition, writes over what is there; so whoever wrote looks at
+what others will read, and has written only where that is his own.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import errno
 import json
 import os
 import uuid
+from contextlib import suppress
 
-from pipeline.storage import s3
 from pipeline.storage.cloud import ChangedError
 from pipeline.storage.files import failures, is_remote, local_path, read_bytes, read_if_there, replace, write_bytes
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_NOT_KNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest"}  # what servers answer to a header that they refuse
-_THERE = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 
 
 def create_json(uri: str, obj: object) -> bool:
@@ -36,34 +33,24 @@ def create_bytes(uri: str, data: bytes) -> bool:
     before = read_if_there(uri)
     if before is not None:
         return before == data
-    with failures(uri, "write"):
-        try:
-            _create(uri, data)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if s3.code(error) not in _THERE:
-                if error.errno not in _NO_LINKS and s3.code(error) not in _NOT_KNOWN:
-                    raise
-                write_bytes(uri, data)
+    with failures(uri, "write"), suppress(FileExistsError, ChangedError):
+        _create(uri, data)
     return read_bytes(uri) == data
 
 
 def _create(uri: str, data: bytes) -> None:
-    """Write it where nothing is; FileExistsError where something is."""
-    if is_remote(uri) and not uri.lower().startswith("s3://"):
-        try:
-            replace(uri, data, None)
-        except ChangedError as error:
-            raise FileExistsError(uri) from error
-        return
+    """Write it where nothing is; FileExistsError or ChangedError where something is."""
     if is_remote(uri):
-        s3.call(uri, "pipe_file", s3.key(uri), data, mode="create")
+        replace(uri, data, None)
         return
     path = local_path(uri)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     write_bytes(str(temporary), data)
     try:
         os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        write_bytes(uri, data)
     finally:
         temporary.unlink()

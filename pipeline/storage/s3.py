@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.storage.cloud import Found, SourceVersion
+from pipeline.storage.cloud import ChangedError, Found, SourceVersion
 from pipeline.telemetry import note
 
 ANONYMOUS = "anonymous@"
@@ -20,6 +20,8 @@ PART_BYTES = 16 << 20  # of a multipart upload; S3 allows 10,000 parts, so one o
 CONNECT_S = 5.0
 READ_S = 15.0  # without a byte; S3 itself answers within seconds
 _BAD_CREDENTIALS = {"SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken"}
+_NO_CONDITIONS = {"NotImplemented", "InvalidArgument", "InvalidRequest"}  # what is answered to a header that is refused
+_NOT_MET = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 PATIENCE_S = 10.0  # a server restarts within seconds
 _BUSY = {"500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
@@ -55,17 +57,21 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
 
 def fetch(uri: str) -> tuple[str, bytes]:
     """An object's entity tag, as the server writes it, and all its bytes: of one state, by one request."""
-    bucket, _, name = key(uri).partition("/")
 
     def get() -> tuple[str, bytes]:
         from fsspec.asyn import sync
 
         filesystem = client(uri)
-        answer = filesystem.call_s3("get_object", Bucket=bucket, Key=name)
+        answer = filesystem.call_s3("get_object", **_object(uri))
         return str(answer["ETag"]), sync(filesystem.loop, answer["Body"].read)
 
     found: tuple[str, bytes] = _patiently("get_object", get)
     return found
+
+
+def _object(uri: str) -> dict[str, str]:
+    bucket, name, _ = client(uri).split_path(key(uri))
+    return {"Bucket": bucket, "Key": name}
 
 
 def _patiently(kind: str, work: Callable[[], Any]) -> Any:
@@ -259,9 +265,19 @@ class Amazon:
         """See `Cloud`."""
         call(uri, "pipe_file", key(uri), data, chunksize=PART_BYTES)
 
-    def replace(self, uri: str, data: bytes, tag: str | None) -> None:
-        """Written whatever is there: of the servers that speak S3 some ignore conditions, and some refuse them."""
-        self.write(uri, data)
+    def replace(self, uri: str, data: bytes, tag: str | None) -> str | None:
+        """See `Cloud`. Of servers that speak S3 some refuse conditions (None), and some write whatever they are."""
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": f'"{tag}"'}
+        try:
+            answer = call(uri, "call_s3", "put_object", **_object(uri), Body=data, **condition)
+        except OSError as error:
+            if code(error) in _NO_CONDITIONS:
+                self.write(uri, data)
+                return None
+            if code(error) in _NOT_MET or (isinstance(error, FileNotFoundError) and not self.is_missing_bucket(error)):
+                raise ChangedError(uri) from error
+            raise
+        return str(answer["ETag"]).strip('"')
 
     def entries(self, uri: str) -> dict[str, SourceVersion | None]:
         """See `Cloud`."""

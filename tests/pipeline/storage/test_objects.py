@@ -6,7 +6,6 @@ with 206 as HTTP has it. No emulator that can be had here knows Google's conditi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.datasets.opened import open_store
-from pipeline.errors import DamagedError, StageError, StorageError
+from pipeline.errors import DamagedError, StorageError
 from pipeline.storage import files, lease, objects
 from pipeline.storage.cloud import ChangedError
 from pipeline.storage.listing import ask_all, folder_names
@@ -27,6 +26,7 @@ from pipeline.store.verify import verify_store
 from tests.azure import serve_azure
 from tests.faults import Faults, faulty_s3
 from tests.pipeline.datasets.made import patch_store
+from tests.pipeline.storage.claims import six_that_claim
 from tests.s3 import serve_s3
 
 AZURE = pytest.param("az", marks=pytest.mark.slow)
@@ -190,38 +190,12 @@ def test_a_file_that_is_written_once_is_another_s_or_ones_own(
 
 
 @pytest.mark.slow
-def test_of_two_that_claim_at_the_same_moment_one_has_the_lease(
-    place: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_six_that_claim_at_the_same_moment_one_has_the_lease(place: tuple[str, Faults]) -> None:
     if place[0].startswith("gs"):
         pytest.skip("rclone ignores Google's conditions")
-    uri, together, ends = f"{place[0]}/lease", threading.Barrier(6), list[str]()
-    judged, begin = lease._living, lease._begin
-    monkeypatch.setattr(lease, "BEAT_S", 0.05)
-
-    def meet(uri: str, tag: str | None) -> tuple[lease.Claim, str | None]:
-        together.wait(10)  # all have judged that nobody holds it
-        return begin(uri, tag)
-
-    monkeypatch.setattr(lease, "_begin", meet)
-    done = threading.Event()
-
-    def claim() -> None:
-        try:
-            with lease.held(uri, "work") as mine:
-                done.wait(2)
-                mine.check()
-                ends.append("held")
-        except StageError as error:
-            ends.append("same moment" if "at the same moment" in str(error) else str(error))
-
-    threads = [threading.Thread(target=claim) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(ends) == ["held", *["same moment"] * 5]
-    assert judged(uri, "work")[0] is None
+    uri = f"{place[0]}/lease"
+    assert six_that_claim(uri) == ["held", *["same moment"] * 5]
+    assert lease._living(uri, "work")[0] is None
 
 
 def test_without_obstore_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,54 +61,6 @@ def test_on_a_server_that_knows_no_condition_too(server: S3Server, monkeypatch: 
     assert create_bytes(uri, b"mine")
     assert not create_bytes(uri, b"other")
     assert read_bytes(uri) == b"mine"
-
-
-@pytest.fixture
-def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """The objects of a server that answers conditions as AWS documents it: 412 where something is there."""
-    objects: dict[str, bytes] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # clients ask whether to go on
-
-        def _answer(self, status: int, body: bytes = b"") -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"tag"')
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            found = objects.get(self.path.partition("?")[0])
-            missing = b"<Error><Code>NoSuchKey</Code><Message>none</Message></Error>"
-            self._answer(404, missing) if found is None else self._answer(200, found)
-
-        def do_PUT(self) -> None:
-            data, path = self.rfile.read(int(self.headers["Content-Length"])), self.path.partition("?")[0]
-            if path.endswith("raced"):
-                objects.setdefault(path, b"another one's")
-            if self.headers["If-None-Match"] == "*" and path in objects:
-                self._answer(412, b"<Error><Code>PreconditionFailed</Code><Message>there</Message></Error>")
-                return
-            if path.endswith("refuses") and self.headers["If-None-Match"]:
-                self._answer(501, b"<Error><Code>NotImplemented</Code><Message>header</Message></Error>")
-                return
-            objects[path] = data
-            self._answer(200)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        places = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{running.server_port}", "AWS_DEFAULT_REGION": "us-east-1"}
-        keys = {"AWS_ACCESS_KEY_ID": "AKIAIPSTESTKEY000001", "AWS_SECRET_ACCESS_KEY": "only-for-the-test"}
-        for name, value in (places | keys).items():
-            monkeypatch.setenv(name, value)
-        yield objects
-        running.shutdown()
-        thread.join()
 
 
 def test_a_server_that_knows_the_condition_writes_over_nothing(strict: dict[str, bytes]) -> None:

@@ -14,7 +14,9 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import files, s3
+from pipeline.storage.cloud import ChangedError
 from tests.faults import Fault, Faults, faulty_s3
+from tests.pipeline.storage.claims import six_that_claim
 from tests.s3 import S3Server, serve_s3
 
 Call = Callable[[str], object]
@@ -276,16 +278,43 @@ def test_a_call_is_one_request(
         assert [method for method, *_ in faults.seen] == requests
 
 
-def test_a_file_is_replaced_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What servers make of conditions differs; `lease` tells by the token who wrote last."""
+def test_a_server_that_ignores_conditions_replaces_whatever_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lease` tells by the token who wrote last."""
     with serve_s3(tmp_path) as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         uri = f"{server.bucket('b')}/claim"
         for data in (b"1", b"2"):
-            assert files.replace(uri, data, None) is None
+            files.replace(uri, data, None)
             found = files.read_tagged(uri)
             assert found is not None
             assert found[0] == data
         assert s3.Amazon().fetch(uri)[0] == files.source_version(uri).etag
         assert files.read_tagged(f"{uri}-no") is None
+
+
+def test_a_file_is_replaced_only_while_it_is_what_was_read(strict: dict[str, bytes]) -> None:
+    uri = "s3://b/tagged"
+    assert files.read_tagged(uri) is None
+    tag = files.replace(uri, b"1", None)
+    with pytest.raises(ChangedError):
+        files.replace(uri, b"2", None)
+    assert files.read_tagged(uri) == (b"1", tag)
+    later = files.replace(uri, b"3", tag)
+    with pytest.raises(ChangedError):
+        files.replace(uri, b"4", tag)
+    assert files.read_tagged(uri) == (b"3", later)
+    strict.clear()
+    with pytest.raises(ChangedError):
+        files.replace(uri, b"5", later)
+    for data in (b"6", b"7"):
+        assert files.replace("s3://b/refuses", data, None) is None
+    assert strict == {"/b/refuses": b"7"}
+
+
+def test_of_six_that_claim_at_the_same_moment_one_has_the_lease(strict: dict[str, bytes]) -> None:
+    for _ in range(2):  # where no claim is, and where one was given back
+        assert six_that_claim("s3://b/lease") == ["held", *["same moment"] * 5]
+    assert list(strict) == ["/b/lease"]

@@ -1,0 +1,38 @@
+"""Threads that claim one lease at the same moment."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from pipeline.errors import StageError
+from pipeline.storage import lease
+
+
+def six_that_claim(uri: str) -> list[str]:
+    """How it ends for each, sorted: all have judged that nobody holds the lease before one of them claims it."""
+    together, ends, done, begin = threading.Barrier(6), list[str](), threading.Event(), lease._begin
+
+    def meet(uri: str, tag: str | None) -> tuple[lease.Claim, str | None]:
+        together.wait(10)
+        return begin(uri, tag)
+
+    def claim() -> None:
+        try:
+            with lease.held(uri, "work") as mine:
+                done.wait(2)  # some beats
+                mine.check()
+                ends.append("held")
+        except StageError as error:
+            ends.append("same moment" if "at the same moment" in str(error) else str(error))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "BEAT_S", 0.05)
+        patch.setattr(lease, "_begin", meet)
+        threads = [threading.Thread(target=claim) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sorted(ends)
