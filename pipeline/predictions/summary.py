@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined
-
 from pipeline.config.data import TaskConfig
+from pipeline.pages import render_page
 from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome
 from pipeline.storage.files import join, write_bytes
 
@@ -26,8 +24,6 @@ def write_summary(
     patients: Sequence[str | None] | None = None,
 ) -> str:
     """Its place. Arguments as `output.write_tables`; `source` is the model."""
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = page.from_string(files("pipeline.predictions").joinpath("summary.html").read_text("utf-8"))
     labelled = [task.name for task in tasks if any(one.get(task.name) is not None for one in labels)]
     whose = [None] * len(asked) if patients is None else patients
     rows = [
@@ -35,7 +31,9 @@ def write_summary(
         for one, patient in zip(zip(asked, outcomes, labels, strict=True), whose, strict=True)
     ]
     good = [row for row in rows if row["error"] is None]
-    text = template.render(
+    text = render_page(
+        "predictions/summary.html",
+        {},
         source=source,
         columns=[column for task in tasks for column in task.output_columns],
         labelled=labelled,

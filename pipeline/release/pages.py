@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.gate.evidence import Finding
 from pipeline.inference.metrics import Bools, Floats
+from pipeline.pages import render_page
 from pipeline.release.drift import NUMBERS, Sides, unusual
 from pipeline.release.history import Act
 
@@ -135,11 +134,7 @@ def _chart(values: Floats, new: Bools) -> dict[str, Any] | None:
 
 
 def _render(template: str, **values: Any) -> str:
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"digits": _digits, "commands": _commands}
-    style = files("pipeline.release").joinpath("page.css").read_text("utf-8")
-    source = files("pipeline.release").joinpath(template).read_text("utf-8")
-    return page.from_string(source).render(style=style, **values)
+    return render_page(f"release/{template}", {"digits": _digits, "commands": _commands}, **values)
 
 
 def _commands(text: str) -> Markup:

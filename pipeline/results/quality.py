@@ -10,19 +10,18 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, StrictUndefined
 
 from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
+from pipeline.pages import render_page
 from pipeline.results.quality_pictures import SlidePicture, picture
 from pipeline.results.quality_rows import ROWS, QualityRow, as_columns_of_rows, look_up, order, quality_csv
 from pipeline.storage import files
@@ -88,9 +87,9 @@ def quality_page(
     committed = held.filter(pc.is_valid(held.table["key"]))
     quarantined = held.filter(pc.equal(held.table["status"], "quarantined"))
     imported = pc.max(pc.add(held.table["rejected_outside"], held.table["rejected_twice"])).as_py()
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"}
-    return page.from_string(resources.files("pipeline.results").joinpath("quality.html").read_text("utf-8")).render(
+    return render_page(
+        "results/quality.html",
+        {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"},
         name=name,
         fingerprint=fingerprint,
         rows=heapq.nsmallest(ROWS, held, key=order),

@@ -6,10 +6,8 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from pipeline.cohort.labels import Label, counts
 from pipeline.cohort.table import Cohort, CohortSlide
@@ -22,6 +20,7 @@ from pipeline.inference.metrics import Ints
 from pipeline.inference.operating import Decision, Proportion, decide
 from pipeline.inference.prediction import read_thumbnail
 from pipeline.inference.scores import calibrations, title
+from pipeline.pages import render_page
 from pipeline.results.evaluate import Evaluation, TaskResult
 from pipeline.results.strata import Stratum
 
@@ -62,11 +61,10 @@ def render_report(evaluation: Evaluation, config: Config, cohort: Cohort, lineag
     Raises:
         StorageError: thumbnails or patches cannot be read from the patch store.
     """
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"percent": _percent, "digits": _digits, "share": _share, "ends": _ends_of, "title": title}
     top = highest(found.attention for found in evaluation.found)
-    template = page.from_string(files("pipeline.results").joinpath("report.html").read_text("utf-8"))
-    return template.render(
+    return render_page(
+        "results/report.html",
+        {"percent": _percent, "digits": _digits, "share": _share, "ends": _ends_of, "title": title},
         name=config.name,
         evaluation=evaluation,
         headline=_headline(evaluation),

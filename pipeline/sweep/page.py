@@ -8,15 +8,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined
 
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.inference.figures import reliability_png
 from pipeline.inference.metrics import MEASURES
 from pipeline.inference.scores import title
+from pipeline.pages import render_page
 from pipeline.results.strata import Stratum
 from pipeline.sweep.charts import Point, against_png, ranking_png
 from pipeline.sweep.statistics import CellResult, CohortResult, Pair, most_wrong
@@ -28,7 +26,7 @@ CURVES = 6
 _MOST_PAIRS = 12  # cells of a matrix; of more, the best
 
 
-def render_page(
+def sweep_page(
     config: Config,
     results: Sequence[CohortResult],
     failed: Mapping[str, str],
@@ -46,10 +44,9 @@ def render_page(
     """
     sweep = config.sweep
     assert sweep is not None
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"digits": _digits, "p": _p, "title": title}
-    template = page.from_string(files("pipeline.sweep").joinpath("page.html").read_text("utf-8"))
-    return template.render(
+    return render_page(
+        "sweep/page.html",
+        {"digits": _digits, "p": _p, "title": title},
         name=config.name,
         sweep=sweep,
         cohorts=[_cohort(one, overlays) for one in results],

@@ -26,7 +26,7 @@ from pipeline.sweep import tables
 from pipeline.sweep.cells import Expansion
 from pipeline.sweep.cohorts import SweptCohort
 from pipeline.sweep.overlays import draw_overlays
-from pipeline.sweep.page import render_page
+from pipeline.sweep.page import sweep_page
 from pipeline.sweep.rows import contents_of
 from pipeline.sweep.statistics import CellResult, CellRows, CohortResult, cell_rows, cohort_result, most_wrong
 from pipeline.tracking.tracker import Tracker, open_tracking
@@ -100,7 +100,7 @@ def write_report(swept: Swept, root: str, lease: Lease) -> tuple[str, str | None
         return page, None
     results = swept.results()
     overlays = _overlays(swept, results, root, folder)
-    text = render_page(swept.config, results, swept.failed, swept.expansion.left_out, overlays)
+    text = sweep_page(swept.config, results, swept.failed, swept.expansion.left_out, overlays)
     found = _tables(results, swept.rows)
     lease.check()
     for name, table in found.items():

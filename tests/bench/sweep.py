@@ -31,7 +31,7 @@ import psutil
 from pipeline import telemetry
 from pipeline.config.recipe import Config
 from pipeline.schema import SWEEP_ROWS
-from pipeline.sweep.page import render_page
+from pipeline.sweep.page import sweep_page
 from pipeline.sweep.rows import RowStore, done_sources
 from pipeline.sweep.run import run
 from pipeline.sweep.scoring import readings
@@ -123,7 +123,7 @@ def stored(slides: int, models: int) -> dict[str, float]:
             result = cohort_result(cohort, rows, resamples=2000, seed=0, few=10, seen=seen)
             config = small_config(sweep={"models": {"m": "last"}, "cohorts": {"all": "c"}})
             tabled = [len(table) for table in (cells_table([result]), pairs_table([result]), predictions_table(rows))]
-            return len(render_page(config, [result], {}, [], {})) + sum(tabled)
+            return len(sweep_page(config, [result], {}, [], {})) + sum(tabled)
 
         began = time.perf_counter()
         spent, _ = _cpu(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.recipe import Config
-from pipeline.sweep.page import flat_point, render_page
+from pipeline.sweep.page import flat_point, sweep_page
 from pipeline.sweep.statistics import CohortResult, most_wrong
 from tests.pipeline.small import small_config
 from tests.pipeline.sweep.made import made_cells, made_cohort, made_result, made_rows
@@ -25,7 +25,7 @@ def test_the_page_stands_alone_and_says_what_is_known() -> None:
     task = results[0].results[0].task
     place, _, _ = most_wrong([one.rows for one in results[0].results], task, 0)[0]
     overlays = {("all", f"s{place}"): "overlays/3.png"}
-    page = render_page(_config(), results, {"lost": "it is gone"}, ["x (exact): cannot"], overlays)
+    page = sweep_page(_config(), results, {"lost": "it is gone"}, ["x (exact): cannot"], overlays)
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert "good &lt;1&gt;" in page
@@ -53,5 +53,5 @@ def test_the_flat_point_is_the_least_m_that_is_as_good() -> None:
 
 def test_a_cohort_in_which_nothing_could_be_compared_is_told(tmp_path: Path) -> None:
     rows = made_rows(made_cells(made_cohort(9), ["none"]), [0.2], failed=tuple(range(9)))
-    page = render_page(_config(), [made_result(rows)], {}, [], {})
+    page = sweep_page(_config(), [made_result(rows)], {}, [], {})
     assert "predicted no slide and is not compared" in page
