@@ -23,6 +23,7 @@ from pipeline.bags.images import source_versions
 from pipeline.bags.sources import LabelledSource, image_statuses, patch_root, patch_store
 from pipeline.bags.streamed import planned_keys
 from pipeline.cohort.splits import check_apart
+from pipeline.cohort.table import CohortSlide
 from pipeline.columnar import Columnar
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, StageError
@@ -76,7 +77,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         store = patch_store(config)
         store.tidy()
         outputs["store"] = store.uri
-        outputs |= _review(config, store, statuses, stage_fingerprint)
+        outputs |= _review(config, store, slides, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
         outputs |= write_ledger(store, slides, known(space.versions), statuses, folder)
     listed = ledger_csv(statuses)
@@ -104,7 +105,11 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
 
 
 def _review(
-    config: Config, store: PatchStore, statuses: Sequence[SlideStatus], stage_fingerprint: str
+    config: Config,
+    store: PatchStore,
+    slides: Sequence[CohortSlide],
+    statuses: Sequence[SlideStatus],
+    stage_fingerprint: str,
 ) -> dict[str, str]:
     """The quality page; it stands even where too many slides are bad and the stage fails."""
     from pipeline.results.quality import PICTURES, write_quality
@@ -113,7 +118,7 @@ def _review(
     folder = join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
     pictures = PICTURES if len(statuses) <= _SAMPLED else _FEW_PICTURES
     rows = quality_rows(store, statuses)
-    outputs = write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), pictures)
+    outputs = write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), pictures, slides)
     log.info("tile: look at %s", outputs["quality"])
     return outputs
 
