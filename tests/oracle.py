@@ -304,7 +304,7 @@ def holm_by_steps(ps: Sequence[float], alpha: float) -> list[bool]:
 
 def sharpness_by_px(rgb: npt.NDArray[np.uint8]) -> Fraction:
     """Variance of the Laplacian of a picture (h, w, 3), px by px, exact."""
-    grey = [[(77 * int(r) + 150 * int(g) + 29 * int(b)) // 256 for r, g, b in line] for line in rgb]
+    grey = [[(19595 * int(r) + 38470 * int(g) + 7471 * int(b) + 32768) // 65536 for r, g, b in line] for line in rgb]
     found = [
         grey[y - 1][x] + grey[y + 1][x] + grey[y][x - 1] + grey[y][x + 1] - 4 * grey[y][x]
         for y in range(1, len(grey) - 1)

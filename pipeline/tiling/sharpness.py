@@ -1,9 +1,9 @@
 """How sharp a patch is: the variance of its Laplacian, which blur lowers because it takes the finest detail first.
 
-Of the grey level G = (77 R + 150 G + 29 B) / 256 (ITU-R BT.601, rounded down, 0..255) of the patch as it is stored, so
-at its own microns per px and after its JPEG, and of the Laplacian L = up + down + left + right - 4 centre of every px
-that has all four neighbours, it is mean(L^2) - mean(L)^2 (Pech-Pacheco et al., 2000). All of it is whole numbers up to
-the last division: every machine gives the same bits.
+Of the grey level (19595 R + 38470 G + 7471 B) / 65536 (ITU-R BT.601 as Pillow has it, rounded, 0..255) of the patch as
+it is stored, so at its own microns per px and after its JPEG, and of the Laplacian L = up + down + left + right - 4
+centre of every px that has all four neighbours, it is mean(L^2) - mean(L)^2 (Pech-Pacheco et al., 2000). All of it is
+whole numbers up to the last division: every machine gives the same bits.
 
 As a measure of focus it is relative. Stain, scanner, JPEG quality, microns per px and what the tissue is (fat and mucus
 are smooth, lymphocytes are not) all move it by more than slight blur does.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from PIL import Image
 
 _EDGES = 2.0 ** (np.arange(1, 80) / 4) - 1
 BINS = len(_EDGES) + 1
@@ -39,15 +40,14 @@ def sharpness(jpeg: bytes, width: int, height: int) -> float:
 
 def laplacian_variance(rgb: npt.NDArray[np.uint8]) -> float:
     """Of a picture (h, w, 3)."""
-    red, green, blue = np.moveaxis(rgb.astype(np.uint16), 2, 0)
-    grey = ((77 * red + 150 * green + 29 * blue) >> 8).astype(np.int16)  # of 255 each 65280: it fits
+    grey = np.asarray(Image.fromarray(rgb).convert("L"), np.int16)
     inner = grey[1:-1, 1:-1]
     if not inner.size:
         return 0.0
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
-    flat = laplacian.ravel().astype(np.int32)  # squares are up to 1020^2
-    total, squares = int(flat.sum(dtype=np.int64)), int(np.square(flat).sum(dtype=np.int64))
-    return float((flat.size * squares - total * total) / flat.size**2)
+    flat = laplacian.ravel().astype(np.float64)  # whole numbers up to 1020: the sums are exact in any order
+    total, squares = int(flat.sum()), int(np.square(flat).sum())  # a product of vectors would start threads
+    return (flat.size * squares - total * total) / flat.size**2
 
 
 def bin_of(value: float) -> int:
