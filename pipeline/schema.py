@@ -45,6 +45,10 @@ INDEX = pa.schema(
     metadata=_META,
 )
 
+MEASURED = INDEX.append(
+    pa.field("sharpness", pa.float32(), nullable=False)  # variance of the patch's Laplacian (`tiling.min_sharpness`)
+)
+
 CATALOGUE = pa.schema(
     [
         pa.field("id", pa.binary(16), nullable=False),  # of this row alone; of a removal: of the row that is removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -299,3 +300,17 @@ def holm_by_steps(ps: Sequence[float], alpha: float) -> list[bool]:
             break
         fallen[place] = True
     return fallen
+
+
+def sharpness_by_px(rgb: npt.NDArray[np.uint8]) -> Fraction:
+    """Variance of the Laplacian of a picture (h, w, 3), px by px, exact."""
+    grey = [[(19595 * int(r) + 38470 * int(g) + 7471 * int(b) + 32768) // 65536 for r, g, b in line] for line in rgb]
+    found = [
+        grey[y - 1][x] + grey[y + 1][x] + grey[y][x - 1] + grey[y][x + 1] - 4 * grey[y][x]
+        for y in range(1, len(grey) - 1)
+        for x in range(1, len(grey[0]) - 1)
+    ]
+    if not found:
+        return Fraction(0)
+    mean = Fraction(sum(found), len(found))
+    return sum(((value - mean) ** 2 for value in found), Fraction(0)) / len(found)

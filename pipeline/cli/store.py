@@ -86,7 +86,7 @@ def sample(
             print(out)
 
 
-_LONG = ("evidence", "tools", "levels", "bad_tiles")
+_LONG = ("evidence", "tools", "levels", "bad_tiles", "sharpness")
 """What a commit says at length; `--json` has it."""
 
 

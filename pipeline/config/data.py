@@ -16,6 +16,10 @@ SLIDE_COLUMNS = ("slide_id", "uri", "patient_id", "n_patches", "n_bad_tiles", "e
 """What tables of predictions say of a slide itself, whatever is predicted."""
 
 
+_LATER = frozenset({"min_sharpness"})
+"""Fields of the tiling that came after schema 6: where they are not set, stores of before keep their key."""
+
+
 class DemoConfig(Section):
     """The synthetic cohort that `pipeline demo` writes. Read when it is written; a cohort that is there stays."""
 
@@ -119,6 +123,10 @@ class TilingConfig(Section):
     that meets it. encoded: every patch is decoded and encoded anew."""
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 90
     """Quality of re-encoded patches (4:4:4)."""
+    min_sharpness: Annotated[float, Field(ge=0)] | None = None
+    """Variance of the Laplacian below which a patch is out of focus and no patch, counted as `blurred`
+    (`tiling.sharpness`). 0: it is measured, kept beside each patch and shown on the quality page, and none is left out.
+    null: it is not measured. What is usual differs with stain, scanner, JPEG quality and `mpp`: measure first."""
     max_bad_slides: Annotated[int, Field(ge=0)] | None = None
     """Quarantined slides tolerated (execution). null: 5% of the cohort, at least one."""
     max_bad_tiles: Fraction = 0.05
@@ -162,7 +170,8 @@ class TilingConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the patches, as plain data."""
         execution = {"max_bad_slides", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib", "coords"}
-        return self.model_dump(mode="json", exclude=execution)
+        known = self.model_dump(mode="json", exclude=execution)
+        return {name: value for name, value in known.items() if name not in _LATER or value is not None}
 
 
 class TaskConfig(Section):

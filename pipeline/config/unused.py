@@ -55,7 +55,7 @@ UNUSED: tuple[Unused, ...] = (
             "storage.patches",
             *_paths("cohort.split", "train", "val", "test"),
             *_paths("tiling", "mpp_tolerance", "default_mpp", "artefacts", "min_tissue", "codec", "jpeg_quality"),
-            *_paths("tiling", "edge", "tissue_threshold", "tissue_closing_px"),
+            *_paths("tiling", "edge", "tissue_threshold", "tissue_closing_px", "min_sharpness"),
             *_paths("tiling", "max_bad_tiles", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib", "coords"),
         ),
         lambda c: c.cohort.megapixel_mnist is not None,
@@ -78,7 +78,7 @@ UNUSED: tuple[Unused, ...] = (
         (
             *_paths("tiling", "default_mpp", "overlap_px", "edge", "tissue", "artefacts", "tissue_threshold"),
             *_paths("tiling", "tissue_closing_px", "min_tissue", "codec", "jpeg_quality", "max_bad_tiles"),
-            *_paths("tiling", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib"),
+            *_paths("tiling", "min_sharpness", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib"),
         ),
         lambda c: _given(c),
         "on features that other tools have made, of patches that they have cut",

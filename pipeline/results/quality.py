@@ -18,15 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.bags.sources import patch_store
-from pipeline.cohort.table import read_cohort
+from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.pages import render_page
-from pipeline.results.quality_pictures import SlidePicture, picture
+from pipeline.results.quality_pictures import SlidePicture, figure, picture
 from pipeline.results.quality_rows import ROWS, QualityRow, as_columns_of_rows, look_up, order, quality_csv
+from pipeline.results.quality_sharpness import sharp_groups
 from pipeline.storage import files
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.tiling.interchange import file_stems
+from pipeline.tiling.sharpness import bin_edge, bin_place
 from pipeline.tiling.tissue import BIN
 
 PICTURES = 36  # slides: about 150 KB each
@@ -43,13 +45,20 @@ def review(config: Config) -> dict[str, str]:
     if config.given_features:
         raise StageError("qc: the cohort's features were made by another tool; there are no pixels to look at")
     store, folder = patch_store(config), files.join(config.storage.root, "reports", f"{config.name}-quality")
-    rows = look_up(store, read_cohort(config.cohort.uri).slides, config.tiling)
+    slides = read_cohort(config.cohort.uri).slides
+    rows = look_up(store, slides, config.tiling)
     write_outlines(store, rows, folder)
-    return write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), PICTURES)
+    return write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), PICTURES, slides)
 
 
 def write_quality(
-    store: PatchStore, rows: Sequence[QualityRow], folder: str, name: str, fingerprint: str, pictures: int
+    store: PatchStore,
+    rows: Sequence[QualityRow],
+    folder: str,
+    name: str,
+    fingerprint: str,
+    pictures: int,
+    slides: Sequence[CohortSlide] = (),
 ) -> dict[str, str]:
     """Write `quality.html` and `quality.csv` into a folder; their URIs by kind.
 
@@ -60,10 +69,11 @@ def write_quality(
         name: of the study, for the page's head.
         fingerprint: of the tiling.
         pictures: slides to show at most; each is read from the store.
+        slides: the cohort's, as `rows`, where it is to be told which of its groups are how sharp.
     """
     outputs = {"quality": files.join(folder, "quality.html"), "quality_table": files.join(folder, "quality.csv")}
     files.write_bytes(outputs["quality_table"], quality_csv(rows))
-    files.write_bytes(outputs["quality"], quality_page(store, rows, name, fingerprint, pictures).encode())
+    files.write_bytes(outputs["quality"], quality_page(store, rows, name, fingerprint, pictures, slides).encode())
     return outputs
 
 
@@ -80,7 +90,12 @@ def write_outlines(store: PatchStore, rows: Sequence[QualityRow], folder: str) -
 
 
 def quality_page(
-    store: PatchStore, rows: Sequence[QualityRow], name: str, fingerprint: str, pictures: int = PICTURES
+    store: PatchStore,
+    rows: Sequence[QualityRow],
+    name: str,
+    fingerprint: str,
+    pictures: int = PICTURES,
+    slides: Sequence[CohortSlide] = (),
 ) -> str:
     """The HTML page, with pictures of so many slides."""
     held = as_columns_of_rows(rows)
@@ -89,7 +104,7 @@ def quality_page(
     imported = pc.max(pc.add(held.table["rejected_outside"], held.table["rejected_twice"])).as_py()
     return render_page(
         "results/quality.html",
-        {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%"},
+        {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%", "figure": figure},
         name=name,
         fingerprint=fingerprint,
         rows=heapq.nsmallest(ROWS, held, key=order),
@@ -103,6 +118,9 @@ def quality_page(
         imported=bool(imported),
         absent=pc.sum(pc.equal(held.table["status"], "absent")).as_py(),
         scanners=_scanners(committed.table),
+        sharp=sharp_groups(held.table, slides),
+        bin_edge=bin_edge,
+        bin_place=bin_place,
         histogram=_histogram(committed.table["patches"].to_numpy()),
         pictures=_pictures(store, chosen(committed, pictures)),
         limit=PICTURES,
@@ -118,6 +136,7 @@ def _totals(tiled: pa.Table) -> dict[str, Any]:
         "patches": pc.sum(tiled["patches"]).as_py() or 0,
         "bad_tiles": pc.sum(tiled["bad_tiles"]).as_py() or 0,
         "artefacts": (pc.sum(tiled["rejected_artefact"]).as_py() or 0) if known else None,
+        "blurred": pc.sum(tiled["rejected_blurred"]).as_py(),
         "beyond": len(beyond),
         "most_beyond": pc.max(beyond).as_py(),
     }
@@ -125,16 +144,21 @@ def _totals(tiled: pa.Table) -> dict[str, Any]:
 
 def chosen(rows: Sequence[QualityRow], pictures: int = PICTURES) -> list[QualityRow]:
     """At most so many slides to show, those to look at first: a third with the fewest patches, then up to as many with
-    the most artefacts or bad tiles, then from the rest evenly by patch count.
+    the most artefacts, blurred patches or bad tiles, up to half as many of the least sharp, then from the rest evenly
+    by patch count.
     """
     held = as_columns_of_rows(rows)
     third = pictures // 3
     left = _sorted(held.table, patches="ascending")
     picked, left = left[:third], left[third:]
-    spoilt = pc.add(pc.fill_null(held.table["rejected_artefact"], 0), held.table["bad_tiles"])
+    blurred = pc.add(pc.fill_null(held.table["rejected_blurred"], 0), held.table["bad_tiles"])
+    spoilt = pc.add(pc.fill_null(held.table["rejected_artefact"], 0), blurred)
     table = pa.table({"spoilt": spoilt, "slide_id": held.table["slide_id"]}).take(left)
     worst = left[_sorted(table, spoilt="descending")[: min(third, pc.sum(pc.greater(table["spoilt"], 0)).as_py() or 0)]]
     left = left[~np.isin(left, worst)]
+    medians = held.table["sharpness"].to_numpy().astype(np.float64)[left]  # NaN where it was not measured
+    dull = np.argsort(medians, kind="stable")[: min(third // 2, np.isfinite(medians).sum())]
+    worst, left = np.concatenate([worst, left[dull]]), np.delete(left, dull)
     room = pictures - len(picked) - len(worst)
     if len(left) > room:
         left = left[[round(place * (len(left) - 1) / max(1, room - 1)) for place in range(room)]]

@@ -47,6 +47,10 @@ class SlidePicture:
     """Of the overlay, px."""
     kept: tuple[PatchPicture, ...]
     rejected: tuple[PatchPicture, ...]
+    blurriest: tuple[PatchPicture, ...]
+    """Of the patches, the least sharp first; empty where that was not measured."""
+    min_sharpness: float | None
+    """What a patch had to have; None where it was not measured."""
 
 
 def picture(stored: StoredSlide) -> SlidePicture:
@@ -62,13 +66,22 @@ def picture(stored: StoredSlide) -> SlidePicture:
     corners = np.stack([index.x, index.y], axis=1)
     drawn = overlay(thumbnail, mask, corners, stored.extent, stored.thumbnail_scale)
     height, width = drawn.shape[:2]
-    shown = KEPT if index.part[0] >= 0 else 0  # a plan of a slide to be streamed has no patches
-    rows = np.unique(np.linspace(0, stored.n_patches - 1, shown).round().astype(np.int64))
-    kept = [
-        PatchPicture(_data_uri(_resized(data)), int(index.x[row]), int(index.y[row]), "kept")
-        for row, data in zip(rows.tolist(), stored.payloads(rows), strict=True)
-    ]
-    return SlidePicture(_data_uri(drawn), width, height, tuple(kept), _rejected(stored.uri, facts))
+    with_pixels = bool(index.part[0] >= 0)  # a plan of a slide to be streamed has no patches
+    rows = np.unique(np.linspace(0, stored.n_patches - 1, KEPT if with_pixels else 0).round().astype(np.int64))
+    kept = _patches(stored, dict.fromkeys(rows.tolist(), "kept"))
+    least = facts["sharpness"]["least"] if with_pixels and "sharpness" in facts else []
+    blurriest = _patches(stored, {row: figure(value) for row, value in least})
+    rejected = _rejected(stored.uri, facts)
+    return SlidePicture(_data_uri(drawn), width, height, kept, rejected, blurriest, facts["spec"].get("min_sharpness"))
+
+
+def _patches(stored: StoredSlide, notes: Mapping[int, str]) -> tuple[PatchPicture, ...]:
+    """Some of the slide's patches, by their rows, with what is said of each."""
+    index, images = stored.index(), stored.payloads(list(notes))
+    return tuple(
+        PatchPicture(_data_uri(_resized(data)), int(index.x[row]), int(index.y[row]), note)
+        for (row, note), data in zip(notes.items(), images, strict=True)
+    )
 
 
 def overlay(
@@ -97,6 +110,11 @@ def overlay(
     drawn[inside] += 0.16 * (_PATCH - drawn[inside])
     drawn[lines] += 0.55 * (_PATCH - drawn[lines])
     return outlined(np.rint(drawn).astype(np.uint8), mask)
+
+
+def figure(value: float) -> str:
+    """A sharpness as people read it, to three digits where it is small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _rejected(uri: str, facts: Mapping[str, Any]) -> tuple[PatchPicture, ...]:

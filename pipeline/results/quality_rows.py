@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
@@ -63,12 +64,18 @@ class QualityRow:
     """Imported places that do not lie wholly on the slide."""
     rejected_twice: int = 0
     """Imported places that were listed before."""
+    rejected_blurred: int | None = None
+    """Patches that were not sharp enough; None where that was not measured (`tiling.min_sharpness`)."""
+    sharpness: float | None = None
+    """Median of the patches."""
     bad_tiles: int = 0
     key: str | None = None
     picture: str | None = field(default=None, repr=False)
     """A quarantined slide in small, a JPEG in base64; on the page alone."""
     saturations: tuple[int, ...] = field(default=(), repr=False)
     """Px of the slide in small by saturation, in bins of `tissue.BIN`; on the page alone."""
+    sharp: tuple[int, ...] = field(default=(), repr=False)
+    """Patches, also those that were left out, by sharpness in the bins of `tiling.sharpness`; on the page alone."""
 
     @property
     def category(self) -> str:
@@ -97,17 +104,23 @@ _COLUMNS = pa.schema(
         ("rejected_artefact", pa.int32()),
         ("rejected_outside", pa.int32()),
         ("rejected_twice", pa.int32()),
+        ("rejected_blurred", pa.int32()),
+        ("sharpness", pa.float64()),
         ("bad_tiles", pa.int64()),
         ("key", pa.string()),
         ("picture", pa.string()),
         ("saturations", pa.list_(pa.int64())),
+        ("sharp", pa.list_(pa.int64())),
     ]
 )
-"""The fields of a row; the last two are no columns of the table."""
+"""The fields of a row; the last three are no columns of the table."""
 _OF_FACTS = (
     "scanner", "image", "mpp", "mpp_source", "width", "height", "level", "tissue", "tissue_threshold", "tissue_beyond",
-    "rejected_tissue", "rejected_artefact", "rejected_outside", "rejected_twice", "saturations",
+    "rejected_tissue", "rejected_artefact", "rejected_outside", "rejected_twice", "rejected_blurred", "sharpness",
+    "saturations", "sharp",
 )  # fmt: skip
+_COUNTED = {"rejected_tissue", "rejected_artefact", "rejected_outside", "rejected_twice"}
+"""Fields that are 0 of a slide without a commit."""
 _OF_STATUS = {"patches": "n_patches", "bad_tiles": "n_bad_tiles"}
 """Fields -> columns of statuses, where these have other names."""
 
@@ -124,7 +137,7 @@ def quality_rows(store: PatchStore, statuses: Sequence[SlideStatus]) -> Columnar
     columns = {name: table[_OF_STATUS.get(name, name)] for name in _COLUMNS.names if name not in _OF_FACTS}
     for name in _OF_FACTS:
         column = facts[name].take(places)
-        columns[name] = pc.if_else(pc.is_null(places), 0, column) if name.startswith("rejected_") else column
+        columns[name] = pc.if_else(pc.is_null(places), 0, column) if name in _COUNTED else column
     return Columnar(pa.table([columns[name] for name in _COLUMNS.names], _COLUMNS.names), _row)
 
 
@@ -145,7 +158,7 @@ def _known(store: PatchStore, keys: pa.ChunkedArray, seen: Collection[str | None
 
 
 def _row(*values: Any) -> QualityRow:
-    return QualityRow(*(*values[:-1], tuple(values[-1] or ())))
+    return QualityRow(*(*values[:-2], tuple(values[-2] or ()), tuple(values[-1] or ())))
 
 
 def as_columns_of_rows(rows: Sequence[QualityRow]) -> Columnar[QualityRow]:
@@ -157,7 +170,7 @@ def as_columns_of_rows(rows: Sequence[QualityRow]) -> Columnar[QualityRow]:
 
 def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     """One row a slide, in the cohort's order."""
-    return table_csv(as_columns_of_rows(rows).table.select(_COLUMNS.names[:-2]))
+    return table_csv(as_columns_of_rows(rows).table.select(_COLUMNS.names[:-3]))
 
 
 def order(row: QualityRow | SlideStatus) -> tuple[bool, int, str]:
@@ -202,10 +215,19 @@ def _facts(facts: Mapping[str, Any], *, with_histogram: bool) -> dict[str, Any]:
         "tissue_threshold": mask.get("threshold"),
         "tissue_beyond": mask["beyond"],
         "saturations": tuple(mask.get("histogram", ())) if with_histogram else (),
+        **_sharpness(facts.get("sharpness"), with_histogram=with_histogram),
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
         "rejected_artefact": None if facts["spec"]["artefacts"] == "keep" else 0,
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
+
+
+def _sharpness(known: Mapping[str, Any] | None, *, with_histogram: bool) -> dict[str, Any]:
+    """Of a slide's commit."""
+    if known is None:
+        return {}
+    both = zip_longest(known["kept"], known["blurred"], fillvalue=0) if with_histogram else ()
+    return {"sharpness": known["median"], "sharp": tuple(sum(pair) for pair in both)}
 
 
 def _image(picked: Mapping[str, Any] | None) -> str | None:

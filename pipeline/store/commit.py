@@ -6,7 +6,6 @@ Everything in a slide's folder follows from the slide's content and the spec, ho
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,18 @@ from pipeline.slides.open import SlideReader, tool_versions
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.index import Ints
-from pipeline.store.parts import Part, join_index, pack, parquet_bytes, part_count, part_patches, read_part, unpack
+from pipeline.store.parts import (
+    Part,
+    join_index,
+    pack,
+    parquet_bytes,
+    part_count,
+    part_patches,
+    read_part,
+    sharpness_facts,
+    unpack,
+    with_sharpness,
+)
 from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key, stored_slide
 from pipeline.telemetry import spending
 from pipeline.tiling.cutting import codec_fingerprint
@@ -128,31 +138,36 @@ def write_plan(store: PatchStore, planned: PlannedSlide, unchanged: Callable[[],
     errors as `write_slide`.
     """
     grid, tiling = planned.tiling.grid, planned.tiling
-    numbers, corners, origins = planned_patches(tiling, distrusted=store.is_distrusted(planned.key))
+    numbers, corners, origins, sharp = planned_patches(tiling, distrusted=store.is_distrusted(planned.key))
     rows, nothing = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
     columns = [rows, numbers, *corners.T, nothing + grid.level, nothing - 1, nothing, nothing]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
     index = pa.table(arrays, schema=INDEX)
     for name, column in zip(("left", "top"), origins.T, strict=True):
         index = index.append_column(name, pa.array(column))
+    if sharp is not None:
+        index = with_sharpness(index, sharp)
     unchanged()
-    return _commit(store, planned, [], index, tiling.bad_tiles)
+    return _commit(store, planned, [], index)
 
 
-def planned_patches(tiling: SlideTiling, *, distrusted: bool) -> tuple[Ints, Ints, Ints]:
-    """(n,) cells, (n, 2) level-0 x, y and (n, 2) px of the level of the patches that are not read.
+def planned_patches(tiling: SlideTiling, *, distrusted: bool) -> tuple[Ints, Ints, Ints, list[float] | None]:
+    """(n,) cells, (n, 2) level-0 x, y, (n, 2) px of the level and sharpness of the patches that are not kept.
 
     Args:
         tiling: of an open slide.
-        distrusted: they are read all the same, to leave out those that cannot be.
+        distrusted: they are read, to leave out those that cannot be; as they are to measure their sharpness.
     """
-    if distrusted:
+    grid = tiling.grid
+    if distrusted or tiling.spec.min_sharpness is not None:
         with reading_source():
-            deque(tiling.rows(), maxlen=0)
-    grid, lost = tiling.grid, set(tiling.bad_tiles)
-    corners = grid.level0_origins(tiling.cells)
-    kept = np.array([number for number, corner in enumerate(corners.tolist()) if tuple(corner) not in lost], np.int64)
-    return kept, corners[kept], grid.level_origins(tiling.cells[kept])
+            found = [(row.cell, row.sharpness) for row in tiling.rows()]
+        kept = np.array([cell for cell, _ in found], np.int64)
+    else:
+        kept = np.arange(len(tiling.cells))
+    sharp = None if tiling.spec.min_sharpness is None else [value for _, value in found if value is not None]
+    cells = tiling.cells[kept]
+    return kept, grid.level0_origins(cells), grid.level_origins(cells), sharp
 
 
 def write_share(store: PatchStore, planned: PlannedSlide, parts: Iterable[int], unchanged: Callable[[], None]) -> None:
@@ -225,26 +240,29 @@ def _commit(
     planned: PlannedSlide,
     parts: Sequence[Part],
     table: pa.Table | None = None,
-    lost: Sequence[tuple[int, int]] = (),
 ) -> StoredSlide:
-    """Write all but the parts, the commit last; `table` and `lost` are the index and the loss of one without parts."""
+    """Write all but the parts, the commit last; `table` is the index of one without, whose tiling knows all losses."""
     uri = files.join(store.uri, planned.key)
+    lost = planned.tiling.bad_tiles if table is not None else ()
     bad_tiles = [*lost, *(corner for part in parts for corner in part.bad_tiles)]
     planned.tiling.check_lost(len(bad_tiles))
     known = store.written(planned.key)
     if known is not None:
         return _committed(store, planned, known, bad_tiles)
     table = join_index(parts) if table is None else table
+    planned.tiling.check_sharp(len(table))
     index = parquet_bytes(table)
     files.write_bytes(files.join(uri, "index.parquet"), index)
     write_pictures(store, planned)
+    rejected, measured = sharpness_facts(planned.tiling, table, parts)
     facts = {
         **planned.facts,
+        **measured,
         "schema_version": SCHEMA_VERSION,
         "key": planned.key,
         "content": planned.digest,
         "mpp": planned.mpp,
-        "rejects": {**planned.facts["rejects"], "bad-tile": len(bad_tiles)},
+        "rejects": {**planned.facts["rejects"], **rejected, "bad-tile": len(bad_tiles)},
         "n_patches": len(table),
         "n_bad_tiles": len(bad_tiles),
         "bad_tiles": bad_tiles,

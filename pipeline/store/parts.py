@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.schema import INDEX, PATCHES
+from pipeline.schema import INDEX, MEASURED, PATCHES
 from pipeline.slides.identity import reading_source
+from pipeline.tiling.sharpness import histogram
 from pipeline.tiling.slide import PatchRow, SlideTiling
 
 BATCH_PATCHES = 256  # a record batch: 3 to 15 MB of 256 px patches
 PART_PX = 2**26  # 1024 patches of 256 px: 10 to 60 MB of JPEG; a task holds one part, whatever the slide's size
 MAX_PART_PATCHES = 8192
+BLURRIEST = 6  # patches that a commit names, to be looked at
 _ROW_GROUP = 32_768  # rows of an index encoded together: 250,000 at once took 22 MB
 NAMES = b"ips.parts"
 """Key of an index's metadata: names of the parts' files (JSON), in order."""
@@ -42,7 +44,9 @@ class Part:
     bad_tiles: tuple[tuple[int, int], ...]
     """Level-0 x, y of the cells that could not be decoded."""
     index: pa.Table
-    """Schema INDEX; `row` counts from 0 in the part."""
+    """Schema INDEX, or MEASURED where sharpness was asked for; `row` counts from 0 in the part."""
+    blurred: tuple[int, ...] | None = None
+    """Cells that were too blurred, by sharpness in the bins of `tiling.sharpness`; None where it was not asked for."""
 
     def facts(self) -> dict[str, Any]:
         """The part's entry in the slide's commit."""
@@ -81,17 +85,29 @@ def read_part(tiling: SlideTiling, number: int) -> tuple[bytes, Part]:
     """
     size = part_patches(tiling.grid.patch_px)
     start, stop = number * size, min((number + 1) * size, len(tiling.cells))
-    lost_before = len(tiling.bad_tiles)
+    lost_before, blurred_before = len(tiling.bad_tiles), len(tiling.blurred)
+    measured: list[float | None] = []
     sink = pa.BufferOutputStream()
     rows = tiling.rows(start, stop)
     with reading_source(), pa.ipc.new_file(sink, PATCHES) as writer:
         while batch := list(itertools.islice(rows, BATCH_PATCHES)):
             writer.write_batch(record_batch(batch))
+            measured += [row.sharpness for row in batch]
     data = bytes(sink.getvalue())
     index = part_index(data, number)
     bad_tiles = tuple((x, y) for x, y in tiling.bad_tiles[lost_before:])
     sha256 = hashlib.sha256(data).hexdigest()
-    return data, Part(content_name(number, sha256), len(data), sha256, len(index), bad_tiles, index)
+    known = content_name(number, sha256), len(data), sha256, len(index), bad_tiles
+    if tiling.spec.min_sharpness is None:
+        return data, Part(*known, index)
+    index = with_sharpness(index, measured)
+    blurred = histogram(np.array(tiling.blurred[blurred_before:], np.float32))
+    return data, Part(*known, index, tuple(blurred.tolist()))
+
+
+def with_sharpness(index: pa.Table, values: Sequence[float | None]) -> pa.Table:
+    """The index with a column more, of a value a row."""
+    return index.append_column(MEASURED.field("sharpness"), pa.array(np.array(values, np.float32)))
 
 
 def part_index(data: bytes, number: int) -> pa.Table:
@@ -118,6 +134,30 @@ def part_index(data: bytes, number: int) -> pa.Table:
         batches.append(pa.record_batch(arrays, schema=INDEX))
         row += len(batch)
     return pa.Table.from_batches(batches, schema=INDEX)
+
+
+def sharpness_facts(
+    tiling: SlideTiling, table: pa.Table, parts: Sequence[Part]
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """What a commit says of the sharpness: how many patches had too little, and how it is spread; nothing if unasked.
+
+    `blurred` and `kept` are counts by the bins of `tiling.sharpness`, less the empty ones behind.
+    """
+    if tiling.spec.min_sharpness is None:
+        return {}, {}
+    values = table.column("sharpness").to_numpy()
+    left_out = histogram(np.array(tiling.blurred, np.float32))  # of a plan; parts have been read by other tasks
+    if parts:
+        left_out = np.sum([part.blurred or () for part in parts], axis=0)
+    kept = histogram(values)
+    order = np.argsort(values, kind="stable")[:BLURRIEST]
+    known = {
+        "median": round(float(np.median(values)), 3),
+        "kept": np.trim_zeros(kept, "b").tolist(),
+        "blurred": np.trim_zeros(left_out, "b").tolist(),
+        "least": [[int(row), round(float(values[row]), 3)] for row in order],
+    }
+    return {"blurred": int(left_out.sum())}, {"sharpness": known}
 
 
 def join_index(parts: Sequence[Part]) -> pa.Table:
@@ -148,6 +188,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def pack(part: Part) -> bytes:
     """A finished part's record for a slide that is not yet committed: its index, with the rest as metadata."""
     facts = {**part.facts(), "bad_tiles": part.bad_tiles}
+    if part.blurred is not None:
+        facts["blurred"] = part.blurred
     metadata = {**INDEX.metadata, b"ips.part": json.dumps(facts).encode()}
     return parquet_bytes(part.index.replace_schema_metadata(metadata))
 
@@ -157,7 +199,10 @@ def unpack(data: bytes) -> Part:
     table = pq.read_table(pa.BufferReader(data))
     facts = json.loads(table.schema.metadata[b"ips.part"])
     facts["bad_tiles"] = tuple((x, y) for x, y in facts["bad_tiles"])
-    return Part(**facts, index=table.cast(INDEX))
+    if "blurred" not in facts:
+        return Part(**facts, index=table.cast(INDEX))
+    facts["blurred"] = tuple(facts["blurred"])
+    return Part(**facts, index=table.cast(MEASURED))
 
 
 def record_batch(rows: Sequence[PatchRow]) -> pa.RecordBatch:

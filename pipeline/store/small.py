@@ -23,7 +23,12 @@ KEPT_SHARE = 24  # of the patches' bytes: what is kept of the whole takes at mos
 
 
 def is_small(reader: SlideReader, tiling: SlideTiling) -> bool:
-    """Whether the slide goes into a pack; one whose outlines do not count from its own corner has a folder."""
+    """Whether the slide goes into a pack; one whose outlines do not count from its own corner has a folder.
+
+    So has one whose patches' sharpness is kept: a pack's index has no place for it.
+    """
+    if tiling.spec.min_sharpness is not None:
+        return False
     return len(tiling.cells) * int(tiling.grid.patch_px) ** 2 <= SMALL_PX and reader.bounds[:2] == (0, 0)
 
 
@@ -61,7 +66,7 @@ def plan_small(
         size: bytes of its file.
         distrusted: see `planned_patches`.
     """
-    cells, corners, origins = planned_patches(tiling, distrusted=distrusted)
+    cells, corners, origins, _ = planned_patches(tiling, distrusted=distrusted)
     columns = [cells, *corners.T, np.full(len(cells), tiling.grid.level)]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, PATCHES, strict=False)]
     patches = pa.record_batch([*arrays, pa.array([b""] * len(cells), PATCHES.field("image").type)], schema=PATCHES)

@@ -240,7 +240,7 @@ def _index(uri: str, facts: Mapping[str, Any]) -> list[Finding]:
 
 @lru_cache(maxsize=16)  # 50 bytes a patch; the parts of a slide are checked one after another
 def _index_table(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(files.read_bytes(uri))).drop_columns(["row"])
+    return pq.read_table(pa.BufferReader(files.read_bytes(uri))).select(INDEX.names[1:])
 
 
 def _checks(commit: _Commit) -> Iterator[_Check]:

@@ -21,6 +21,7 @@ from pipeline.tiling.evidence import THUMBNAIL_PX, Evidence, gather_evidence, ma
 from pipeline.tiling.grid import Cells, Grid, choose_level
 from pipeline.tiling.guide import Guide
 from pipeline.tiling.masks import Mask
+from pipeline.tiling.sharpness import sharpness
 
 MPP_RANGE = (0.05, 20.0)  # finer than any scanner, coarser than any slide's overview
 MASK_PX_PER_PATCH = 8  # mask px along a patch's edge: a tissue share is known to about 1/64
@@ -40,10 +41,12 @@ class PatchRow:
     y: int
     level: int
     image: bytes
+    sharpness: float | None = None
+    """Of the image; None where the spec does not ask for it."""
 
 
 class SlideTiling:
-    """The patches of one slide: iterate over `rows()` once, whole or in slices, then read `bad_tiles`."""
+    """The patches of one slide: iterate over `rows()` once, whole or in slices, then read `bad_tiles` and `blurred`."""
 
     def __init__(self, reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide) -> None:
         self._reader = reader
@@ -67,6 +70,8 @@ class SlideTiling:
         self._looked: tuple[Overview, Candidates] | None = overview, found
         self.bad_tiles: list[tuple[int, int]] = []
         """Level-0 x, y of the patches that could not be decoded, so far."""
+        self.blurred: list[float] = []
+        """Sharpness of the patches that had too little of it, so far."""
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -96,10 +101,36 @@ class SlideTiling:
             for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
                 try:
                     image = cutter.cut(x, y)
+                    sharp = self._sharpness(image, x, y)
                 except BadTileError as error:
                     self._lose(x0, y0, error)
+                    continue
+                if sharp is None or sharp >= (self.spec.min_sharpness or 0):
+                    yield PatchRow(cell, x0, y0, self.grid.level, image, sharp)
                 else:
-                    yield PatchRow(cell, x0, y0, self.grid.level, image)
+                    self.blurred.append(sharp)
+
+    def _sharpness(self, image: bytes, x: int, y: int) -> float | None:
+        """That of the patch at x, y of the level, if it is asked for; BadTileError where it cannot be decoded."""
+        if self.spec.min_sharpness is None:
+            return None
+        level, edge = self._reader.levels[self.grid.level], self.grid.read_px
+        inside = (
+            min(edge, size - at) * self.grid.patch_px // edge for size, at in ((level.width, x), (level.height, y))
+        )
+        try:
+            return sharpness(image, *inside)
+        except ValueError as error:  # a tile of the slide that was taken without a look (`tiling.codec: original`)
+            raise BadTileError("bad-tile", f"level {self.grid.level}, x {x}, y {y}: {error}") from error
+
+    def check_sharp(self, left: int) -> None:
+        """SlideError "blurred" where, of the patches that can be decoded, none is `left` that is sharp."""
+        if not left:
+            raise SlideError(
+                "blurred",
+                f"none of {len(self.cells)} patches has tiling.min_sharpness={self.spec.min_sharpness:g}; look at the "
+                "slide, or lower it (0 measures all patches and leaves none out)",
+            )
 
     def check_lost(self, lost: int, last: BadTileError | None = None) -> None:
         """SlideError "bad-tiles" when so many of the slide's patches cannot be decoded that it is given up."""
@@ -133,7 +164,7 @@ class SlideTiling:
     def attached(self, reader: SlideReader) -> SlideTiling:
         """The same plan for the same slide opened anew, where a tiling that was pickled has none."""
         twin = copy.copy(self)
-        twin._reader, twin.bad_tiles = reader, []
+        twin._reader, twin.bad_tiles, twin.blurred = reader, [], []
         return twin
 
     def share(self, start: int, stop: int) -> SlideTiling:

@@ -76,7 +76,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         store = patch_store(config)
         store.tidy()
         outputs["store"] = store.uri
-        outputs |= _review(config, store, statuses, stage_fingerprint)
+        outputs |= _review(space, store, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
         outputs |= write_ledger(store, slides, known(space.versions), statuses, folder)
     listed = ledger_csv(statuses)
@@ -103,17 +103,16 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     return Record("tile", stage_fingerprint, outputs, metrics, facts)
 
 
-def _review(
-    config: Config, store: PatchStore, statuses: Sequence[SlideStatus], stage_fingerprint: str
-) -> dict[str, str]:
-    """The quality page; it stands even where too many slides are bad and the stage fails."""
+def _review(space: Workspace, store: PatchStore, statuses: Sequence[SlideStatus], named: str) -> dict[str, str]:
+    """The quality page, `named` by the stage's fingerprint; it stands even where too many slides are bad."""
     from pipeline.results.quality import PICTURES, write_quality
     from pipeline.results.quality_rows import quality_rows
 
-    folder = join(config.storage.root, "reports", f"{config.name}-tile-{stage_fingerprint}")
+    config, slides = space.config, space.cohort.slides
+    folder = join(config.storage.root, "reports", f"{config.name}-tile-{named}")
     pictures = PICTURES if len(statuses) <= _SAMPLED else _FEW_PICTURES
     rows = quality_rows(store, statuses)
-    outputs = write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), pictures)
+    outputs = write_quality(store, rows, folder, config.name, config.tiling.fingerprint(), pictures, slides)
     log.info("tile: look at %s", outputs["quality"])
     return outputs
 

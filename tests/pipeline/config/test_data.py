@@ -8,9 +8,20 @@ from pydantic import ValidationError
 from pipeline.config.data import CohortConfig, TaskConfig, TilingConfig
 
 
-@pytest.mark.parametrize("field", [{"patch_px": 128}, {"mpp": 1.0}, {"jpeg_quality": 80}, {"min_tissue": 0.5}])
+@pytest.mark.parametrize(
+    "field", [{"patch_px": 128}, {"mpp": 1.0}, {"jpeg_quality": 80}, {"min_tissue": 0.5}, {"min_sharpness": 0.0}]
+)
 def test_every_tiling_field_enters_the_store_key(field: dict[str, Any]) -> None:
     assert TilingConfig(**field).fingerprint() != TilingConfig().fingerprint()
+
+
+def test_stores_of_before_keep_their_key_where_nothing_new_is_set() -> None:
+    """The fingerprints of schema 6 without the fields that came later; and what a commit says of the spec."""
+    other = TilingConfig(patch_px=224, mpp=1.0, tissue="none", edge="pad")
+    assert (TilingConfig().fingerprint(), other.fingerprint()) == ("a636d6c7da4082a4", "c1d87da9e3716030")
+    assert TilingConfig(min_sharpness=0).fingerprint() != TilingConfig(min_sharpness=1).fingerprint()
+    measured = TilingConfig(min_sharpness=0).identity()
+    assert measured == {**TilingConfig().identity(), "min_sharpness": 0}
 
 
 def test_an_overlap_is_smaller_than_the_patch() -> None:

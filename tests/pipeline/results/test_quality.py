@@ -145,7 +145,7 @@ def test_places_that_were_imported_and_left_out_have_their_reason(tmp_path: Path
     status = store_slide(replace(slides.row(path), coords=str(tmp_path / "s.h5")), spec, str(tmp_path / "store"))
     store = PatchStore(str(tmp_path / "store"), spec.fingerprint())
     (found,) = csv.DictReader(io.StringIO(quality_csv(quality_rows(store, [status])).decode()))
-    counts = {name: int(value) for name, value in found.items() if name.startswith("rejected_")}
+    counts = {name: int(value) for name, value in found.items() if name.startswith("rejected_") and value}
     assert counts == {"rejected_tissue": 0, "rejected_artefact": 0, "rejected_outside": 3, "rejected_twice": 1}
     assert (int(found["patches"]), int(found["bad_tiles"])) == (3, 1)
     assert 3 + 1 + sum(counts.values()) == len(corners)
@@ -247,3 +247,47 @@ def test_artefacts_that_were_not_looked_for_are_not_said_to_be_none(tmp_path: Pa
         assert (row.rejected_artefact is None) == (artefacts == "keep")
     assert "not looked for" in pages["keep"]
     assert "not looked for" not in pages["remove"]
+
+
+def test_the_sharpness_is_shown_by_slide_and_by_site(tmp_path: Path) -> None:
+    """Least sharp patches with their figure, those left out counted; nothing of it where it was not asked for."""
+    rgb = tissue_rgb(613, 487)
+    rgb[:, 330:] = rgb[:, 330:331]  # stripes without detail along one axis
+    cohort = []
+    for name, site, picture in (("a", "north", rgb), ("b", "south", rgb[::-1].copy())):
+        path = write_pyramid(tmp_path / f"{name}.tiff", picture, levels=1)
+        cohort.append(replace(slides.row(path), extra={"site": site}))
+    pages, tables = {}, {}
+    for limit in (None, 0.0, 3900.0):
+        spec = TilingConfig(patch_px=64, min_tissue=0.3, min_sharpness=limit)
+        statuses = [store_slide(slide, spec, str(tmp_path / "store")) for slide in cohort]
+        store = PatchStore(str(tmp_path / "store"), spec.fingerprint())
+        rows = look_up(store, cohort, spec)
+        assert rows == list(quality_rows(store, statuses))
+        pages[limit] = quality_page(store, rows, "study", "abc", slides=cohort)
+        tables[limit] = list(csv.DictReader(io.StringIO(quality_csv(rows).decode())))
+    assert {row["sharpness"] + row["rejected_blurred"] for row in tables[None]} == {""}
+    assert "harpness" not in pages[None]
+    assert "Blurred" not in pages[None]
+    assert {row["rejected_blurred"] for row in tables[0.0]} == {"0"}
+    for row, before in zip(tables[3900.0], tables[0.0], strict=True):
+        assert int(row["patches"]) + int(row["rejected_blurred"]) == int(before["patches"])
+        assert float(row["sharpness"]) >= float(before["sharpness"])
+        assert int(row["rejected_blurred"]) > 0
+        assert f"{row['rejected_blurred']} blurred ones left out" in pages[3900.0]
+    for limit in (0.0, 3900.0):
+        assert "<td>site: north</td>" in pages[limit]
+        assert pages[limit].count("The least sharp patches, with their sharpness") == 2
+        assert ("left out below <b>3,900</b> (tiling.min_sharpness)" in pages[limit]) == (limit > 0)
+    assert "site: north" not in quality_page(store, rows, "study", "abc")
+
+
+def test_the_least_sharp_slides_are_among_those_shown(tiled: tuple[PatchStore, list[SlideStatus]]) -> None:
+    some = quality_rows(*tiled)[0]
+    many = [replace(some, slide_id=f"{i:03d}", patches=100 + i, sharpness=float(i * 37 % 101)) for i in range(101)]
+    names = [row.slide_id for row in chosen(many)]
+    assert len(names) == len(set(names)) == PICTURES
+    dull = sorted(many[PICTURES // 3 :], key=lambda row: row.sharpness or 0)[: PICTURES // 6]
+    assert names[PICTURES // 3 :][: PICTURES // 6] == [row.slide_id for row in dull]
+    unknown = [replace(row, sharpness=None) for row in many]
+    assert len(chosen(unknown)) == PICTURES

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.data import TilingConfig
-from pipeline.schema import INDEX, PATCHES
+from pipeline.schema import INDEX, MEASURED, PATCHES
 from pipeline.slides.open import open_slide
 from pipeline.store import parts
 from pipeline.store.parts import join_index, pack, part_count, part_index, part_patches, read_part, unpack
@@ -84,6 +84,12 @@ def test_a_part_of_which_nothing_can_be_read_is_empty(tiling: SlideTiling, path:
     assert len(part_index(data, 0)) == part.patches
 
 
-def test_a_record_is_the_part(tiling: SlideTiling) -> None:
+def test_a_record_is_the_part(tiling: SlideTiling, path: Path) -> None:
     _, part = read_part(tiling, 1)
+    assert unpack(pack(part)) == part
+    with open_slide(path) as reader:
+        measured = tile_slide(reader, SPEC.model_copy(update={"min_sharpness": 700.0}), 0.5)
+        _, part = read_part(measured, 1)
+    assert part.index.schema.equals(MEASURED)
+    assert 0 < sum(part.blurred or ()) == len(measured.blurred)
     assert unpack(pack(part)) == part
