@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.bags.given import GivenSlide
 from pipeline.bags.streamed import StreamedSlide
+from pipeline.cohort.patients import bag_name
 from pipeline.cohort.table import CohortSlide
 from pipeline.store.features import FeatureSlide
 from pipeline.store.index import Ints
@@ -136,20 +137,25 @@ def _plan(slide: FeatureSlide | GivenSlide | StreamedSlide) -> StoredSlide:
     return slide.patches if isinstance(slide, FeatureSlide) else slide.plan
 
 
-def by_patient(pairs: Sequence[tuple[CohortSlide, OneSlide]]) -> list[tuple[CohortSlide, PatientSlides]]:
-    """One row a patient, in the order of their first slides; its id is the patient's."""
+def by_patient(
+    pairs: Sequence[tuple[CohortSlide, OneSlide]], specimen: str | None = None
+) -> list[tuple[CohortSlide, PatientSlides]]:
+    """One row a patient, or, by the column `specimen`, a specimen of one, in the order of their first slides.
+
+    Its id is `cohort.patients.bag_name`.
+    """
     groups: defaultdict[str, list[tuple[CohortSlide, OneSlide]]] = defaultdict(list)
     for slide, source in pairs:
-        groups[slide.patient_id].append((slide, source))
+        groups[bag_name(slide, specimen)].append((slide, source))
     found = []
-    for group in groups.values():
+    for name, group in groups.items():
         slides, sources = [slide for slide, _ in group], [source for _, source in group]
-        found.append((merged(slides), PatientSlides(tuple(slide.slide_id for slide in slides), tuple(sources))))
+        found.append((merged(slides, name), PatientSlides(tuple(slide.slide_id for slide in slides), tuple(sources))))
     return found
 
 
-def merged(slides: Sequence[CohortSlide]) -> CohortSlide:
-    """A patient's row: the labels that any slide has, and of other columns what all slides have."""
+def merged(slides: Sequence[CohortSlide], name: str) -> CohortSlide:
+    """The row of a bag of this name: the labels that any slide has, and of other columns what all slides have."""
     first = slides[0]
     labels = {  # which agree where there are several (`cohort.patients`)
         task: next((slide.labels[task] for slide in slides if slide.labels[task] is not None), None)
@@ -159,4 +165,4 @@ def merged(slides: Sequence[CohortSlide]) -> CohortSlide:
         name: value if all(slide.extra.get(name) == value for slide in slides) else _MIXED
         for name, value in first.extra.items()
     }
-    return replace(first, slide_id=first.patient_id, labels=labels, extra=extra)
+    return replace(first, slide_id=name, labels=labels, extra=extra)

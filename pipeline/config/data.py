@@ -70,6 +70,10 @@ class CohortConfig(Section):
     learn from these, and no slide is opened. The place is execution; the files' content enters each slide's key."""
     bag: Literal["slide", "patient"] = "slide"
     """patient: all slides of a patient form one bag, with one label and one prediction; their labels must agree."""
+    specimen: str | None = None
+    """Column of the cohort that says which of a patient's specimens (blocks, organs, operations) a slide is of: with
+    `bag: patient` those of one form a bag, and there is a label and a prediction for each. Patients still decide the
+    splits and the intervals. null: a patient's slides are one specimen."""
     split: SplitConfig = SplitConfig()
     demo: DemoConfig | None = None
     """Set: the cohort is the synthetic one and is written to `uri`'s folder when it is absent."""
@@ -81,6 +85,18 @@ class CohortConfig(Section):
         if self.demo is not None and self.megapixel_mnist is not None:
             raise ValueError("demo and megapixel_mnist are two cohorts; remove one")
         return self
+
+    @property
+    def whole(self) -> str:
+        """What a bag of several slides is."""
+        return "patient" if self.specimen is None else "specimen"
+
+    @property
+    def grouping(self) -> tuple[str, ...]:
+        """Columns of a served model's rows by which they are one bag; none where each is."""
+        if self.bag == "slide":
+            return ()
+        return ("patient",) if self.specimen is None else ("patient", "specimen")
 
 
 class TilingConfig(Section):

@@ -3,10 +3,11 @@
 The weights are had from whoever made them, after accepting their licence; nothing is downloaded unasked. All are vision
 transformers (`ips.network.transformer`). The source of a row's numbers is the model's card, as its authors' and
 TRIDENT's loading code state it (TRIDENT 0.3, `patch_encoder_models/load.py` and its README's table); parameters are
-those published, which a test compares with those of the network built.
+those published, which a test compares with those of the network built. Those of conch15 (CONCH v1.5, the vision tower
+alone) are counted of its published configuration.
 
-Left out: CONCH v1.5, whose attention pooling is code of its own, and CTransPath, a Swin transformer in a changed timm:
-bring their features instead (`cohort.features`).
+Left out: CTransPath, a Swin transformer (27.5 M parameters, GPL-3.0) whose windows, shifts and stem would be half a
+file of their own for one network of 2022: bring its features instead (`cohort.features`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Preset:
     """Microns per px that it is recommended for: 20x."""
     statistics: tuple[Floats, Floats] = _IMAGENET
     """Mean and standard deviation of pixels scaled to 0..1."""
-    naming: Literal["timm", "transformers"] = "timm"
+    naming: Literal["timm", "transformers", "conch"] = "timm"
     """Whose names its file of weights has."""
 
 
@@ -66,6 +67,16 @@ PRESETS: Mapping[str, Preset] = {
         "pytorch_model.bin",
         "CC-BY-NC-ND-4.0",
         patch_px=256,
+    ),
+    "conch15": Preset(
+        {**_LARGE, "image": 448, "placed": 224, "pool": "attention", "pooled": 768},
+        768,
+        "306",
+        "MahmoodLab/TITAN",
+        "conch_v1_5_pytorch_model.bin",
+        "CC-BY-NC-ND-4.0",
+        patch_px=512,
+        naming="conch",
     ),
     "virchow": Preset(_HUGE, 2560, "631", "paige-ai/Virchow", "pytorch_model.bin", "Apache-2.0"),
     "virchow2": Preset(

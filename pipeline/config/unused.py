@@ -69,6 +69,12 @@ UNUSED: tuple[Unused, ...] = (
         "take a cohort of slides and train.source=store",
     ),
     Unused(
+        ("cohort.specimen",),
+        lambda c: c.cohort.bag != "patient",
+        "with cohort.bag=slide, of which each is a bag",
+        "set cohort.bag=patient",
+    ),
+    Unused(
         ("cohort.features",),
         lambda c: not _given(c),
         "except with model.encoder.name=features and without embed, which makes features itself",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import safetensors.torch
@@ -17,7 +17,7 @@ from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
-from ips.network.transformer import Architecture, VisionTransformer, from_transformers
+from ips.network.transformer import Architecture, VisionTransformer, from_conch, from_transformers
 from pipeline.config.encoders import PRESETS
 from pipeline.config.model import AggregatorConfig, EncoderConfig, TrainConfig
 from pipeline.config.recipe import Config
@@ -26,6 +26,11 @@ from pipeline.storage.files import read_bytes
 
 _PROJECTED = 512  # width of embeddings made of stored features, as in the paper's CAMELYON16 setting
 _POSITIONS = {"index": IndexPositions, "grid": GridPositions}
+_NAMINGS: Mapping[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+    "timm": dict,
+    "transformers": from_transformers,
+    "conch": from_conch,
+}
 
 
 def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
@@ -152,8 +157,7 @@ def load_preset(network: nn.Module, data: bytes, name: str) -> None:
     Raises:
         ValueError: they are of another network, which is named where it is one of the presets, or damaged.
     """
-    state = read_weights(data)
-    state = from_transformers(state) if PRESETS[name].naming == "transformers" else state
+    state = _NAMINGS[PRESETS[name].naming](read_weights(data))
     try:
         load_weights(network, state)
     except ValueError as error:
@@ -169,7 +173,7 @@ def load_preset(network: nn.Module, data: bytes, name: str) -> None:
 def _fits(state: Mapping[str, Tensor], name: str) -> bool:
     with torch.device("meta"):
         wanted = preset_network(name).state_dict()
-    state = from_transformers(state) if PRESETS[name].naming == "transformers" else state
+    state = _NAMINGS[PRESETS[name].naming](state)
     return {name: x.shape for name, x in wanted.items()} == {name: x.shape for name, x in state.items()}
 
 

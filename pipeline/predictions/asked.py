@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import PurePosixPath
 
+from pipeline.cohort.patients import bag_name, check_specimens
 from pipeline.cohort.table import CohortSlide, read_cohort
+from pipeline.config.recipe import Config
 from pipeline.errors import StageError, StorageError
 from pipeline.storage.files import absolute, is_remote, is_temporary, join, local_path
 from pipeline.storage.tree import walk
@@ -29,6 +31,10 @@ class Asked:
     """Where its microns per px can be given."""
     patient: str | None = None
     """Whose it is, of those that a cohort lists."""
+
+    def bag(self, config: Config) -> str | None:
+        """Name of the bag that a model of patients takes it in; None: it comes alone."""
+        return None if self.patient is None else bag_name(self.slide, config.cohort.specimen)
 
 
 def asked_slides(
@@ -55,6 +61,12 @@ def asked_slides(
     if not asked:
         raise StageError("predict: no slides; name slides, folders or prefixes, or give --cohort")
     return asked
+
+
+def check_bags(asked: Sequence[Asked], config: Config, cohort: str | None) -> None:
+    """CohortError where a model of patients cannot tell which slides of a cohort are one bag."""
+    if config.cohort.bag == "patient" and cohort is not None:
+        check_specimens(cohort, [one.slide for one in asked if one.patient is not None], config.cohort.specimen)
 
 
 def _below(uri: str) -> list[str]:

@@ -36,7 +36,7 @@ def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) ->
     """
     selecting = config.model.select
     patients = config.cohort.bag == "patient"
-    over = f"the patches of {'all slides of the patient' if patients else 'the slide'}"
+    over = f"the patches of {f'all slides of the {config.cohort.whole}' if patients else 'the slide'}"
     if selecting.mode in ("random", "every"):
         over = "the patches that the model saw, and 0 for the others"
     pooled = "all patches" if selecting.context == "all" else f"the {selecting.memory} selected patches"

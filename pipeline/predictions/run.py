@@ -20,7 +20,7 @@ from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
-from pipeline.predictions.asked import Asked, as_text, asked_slides
+from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.finish import Finishing
 from pipeline.predictions.maps import colours
 from pipeline.predictions.output import (
@@ -112,6 +112,7 @@ def predict(
     place = _folder(out)
     with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
         config = read_config(folder)
+        check_bags(asked, config, cohort)
         if config.given_features:
             asked = _in_their_files(asked)
         check_environment([one.slide for one in asked], config.tiling)
@@ -134,7 +135,7 @@ def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
 def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How) -> dict[str, Any]:
     out, looked = predicting.out, _versions(config, asked)
     jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
-    bags = bags_of([one.patient for one in asked], config)
+    bags = bags_of([one.bag(config) for one in asked], config)
     jobs = with_others(jobs, bags)
     outcomes: list[Outcome | None] = [
         _failed(one, version) if isinstance(version, SlideError) else None
@@ -180,7 +181,8 @@ def _report(
     labels = [job.labels for job in jobs]
     patients = [one.patient for one in asked] if config.cohort.bag == "patient" else None
     places = write_tables(out, named, outcomes, labels, config.tasks, patients)
-    places.append(write_summary(out, predicting.source, named, outcomes, labels, config.tasks, patients))
+    whose = None if patients is None else [one.bag(config) for one in asked]
+    places.append(write_summary(out, predicting.source, named, outcomes, labels, config.tasks, whose))
     failed = {slide_id: found.message for (slide_id, _), found in zip(named, outcomes, strict=True)
               if isinstance(found, Failure)}  # fmt: skip
     if len(failed) == len(named):

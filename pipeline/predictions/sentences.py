@@ -32,17 +32,18 @@ def sentences(config: Config, patches: int, selected: int, share: float, explana
     return [*told, *_deletion(config, explanation.curves)]
 
 
-def of_one(slides: int, share: float, selected: int, among: int) -> str:
-    """Of one of a patient's slides.
+def of_one(whole: str, slides: int, share: float, selected: int, among: int) -> str:
+    """Of one of the slides of a bag.
 
     Args:
-        slides: of the patient.
+        whole: what they are of, patient or specimen.
+        slides: of it.
         share: of the attention over all of them, that is on this one.
         selected: patches of this one.
         among: patches that were selected of all.
     """
     return (
-        f"{_percent(share)} of the attention over the patient's {slides:,} slides is on this one, which has "
+        f"{_percent(share)} of the attention over the {whole}'s {slides:,} slides is on this one, which has "
         f"{selected:,} of the {among:,} selected patches."
     )
 

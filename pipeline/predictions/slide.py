@@ -132,7 +132,7 @@ class Predictor:
             table = map_table(source.index(), source.extent, part, told, config, len(found.attention))
             facts = self._facts(job, source, found, explanation, table)
             if len(jobs) > 1:
-                _add_patient(facts, jobs, found, part)
+                _add_patient(facts, jobs, found, part, config.cohort.whole)
             self._write(facts, source, table, config)
             written.append(facts)
         return written
@@ -192,7 +192,7 @@ class Predictor:
         commit(folder, facts)
 
 
-def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: BagPrediction) -> None:
+def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: BagPrediction, whole: str) -> None:
     """What is said of one of several slides, of which `part` is in what was found of all."""
     share = float(part.attention.astype(np.float64).sum())
     facts["patient"] = {
@@ -202,7 +202,7 @@ def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: 
         "selected": len(found.selected),
         "attention": round(share, 6),
     }
-    facts["sentences"].insert(1, of_one(len(jobs), share, len(part.selected), len(found.selected)))
+    facts["sentences"].insert(1, of_one(whole, len(jobs), share, len(part.selected), len(found.selected)))
 
 
 def stored_of(source: Source) -> StoredSlide | None:

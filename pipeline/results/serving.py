@@ -39,7 +39,7 @@ class SlideModel(PythonModel):
     masked. What `params` ask for are further columns (`_maps`). An ensemble gives the mean of its models' outputs, from
     one reading of each slide, and null in those columns. A model of patients (`cohort.bag`) takes a column `patient`:
     the rows of one are one bag and have the same outputs, each with the maps of its slide; one slide that cannot be
-    used fails them all.
+    used fails them all. With `cohort.specimen` so do the rows of one patient and one `specimen`, a further column.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -72,11 +72,12 @@ class SlideModel(PythonModel):
         return pd.DataFrame(ordered, columns=columns, dtype=object)
 
     def _bags(self, given: Sequence[_Row]) -> list[list[int]]:
-        """Numbers of the rows that are predicted together: of one patient, where the model knows patients."""
+        """Numbers of the rows that are predicted together: of one patient or specimen, where the model knows them."""
         groups: dict[Hashable, list[int]] = {}
         for number, one in enumerate(given):
-            alone = self.config.cohort.bag == "slide" or pd.isna(one.patient)
-            groups.setdefault((number,) if alone else one.patient, []).append(number)
+            whose = tuple(getattr(one, name) for name in self.config.cohort.grouping)
+            alone = not whose or any(map(pd.isna, whose))
+            groups.setdefault(number if alone else whose, []).append(number)
         return list(groups.values())
 
     def _outputs(self) -> list[str]:
@@ -150,6 +151,7 @@ class _Row(NamedTuple):
     mpp: Any
     series: Any
     patient: Any
+    specimen: Any
 
 
 def _problem(row: _Row) -> str | None:

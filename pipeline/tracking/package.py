@@ -93,7 +93,7 @@ def _signature(config: Config) -> ModelSignature:
                 ColSpec(DataType.string, "uri"),
                 ColSpec(DataType.double, "mpp", required=False),
                 ColSpec(DataType.double, "series", required=False),  # whole numbers, of which some may be missing
-                *([ColSpec(DataType.string, "patient", required=False)] if config.cohort.bag == "patient" else []),
+                *(ColSpec(DataType.string, name, required=False) for name in config.cohort.grouping),
             ]
         ),
         Schema(

@@ -15,7 +15,7 @@ from pipeline import telemetry
 from pipeline.bags.images import cohort_csv
 from pipeline.cluster import connected
 from pipeline.cohort.folds import with_fold
-from pipeline.cohort.patients import check_agreement
+from pipeline.cohort.patients import bag_name, check_agreement, check_specimens
 from pipeline.cohort.recorded import read_recorded, record
 from pipeline.cohort.splits import check_apart, check_trainable, with_splits
 from pipeline.cohort.table import Cohort, read_cohort
@@ -204,7 +204,8 @@ def load_cohort(config: Config, *, needs_labels: bool) -> Cohort:
     if config.train.keeps_best and "val" not in splits:
         splits.append("val")  # by which early stopping and the best checkpoint go
     if config.cohort.bag == "patient":
-        check_agreement(cohort, config.tasks)
+        check_specimens(cohort.uri, cohort.slides, config.cohort.specimen)
+        check_agreement(cohort, config.tasks, config.cohort.specimen)
     check_trainable(cohort, config.tasks, splits)
     check_apart(cohort)
     return cohort
@@ -324,7 +325,7 @@ def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str
     known, now = newest.facts.get("items", {}), items(identity)
     ids = {slide.slide_id for slide in space.cohort.slides}
     if space.config.cohort.bag == "patient":
-        ids |= {slide.patient_id for slide in space.cohort.slides}
+        ids |= {bag_name(slide, space.config.cohort.specimen) for slide in space.cohort.slides}
     ids.update(*map(_named, sorted(_records(space.config, "tile"), key=_finished)[-2:]))  # who is gone since was there
     changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
     return f"changed since the last time: {', '.join(changed)}"

@@ -94,7 +94,8 @@ class Workspace:
         found = open_sources(self.config, chosen, keys, versions)
         if self.config.cohort.bag == "slide":
             return found
-        return by_patient([(slide, source) for slide, source in found if isinstance(source, OneSlide)])
+        pairs = [(slide, source) for slide, source in found if isinstance(source, OneSlide)]
+        return by_patient(pairs, self.config.cohort.specimen)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ips.network.transformer import Architecture, VisionTransformer, from_transformers
+from ips.network.transformer import Architecture, VisionTransformer, from_conch, from_transformers
 
 PLAIN = Architecture(image=21, patch=7, dim=12, depth=2, heads=3, hidden=20)
 KINDS = {
     "plain": PLAIN,
     "registers": replace(PLAIN, registers=4, gated=True, pool="class+mean"),
     "unplaced": replace(PLAIN, registers=2, places_all=False, gated=True),
+    "pooled": replace(PLAIN, pool="attention", pooled=16, placed=14),
 }
 
 
@@ -27,14 +28,42 @@ def drawn(made: Architecture) -> VisionTransformer:
     return network.eval()
 
 
-def normed(x: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:
+def normed(x: Tensor, state: Mapping[str, Tensor], name: str, eps: float = 1e-6) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
 def linear(x: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def drawn_out(places: Tensor, wanted: int) -> Tensor:
+    """Positions (side, side, dim) at (wanted, wanted, dim): Keys' cubic convolution (1981) with a = -0.75, by hand."""
+    side = len(places)
+
+    def weights(at: float) -> list[tuple[int, float]]:
+        first, found = math.floor(at), []
+        for place in range(first - 1, first + 3):
+            x = abs(at - place)
+            inner, outer = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            found.append((min(max(place, 0), side - 1), inner if x <= 1 else outer))
+        return found
+
+    source = [weights((number + 0.5) * side / (wanted + 0.1) - 0.5) for number in range(wanted)]
+    rows = [[sum(w * v * places[y, x] for y, w in row for x, v in column) for column in source] for row in source]
+    return torch.stack([torch.stack(row) for row in rows])  # type: ignore[arg-type]
+
+
+def pooled(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """What one query of 16 numbers attends to of tokens (n, dim), by eight heads of two."""
+    query = normed(state["pooler.query"], state, "pooler.ln_q", 1e-5) @ state["pooler.to_q.weight"].T
+    k, v = (normed(x, state, "pooler.ln_k", 1e-5) @ state["pooler.to_kv.weight"].T).chunk(2, dim=1)
+    heads = []
+    for head in range(8):
+        own = slice(2 * head, 2 * head + 2)
+        heads.append(torch.softmax(query[:, own] @ k[:, own].T / math.sqrt(2), dim=-1) @ v[:, own])
+    return normed(torch.cat(heads, dim=1) @ state["pooler.to_out.weight"].T, state, "pooler.norm", 1e-5)[0]
 
 
 def slowly(made: Architecture, state: Mapping[str, Tensor], image: Tensor) -> Tensor:
@@ -48,7 +77,12 @@ def slowly(made: Architecture, state: Mapping[str, Tensor], image: Tensor) -> Te
             tokens.append((weight * square).sum(dim=(1, 2, 3)) + bias)
     x, first = torch.stack(tokens), 1 + made.registers
     placed = 0 if made.places_all else first
-    x = torch.cat([x[:placed], x[placed:] + state["pos_embed"][0]])
+    places = state["pos_embed"][0]
+    if made.placed is not None:
+        before = made.placed // made.patch
+        squares = drawn_out(places[first:].view(before, before, made.dim), side)
+        places = torch.cat([places[:first], squares.view(-1, made.dim)])
+    x = torch.cat([x[:placed], x[placed:] + places])
     width = made.dim // made.heads
     for block in range(made.depth):
         name = f"blocks.{block}"
@@ -66,6 +100,8 @@ def slowly(made: Architecture, state: Mapping[str, Tensor], image: Tensor) -> Te
             y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
         x = x + state[f"{name}.ls2.gamma"] * linear(y, state, f"{name}.mlp.fc2")
     x = normed(x, state, "norm")
+    if made.pool == "attention":
+        return pooled(x, state)
     return x[0] if made.pool == "class" else torch.cat([x[0], x[first:].mean(dim=0)])
 
 
@@ -116,3 +152,18 @@ def test_transformers_names_become_timm_s() -> None:
     assert back.keys() == network.state_dict().keys()
     assert all(torch.equal(back[name], value) for name, value in network.state_dict().items())
     assert from_transformers(network.state_dict()).keys() == network.state_dict().keys()
+
+
+def test_names_of_a_tower_with_a_pooler_become_ours() -> None:
+    state = drawn(KINDS["pooled"]).state_dict()
+    theirs = {}
+    for name, value in state.items():
+        after = name.removeprefix("pooler.")
+        inside = f"ln_contrast.{after[5:]}" if after.startswith("norm.") else f"attn_pool_contrast.{after}"
+        theirs[inside if name.startswith("pooler.") else f"trunk.{name}"] = value
+    assert {"trunk.cls_token", "trunk.blocks.1.mlp.fc2.bias", "ln_contrast.weight"} < theirs.keys()
+    assert {"attn_pool_contrast.query", "attn_pool_contrast.to_kv.weight"} < theirs.keys()
+    back = from_conch(theirs)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert from_conch(state).keys() == state.keys()

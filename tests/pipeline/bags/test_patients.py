@@ -134,11 +134,38 @@ def test_one_slide_is_itself_and_keys_are_those_of_the_slides(opened: Any) -> No
     assert PatientSlides(two.names[::-1], two.slides[::-1]).key != two.key
 
 
+def test_of_several_specimens_each_is_a_bag_as_put_together_by_hand(opened: Any) -> None:
+    """Three slides of one patient are of two blocks, which another patient's slides name alike."""
+    config, _, patients = opened
+    pairs = [pair for _, slides in patients for pair in slides]
+    blocks, owners, labels = "BABAA", "pppqq", ("no", "yes", None, "no", "no")
+    told = [
+        (replace(slide, patient_id=owner, extra={"block": block, "site": "x"}, labels={"tumour": label}), stored)
+        for (slide, stored), block, owner, label in zip(pairs, blocks, owners, labels, strict=True)
+    ]
+    found = by_patient(told, "block")
+    assert [(row.slide_id, row.patient_id) for row, _ in found] == [("p/B", "p"), ("p/A", "p"), ("q/A", "q")]
+    assert [source.names for _, source in found] == [("s0", "s2"), ("s1",), ("s3", "s4")]
+    assert [row.extra for row, _ in found] == [{"block": one, "site": "x"} for one in "BAA"]
+    torch.manual_seed(3)
+    model = build_model(config)
+    for (_, source), members in zip(found, ([0, 2], [1], [3, 4]), strict=True):
+        bags = [open_bag(pairs[place][1], threads=1, augment=None) for place in members]
+        pixels = torch.cat([bag.take(torch.arange(len(bag))).patches for bag in bags])
+        by_hand = predict_bag(model, TensorBag(pixels), config)
+        whole = predict_bag(model, open_bag(source, threads=1, augment=None), config)
+        assert np.array_equal(whole.values["tumour"], by_hand.values["tumour"])
+        assert np.array_equal(whole.attention, by_hand.attention)
+    tested = evaluate(model, config, found)
+    assert tested.predictions["slide_id"].to_pylist() == ["p/B", "p/A", "q/A"]
+    assert (tested.metrics["test_slides"], tested.metrics["test_patients"]) == (3, 2)
+
+
 def test_a_patient_s_row_has_the_label_that_any_slide_has(opened: Any) -> None:
     _, cohort, patients = opened
     assert [row.labels["tumour"] for (row, _), _ in patients] == ["no", "yes", "no"]
     slides = [replace(slide, extra={"site": "a", "scanner": str(n)}) for n, slide in enumerate(cohort.slides[:2])]
-    assert merged(slides).extra == {"site": "a", "scanner": "several"}
+    assert merged(slides, "p").extra == {"site": "a", "scanner": "several"}
 
 
 def test_features_of_several_slides(opened: Any, tmp_path: Path) -> None:

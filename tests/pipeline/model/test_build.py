@@ -210,6 +210,7 @@ SMALL = {"image": 28, "patch": 14, "dim": 12, "depth": 1, "heads": 2, "hidden": 
 def small_presets(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Preset]:
     """The table with networks of a few thousand weights in the place of a billion."""
     own: dict[str, Mapping[str, Any]] = {"uni": SMALL, "phikon-v2": SMALL}
+    own["conch15"] = {**SMALL, "placed": 14, "pool": "attention", "pooled": 16}
     own["virchow2"] = {**SMALL, "registers": 2, "pool": "class+mean"}
     small = {name: replace(PRESETS[name], architecture=made) for name, made in own.items()}
     monkeypatch.setattr(build, "PRESETS", small)

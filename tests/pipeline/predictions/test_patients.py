@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.errors import CohortError
 from pipeline.inference.explain import explain
 from pipeline.inference.prediction import load_model, predict_together
 from pipeline.predictions.output import Failure, Outcome
@@ -100,6 +101,28 @@ def test_one_prediction_a_patient_and_maps_of_each_slide(cohort: tuple[Path, Pat
     assert sum(facts["selected"] for facts, _ in every.values()) == 5
     assert "patient" not in _files(out / "slides" / "e")[0]
     assert "0.png, of the patient p" in (out / "summary.html").read_text()
+
+
+def test_of_several_specimens_each_is_predicted_for_itself(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    _, listed = cohort
+    (tmp_path / "blocks").mkdir()
+    folder = write_model(tmp_path / "blocks", small_config(cohort={**PATIENTS, "specimen": "block"}))
+    with pytest.raises(CohortError, match="cohort.specimen: no column 'block'"):
+        predict(str(folder), [], str(listed), tmp_path / "out", tracking_uri="unused")
+    rows = "a,0.png,p,x\nb,1.png,p,y\nc,2.png,p,x\nd,3.png,q,x\n"
+    listed.write_text(f"slide_id,uri,patient_id,block\n{rows}")
+    out = tmp_path / "out"
+    predict(str(folder), [], str(listed), out, tracking_uri="unused")
+    table = pq.read_table(out / "predictions.parquet").to_pydict()
+    assert table["patient_id"] == ["p", "p", "p", "q"]
+    a, b, c, d = table["tumour_yes"]
+    assert a == c
+    assert len({a, b, d}) == 3
+    facts, _ = _files(out / "slides" / "a")
+    assert facts["patient"]["slides"] == ["a", "c"]
+    assert "all slides of the specimen" in facts["maps"]["attention"]["definition"]
+    assert "of the attention over the specimen's 2 slides is on this one" in facts["sentences"][1]
+    assert "of the patient p/x" in (out / "summary.html").read_text()
 
 
 def test_a_patient_that_is_not_whole_or_has_another_slide_is_predicted_again(

@@ -89,6 +89,23 @@ def test_rows_of_one_patient_have_one_answer(tmp_path: Path) -> None:
     assert alone["tumour_yes"][0] != alone["tumour_yes"][1]
 
 
+def test_rows_of_one_specimen_have_one_answer(tmp_path: Path) -> None:
+    config = small_config(cohort={"uri": "c.csv", "bag": "patient", "specimen": "block"})
+    model, weights = SlideModel(), write_model(tmp_path, config) / "weights.safetensors"
+    model.load_context(PythonModelContext({"weights": str(weights)}, None))
+    for number in range(4):
+        write_slide(tmp_path / f"{number}.png", number)
+    rows = {"patient": ["a", "a", "b", "a"], "specimen": ["x", "y", "x", "x"]}
+    uris = [str(tmp_path / f"{number}.png") for number in range(4)]
+    answer = model.predict(None, pd.DataFrame({"uri": uris, **rows}))["tumour_yes"].tolist()
+    assert answer[0] == answer[3]
+    assert len(set(answer)) == 3
+    slides = [CohortSlide(uri, uri, "a", None, None, {}, {}) for uri in (uris[0], uris[3])]
+    assert answer[0] == predict_together(model.model, config, slides)[0].values["tumour"][1]
+    alone = model.predict(None, pd.DataFrame({"uri": uris, "patient": rows["patient"]}))["tumour_yes"]
+    assert len(set(alone)) == 4  # no specimen is said
+
+
 def test_microns_that_are_missing_are_asked_for_in_their_column(tmp_path: Path) -> None:
     folder = write_model(tmp_path, small_config(tiling={"patch_px": 32, "mpp": 0.5, "min_tissue": 0.5}))
     write_slide(tmp_path / "a.png", 2)

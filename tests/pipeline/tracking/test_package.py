@@ -66,3 +66,5 @@ def test_a_model_of_patients_is_told_which_rows_are_one_s() -> None:
         signature = _signature(small_config(cohort={"uri": "c.csv", "bag": bag}))
         assert signature.inputs.input_names() == columns
         assert signature.inputs.required_input_names() == ["uri"]
+    specimens = _signature(small_config(cohort={"uri": "c.csv", "bag": "patient", "specimen": "block"}))
+    assert specimens.inputs.input_names() == ["uri", "mpp", "series", "patient", "specimen"]
