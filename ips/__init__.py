@@ -18,8 +18,9 @@ from ips.network.official import load_official
 from ips.network.part import PatchEncoder, Positions
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
-from ips.selection.baselines import HalfByScore, PartAtRandom, RandomDraw, every_patch, random_selection, transferred
+from ips.selection.baselines import HalfByScore, RandomDraw, every_patch, random_selection, transferred
 from ips.selection.predict import Prediction, predict
+from ips.selection.ranking import ByAttention
 from ips.selection.scorer import Scorer
 from ips.selection.select import gather, select
 
@@ -27,6 +28,7 @@ __all__ = [
     "Aggregator",
     "Bag",
     "Batch",
+    "ByAttention",
     "Certificate",
     "Chunk",
     "Context",
@@ -40,7 +42,6 @@ __all__ = [
     "IndexPositions",
     "MaxPool",
     "MeanPool",
-    "PartAtRandom",
     "PatchEncoder",
     "Positions",
     "Prediction",

@@ -146,6 +146,9 @@ class Selection:
     """Of all N patches, when asked for."""
     rest: Context | None = None
     """Of the N - M patches that are no winners, when asked for."""
+    weights: Tensor | None = None
+    """(B, M) float32, where winners were drawn: what the gradient of each to the encoder is multiplied by; 0 where
+    masked."""
     values: tuple[Values, ...] | None = None
     """Per image, when asked for."""
 
@@ -168,6 +171,8 @@ class Batch:
     """(B, M) bool."""
     rest: Context | None = None
     """Of the patches that are not here, so that the model pools all N."""
+    weights: Tensor | None = None
+    """(B, M): what the gradient of each patch's embedding is multiplied by; None: nothing."""
     real: Tensor = field(init=False)
     """(n,) int64, where the mask is True: b * M + m. Found once, so that a model need not wait for its device."""
 
@@ -175,6 +180,8 @@ class Batch:
         needed = {"index": tuple(self.mask.shape), "patches": (*self.mask.shape, *self.patches.shape[2:])}
         if self.positions is not None:
             needed["positions"] = (*self.mask.shape, 2)
+        if self.weights is not None:
+            needed["weights"] = tuple(self.mask.shape)
         for name, shape in needed.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -188,22 +195,25 @@ class Batch:
         return moved
 
 
-def _register(kind: type, names: tuple[str, ...], optional: str | None = None) -> None:
-    """Make a dataclass a pytree of its fields `names`, and of the `optional` one where it is not None.
+def _register(kind: type, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Make a dataclass a pytree of its fields `names`, and of those `optional` ones that are not None.
 
     Parts may be anything that stands for a tensor, so nothing is checked.
     """
 
     def flatten(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        held = optional if optional is not None and getattr(value, optional) is not None else None
-        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in (*names, *([held] if held else []))], held
+        held = " ".join(name for name in optional if getattr(value, name) is not None) or None  # as programs have it
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in _fields(held)], held
+
+    def _fields(held: str | None) -> tuple[str, ...]:
+        return (*names, *(held or "").split())
 
     def unflatten(parts: Any, held: Any) -> Any:
         value: Any = object.__new__(kind)
-        for name, part in zip((*names, *([held] if held else [])), parts, strict=True):
+        for name in optional:
+            object.__setattr__(value, name, None)
+        for name, part in zip(_fields(held), parts, strict=True):
             object.__setattr__(value, name, part)
-        if optional is not None and held is None:
-            object.__setattr__(value, optional, None)
         return value
 
     pytree.register_pytree_node(
@@ -216,7 +226,7 @@ def _register(kind: type, names: tuple[str, ...], optional: str | None = None) -
 
 
 _register(Context, ("log_mass", "mean", "second"))
-_register(Batch, ("patches", "positions", "index", "mask", "real"), "rest")  # as before there was a rest, without one
+_register(Batch, ("patches", "positions", "index", "mask", "real"), ("rest", "weights"))  # as before, without them
 torch.serialization.add_safe_globals([Batch, Context])  # an exported program carries the one that it was made with
 
 

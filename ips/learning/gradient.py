@@ -101,7 +101,8 @@ def _backward(
         places = None if places is None else places.to(device)
         real = selection.mask.flatten().nonzero().squeeze(1).to(device)
         with _autocast(device, dtype):
-            outputs = model.pool(leaf, selection.mask.to(device), places, real, selection.rest)
+            weights = None if selection.weights is None else selection.weights.to(device)
+            outputs = model.pool(leaf, selection.mask.to(device), places, real, selection.rest, weights)
             value = loss(outputs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]

@@ -191,12 +191,13 @@ class IPSModel(nn.Module):
         places: Tensor | None,
         real: Tensor | None = None,
         rest: Context | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Embeddings (n, D) of the real winners, in the order of mask (B, M) -> task -> logits (B, K).
 
         `places` (B, M, ...) is what `places` gives; `real` (n,) is `Batch.real`, which without it is read off the mask,
         and a device waited for. Masked embeddings become zeros and are never attended to; the patches of `rest` are,
-        without being here.
+        without being here. The gradient of each embedding is multiplied by `weights` (B, M).
 
         Raises:
             ValueError: on a CPU, an image of which nothing is unmasked; `rest` where `pooling` raises it.
@@ -209,6 +210,9 @@ class IPSModel(nn.Module):
         embeddings = padded.index_copy(0, real, embeddings).view(B, M, -1)
         if self.position is not None and places is not None:
             embeddings = embeddings + self.position(places)
+        if weights is not None:
+            as_it_is = embeddings.detach()  # to the last bit, whatever the weight
+            embeddings = as_it_is + weights.to(embeddings.dtype).unsqueeze(-1) * (embeddings - as_it_is)
         tokens = self.aggregator(embeddings, mask) if rest is None else self.pooling(embeddings, mask, rest)
         outputs: dict[str, Tensor] = self.heads(tokens)
         return outputs
@@ -248,7 +252,7 @@ class IPSModel(nn.Module):
             )
         places = self.places(batch.index, batch.positions)  # checked before a device has work to be waited for
         patches = batch.patches.flatten(0, 1).index_select(0, batch.real)
-        return self.pool(self.embed(patches), batch.mask, places, batch.real, batch.rest)
+        return self.pool(self.embed(patches), batch.mask, places, batch.real, batch.rest, batch.weights)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -42,28 +42,6 @@ class RandomDraw:
 
 
 @dataclass(frozen=True)
-class PartAtRandom:
-    """`draw` of `select`: a `share` of the M uniformly from all patches but the best, which are the others.
-
-    A pure function of the scores' order and the turn, which seed it: the same on any number of processes, whose scores
-    differ by rounding, and in a run that is resumed.
-    """
-
-    share: float
-    turn: int = 0
-    """Such as the epoch: scores whose order stays are drawn from otherwise each time."""
-
-    def __call__(self, keys: Tensor, memory: int) -> Tensor:
-        """Log scores (N,) -> rows (<= M,), the best first."""
-        order = best(keys, torch.arange(len(keys)), len(keys))
-        kept = memory - round(self.share * memory)
-        digest = int((order * torch.arange(1, len(order) + 1).square()).sum())
-        generator = torch.Generator().manual_seed((digest + 1_000_003 * self.turn) % 2**32)  # of which it takes no more
-        others = order[kept:]
-        return torch.cat((order[:kept], others[torch.randperm(len(others), generator=generator)[: memory - kept]]))
-
-
-@dataclass(frozen=True)
 class HalfByScore:
     """`draw` of `select`, the rule of DBPS in training: half of the best M, and as many of the others.
 

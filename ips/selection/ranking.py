@@ -2,11 +2,18 @@
 
 Score of patch n over a set S (paper Algorithm 1, official `get_scores`): s_n = (1/J) sum_j exp(l_nj - log Z_j) with
 Z_j = sum over m in S of exp(l_mj). Ranking is by log s_n, which does not underflow; ties go to the smaller row.
+
+Where all patches are pooled (`ips.network.context`), the encoder's gradient is a sum over all of them, and patch n's
+part of it is in proportion to its attention. The best M alone give a biased part of that sum. `ByAttention` draws M
+with chances pi_n in proportion to s_n, as far as they are below 1, and divides each part by pi_n: the mean over draws
+is the whole sum, and weights are large only where the attention is small (Horvitz and Thompson 1952; drawn
+systematically, in random order, Madow 1949). Where M patches have all the attention, these are certain: the best M.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,3 +41,41 @@ def best(keys: Tensor, index: Tensor, memory: int) -> Tensor:
     by_index = index.argsort()
     order = by_index[keys[by_index].argsort(descending=True, stable=True)]
     return order[:memory]
+
+
+@dataclass(frozen=True)
+class ByAttention:
+    """`draw` of `select` with `context="rest"`: M patches by their attention, for the encoder's gradient over all N.
+
+    A pure function of the scores and the turn, which with their order seeds it: the same in every process that has the
+    scores, and in a run that is resumed.
+    """
+
+    turn: int = 0
+    """Such as the epoch: scores that stay are drawn from otherwise each time."""
+
+    def __call__(self, keys: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+        """Log scores (N,) -> rows (m <= M,), best first, and one over the chance of each (m,)."""
+        order = best(keys, torch.arange(len(keys)), len(keys))
+        digest = int((order * torch.arange(1, len(order) + 1).square()).sum())
+        generator = torch.Generator().manual_seed((digest + 1_000_003 * self.turn) % 2**32)  # of which it takes no more
+        chance = chances(keys, memory)
+        shuffled = torch.randperm(len(keys), generator=generator)
+        ends = chance[shuffled].cumsum(0).clamp(max=memory)
+        steps = (ends - torch.rand((), generator=generator, dtype=torch.float64)).floor()
+        drawn = shuffled[steps.diff(prepend=steps.new_full((1,), -1.0)) > 0]
+        rows = drawn[best(keys[drawn], drawn, memory)]
+        return rows, (1 / chance[rows]).float()
+
+
+def chances(keys: Tensor, memory: int) -> Tensor:
+    """Log scores (N,) -> chances (N,) that add up to M and are in proportion to the scores where these are below 1."""
+    scores = (keys - keys.max()).exp().clamp(min=1e-200)  # none is hopeless
+    certain = torch.zeros(len(keys), dtype=torch.bool)
+    while True:
+        left, others = max(0, memory - int(certain.sum())), scores.where(~certain, 0.0)
+        chance = torch.where(certain, 1.0, left * others / others.sum())
+        more = (chance > 1 - 1e-12) & ~certain  # rounding leaves none out of M = N
+        if not more.any():
+            return chance
+        certain |= more

@@ -32,8 +32,9 @@ from ips.selection.stream import Stream, score_rows
 from ips.selection.transfer import arrived
 
 Mode = Literal["exact", "window"]
-Draw = Callable[[Tensor, int], Tensor]
-"""Log scores of all patches (N,) and M -> the rows (<= M,) that win, instead of the best."""
+Draw = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
+"""Log scores of all patches (N,) and M -> the rows (m <= M,) that win, instead of the best; and weights (m,) of their
+gradients, where they are not all 1."""
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def select(
             are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
             for the rest; M more patches are encoded for it.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
-        draw: who wins, where it is not the best; on every process of `group` the same; exact only.
+        draw: who wins, where it is not the best, and with which weight; alike in all of `group`; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -143,18 +144,22 @@ class _Taken:
                 watch(number, index, logits, x)
 
 
-def _won(pool: Pool, memory: int, draw: Draw | None) -> tuple[Tensor, Tensor]:
-    """Rows of the winners and their log scores."""
+def _won(pool: Pool, memory: int, draw: Draw | None) -> tuple[Tensor, ...]:
+    """Rows of the winners, their log scores, and what the draw weighs them by, if it does."""
     if draw is None:
         return pool.winners(memory)
     assert isinstance(pool, LogitCache)
     keys = pool.log_scores()
-    rows = draw(keys, memory)
+    drawn = draw(keys, memory)
+    rows, *weights = drawn if isinstance(drawn, tuple) else (drawn,)
     if len(rows) > memory or len(torch.unique(rows)) < len(rows) or ((rows < 0) | (rows >= len(keys))).any():
         raise ValueError(
             f"draw gave {rows.tolist()[:9]} ...: it must give at most {memory} different rows of {len(keys)}"
         )
-    return rows, keys[rows]
+    for own in weights:
+        if own.shape != rows.shape or not own.isfinite().all():
+            raise ValueError(f"draw gave weights {own.tolist()[:9]} ...: it must give a finite one for each row")
+    return rows, keys[rows], *weights
 
 
 def _with_embeddings(
@@ -286,19 +291,21 @@ def _fill(
 
 
 def assemble(
-    winners: Sequence[tuple[Tensor, Tensor]],
+    winners: Sequence[tuple[Tensor, ...]],
     memory: int,
     scored: Sequence[int],
     maps: tuple[Tensor, ...] | None = None,
     certificates: tuple[Certificate, ...] | None = None,
 ) -> Selection:
-    """Rows and log scores of each image, over so many patches -> a padded `Selection`."""
+    """Rows, log scores and maybe weights of each image, over so many patches -> a padded `Selection`."""
     index = torch.full((len(winners), memory), -1, dtype=torch.int64)
     scores = torch.zeros(len(winners), memory)
-    for number, (rows, keys) in enumerate(winners):
+    for number, (rows, keys, *_) in enumerate(winners):
         index[number, : len(rows)] = rows
         scores[number, : len(rows)] = keys.exp()
-    return Selection(index, index >= 0, scores, maps, certificates, torch.tensor(scored))
+    weights = [_padded(own, memory) for _, _, *rest in winners for own in rest]
+    weighed = torch.stack(weights) if weights else None
+    return Selection(index, index >= 0, scores, maps, certificates, torch.tensor(scored), weights=weighed)
 
 
 def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str) -> Batch:
@@ -321,6 +328,7 @@ def gather(bags: Sequence[Bag], selection: Selection, device: torch.device | str
         index=selection.index,
         mask=selection.mask,
         rest=selection.rest,
+        weights=selection.weights,
     )
     return batch.to(target)
 

@@ -68,15 +68,13 @@ class SelectConfig(Section):
     """M, patches kept an image; every keeps all."""
     chunk: Positive = 256
     """I, patches read at a time; in window mode it changes the result."""
-    explore_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the M patches that are trained on, drawn at random from those that are not among the highest scored; exact
-    only. So a network from scratch finds what it does not look for yet, and its norms see more than winners. Evaluation
-    and prediction take the highest scored alone. 0: the paper."""
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
     without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from
-    all patches. exact and window only: they see all patches anyway. In training, train.norm batch and group normalise
-    the M by their own statistics and the others by the running ones; frozen makes no difference between them."""
+    all patches. In exact, the M that train the encoder are drawn by their attention and weighed, so that the mean of
+    its gradient is that of all patches (`ips.ByAttention`). exact and window only: they see all patches anyway. In
+    training, train.norm batch and group normalise the M by their own statistics and the others by the running ones;
+    frozen makes no difference between them."""
 
 
 class ModelConfig(Section):

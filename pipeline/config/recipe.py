@@ -280,9 +280,8 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before `train.threads`, `reselect_every` and `model.select.context` and `explore_share` keep
-        their names.
-        What training begins with is named by its content.
+        So trainings from before `train.threads`, `reselect_every` and `model.select.context` keep their names. What
+        training begins with is named by its content.
         """
         dump = self.model_dump(
             mode="json",
@@ -294,7 +293,6 @@ class Config(Section):
         for name in ("threads", "reselect_every"):
             if getattr(self.train, name) == TrainConfig.model_fields[name].default:
                 del dump["train"][name]
-        for name in ("context", "explore_share"):
-            if getattr(self.model.select, name) == SelectConfig.model_fields[name].default:
-                del dump["model"]["select"][name]
+        if self.model.select.context == SelectConfig.model_fields["context"].default:
+            del dump["model"]["select"]["context"]
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -141,12 +141,6 @@ UNUSED: tuple[Unused, ...] = (
         "choose another mode",
     ),
     Unused(
-        ("model.select.explore_share",),
-        lambda c: c.model.select.mode != "exact",
-        "except with model.select.mode=exact",
-        "set model.select.mode=exact",
-    ),
-    Unused(
         _paths("train", "explore_epochs", "reselect_every", "score_dtype", "score_batch", "compile"),
         lambda c: not _selects(c),
         "with model.select.mode=random and every, which score no patches",

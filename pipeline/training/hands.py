@@ -50,9 +50,12 @@ def each_image(selection: Selection) -> list[Selection]:
     """A selection in B images as B selections in one, of what is trained on."""
     parts = (torch.split(part, 1) for part in (selection.index, selection.mask, selection.scores))
     images = [Selection(*image) for image in zip(*parts, strict=True)]
-    if selection.rest is None:
-        return images
-    return [replace(image, rest=rest) for image, rest in zip(images, each(selection.rest), strict=True)]
+    if selection.rest is not None:
+        images = [replace(image, rest=rest) for image, rest in zip(images, each(selection.rest), strict=True)]
+    if selection.weights is not None:
+        own = torch.split(selection.weights, 1)
+        images = [replace(image, weights=weights) for image, weights in zip(images, own, strict=True)]
+    return images
 
 
 def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Selection], pick: Pick) -> Selection:
@@ -71,7 +74,10 @@ def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Se
     parts = [known[index] if index in known else next(picked) for index in hand]
     index, mask, scores = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "mask", "scores"))
     rests = [part.rest for part in parts if part.rest is not None]
-    return Selection(index, mask, scores, rest=joined(rests) if rests else None)
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Selection(
+        index, mask, scores, rest=joined(rests) if rests else None, weights=torch.cat(weights) if weights else None
+    )
 
 
 def hand_loss(outputs: Mapping[str, Tensor], slides: Slides, mine: Sequence[int], everyone: Sequence[int]) -> Tensor:

@@ -21,9 +21,10 @@ from ips.learning.gradient import bounded_backward
 from ips.learning.schedule import warmup_cosine
 from ips.network.context import joined
 from ips.network.model import IPSModel
-from ips.selection.baselines import PartAtRandom, RandomDraw, every_patch, random_selection
+from ips.selection.baselines import RandomDraw, every_patch, random_selection
+from ips.selection.ranking import ByAttention
 from ips.selection.scorer import Scorer
-from ips.selection.select import gather, select
+from ips.selection.select import Draw, gather, select
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.training.hands import Slides, Waits, each_image, hand_loss, select_hand
@@ -289,9 +290,8 @@ class _Turn:
 
     def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
         selecting, explores = self.selecting, self.explores(epoch)
-        part = PartAtRandom(selecting.explore_share, epoch) if selecting.explore_share else None
-        mode = selecting.mode
-        if mode == "random" or mode == "every" or (explores and selecting.context == "none"):
+        mode, pools = selecting.mode, selecting.context == "all"
+        if mode == "random" or mode == "every" or (explores and not pools):
             return self._drawn(bags)
         with memory_advice(self.settings, selecting, "selection"):
             return select(
@@ -302,9 +302,15 @@ class _Turn:
                 "exact" if explores else mode,  # drawn ones are the same in both
                 scorer=self.scorer,
                 group=group,
-                context="rest" if selecting.context == "all" else None,
-                draw=RandomDraw(torch.default_generator) if explores else part,
+                context="rest" if pools else None,
+                draw=self._draw(epoch) if pools else None,
             )
+
+    def _draw(self, epoch: int) -> Draw | None:
+        """Of which patches the encoder learns where all are pooled."""
+        if self.explores(epoch):
+            return RandomDraw(torch.default_generator)
+        return ByAttention(epoch) if self.selecting.mode == "exact" else None
 
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""

@@ -10,7 +10,7 @@ from ips.learning.gradient import bounded_backward
 from ips.network.aggregator import Aggregator
 from ips.network.model import IPSModel
 from ips.network.pooling import GatedAttention, MeanPool
-from ips.selection.baselines import HalfByScore, PartAtRandom, RandomDraw, every_patch, random_selection, transferred
+from ips.selection.baselines import HalfByScore, RandomDraw, every_patch, random_selection, transferred
 from ips.selection.select import assemble, gather, select
 from tests.ips.nets import TinyEncoder, bag_of, tiny_model
 
@@ -65,22 +65,6 @@ def test_half_by_score_is_half_of_the_best_and_half_of_the_others() -> None:
     assert len(set(rule(keys, 29).tolist())) == 16  # 15 of the 29 best, and the one other
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.0, 7), (0.5, 3), (0.3, 5), (0.99, 0)])
-def test_a_part_at_random_is_the_best_and_others_by_the_order_of_scores_and_the_turn(share: float, kept: int) -> None:
-    keys = torch.randn(30, dtype=torch.float64)
-    order = keys.argsort(descending=True).tolist()
-    seen = set()
-    for turn in range(300):
-        rule = PartAtRandom(share, turn)
-        rows = rule(keys, 7).tolist()
-        assert rows == rule(keys * (1 + 1e-12), 7).tolist(), turn  # as another number of processes has them
-        assert len(set(rows)) == 7
-        assert rows[:kept] == order[:kept]
-        seen |= set(rows)
-    assert seen == (set(range(30)) if share else set(order[:7]))
-    assert sorted(rule(keys[:5], 7).tolist()) == list(range(5))
-
-
 def test_half_by_score_prefers_high_scores() -> None:
     keys = torch.tensor([0.9, 0.09, 0.01], dtype=torch.float64).log()
     rule = HalfByScore(torch.Generator().manual_seed(0))
@@ -104,6 +88,18 @@ def test_drawn_rows_win_whatever_they_score() -> None:
 def test_a_draw_of_other_rows_is_refused(rows: list[int]) -> None:
     with pytest.raises(ValueError, match="it must give at most 2 different rows of 5"):
         select(tiny_model(), [bag_of(5)], 2, 3, draw=lambda _keys, _memory: torch.tensor(rows))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")]])
+def test_weights_that_are_no_numbers_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="it must give a finite one for each row"):
+        select(
+            tiny_model(),
+            [bag_of(5)],
+            2,
+            3,
+            draw=lambda _keys, _memory: (torch.tensor([4, 0]), torch.tensor(weights)),
+        )
 
 
 def test_winners_of_a_coarse_tiling_are_looked_at_closely() -> None:

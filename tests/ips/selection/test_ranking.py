@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ips.selection import ranking
-from ips.selection.ranking import best, log_normalisers, log_scores
+from ips.selection.ranking import ByAttention, best, chances, log_normalisers, log_scores
 
 
 def test_scores_are_the_mean_softmax() -> None:
@@ -50,3 +50,48 @@ def test_which_heads_agree_decides() -> None:
         torch.tensor([6 / 37.1 + 1 / 6.2, 1 / 37.1 + 5 / 6.2, 30 / 37.1 + 0.1 / 6.2, 0.1 / 37.1 + 0.1 / 6.2]) / 2,
     )
     assert best(keys, torch.arange(4), 1).tolist() == [1]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 70), st.sampled_from([0.0, 0.3, 3.0, 300.0]), st.integers(0, 10**6))
+def test_chances_add_up_and_follow_the_scores(N: int, memory: int, spread: float, seed: int) -> None:
+    keys = spread * torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    chance = chances(keys, memory)
+    certain = chance == 1
+    assert ((chance >= 0) & (chance <= 1)).all()
+    assert float(chance.sum()) == pytest.approx(min(N, memory))
+    if memory >= N:
+        assert certain.all()
+        return
+    ratio = (keys - keys.max()).exp().clamp(min=1e-200) / chance
+    if int(certain.sum()) == memory:  # nothing is left to draw but what weighs less than rounding
+        assert not chance[~certain].any()
+        return
+    others = ratio[~certain]
+    torch.testing.assert_close(others, others[:1].expand_as(others), rtol=1e-9, atol=0)
+    assert not certain.any() or ratio[certain].min() >= others[0] * (1 - 1e-9)
+
+
+def test_draws_come_as_often_as_their_chances_say() -> None:
+    keys = torch.tensor([3.0, 0.0, -1.0, 0.5, -30.0, 0.2, -0.5], dtype=torch.float64)
+    chance, counts = chances(keys, 3), torch.zeros(7)
+    assert chance[0] == 1
+    for turn in range(800):
+        rows, weights = ByAttention(turn)(keys, 3)
+        assert len(set(rows.tolist())) == 3
+        assert rows[0] == 0
+        assert keys[rows].diff().max() <= 0  # best first
+        torch.testing.assert_close(weights, (1 / chance[rows]).float())
+        counts[rows] += 1
+    torch.testing.assert_close(counts / 800, chance.float(), rtol=0, atol=0.07)  # four deviations
+
+
+def test_a_draw_is_a_function_of_scores_and_turn() -> None:
+    keys = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    first = ByAttention(5)(keys, 20)[0].tolist()
+    torch.rand(9)  # of other random numbers it takes none
+    assert ByAttention(5)(keys, 20)[0].tolist() == first
+    assert ByAttention(5)(keys * (1 + 1e-13), 20)[0].tolist() == first  # as another number of processes has them
+    assert ByAttention(6)(keys, 20)[0].tolist() != first
+    assert ByAttention(5)(keys.flip(0), 20)[0].tolist() != first
+    assert sorted(ByAttention(5)(keys, 400)[0].tolist()) == list(range(300))

@@ -57,9 +57,7 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
         assert name not in _changed().recipe()["train"]
         assert _changed(train={name: 3}).recipe()["train"][name] == 3
     assert "context" not in _changed().recipe()["model"]["select"]
-    assert "explore_share" not in _changed().recipe()["model"]["select"]
-    for name, value in (("context", "all"), ("explore_share", 0.5)):
-        assert _changed(model={"select": {name: value}}).recipe()["model"]["select"][name] == value
+    assert _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]["context"] == "all"
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,6 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         ({"model.aggregator.pool": "gated"}, "model.aggregator.heads", 4),
         ({"model.aggregator.pool": "max"}, "model.aggregator.hidden_dim", 4),
         ({"model.select.mode": "window"}, "train.shard_above", 1000),
-        ({"model.select.mode": "window"}, "model.select.explore_share", 0.5),
-        (BASELINE, "model.select.explore_share", 0.5),
         ({"train.source": "stream"}, "train.shard_above", 1000),
         ({}, "train.grad_chunk", 8),
         ({}, "train.monitor", "score"),

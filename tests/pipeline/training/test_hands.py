@@ -50,19 +50,22 @@ def _refuse(_bags: Sequence[Bag]) -> Selection:
     raise AssertionError("nothing is left to select")
 
 
-def test_the_rest_of_each_slide_stays_with_it() -> None:
+def test_the_rest_and_the_weights_of_each_slide_stay_with_it() -> None:
     bags = _bags(3, 5, 7)
 
     def with_rest(bags: Sequence[Bag]) -> Selection:
         sizes = torch.tensor([float(len(bag)) for bag in bags], dtype=torch.float64)
         rest = Context(sizes.view(-1, 1), sizes.view(-1, 1, 1), sizes.view(-1, 1, 1, 1))
-        return replace(_by_length(bags), rest=rest)
+        return replace(_by_length(bags), rest=rest, weights=sizes.unsqueeze(1) / torch.tensor([1, 2]))
 
     known = {20: each_image(with_rest(bags[1:2]))[0]}
     for hand, wanted in (([10, 20, 30], [3, 5, 7]), ([20], [5]), ([10, 30], [3, 7])):
         mine = [bags[n] for n in (hand_index // 10 - 1 for hand_index in hand)]
-        found = select_hand(hand, mine, known, with_rest).rest
+        selection = select_hand(hand, mine, known, with_rest)
+        found = selection.rest
         assert found is not None
+        assert selection.weights is not None
+        assert selection.weights.tolist() == [[n, n / 2] for n in wanted]
         assert found.second is not None
         assert [found.log_mass.flatten().tolist(), found.second.flatten().tolist()] == [wanted, wanted]
 
