@@ -19,6 +19,7 @@ from pipeline.cohort.table import Cohort
 from pipeline.columnar import Columnar
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
+from pipeline.errors import StorageError
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.files import read_bytes
 from pipeline.storage.lease import Lease
@@ -46,13 +47,18 @@ class Record:
         They stand in its ledger; those of generated images, and of records of older releases, in the facts.
 
         Raises:
-            StorageError: the ledger cannot be read.
+            StorageError: the ledger is gone, or is damaged.
         """
         if "keys" in self.facts:
             keys: Mapping[str, str] = self.facts["keys"]
             return pa.table([pa.array(column, pa.string()) for column in (list(keys), list(keys.values()))], _TILED)
-        data = pa.BufferReader(read_bytes(self.outputs["ledger_slides"]))
-        table = pq.read_table(data, columns=_TILED)
+        ledger = self.outputs["ledger_slides"]
+        try:
+            table = pq.read_table(pa.BufferReader(read_bytes(ledger)), columns=_TILED)
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(
+                f"{ledger}: no ledger of slides ({error}); delete it, and `tile` writes it anew"
+            ) from error
         return table.filter(pc.is_valid(table["key"]))
 
     @cached_property
@@ -110,6 +116,8 @@ class Stage:
     """Why a record whose outputs all exist does not hold any more; None where it does."""
     shared: bool = False
     """Several processes may do it at once, on the same inputs, and end with the same outputs."""
+    layout: int = 1
+    """How `identity` writes its slides; another number, and records of before do not say which slides have changed."""
 
 
 def versions() -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from collections import ChainMap
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray._private.arrow_serialization import _arrow_table_reduce
+from ray.cloudpickle import CloudPickler
 
 from pipeline import columnar
 from pipeline.columnar import Columnar
@@ -39,6 +44,22 @@ def test_it_is_the_list_that_it_was_made_of(rows: list[Pair], batch: int, part: 
             with pytest.raises(IndexError):
                 held[outside]
     assert (held == [*rows, ("more", 1)]) is False
+
+
+def _through_ray(held: Columnar[Any]) -> Any:
+    """As Ray hands an object to a task: with its own way of writing tables, and buffers beside the pickle."""
+    sink, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    pickler = CloudPickler(sink, protocol=5, buffer_callback=buffers.append)
+    pickler.dispatch_table = ChainMap({pa.Table: _arrow_table_reduce}, CloudPickler.dispatch_table)
+    pickler.dump(held)
+    assert len(sink.getvalue()) < 4096, "data went into the pickle"
+    return pickle.loads(sink.getvalue(), buffers=buffers)
+
+
+def test_two_of_them_travel_as_ray_sends_them() -> None:
+    first, second = (Columnar.of([(f"{name}{n}", n) for n in range(5000)], SCHEMA, pair) for name in "ab")
+    both = first.paired(second)
+    assert list(_through_ray(both[7:4000])) == list(both)[7:4000]
 
 
 def test_two_of_them_go_together() -> None:
