@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -56,6 +56,10 @@ class Columnar(Sequence[Item], Generic[Item]):
         names = [f"0.{name}" for name in self.table.column_names]  # Ray takes columns by name, so each has its own
         names += [f"1.{name}" for name in others.table.column_names]
         return Columnar(pa.table(columns, names=names), _Pair(self._make, others._make, self.table.num_columns))
+
+    def map(self, make: Callable[[Item], Other]) -> Columnar[Other]:
+        """What is made of each item, when it is asked for; `make` picklable, where this is to be."""
+        return Columnar(self.table, _Then(self._make, make))
 
     def with_column(self, name: str, values: Sequence[Any]) -> Columnar[Item]:
         """The same with other values in one column."""
@@ -110,6 +114,34 @@ class _Pair:
 
     def __call__(self, *values: Any) -> tuple[Any, Any]:
         return self.first(*values[: self.columns]), self.second(*values[self.columns :])
+
+
+@dataclass(frozen=True)
+class _Then:
+    """Makes something of the item that is made of the columns."""
+
+    first: Callable[..., Any]
+    second: Callable[[Any], Any]
+
+    def __call__(self, *values: Any) -> Any:
+        return self.second(self.first(*values))
+
+
+def together(ones: Sequence[Item], others: Sequence[Other]) -> Sequence[tuple[Item, Other]]:
+    """Each with the other one at its place; columns, where both are."""
+    if isinstance(ones, Columnar) and isinstance(others, Columnar):
+        return ones.paired(others)
+    return list(zip(ones, others, strict=True))
+
+
+def mapped(make: Callable[[Item], Other], items: Sequence[Item]) -> Sequence[Other]:
+    """What is made of each; columns, where these are."""
+    return items.map(make) if isinstance(items, Columnar) else [make(item) for item in items]
+
+
+def selected(items: Sequence[Item], mask: Sequence[bool]) -> Sequence[Item]:
+    """Those for which the mask is true; columns, where these are."""
+    return items.filter(pa.array(mask)) if isinstance(items, Columnar) else list(compress(items, mask))
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:

@@ -331,8 +331,8 @@ def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str
     same = newest.facts.get("layout", 1) == stage.layout
     parts = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
     changed = [told for key in parts if (told := changes(key, known, now, ids, same_layout=same))]
-    told = [] if same else ["identified otherwise by the release that did it last"]
-    return "; ".join(told + ([f"changed since the last time: {', '.join(changed)}"] if changed else []))
+    reasons = [] if same else ["identified otherwise by the release that did it last"]
+    return "; ".join([*reasons, *([f"changed since the last time: {', '.join(changed)}"] if changed else [])])
 
 
 def _finished(record: Record) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from itertools import compress
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.bags.patients import OneSlide, by_patient
 from pipeline.bags.sources import LabelledSource, open_sources, slides_of
 from pipeline.cohort.table import Cohort
-from pipeline.columnar import Columnar
+from pipeline.columnar import selected
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StorageError
@@ -95,9 +94,8 @@ class Workspace:
         keys, planned = self.records["tile"].keys, self.config.planned
         slides = self.cohort.slides
         mask = [slide.slide_id in keys and (split is None or slide.split == split) for slide in slides]
-        chosen = slides.filter(pa.array(mask)) if isinstance(slides, Columnar) else list(compress(slides, mask))
-        versions = list(compress(self.versions, mask)) if planned else None
-        found = open_sources(self.config, chosen, keys, versions)
+        versions = selected(self.versions, mask) if planned else None
+        found = open_sources(self.config, selected(slides, mask), keys, versions)
         if self.config.cohort.bag == "slide":
             return found
         pairs = [(slide, source) for slide, source in found if isinstance(source, OneSlide)]
