@@ -146,8 +146,7 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
-    with reading_source():
-        cutter = Cutter(reader, grid, streamed.spec)
+    with reading_source(), Cutter(reader, grid, streamed.spec) as cutter:
         cutter.expect(origins)
         for row, (x, y) in zip(rows.tolist(), origins.tolist(), strict=True):
             try:
