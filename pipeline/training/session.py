@@ -74,8 +74,7 @@ def run_session(
 ) -> Progress:
     """Train to the last epoch; all ranks call this with the same arguments but their rank and device.
 
-    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing that differs between
-    ranks.
+    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing of its rank.
 
     Args:
         job: what to train.
@@ -347,6 +346,5 @@ def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
 
     All ranks call this together.
     """
-    on_gpu = device.type == "cuda"
-    mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
+    mine = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
     return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))
