@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from typing import TypeVar
 
 import pyarrow as pa
@@ -83,3 +86,14 @@ def test_what_is_made_of_items_stays_in_columns_where_they_are() -> None:
 
 def _told(two: tuple[Pair, Pair]) -> str:
     return f"{two[0]} with {two[1]}"
+
+
+@pytest.mark.parametrize("asked", [None, "system"])
+def test_the_allocator_is_the_one_that_was_asked_for(asked: str | None) -> None:
+    others = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
+    code = "import pyarrow as pa; from pipeline.columnar import choose_allocator as choose; choose(); "
+    code += "print(pa.default_memory_pool().backend_name, 'jemalloc' in pa.supported_memory_backends())"
+    env = others if asked is None else {**others, "ARROW_DEFAULT_MEMORY_POOL": asked}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    backend, has_it = found.split()
+    assert backend == asked if asked else (backend == "jemalloc") == (has_it == "True")
