@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -56,6 +57,10 @@ class Columnar(Sequence[Item], Generic[Item]):
         names = [f"0.{name}" for name in self.table.column_names]  # Ray takes columns by name, so each has its own
         names += [f"1.{name}" for name in others.table.column_names]
         return Columnar(pa.table(columns, names=names), _Pair(self._make, others._make, self.table.num_columns))
+
+    def map(self, make: Callable[[Item], Other]) -> Columnar[Other]:
+        """What is made of each item, when it is asked for; `make` picklable, where this is to be."""
+        return Columnar(self.table, _Then(self._make, make))
 
     def with_column(self, name: str, values: Sequence[Any]) -> Columnar[Item]:
         """The same with other values in one column."""
@@ -110,6 +115,44 @@ class _Pair:
 
     def __call__(self, *values: Any) -> tuple[Any, Any]:
         return self.first(*values[: self.columns]), self.second(*values[self.columns :])
+
+
+@dataclass(frozen=True)
+class _Then:
+    """Makes something of the item that is made of the columns."""
+
+    first: Callable[..., Any]
+    second: Callable[[Any], Any]
+
+    def __call__(self, *values: Any) -> Any:
+        return self.second(self.first(*values))
+
+
+def together(ones: Sequence[Item], others: Sequence[Other]) -> Sequence[tuple[Item, Other]]:
+    """Each with the other one at its place; columns, where both are."""
+    if isinstance(ones, Columnar) and isinstance(others, Columnar):
+        return ones.paired(others)
+    return list(zip(ones, others, strict=True))
+
+
+def mapped(make: Callable[[Item], Other], items: Sequence[Item]) -> Sequence[Other]:
+    """What is made of each; columns, where these are."""
+    return items.map(make) if isinstance(items, Columnar) else [make(item) for item in items]
+
+
+def selected(items: Sequence[Item], mask: Sequence[bool]) -> Sequence[Item]:
+    """Those for which the mask is true; columns, where these are."""
+    return items.filter(pa.array(mask)) if isinstance(items, Columnar) else list(compress(items, mask))
+
+
+def choose_allocator() -> None:
+    """Have Arrow take jemalloc in this process, where it has it and nobody asked for another one.
+
+    With its default, mimalloc, reading the catalogue of a million slides held 1,232 MB at most and 990 MB soon after,
+    with jemalloc 958 and 764 (arrow 25, Linux).
+    """
+    if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ and "jemalloc" in pa.supported_memory_backends():
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from pipeline.bags.sources import open_bag, open_sources
 from pipeline.cli.main import app
 from pipeline.cohort.table import read_cohort
+from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.ingest.tiler import store_slide
@@ -51,6 +53,10 @@ def released(tmp_path: Path) -> Path:
     for path in tmp_path.glob("patches/*/sources/*.json"):
         record = json.loads(path.read_text())
         os.utime(record["source"]["uri"], (record["version"]["mtime"],) * 2)
+    (path,) = tmp_path.glob("run/stages/tile-*.json")
+    tile = json.loads(path.read_text())
+    tile["facts"]["identity"]["store"] = fingerprint(tile["outputs"]["store"])
+    path.write_text(json.dumps(tile))
     return tmp_path
 
 
@@ -87,11 +93,17 @@ def test_stores_are_taken_over_and_no_slide_is_tiled_again(released: Path, migra
 
 
 def test_records_are_read_and_the_plan_says_what_runs_anew(released: Path) -> None:
-    first = plan(_config(released))[0]
-    assert (first.stage, first.action) == ("tile", "run")
-    assert first.why.startswith("changed since the last time: ")  # than that record, which is read and compared
+    config, cohort = _config(released), released / "cohort.csv"
+    first = plan(config)[0]
+    otherwise = "identified otherwise by the release that did it last"
+    assert (first.stage, first.action, first.why) == ("tile", "run", otherwise)
+    header, *rows = cohort.read_text().splitlines()
+    cohort.write_text("\n".join([header, *rows[1:], rows[0].replace("a", "e", 1)]) + "\n")
+    shutil.copy(released / "slides" / "a.png", released / "slides" / "e.png")
+    assert plan(config)[0].why == f"{otherwise}; changed since the last time: slides (1 added: e; 1 removed)"
     for stage in ("tile", "embed", "train", "evaluate", "register"):
         assert _record(released, stage).stage == stage
+    assert _record(released, "train").facts["identity"]["recipe"] == fingerprint(config.recipe())
 
 
 def test_training_goes_on_from_its_checkpoint(released: Path) -> None:

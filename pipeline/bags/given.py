@@ -14,69 +14,35 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import Columnar
 from pipeline.errors import SlideError, StageError
-from pipeline.ingest.versions import Looked
+from pipeline.ingest.versions import Looked, known
 from pipeline.storage import files
 from pipeline.storage.ranges import coalesced
 from pipeline.store.features import Dtype, Features
-from pipeline.store.index import Ints, PatchIndex
-from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.store.index import Ints
+from pipeline.store.patches import OnPatches, PatchStore, StoredSlide
 
+_ABOUT = pa.schema([("uri", pa.string()), ("dim", pa.int64()), ("dtype", pa.string())])
 _TILE_PX = 96  # of what stands for a patch without pixels
 _TILE = (214, 176, 200)
 
 
 @dataclass(frozen=True)
-class GivenSlide:
-    """A slide's features in a file that another tool has written, as a `sources.PatchSource`. Small and picklable."""
+class GivenSlide(OnPatches):
+    """A slide's features in a file that another tool has written, as a `sources.PatchSource`. Small and picklable.
 
-    plan: StoredSlide
-    """As the tile stage committed it; its index leads into the file."""
+    `patches` is the plan that the tile stage committed; its index leads into the file.
+    """
+
     uri: str
     """The file."""
     dim: int
     dtype: Dtype
-
-    @property
-    def key(self) -> str:
-        """Names the content."""
-        return self.plan.key
-
-    @property
-    def n_patches(self) -> int:
-        """N."""
-        return self.plan.n_patches
-
-    @property
-    def n_bad_tiles(self) -> int:
-        """Of patches that are not in the file nothing is known."""
-        return 0
-
-    @property
-    def extent(self) -> float:
-        """Edge of a patch, level-0 px."""
-        return self.plan.extent
-
-    @property
-    def thumbnail_scale(self) -> float:
-        """Level-0 px per px of the thumbnail."""
-        return self.plan.thumbnail_scale
-
-    @property
-    def mpp(self) -> float | None:
-        """Microns per level-0 px; None where it is not known."""
-        return self.plan.mpp
-
-    def index(self) -> PatchIndex:
-        """Where each patch stands, and its vector in the file."""
-        return self.plan.index()
-
-    def positions(self, rows: Ints) -> Ints:
-        """See `StoredSlide.positions`."""
-        return self.plan.positions(rows)
 
     def vectors(self, rows: Ints) -> Features:
         """(n, D) of `rows`, in their order; neighbours are read in one request.
@@ -101,14 +67,10 @@ class GivenSlide:
         """A tile that says its row, in the place of each patch."""
         return [_tile(int(row)) for row in rows]
 
-    def thumbnail(self) -> bytes:
-        """Where the patches are, a JPEG of at most 512 px."""
-        return self.plan.thumbnail()
-
 
 def open_given(
     slides: Sequence[CohortSlide], versions: Sequence[Looked], plans: PatchStore, keys: Sequence[str]
-) -> list[GivenSlide]:
+) -> Sequence[GivenSlide]:
     """Files that the tile stage has indexed.
 
     Args:
@@ -121,17 +83,22 @@ def open_given(
         StorageError: a plan is gone.
         SlideError: a file is; "changed", it is not the one that was indexed.
     """
-    found, facts = plans.slides(keys), _features(plans, keys)
-    known = [None if isinstance(version, SlideError) else version for version in versions]
-    given = []
-    for slide, version, status, plan in zip(slides, versions, plans.statuses(slides, known), found, strict=True):
+    plan, facts, current = plans.slides(keys), _features(plans, keys), plans.statuses(slides, known(versions))
+    for slide, version, status, key in zip(slides, versions, current, keys, strict=True):
         if isinstance(version, SlideError):
             raise version
-        if status is None or status.key != plan.key:
+        if status is None or status.key != key:
             raise SlideError("changed", f"{slide.uri}: the file was replaced after it was indexed; run again")
-        about = facts[plan.key]
-        given.append(GivenSlide(plan, slide.uri, about["dim"], about["dtype"]))
-    return given
+    rows = ((slide.uri, facts[key]["dim"], facts[key]["dtype"]) for slide, key in zip(slides, keys, strict=True))
+    return plan.paired(Columnar.of(rows, _ABOUT, _about)).map(_given)
+
+
+def _about(uri: str, dim: int, dtype: Dtype) -> tuple[str, int, Dtype]:
+    return uri, dim, dtype
+
+
+def _given(found: tuple[StoredSlide, tuple[str, int, Dtype]]) -> GivenSlide:
+    return GivenSlide(found[0], *found[1])
 
 
 def check_alike(plans: PatchStore, keys: Collection[str]) -> None:

@@ -119,7 +119,7 @@ class PatientSlides:
 
     def _size(self, slide: OneSlide) -> tuple[float, float]:
         """Width and height on the plane."""
-        stored = slide if isinstance(slide, StoredSlide) else _plan(slide)
+        stored = slide if isinstance(slide, StoredSlide) else slide.patches
         scale = self.extent / slide.extent
         return stored.dimensions[0] * scale, stored.dimensions[1] * scale
 
@@ -131,10 +131,6 @@ class PatientSlides:
     def _lefts(self) -> list[int]:
         """Where each slide begins in the picture, px."""
         return [0, *accumulate(self._shown(slide)[0] + _GAP for slide in self.slides[:-1])]
-
-
-def _plan(slide: FeatureSlide | GivenSlide | StreamedSlide) -> StoredSlide:
-    return slide.patches if isinstance(slide, FeatureSlide) else slide.plan
 
 
 def by_patient(

@@ -11,37 +11,30 @@ gradient pass takes again what the selection has scored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Protocol, assert_never
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ips.bag import Bag
 from pipeline.bags.augment import Augment
-from pipeline.bags.embed import embed_slide, encoder_fingerprint, shared_embedder
+from pipeline.bags.embed import encoder_fingerprint
 from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.given import GivenSlide, open_given
 from pipeline.bags.images import PastedImage, open_image
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.patients import PatientSlides
-from pipeline.bags.streamed import PassingSlide, StreamedSlide, open_streamed, plan_root
+from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
 from pipeline.cohort.table import CohortSlide
-from pipeline.columnar import Columnar
+from pipeline.columnar import mapped, together
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, SlideError
-from pipeline.ingest.features import index_slide
-from pipeline.ingest.isolated import begin_slide, store_slide
-from pipeline.ingest.source import version_of
-from pipeline.ingest.tiler import LargeSlide
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage import files
-from pipeline.storage.scratch import scratch_folder
 from pipeline.store.features import FeatureSlide, FeatureStore
-from pipeline.store.patches import GIVEN, PatchStore, SlideStatus, StoredSlide
+from pipeline.store.patches import GIVEN, OnPatches, PatchStore, SlideStatus, StoredSlide
 
 Ints = npt.NDArray[np.int64]
 
@@ -140,7 +133,8 @@ def content_of(source: Source) -> str:
     Raises:
         StorageError: its commit cannot be read.
     """
-    return source.key if isinstance(source, PastedImage) else str(_patches(source).facts()["content"])
+    stored = stored_of(source)
+    return source.key if stored is None else str(stored.facts()["content"])
 
 
 def contents(config: Config, sources: Sequence[Source]) -> set[str]:
@@ -149,25 +143,21 @@ def contents(config: Config, sources: Sequence[Source]) -> set[str]:
     Raises:
         StorageError: the catalogue cannot be read.
     """
+    keys = list({source.key if (stored := stored_of(source)) is None else stored.key for source in sources})
     if config.cohort.megapixel_mnist is not None:
-        return {source.key for source in sources}
-    keys = list({_patches(source).key for source in sources})
+        return set(keys)
     return {str(facts["content"]) for _, facts in patch_store(config).all_facts(keys)}
 
 
-def _patches(source: Source) -> StoredSlide:
-    """The committed patches, or the plan of them, that a source rests on."""
+def stored_of(source: Source) -> StoredSlide | None:
+    """The committed slide, or plan of one, that a source rests on; None of a generated image."""
     match source:
         case StoredSlide():
             return source
-        case StreamedSlide():
-            return source.plan
-        case GivenSlide():
-            return source.plan
-        case FeatureSlide():
+        case OnPatches():
             return source.patches
         case PastedImage():
-            raise AssertionError("generated images are not stored")
+            return None
         case _:
             assert_never(source)
 
@@ -214,15 +204,19 @@ def open_sources(
         looked = look_at(slides, config.tiling) if versions is None else versions
         if config.given_features:
             given = open_given(slides, looked, store, wanted)
-            _check_width(config, given)
-            return list(zip(slides, given, strict=True))
-        return list(zip(slides, open_streamed(slides, looked, config.tiling, store, wanted), strict=True))
+            check_width(config, given)
+            return together(slides, given)
+        return mapped(_with_row, open_streamed(slides, looked, config.tiling, store, wanted))
     stored = store.slides(wanted)
     if config.model.encoder.name != "features":
-        return slides.paired(stored) if isinstance(slides, Columnar) else list(zip(slides, stored, strict=True))
+        return together(slides, stored)
     features = feature_store(config)[0].slides(stored)
-    _check_width(config, features)
-    return list(zip(slides, features, strict=True))
+    check_width(config, features)
+    return together(slides, features)
+
+
+def _with_row(streamed: StreamedSlide) -> LabelledSource:
+    return streamed.slide, streamed
 
 
 def feature_store(config: Config, root: str | None = None) -> tuple[FeatureStore, EmbedConfig]:
@@ -239,7 +233,8 @@ def feature_store(config: Config, root: str | None = None) -> tuple[FeatureStore
     return FeatureStore(root, config.tiling.fingerprint(), encoder_fingerprint(config.embed)), config.embed
 
 
-def _check_width(config: Config, slides: Sequence[FeatureSlide | GivenSlide]) -> None:
+def check_width(config: Config, slides: Sequence[FeatureSlide | GivenSlide]) -> None:
+    """ConfigError where features are not as wide as the model takes them."""
     for slide in slides:
         if slide.dim != config.model.encoder.features:
             asked = f"model.encoder.features: {config.model.encoder.features}"
@@ -260,86 +255,3 @@ def image_statuses(config: Config, slides: Sequence[CohortSlide]) -> list[SlideS
         else:
             statuses.append(SlideStatus(slide.slide_id, slide.uri, image.key, "committed", None, image.n_patches))
     return statuses
-
-
-@contextmanager
-def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
-    """The source of a slide that no stage has seen: a generated image, or a slide tiled for as long as this lasts.
-
-    Raises:
-        SlideError: the slide cannot be read or used.
-    """
-    with tiled(config, slide) as (source, scratch):
-        yield featured(config, source, scratch)
-
-
-@contextmanager
-def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
-    """As `tiled`, but a slide that is not in the store is cut while it is read, and nothing of it written.
-
-    Features are made of patches that are stored, if only for as long as this lasts. Errors as `prepared`, and PlanError
-    when a patch is read that cannot be decoded: `tiled` leaves such out.
-    """
-    there = None if store is None or config.cohort.megapixel_mnist is not None else known(config, slide, store)
-    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or there is not None:
-        with tiled(config, slide, store) as found:
-            yield found
-        return
-    with scratch_folder() as folder:
-        version = version_of(slide, config.tiling)
-        status = _good(begin_slide(slide, config.tiling, str(folder), pixels=False))
-        plan = PatchStore(str(folder), config.tiling.fingerprint()).slide(str(status.key))
-        yield PassingSlide(slide, config.tiling, plan, version), str(folder)
-
-
-@contextmanager
-def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
-    """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
-
-    Where the patch store with the root `store` has this version of the slide they are that one's; errors as `prepared`.
-    """
-    if config.cohort.megapixel_mnist is not None:
-        yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri), ""
-        return
-    with scratch_folder() as folder:
-        scratch, status = str(folder), None
-        if store is not None:
-            status, scratch_store = known(config, slide, store), store
-        if status is None:
-            make = index_slide if config.given_features else store_slide
-            status, scratch_store = make(slide, config.tiling, scratch), scratch
-        key, plans = str(_good(status).key), PatchStore(scratch_store, config.tiling.fingerprint())
-        if config.given_features:
-            given = open_given([slide], look_at([slide], config.tiling), plans, [key])
-            try:
-                _check_width(config, given)
-            except ConfigError as error:  # of this file, where the others may be right
-                raise SlideError("features", error.problems[0]) from error
-            yield given[0], scratch
-        else:
-            yield plans.slide(key), scratch
-
-
-def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
-    """The status of a slide that is committed; SlideError where it is not."""
-    assert isinstance(status, SlideStatus)
-    if status.key is None:
-        reason, _, message = str(status.reason).partition(": ")
-        raise SlideError(reason, message)
-    return status
-
-
-def known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
-    """What a patch store says of this version of the slide, where it is committed there."""
-    status = PatchStore(store, config.tiling.fingerprint()).status(slide, version_of(slide, config.tiling))
-    return status if status is not None and status.key is not None else None
-
-
-def featured(config: Config, source: Source, scratch: str) -> Source:
-    """What the config's model takes of a slide whose pixels are at hand: these, or features made below `scratch`."""
-    if config.model.encoder.name != "features" or not isinstance(source, StoredSlide):
-        return source
-    store, settings = feature_store(config, scratch)
-    features = embed_slide(shared_embedder(settings), source, store, torch.get_num_threads())
-    _check_width(config, [features])
-    return features

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import mapped, together
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
 from pipeline.ingest.isolated import apart
@@ -27,8 +28,7 @@ from pipeline.slides.identity import reading_source
 from pipeline.slides.open import SlideReader
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
-from pipeline.store.index import PatchIndex
-from pipeline.store.patches import PLANS, PatchStore, StoredSlide
+from pipeline.store.patches import PLANS, OnPatches, PatchStore, StoredSlide
 from pipeline.tiling.cutting import Cutter
 from pipeline.tiling.grid import Grid
 from pipeline.units import LevelPx, PatchPx
@@ -41,20 +41,17 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class StreamedSlide:
-    """A planned slide, as a `sources.PatchSource`. Small and picklable."""
+class StreamedSlide(OnPatches):
+    """A planned slide, as a `sources.PatchSource`. Small and picklable.
+
+    `patches` is the plan that the tile stage committed, without parts; keys are as in the patch store, for the patches
+    are the same, all of which must be readable.
+    """
 
     slide: CohortSlide
     spec: TilingConfig
-    plan: StoredSlide
-    """As the tile stage committed it; without parts."""
     version: SourceVersion
     """Of the file that was planned."""
-
-    @property
-    def key(self) -> str:
-        """As in the patch store: its patches are the same."""
-        return self.plan.key
 
     @property
     def uri(self) -> str:
@@ -62,46 +59,9 @@ class StreamedSlide:
         return self.slide.uri
 
     @property
-    def n_patches(self) -> int:
-        """N, all of which must be readable."""
-        return self.plan.n_patches
-
-    @property
-    def n_bad_tiles(self) -> int:
-        """Patches that are known to be undecodable, and are not among the N."""
-        return self.plan.n_bad_tiles
-
-    @property
     def patch_px(self) -> int:
         """Edge of a patch."""
-        return self.plan.patch_px
-
-    @property
-    def extent(self) -> float:
-        """Edge of a patch, level-0 px."""
-        return self.plan.extent
-
-    @property
-    def thumbnail_scale(self) -> float:
-        """Level-0 px per px of the thumbnail."""
-        return self.plan.thumbnail_scale
-
-    @property
-    def mpp(self) -> float | None:
-        """Microns per level-0 px; None where it is not known."""
-        return self.plan.mpp
-
-    def index(self) -> PatchIndex:
-        """Where the patches stand."""
-        return self.plan.index()
-
-    def positions(self, rows: Ints) -> Ints:
-        """See `StoredSlide.positions`."""
-        return self.plan.positions(rows)
-
-    def thumbnail(self) -> bytes:
-        """The slide as a JPEG of at most 512 px."""
-        return self.plan.thumbnail()
+        return self.patches.patch_px
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order, cut from the slide here and now.
@@ -135,7 +95,7 @@ def open_streamed(
     spec: TilingConfig,
     plans: PatchStore,
     keys: Sequence[str],
-) -> list[StreamedSlide]:
+) -> Sequence[StreamedSlide]:
     """Slides that the tile stage has planned.
 
     Args:
@@ -150,14 +110,24 @@ def open_streamed(
         SlideError: a slide's file is; "changed", it is not the one that was planned.
     """
     found, current = plans.slides(keys), planned_keys(plans, slides, versions)
-    streamed = []
-    for slide, version, plan, key in zip(slides, versions, found, current, strict=True):
+    for slide, version, planned, key in zip(slides, versions, keys, current, strict=True):
         if isinstance(version, SlideError):
             raise version
-        if key != plan.key:
+        if key != planned:
             raise SlideError("changed", f"{slide.uri}: the file was replaced after it was planned; run again")
-        streamed.append(StreamedSlide(slide, spec, plan, version))
-    return streamed
+    return mapped(_Streamed(spec), together(together(slides, found), versions))
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """Makes a slide of its row, its plan, and the version of its file."""
+
+    spec: TilingConfig
+
+    def __call__(self, found: tuple[tuple[CohortSlide, StoredSlide], Looked]) -> StreamedSlide:
+        (slide, plan), version = found
+        assert isinstance(version, SourceVersion)
+        return StreamedSlide(plan, slide, self.spec, version)
 
 
 def planned_keys(plans: PatchStore, slides: Sequence[CohortSlide], versions: Sequence[Looked]) -> list[str | None]:
@@ -172,12 +142,11 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     Raises:
         PlanError: one of them cannot be decoded.
     """
-    plan, origins = streamed.plan, streamed.plan.origins()[rows]
+    plan, origins = streamed.patches, streamed.patches.origins()[rows]
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
-    with reading_source():
-        cutter = Cutter(reader, grid, streamed.spec)
+    with reading_source(), Cutter(reader, grid, streamed.spec) as cutter:
         cutter.expect(origins)
         for row, (x, y) in zip(rows.tolist(), origins.tolist(), strict=True):
             try:

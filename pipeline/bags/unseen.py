@@ -7,11 +7,24 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
+import torch
+
+from pipeline.bags.embed import embed_slide, shared_embedder
+from pipeline.bags.given import open_given
+from pipeline.bags.images import open_image
 from pipeline.bags.patients import OneSlide, PatientSlides
-from pipeline.bags.sources import BagSource, Source, featured, passing, tiled
+from pipeline.bags.sources import BagSource, Source, check_width, feature_store
+from pipeline.bags.streamed import PassingSlide
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.errors import PlanError, SlideError
+from pipeline.errors import ConfigError, PlanError, SlideError
+from pipeline.ingest.features import index_slide
+from pipeline.ingest.isolated import begin_slide, store_slide
+from pipeline.ingest.source import version_of
+from pipeline.ingest.tiler import LargeSlide
+from pipeline.ingest.versions import look_at
+from pipeline.storage.scratch import scratch_folder
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
 
 Made = TypeVar("Made")
 
@@ -75,3 +88,86 @@ def rows_of(sources: Sequence[Source]) -> list[slice]:
     """Where the patches of each are among those of all."""
     ends = [0, *accumulate(source.n_patches for source in sources)]
     return [slice(first, last) for first, last in pairwise(ends)]
+
+
+@contextmanager
+def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
+    """The source of a slide that no stage has seen: a generated image, or a slide tiled for as long as this lasts.
+
+    Raises:
+        SlideError: the slide cannot be read or used.
+    """
+    with tiled(config, slide) as (source, scratch):
+        yield featured(config, source, scratch)
+
+
+@contextmanager
+def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+    """As `tiled`, but a slide that is not in the store is cut while it is read, and nothing of it written.
+
+    Features are made of patches that are stored, if only for as long as this lasts. Errors as `prepared`, and PlanError
+    when a patch is read that cannot be decoded: `tiled` leaves such out.
+    """
+    there = None if store is None or config.cohort.megapixel_mnist is not None else known(config, slide, store)
+    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or there is not None:
+        with tiled(config, slide, store) as found:
+            yield found
+        return
+    with scratch_folder() as folder:
+        version = version_of(slide, config.tiling)
+        status = _good(begin_slide(slide, config.tiling, str(folder), pixels=False))
+        plan = PatchStore(str(folder), config.tiling.fingerprint()).slide(str(status.key))
+        yield PassingSlide(plan, slide, config.tiling, version), str(folder)
+
+
+@contextmanager
+def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+    """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
+
+    Where the patch store with the root `store` has this version of the slide they are that one's; errors as `prepared`.
+    """
+    if config.cohort.megapixel_mnist is not None:
+        yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri), ""
+        return
+    with scratch_folder() as folder:
+        scratch, status = str(folder), None
+        if store is not None:
+            status, scratch_store = known(config, slide, store), store
+        if status is None:
+            make = index_slide if config.given_features else store_slide
+            status, scratch_store = make(slide, config.tiling, scratch), scratch
+        key, plans = str(_good(status).key), PatchStore(scratch_store, config.tiling.fingerprint())
+        if config.given_features:
+            given = open_given([slide], look_at([slide], config.tiling), plans, [key])
+            try:
+                check_width(config, given)
+            except ConfigError as error:  # of this file, where the others may be right
+                raise SlideError("features", error.problems[0]) from error
+            yield given[0], scratch
+        else:
+            yield plans.slide(key), scratch
+
+
+def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
+    """The status of a slide that is committed; SlideError where it is not."""
+    assert isinstance(status, SlideStatus)
+    if status.key is None:
+        reason, _, message = str(status.reason).partition(": ")
+        raise SlideError(reason, message)
+    return status
+
+
+def known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
+    """What a patch store says of this version of the slide, where it is committed there."""
+    status = PatchStore(store, config.tiling.fingerprint()).status(slide, version_of(slide, config.tiling))
+    return status if status is not None and status.key is not None else None
+
+
+def featured(config: Config, source: Source, scratch: str) -> Source:
+    """What the config's model takes of a slide whose pixels are at hand: these, or features made below `scratch`."""
+    if config.model.encoder.name != "features" or not isinstance(source, StoredSlide):
+        return source
+    store, settings = feature_store(config, scratch)
+    features = embed_slide(shared_embedder(settings), source, store, torch.get_num_threads())
+    check_width(config, [features])
+    return features

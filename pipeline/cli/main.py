@@ -62,8 +62,10 @@ def _root(
 
 def main() -> None:
     """Entry point of `ips` and `python -m pipeline`."""
+    from pipeline.columnar import choose_allocator
     from pipeline.jobs.record import recorded
 
+    choose_allocator()
     with recorded():
         app()
 

@@ -12,7 +12,8 @@ import torch
 from ips.bag import Bag
 from ips.network.model import IPSModel
 from pipeline.bags.shared import together
-from pipeline.bags.sources import open_bag, prepared
+from pipeline.bags.sources import open_bag
+from pipeline.bags.unseen import prepared
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.inference.metrics import Floats

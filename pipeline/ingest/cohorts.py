@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.cohort.table import Cohort, CohortSlide, read_cohort
+from pipeline.columnar import Columnar
 from pipeline.config.data import CohortConfig, TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import CohortError
@@ -23,10 +24,10 @@ def listed(config: Config, tasks: Sequence[TaskConfig] = ()) -> Cohort:
         StorageError: as there.
     """
     cohort = read_cohort(config.cohort.uri, tasks)
-    return replace(cohort, slides=tuple(located(config.cohort, cohort.slides))) if config.given_features else cohort
+    return replace(cohort, slides=located(config.cohort, cohort.slides)) if config.given_features else cohort
 
 
-def located(cohort: CohortConfig, slides: Sequence[CohortSlide]) -> list[CohortSlide]:
+def located(cohort: CohortConfig, slides: Sequence[CohortSlide]) -> Sequence[CohortSlide]:
     """Rows that stand for their files of features: the cohort's column, else the file in the folder that bears the
     slide's id, as `export` writes it, or its file's name; else `uri` itself, where it is such a file.
 
@@ -36,7 +37,7 @@ def located(cohort: CohortConfig, slides: Sequence[CohortSlide]) -> list[CohortS
     """
     folder = cohort.features
     there = set() if folder is None else set(files.list_names(folder))
-    found, lacking = [], []
+    uris, lacking = [], []
     for slide in slides:
         uri = slide.features
         if uri is None and slide.uri.endswith(SUFFIXES):
@@ -46,14 +47,19 @@ def located(cohort: CohortConfig, slides: Sequence[CohortSlide]) -> list[CohortS
             uri = files.join(folder, next((name for name in names if name in there), names[0]))
         if uri is None:
             lacking.append(slide.slide_id)
-        found.append(replace(slide, uri=uri or slide.uri, mask=None, series=None))
+        uris.append(uri or slide.uri)
     if lacking:
         rows = f"{len(lacking)} slides, such as {lacking[0]!r}, name no file of features"
         remedy = "fill the column features, set cohort.features to their folder, or embed.encoder.name to make them"
         raise CohortError(cohort.uri, [f"{rows}; {remedy}"])
-    if any(slide.uri.endswith(".h5") for slide in found):
+    if any(uri.endswith(".h5") for uri in uris):
         load_h5py()
-    return found
+    if not isinstance(slides, Columnar):
+        return [replace(slide, uri=uri, mask=None, series=None) for slide, uri in zip(slides, uris, strict=True)]
+    columns: dict[str, list[str | None]] = {"uri": [*uris], "mask": [None] * len(uris), "series": [None] * len(uris)}
+    for name, values in columns.items():
+        slides = slides.with_column(name, values)
+    return slides
 
 
 def _stems(slide: CohortSlide) -> list[str]:

@@ -32,7 +32,8 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store.catalogue import Row
 from pipeline.store.parts import parquet_bytes
-from pipeline.store.patches import PatchStore, SlideStatus, slide_key
+from pipeline.store.patches import PatchStore, SlideStatus
+from pipeline.store.rows import slide_key
 from pipeline.tiling.evidence import OUTLINE, THUMBNAIL, THUMBNAIL_PX
 from pipeline.tiling.geojson import collection
 from pipeline.tiling.guide import Guide, read_guide

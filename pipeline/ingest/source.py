@@ -25,7 +25,7 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
 from pipeline.storage.staging import GIB, Fetched, Staging
-from pipeline.store.patches import slide_key
+from pipeline.store.rows import slide_key
 from pipeline.tiling.guide import Guide, guided_version, read_guide
 from pipeline.tiling.slide import SlideTiling, effective_mpp, tile_slide
 

@@ -33,8 +33,8 @@ from pipeline.store.commit import (
 )
 from pipeline.store.packs import SmallSlide
 from pipeline.store.parts import part_count
-from pipeline.store.patches import UNFINISHED, PatchStore, SlideStatus, StoredSlide, slide_key, stored_slide
-from pipeline.store.rows import asked_digest
+from pipeline.store.patches import UNFINISHED, PatchStore, SlideStatus, StoredSlide, stored_slide
+from pipeline.store.rows import asked_digest, slide_key
 from pipeline.store.small import is_small, plan_small, read_small
 from pipeline.tiling.evidence import THUMBNAIL
 from pipeline.tiling.slide import SlideTiling

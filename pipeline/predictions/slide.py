@@ -18,10 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.bags.given import GivenSlide
 from pipeline.bags.images import PastedImage
-from pipeline.bags.sources import Source, open_bag
-from pipeline.bags.streamed import StreamedSlide
+from pipeline.bags.sources import Source, open_bag, stored_of
 from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
@@ -53,7 +51,6 @@ from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
 from pipeline.predictions.sheet import EACH, Shown, sheet_png
 from pipeline.storage.files import join, parsed_json, upload, write_bytes
 from pipeline.storage.scratch import scratch_folder
-from pipeline.store.features import FeatureSlide
 from pipeline.store.patches import StoredSlide
 from pipeline.tiling.geojson import collection
 
@@ -203,19 +200,6 @@ def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: 
         "attention": round(share, 6),
     }
     facts["sentences"].insert(1, of_one(whole, len(jobs), share, len(part.selected), len(found.selected)))
-
-
-def stored_of(source: Source) -> StoredSlide | None:
-    """The committed slide, or plan, behind a source; None of a generated image."""
-    match source:
-        case StoredSlide():
-            return source
-        case StreamedSlide() | GivenSlide():
-            return source.plan
-        case FeatureSlide():
-            return source.patches
-        case PastedImage():
-            return None
 
 
 def _frame(

@@ -34,7 +34,8 @@ from pipeline.store.parts import (
     unpack,
     with_sharpness,
 )
-from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, slide_key, stored_slide
+from pipeline.store.patches import UNFINISHED, PatchStore, StoredSlide, stored_slide
+from pipeline.store.rows import slide_key
 from pipeline.telemetry import spending
 from pipeline.tiling.cutting import codec_fingerprint
 from pipeline.tiling.evidence import THUMBNAIL

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.columnar import Columnar, mapped, together
 from pipeline.config.embed import FEATURE_VERSION
 from pipeline.errors import StorageError
 from pipeline.schema import INDEX, PATCHES
@@ -29,11 +30,13 @@ from pipeline.store.catalogue import Row
 from pipeline.store.index import Ints, PatchIndex
 from pipeline.store.packs import Place, SmallSlide, pack_uri, write_pack
 from pipeline.store.parts import binaries, content_name, naming, parquet_bytes
-from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.store.patches import OnPatches, PatchStore, StoredSlide
 from pipeline.store.rows import features_row
 from pipeline.store.shelf import Shelf
 
 PART_BYTES = 64 * 2**20
+
+_ROW = ["n_patches", "dim", "dtype", "pack", "place"]
 
 Features = npt.NDArray[np.floating[Any]]
 """float16 or float32."""
@@ -41,11 +44,9 @@ Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
-class FeatureSlide:
+class FeatureSlide(OnPatches):
     """The features of a committed slide. Small, picklable; vectors and index are read when asked for."""
 
-    patches: StoredSlide
-    """The slide they were made of; only its pictures are read from the patch store."""
     uri: str
     """Folder of the slide in the feature store, or the pack that it is in."""
     encoder: str
@@ -60,38 +61,9 @@ class FeatureSlide:
         """Names the content."""
         return f"{self.patches.key}-{self.encoder}"
 
-    @property
-    def n_patches(self) -> int:
-        """N."""
-        return self.patches.n_patches
-
-    @property
-    def n_bad_tiles(self) -> int:
-        """Patches that could not be decoded, and have no features."""
-        return self.patches.n_bad_tiles
-
-    @property
-    def extent(self) -> float:
-        """Edge of a patch, level-0 px."""
-        return self.patches.extent
-
-    @property
-    def thumbnail_scale(self) -> float:
-        """Level-0 px per px of the thumbnail."""
-        return self.patches.thumbnail_scale
-
-    @property
-    def mpp(self) -> float | None:
-        """Microns per level-0 px; None where it is not known."""
-        return self.patches.mpp
-
     def index(self) -> PatchIndex:
         """Position of every patch, and place of its vector."""
         return self._vectors.index()
-
-    def positions(self, rows: Ints) -> Ints:
-        """See `StoredSlide.positions`."""
-        return self._vectors.positions(rows)
 
     def vectors(self, rows: Ints) -> Features:
         """(n, D) of `rows`, in their order.
@@ -106,10 +78,6 @@ class FeatureSlide:
         """The patches of `rows` as JPEGs."""
         return self.patches.payloads(rows)
 
-    def thumbnail(self) -> bytes:
-        """The slide as a JPEG of at most 512 px."""
-        return self.patches.thumbnail()
-
     @property
     def _vectors(self) -> StoredSlide:
         """The same kind of index and range reads as the patch store's, over vectors."""
@@ -123,7 +91,7 @@ class FeatureStore(Shelf):
         super().__init__(files.join(root, f"{spec_fingerprint}-{encoder_fingerprint}"))
         self.encoder = encoder_fingerprint
 
-    def slides(self, stored: Sequence[StoredSlide]) -> list[FeatureSlide]:
+    def slides(self, stored: Sequence[StoredSlide]) -> Sequence[FeatureSlide]:
         """The committed features of committed slides.
 
         Raises:
@@ -131,8 +99,11 @@ class FeatureStore(Shelf):
         """
         keys = [slide.key for slide in stored]
         self.require(dict.fromkeys(keys), "no committed features; run the embed stage")
-        rows = self.view.slides.take(self.view.slide_places(keys)).to_pylist()
-        return [self._slide(slide, row) for slide, row in zip(stored, rows, strict=True)]
+        rows = self.view.slides.select(_ROW).take(self.view.slide_places(keys))
+        slides = mapped(_Features(self.uri, self.encoder), together(stored, Columnar(rows, _row)))
+        for _ in slides:
+            pass  # those that do not fit are told here, not where they are trained on
+        return slides
 
     def written(self, stored: StoredSlide) -> FeatureSlide | None:
         """A slide's features that are whole in their folder, committed or about to be; None without them.
@@ -141,18 +112,7 @@ class FeatureStore(Shelf):
             StorageError: they belong to patches that are no longer there.
         """
         facts = self.commit_of(stored.key)
-        return None if facts is None else self._slide(stored, facts)
-
-    def _slide(self, stored: StoredSlide, facts: Mapping[str, Any]) -> FeatureSlide:
-        pack = facts.get("pack")
-        uri = files.join(self.uri, stored.key) if pack is None else pack_uri(self.uri, pack)
-        if facts["n_patches"] != stored.n_patches:
-            raise StorageError(
-                f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
-                "anew since; remove the folder and the embed stage's records (stages/embed-*.json), and run again"
-            )
-        place = None if pack is None else Place.of(facts["place"])
-        return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"], place)
+        return None if facts is None else _Features(self.uri, self.encoder)((stored, facts))
 
     def write(self, stored: StoredSlide, chunks: Iterable[Features], facts: Mapping[str, Any]) -> FeatureSlide:
         """Write a slide's features, which `commit` makes seen; those of another writer that was faster are kept.
@@ -194,7 +154,7 @@ class FeatureStore(Shelf):
             "index": _file_facts("index.parquet", index, first),
         }
         files.write_json(files.join(uri, "slide.json"), record)
-        return self._slide(stored, record)
+        return _Features(self.uri, self.encoder)((stored, record))
 
     def rows(self, key: str) -> list[Row]:
         """What commits a slide's features, whose folder is whole (`append`)."""
@@ -238,6 +198,30 @@ def _packed(stored: StoredSlide, vectors: Features, encoder: Mapping[str, Any]) 
         "encoder": dict(encoder),
     }
     return SmallSlide(facts, patches, b"", b"")
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Makes a slide of that which its features were made of, and of what their commit says."""
+
+    uri: str
+    encoder: str
+
+    def __call__(self, found: tuple[StoredSlide, Mapping[str, Any]]) -> FeatureSlide:
+        stored, facts = found
+        pack = facts.get("pack")
+        uri = files.join(self.uri, stored.key) if pack is None else pack_uri(self.uri, pack)
+        if facts["n_patches"] != stored.n_patches:
+            raise StorageError(
+                f"{uri}: features of {facts['n_patches']} patches, and the slide has {stored.n_patches}: it was tiled "
+                "anew since; remove the folder and the embed stage's records (stages/embed-*.json), and run again"
+            )
+        place = None if pack is None else Place.of(facts["place"])
+        return FeatureSlide(stored, uri, self.encoder, facts["dim"], facts["dtype"], place)
+
+
+def _row(*values: Any) -> Mapping[str, Any]:
+    return dict(zip(_ROW, values, strict=True))
 
 
 def _parts(chunks: Iterable[Features]) -> Iterator[Features]:

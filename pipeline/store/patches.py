@@ -10,8 +10,6 @@ says which parts are whole of a slide that several tasks share, until it is comm
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -43,11 +41,9 @@ UNFINISHED = "unfinished"
 _DETAILS, _COUNTS = ["error", "picture"], ["n_patches", "n_bad_tiles"]
 _OUTCOME = ["id", "key", "status", "reason", "max_seconds", "max_gib", *_COUNTS]
 _ASKED = pa.schema([("asked", pa.string())])
-PLANS = "plans"
-"""Folder below the root: a store of slides without parts (`commit.write_plan`)."""
-GIVEN = "given"
-"""Likewise: of files of features, whose vectors the index leads to (`pipeline.ingest.features`)."""
-APART = (PLANS, GIVEN)
+PLANS, GIVEN = APART = "plans", "given"
+"""Folders below the root: a store of slides without parts (`commit.write_plan`), and one of files of features, whose
+vectors the index leads to (`pipeline.ingest.features`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +168,56 @@ class StoredSlide:
     def _kept(self, offset: int, length: int) -> bytes:
         (data,) = files.read_ranges(self.uri, [(offset, length)])
         return data
+
+
+@dataclass(frozen=True)
+class OnPatches:
+    """What rests on a slide's patches and says of it what these say: features of them, or what they are cut from."""
+
+    patches: StoredSlide
+    """Committed, or as they were planned (`commit.write_plan`)."""
+
+    @property
+    def key(self) -> str:
+        """Names the content."""
+        return self.patches.key
+
+    @property
+    def n_patches(self) -> int:
+        """N."""
+        return self.patches.n_patches
+
+    @property
+    def n_bad_tiles(self) -> int:
+        """Patches that cannot be decoded, and are not among the N."""
+        return self.patches.n_bad_tiles
+
+    @property
+    def extent(self) -> float:
+        """Edge of a patch, level-0 px."""
+        return self.patches.extent
+
+    @property
+    def thumbnail_scale(self) -> float:
+        """Level-0 px per px of the thumbnail."""
+        return self.patches.thumbnail_scale
+
+    @property
+    def mpp(self) -> float | None:
+        """Microns per level-0 px; None where it is not known."""
+        return self.patches.mpp
+
+    def index(self) -> PatchIndex:
+        """Where each patch stands, and where what there is of it lies."""
+        return self.patches.index()
+
+    def positions(self, rows: Ints) -> Ints:
+        """See `StoredSlide.positions`."""
+        return self.patches.positions(rows)
+
+    def thumbnail(self) -> bytes:
+        """The slide as a JPEG of at most 512 px."""
+        return self.patches.thumbnail()
 
 
 class PatchStore(Shelf):
@@ -302,16 +348,3 @@ def stored_slide(spec_uri: str, facts: Mapping[str, Any]) -> StoredSlide:
     """The slide of a commit that says these facts."""
     row = slide_row(facts)
     return StoredSlide(uri=files.join(spec_uri, facts["key"]), key=facts["key"], **stored(row))
-
-
-def slide_key(digest: str, mpp: float | None, guide: str | None = None, series: int | None = None) -> str:
-    """Name of a slide in the store.
-
-    Args:
-        digest: of its content.
-        mpp: microns per px that it is taken to have.
-        guide: digest of the mask and coordinates that say where its patches are.
-        series: which image of the file it is, where the file alone does not say (`SlideReader.series`).
-    """
-    identity = [digest, mpp, guide, series]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Rows of the catalogue: of a source with what became of it, of a slide with what its commit says; and back."""
+"""Rows of the catalogue: of a source with what became of it, of a slide with what its commit says; and back. Keys."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def asked_digest(slide: CohortSlide, version: SourceVersion | None) -> str:
     asked = [slide.uri, slide.mpp, slide.mask, slide.coords, slide.series]
     asked += [None] if version is None else [version.size, version.etag, version.mtime]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+def slide_key(digest: str, mpp: float | None, guide: str | None = None, series: int | None = None) -> str:
+    """Name of a slide in the store.
+
+    Args:
+        digest: of its content.
+        mpp: microns per px that it is taken to have.
+        guide: digest of the mask and coordinates that say where its patches are.
+        series: which image of the file it is, where the file alone does not say (`SlideReader.series`).
+    """
+    identity = [digest, mpp, guide, series]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def source_row(slide: CohortSlide, version: SourceVersion, status: Mapping[str, Any], left: str | None) -> Row:

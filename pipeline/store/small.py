@@ -12,8 +12,8 @@ from pipeline.store.commit import plan_facts, planned_patches, slide_facts
 from pipeline.store.index import Ints
 from pipeline.store.packs import SmallSlide
 from pipeline.store.parts import record_batch
-from pipeline.store.patches import slide_key
 from pipeline.store.pictures import small_mask, small_overview
+from pipeline.store.rows import slide_key
 from pipeline.tiling.slide import SlideTiling
 
 SMALL_PX = 2**24

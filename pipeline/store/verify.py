@@ -25,8 +25,8 @@ from pipeline.storage import files
 from pipeline.store.catalogue import FOLDER, Catalogue, View
 from pipeline.store.packs import PACKS, pack_uri, read_pack
 from pipeline.store.parts import part_index
-from pipeline.store.patches import APART, UNFINISHED, slide_key
-from pipeline.store.rows import compact
+from pipeline.store.patches import APART, UNFINISHED
+from pipeline.store.rows import compact, slide_key
 
 _SPEC = re.compile(r"^[0-9a-f]{16}(-[0-9a-f]{16})?$")  # a store's folders: fingerprints of tiling spec and encoder
 SLIDE = re.compile(r"^[0-9a-f]{32}$")

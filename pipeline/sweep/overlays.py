@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import torch
 
 from pipeline import cluster
-from pipeline.bags.sources import featured, open_bag, tiled
+from pipeline.bags.sources import open_bag
+from pipeline.bags.unseen import featured, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import PipelineError

@@ -18,7 +18,8 @@ from ips.bag import Bag
 from ips.network.model import IPSModel
 from ips.selection.scorer import Scorer
 from pipeline.bags.shared import together
-from pipeline.bags.sources import Source, content_of, featured, known, open_bag, patch_bytes, tiled
+from pipeline.bags.sources import Source, content_of, open_bag, patch_bytes
+from pipeline.bags.unseen import featured, known, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError, PipelineError, SlideError
 from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted

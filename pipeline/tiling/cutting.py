@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from typing import Self
 
 import numpy as np
 import simplejpeg
@@ -14,14 +15,14 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError
 from pipeline.slides.open import tool_versions
 from pipeline.slides.reader import RGB, NativeTiles, SlideReader
-from pipeline.telemetry import spending
+from pipeline.telemetry import Laps
 from pipeline.tiling.grid import Cells, Grid
 
 PAYLOAD = 2  # of this code: raised when it gives other bytes for a patch, be it by decoding, resizing or encoding
 
 
 class Cutter:
-    """Cuts the patches of one slide out of one level.
+    """Cuts the patches of one slide out of one level; as a block, it tells at its end what that took.
 
     Args:
         reader: the open slide.
@@ -34,6 +35,13 @@ class Cutter:
         self._grid = grid
         self._spec = spec
         self._tiles = None if spec.codec == "encoded" else _matching(reader, grid)
+        self._laps = Laps()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._laps.__exit__(*error)
 
     def expect(self, origins: Cells) -> None:
         """Announce the patches to come, by their upper left corners (n, 2) in px of the level, in this order."""
@@ -52,10 +60,12 @@ class Cutter:
         if original is not None:
             return original
         edge = self._grid.read_px
-        with spending("decode"):
-            rgb = self._reader.read_over(self._grid.level, x, y, edge, edge)
-        with spending("encode"):
-            return encode(_resized(rgb, int(self._grid.patch_px)), self._spec.jpeg_quality)
+        self._laps.start()
+        rgb = self._reader.read_over(self._grid.level, x, y, edge, edge)
+        self._laps.lap("decode")
+        data = encode(_resized(rgb, int(self._grid.patch_px)), self._spec.jpeg_quality)
+        self._laps.lap("encode")
+        return data
 
     def _original(self, x: int, y: int) -> bytes | None:
         """The slide's own JPEG of the patch; None where the patch is not one tile, or there is no data.

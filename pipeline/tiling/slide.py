@@ -92,23 +92,24 @@ class SlideTiling:
         Raises:
             SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the slide's patches are lost.
         """
-        cutter, wanted = Cutter(self._reader, self.grid, self.spec), self.cells[start:stop]
-        for first in range(0, len(wanted), ANNOUNCED):
-            cells = wanted[first : first + ANNOUNCED]
-            origins = self.grid.level_origins(cells)
-            cutter.expect(origins)
-            corners = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True)
-            for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
-                try:
-                    image = cutter.cut(x, y)
-                    sharp = self._sharpness(image, x, y)
-                except BadTileError as error:
-                    self._lose(x0, y0, error)
-                    continue
-                if sharp is None or sharp >= (self.spec.min_sharpness or 0):
-                    yield PatchRow(cell, x0, y0, self.grid.level, image, sharp)
-                else:
-                    self.blurred.append(sharp)
+        wanted = self.cells[start:stop]
+        with Cutter(self._reader, self.grid, self.spec) as cutter:
+            for first in range(0, len(wanted), ANNOUNCED):
+                cells = wanted[first : first + ANNOUNCED]
+                origins = self.grid.level_origins(cells)
+                cutter.expect(origins)
+                corners = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True)
+                for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
+                    try:
+                        image = cutter.cut(x, y)
+                        sharp = self._sharpness(image, x, y)
+                    except BadTileError as error:
+                        self._lose(x0, y0, error)
+                        continue
+                    if sharp is None or sharp >= (self.spec.min_sharpness or 0):
+                        yield PatchRow(cell, x0, y0, self.grid.level, image, sharp)
+                    else:
+                        self.blurred.append(sharp)
 
     def _sharpness(self, image: bytes, x: int, y: int) -> float | None:
         """That of the patch at x, y of the level, if it is asked for; BadTileError where it cannot be decoded."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.bags.augment import Augment
 from pipeline.bags.sources import LabelledSource, open_bag
 from pipeline.bags.streamed import StreamedSlide
 from pipeline.cohort.labels import class_weights, target
+from pipeline.columnar import mapped
 from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import StageError
 from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
@@ -72,8 +74,7 @@ def run_session(
 ) -> Progress:
     """Train to the last epoch; all ranks call this with the same arguments but their rank and device.
 
-    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing that differs between
-    ranks.
+    All validate, each its part. Rank 0 alone writes checkpoints and logs, which depends on nothing of its rank.
 
     Args:
         job: what to train.
@@ -292,9 +293,9 @@ def _feed(job: Job) -> Feed | None:
     """What streams the slides; None where they come from a store."""
     if not job.train or not isinstance(job.train[0][1], StreamedSlide):  # all of them are of one kind
         return None
-    slides = [source for _, source in job.train if isinstance(source, StreamedSlide)]
     from pipeline.bags.streaming import Feed  # Ray Data loads for seconds
 
+    slides: Sequence[StreamedSlide] = mapped(itemgetter(1), job.train)
     return Feed(slides, cpus=job.config.tiling.cpus, readers=job.config.cluster.readers_per_worker)
 
 
@@ -345,6 +346,5 @@ def _peak_bytes(ranks: Ranks, device: torch.device) -> float:
 
     All ranks call this together.
     """
-    on_gpu = device.type == "cuda"
-    mine = float(torch.cuda.max_memory_allocated(device)) if on_gpu else peak_resident_bytes()
+    mine = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
     return max(float(peak) for peak in gathered(repr(mine).encode(), ranks, device))

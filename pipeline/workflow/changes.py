@@ -37,8 +37,12 @@ class Labels(dict[str, Any]):
     """The labels in such a row, by task: told apart from what else identifies a slide."""
 
 
-def changes(part: str, before: Items, now: Items, ids: Iterable[str]) -> str:
-    """The part's name, with what happened to its slides where both sides know them; of those in `ids` by name."""
+def changes(part: str, before: Items, now: Items, ids: Iterable[str], *, same_layout: bool = True) -> str:
+    """The part's name, with what happened to its slides where both sides know them; of those in `ids` by name.
+
+    Where they are written otherwise than before, which slides there are is all that can be compared: empty where these
+    are the same.
+    """
     if part not in before or part not in now:
         return part
     old, new = _read(before[part]), _read(now[part])
@@ -49,9 +53,9 @@ def changes(part: str, before: Items, now: Items, ids: Iterable[str]) -> str:
     happened = {
         "added": new[~np.isin(new["slide"], old["slide"])],
         "removed": old[~np.isin(old["slide"], new["slide"])],
-        "changed": both[~same],
-        "relabelled": both[same & (both["labels"] != then["labels"])],
     }
+    if same_layout:
+        happened |= {"changed": both[~same], "relabelled": both[same & (both["labels"] != then["labels"])]}
     wanted = {slide for those in happened.values() for slide in those["slide"].tolist()}
     names = {number: name for name in ids if wanted and (number := int(fingerprint(name), 16)) in wanted}
     told = [
@@ -59,6 +63,8 @@ def changes(part: str, before: Items, now: Items, ids: Iterable[str]) -> str:
         for what, those in happened.items()
         if len(those)
     ]
+    if not told and not same_layout:
+        return ""
     return f"{part} ({'; '.join(told) or 'in another order'})"
 
 

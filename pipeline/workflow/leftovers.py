@@ -6,6 +6,7 @@ any more, files that killed writers left. Whatever is younger than a few days ma
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow.compute as pc
 
 from pipeline.config.recipe import Config
+from pipeline.errors import StorageError
 from pipeline.storage.files import delete, is_temporary, join, list_names, parent, read_json
 from pipeline.storage.lease import check_free
 from pipeline.storage.tree import Found, delete_folder, walk
@@ -23,6 +25,8 @@ from pipeline.store.patches import APART, UNFINISHED
 from pipeline.store.repair import SOURCES
 from pipeline.store.shelf import Shelf
 from pipeline.workflow.stage import Record
+
+log = logging.getLogger(__name__)
 
 DAY_S = 86_400.0
 _FOLDERS = ("train", "reports", "ledger")
@@ -52,6 +56,14 @@ class _Named:
     outputs: set[str] = field(default_factory=set)
     keys: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Store -> slides."""
+    unknown: set[str] = field(default_factory=set)
+    """Stores in which a tiling's slides are, and its ledger, which names them, cannot be read."""
+
+    def slides(self, spec: str) -> set[str] | None:
+        """Those of a store; None where any may be wanted. Features have the keys of the patches that they are of."""
+        if spec in self.unknown or (self.unknown and spec not in self.keys):
+            return None
+        return self.keys.get(spec, set().union(*self.keys.values()))
 
     def has(self, uri: str) -> bool:
         """Whether an output is this, or lies below it."""
@@ -61,7 +73,9 @@ class _Named:
 def find_leftovers(config: Config, days: float, *, stores_alone: bool = False) -> list[Leftover]:
     """Everything below the config's root that no stage's record names and that is older than `days`.
 
-    Stores that lie elsewhere are not looked at: records of other roots may name what is in them.
+    Stores that lie elsewhere are not looked at: records of other roots may name what is in them. Where the ledger that
+    a tiling's record names cannot be read, its slides are not known: a warning says so, and no slide of the store is
+    listed.
 
     Args:
         config: of the root.
@@ -121,8 +135,23 @@ def _named(root: str) -> _Named:
             record = Record(**read_json(join(root, "stages", name)))
             named.outputs |= set(record.outputs.values())
             if "store" in record.outputs:
-                named.keys[record.outputs["store"]].update(record.tiled["key"].to_pylist())
+                _name_slides(named, record, join(root, "stages", name))
     return named
+
+
+def _name_slides(named: _Named, record: Record, uri: str) -> None:
+    store = record.outputs["store"]
+    try:
+        named.keys[store].update(record.tiled["key"].to_pylist())
+    except StorageError as error:
+        named.unknown.add(store)
+        log.warning(
+            "%s: its slides are not known (%s), so all slides in %s and their features stay; run `tile` with its "
+            "config, which writes the ledger anew, or delete the record where nobody wants that cohort any more",
+            uri,
+            error,
+            store,
+        )
 
 
 def _whole(files: Iterable[Found], above: str, is_named: Callable[[str], bool], why: str) -> Iterator[Leftover]:
@@ -144,20 +173,21 @@ def _store(store: str, named: _Named) -> Iterator[Leftover]:
         specs[join(store, file.uri.removeprefix(store + "/").partition("/")[0])].append(file)
     for name in APART:
         specs.pop(join(store, name), None)
-    known = set().union(*named.keys.values())  # features have the keys of the patches that they are of
     for spec, files in specs.items():
         if not named.has(spec):
             yield _leftover(spec, "no finished tiling or embedding names it", files)
             continue
-        keys = {join(spec, key) for key in named.keys.get(spec, known)}
+        wanted = named.slides(spec)
+        keys = {join(spec, key) for key in wanted or ()}
         keys |= {join(spec, name) for name in (FOLDER, PACKS, SOURCES, UNFINISHED)}
-        for one in _whole(files, spec, keys.__contains__, "no cohort that was tiled here has this slide"):
+        stays = keys.__contains__ if wanted is not None else lambda _uri: True
+        for one in _whole(files, spec, stays, "no cohort that was tiled here has this slide"):
             yield replace(one, key=one.uri.rpartition("/")[2])
         yield from _unfinished(spec, files)
-        yield from _packs(spec, files, named.keys.get(spec, known))
+        yield from _packs(spec, files, wanted)
 
 
-def _packs(spec: str, files: Iterable[Found], named: Collection[str]) -> Iterator[Leftover]:
+def _packs(spec: str, files: Iterable[Found], named: Collection[str] | None) -> Iterator[Leftover]:
     """Packs that the catalogue does not know, and those with slides that no tiling's record names."""
     slides: defaultdict[str, set[str]] = defaultdict(set)
     rows = Shelf(spec).view.rows
@@ -167,7 +197,7 @@ def _packs(spec: str, files: Iterable[Found], named: Collection[str]) -> Iterato
         name = file.uri.rpartition("/")[2]
         if file.uri != join(spec, PACKS, name) or is_temporary(name):
             continue
-        others = slides[name] - set(named)
+        others = set[str]() if named is None else slides[name] - set(named)
         if not slides[name]:
             yield _leftover(file.uri, "the catalogue does not know it: its writer was killed", [file])
         elif others:

@@ -262,6 +262,7 @@ def _bring_up(stage: Stage, space: Workspace, tracking: Tracking, last: str) -> 
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them
             return StageResult(record, "done")
         facts = {**record.facts, "identity": _digests(identity), "items": items(identity), "finished": time.time()}
+        facts["layout"] = stage.layout
         write_json(_record_uri(space.config, stage.name, stage_fingerprint), asdict(replace(record, facts=facts)))
     log.info("%s: done in %.0f s", stage.name, record.seconds)
     return StageResult(record, "done")
@@ -327,8 +328,11 @@ def _changes(space: Workspace, stage: Stage, identity: Mapping[str, Any]) -> str
     if space.config.cohort.bag == "patient":
         ids |= {bag_name(slide, space.config.cohort.specimen) for slide in space.cohort.slides}
     ids.update(*map(_named, sorted(_records(space.config, "tile"), key=_finished)[-2:]))  # who is gone since was there
-    changed = [changes(key, known, now, ids) for key, digest in _digests(identity).items() if before.get(key) != digest]
-    return f"changed since the last time: {', '.join(changed)}"
+    same = newest.facts.get("layout", 1) == stage.layout
+    parts = [key for key, digest in _digests(identity).items() if before.get(key) != digest]
+    changed = [told for key in parts if (told := changes(key, known, now, ids, same_layout=same))]
+    reasons = [] if same else ["identified otherwise by the release that did it last"]
+    return "; ".join([*reasons, *([f"changed since the last time: {', '.join(changed)}"] if changed else [])])
 
 
 def _finished(record: Record) -> float:

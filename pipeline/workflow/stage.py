@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from itertools import compress
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +15,10 @@ import pyarrow.parquet as pq
 from pipeline.bags.patients import OneSlide, by_patient
 from pipeline.bags.sources import LabelledSource, open_sources, slides_of
 from pipeline.cohort.table import Cohort
-from pipeline.columnar import Columnar
+from pipeline.columnar import selected
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
+from pipeline.errors import StorageError
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.files import read_bytes
 from pipeline.storage.lease import Lease
@@ -46,13 +46,18 @@ class Record:
         They stand in its ledger; those of generated images, and of records of older releases, in the facts.
 
         Raises:
-            StorageError: the ledger cannot be read.
+            StorageError: the ledger is gone, or is damaged.
         """
         if "keys" in self.facts:
             keys: Mapping[str, str] = self.facts["keys"]
             return pa.table([pa.array(column, pa.string()) for column in (list(keys), list(keys.values()))], _TILED)
-        data = pa.BufferReader(read_bytes(self.outputs["ledger_slides"]))
-        table = pq.read_table(data, columns=_TILED)
+        ledger = self.outputs["ledger_slides"]
+        try:
+            table = pq.read_table(pa.BufferReader(read_bytes(ledger)), columns=_TILED)
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(
+                f"{ledger}: no ledger of slides ({error}); delete it, and `tile` writes it anew"
+            ) from error
         return table.filter(pc.is_valid(table["key"]))
 
     @cached_property
@@ -89,9 +94,8 @@ class Workspace:
         keys, planned = self.records["tile"].keys, self.config.planned
         slides = self.cohort.slides
         mask = [slide.slide_id in keys and (split is None or slide.split == split) for slide in slides]
-        chosen = slides.filter(pa.array(mask)) if isinstance(slides, Columnar) else list(compress(slides, mask))
-        versions = list(compress(self.versions, mask)) if planned else None
-        found = open_sources(self.config, chosen, keys, versions)
+        versions = selected(self.versions, mask) if planned else None
+        found = open_sources(self.config, selected(slides, mask), keys, versions)
         if self.config.cohort.bag == "slide":
             return found
         pairs = [(slide, source) for slide, source in found if isinstance(source, OneSlide)]
@@ -110,6 +114,8 @@ class Stage:
     """Why a record whose outputs all exist does not hold any more; None where it does."""
     shared: bool = False
     """Several processes may do it at once, on the same inputs, and end with the same outputs."""
+    layout: int = 1
+    """How `identity` writes its slides; another number, and records of before do not say which slides have changed."""
 
 
 def versions() -> str:

@@ -341,7 +341,7 @@ def evaluate_checkpoint(
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("tile", _tile_identity, _tile, _tiles_outdated, shared=True),  # each slide's commit is whole or absent
+    Stage("tile", _tile_identity, _tile, _tiles_outdated, shared=True, layout=2),  # a slide's commit is whole or absent
     Stage("train", _train_identity, _train),
     Stage("evaluate", _evaluate_identity, _evaluate),
     Stage("register", register.identity, register.register, register.outdated),

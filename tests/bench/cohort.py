@@ -9,6 +9,8 @@ cloned, as of a million small images. Then, each in a process of its own:
 - *plan*: what would be done
 - *one more*: a slide is added
 
+With --first the cohort is of as many small images of different content and an empty store: *first* tiles all of them.
+
 CPU seconds and largest memory of that process and those that it starts; with --s3 also requests by kind, counted at a
 proxy before a real server. A straight line is fitted through the sizes: what a slide costs. JSON as the last line.
 """
@@ -28,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -67,6 +69,8 @@ class Cost:
     cpu_s: float
     peak_mb: float
     requests: dict[str, int]
+    objects: int = 0
+    """That a first tiling left below the root."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,18 @@ def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
         return [*costs, measured(STEPS[-1], count, place, env, seen)]
 
 
+def first_study(count: int, *, s3: bool) -> list[Cost]:
+    """The whole command on images that no store knows; they differ in a comment, so in content."""
+    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+        (place.folder / "slides").mkdir(parents=True)
+        picture = Image.fromarray(tissue_rgb(EDGE, EDGE))
+        for number in range(count):
+            picture.save(place.folder / "slides" / f"{number:07d}.jpg", quality=85, comment=f"{number}".encode())
+        write_cohort(place, count)
+        cost = measured("first", count, place, env, seen)
+        return [replace(cost, objects=sum(path.is_file() for path in (place.folder / "root").rglob("*")))]
+
+
 @contextmanager
 def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], list[Any]]]:
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -216,16 +232,15 @@ def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], 
 
 def report(costs: Sequence[Cost]) -> str:
     """A table, and what a slide costs where there are several sizes."""
-    lines = ["| step | slides | CPU s | wall s | peak MB | requests |", "|---|---|---|---|---|---|"]
+    lines = ["| step | slides | CPU s | wall s | peak MB | requests | objects |", "|---|---|---|---|---|---|---|"]
     for cost in costs:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(cost.requests.items()))
         total = f"{sum(cost.requests.values())} ({kinds})" if kinds else ""
-        lines.append(
-            f"| {cost.step} | {cost.slides:,} | {cost.cpu_s:.1f} | {cost.wall_s:.1f} | {cost.peak_mb:.0f} | {total} |"
-        )
+        resources = f"{cost.cpu_s:.1f} | {cost.wall_s:.1f} | {cost.peak_mb:.0f}"
+        lines.append(f"| {cost.step} | {cost.slides:,} | {resources} | {total} | {cost.objects or ''} |")
     sizes = sorted({cost.slides for cost in costs})
     if len(sizes) > 1:
-        for step in STEPS:
+        for step in dict.fromkeys(cost.step for cost in costs):
             those = [cost for cost in costs if cost.step == step]
             x = [cost.slides for cost in those]
             cpu, base = np.polyfit(x, [cost.cpu_s for cost in those], 1)
@@ -242,9 +257,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--s3", action="store_true", help="on a real S3 server behind a counting proxy")
+    parser.add_argument("--first", action="store_true", help="tile small images that no store knows")
     parser.add_argument("--packed", action="store_true", help="small images in packs")
     chosen = parser.parse_args(arguments)
-    costs = [cost for size in chosen.sizes for cost in study(size, s3=chosen.s3, packed=chosen.packed)]
+    costs = [
+        cost
+        for size in chosen.sizes
+        for cost in (
+            first_study(size, s3=chosen.s3) if chosen.first else study(size, s3=chosen.s3, packed=chosen.packed)
+        )
+    ]
     print(report(costs))
     print(json.dumps([asdict(cost) for cost in costs]))
 

@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 
 from pipeline.bags.embed import Embedder, _together, embed_slide, embed_slides, embed_together, encoder_fingerprint
+from pipeline.columnar import Columnar
 from pipeline.config.embed import EmbedConfig
 from pipeline.errors import StageError
 from pipeline.model.build import build_encoder
 from pipeline.store.features import FeatureStore
 from pipeline.store.packs import Place
-from pipeline.store.patches import StoredSlide
+from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.store.rows import features_row
 from pipeline.store.verify import verify_store
 from tests.pipeline.small import pack_slides, small_config, store_slides, write_cohort
+from tests.pipeline.test_columnar import through_ray
 from tests.pipeline.tiled import part_file
 
 
@@ -64,6 +66,9 @@ def test_small_slides_have_the_same_features_in_one_pack(slides: list[StoredSlid
     store = FeatureStore(str(tmp_path / "features"), "0" * 16, encoder_fingerprint(config))
     store.append(embed_together(Embedder(config), packed, store, threads=1))
     alone = FeatureStore(str(tmp_path / "alone"), "spec", encoder_fingerprint(config))
+    held = PatchStore(str(tmp_path / "store"), small_config().tiling.fingerprint()).slides([s.key for s in packed])
+    assert list(through_ray(store.slides(held))) == store.slides(packed)
+    assert isinstance(store.slides(held), Columnar)
     for slide, other, found in zip(packed, slides, store.slides(packed), strict=True):
         assert slide.key == other.key
         one = embed_slide(Embedder(config), other, alone, threads=1)

@@ -11,14 +11,17 @@ import torch
 from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.given import GivenSlide, check_alike, open_given
 from pipeline.bags.sources import content_of, open_bag, open_sources, patch_store
+from pipeline.columnar import Columnar
 from pipeline.config.recipe import Config
 from pipeline.errors import DamagedError, SlideError, StageError
 from pipeline.inference.prediction import predict_slide
+from pipeline.ingest.cohorts import listed
 from pipeline.ingest.features import index_cohort
 from pipeline.ingest.versions import look_at
 from pipeline.model.build import build_model
 from tests.pipeline.formats.test_feature_files import VECTORS, D, N, clam, saved, stamp, trident
 from tests.pipeline.ingest.test_cohorts import given_config
+from tests.pipeline.test_columnar import through_ray
 from tests.pipeline.tiled import row
 
 
@@ -42,7 +45,7 @@ def test_a_bag_of_each_layout_gives_its_numbers(tmp_path: Path, name: str, write
     if write is stamp:
         config = given_config(tmp_path, tiling={"patch_px": 224, "mpp": 1.143})
     (slide,) = opened(config, [tmp_path / name])
-    assert b"FeatureCollection" in slide.plan.outline()
+    assert b"FeatureCollection" in slide.patches.outline()
     bag = open_bag(slide, threads=1, augment=None)
     assert isinstance(bag, FeatureBag)
     assert len(bag) == N
@@ -54,6 +57,20 @@ def test_a_bag_of_each_layout_gives_its_numbers(tmp_path: Path, name: str, write
     assert [data[:2] for data in slide.payloads(np.array([2, 5]))] == [b"\xff\xd8"] * 2
     assert slide.thumbnail()[:2] == b"\xff\xd8"
     assert content_of(slide) != slide.key
+
+
+def test_files_travel_as_columns(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.h5").write_bytes(trident())
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,features\na,,a.h5\nb,,b.h5\n")
+    config = given_config(tmp_path)
+    slides, store = listed(config).slides, patch_store(config)
+    statuses = index_cohort(slides, config.tiling, store.uri.rpartition("/")[0], on_status=lambda _: None)
+    keys = {status.slide_id: str(status.key) for status in statuses}
+    found = open_sources(config, slides, keys)
+    assert isinstance(found, Columnar)
+    assert list(through_ray(found)) == open_sources(config, list(slides), keys)
+    assert [Path(source.uri).name for _, source in found if isinstance(source, GivenSlide)] == ["a.h5", "b.h5"]
 
 
 def test_a_model_predicts_a_file_that_no_stage_has_seen(tmp_path: Path) -> None:

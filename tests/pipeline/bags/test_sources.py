@@ -13,7 +13,8 @@ from ips.bag import Bag
 from ips.selection.transfer import arrived
 from pipeline.bags.augment import Augment
 from pipeline.bags.images import cohort_csv
-from pipeline.bags.sources import LabelledSource, content_of, contents, image_statuses, open_bag, open_sources, prepared
+from pipeline.bags.sources import LabelledSource, content_of, contents, image_statuses, open_bag, open_sources
+from pipeline.bags.unseen import prepared
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config

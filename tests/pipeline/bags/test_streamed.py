@@ -16,9 +16,10 @@ from ips.selection.transfer import arrived
 from pipeline.bags import streamed as module
 from pipeline.bags.augment import Augment
 from pipeline.bags.patch_bag import PatchBag
-from pipeline.bags.sources import patch_root, patch_store
+from pipeline.bags.sources import open_sources, patch_root, patch_store
 from pipeline.bags.streamed import PassingSlide, StreamedSlide, plan_root
-from pipeline.cohort.table import Cohort
+from pipeline.cohort.table import Cohort, read_cohort
+from pipeline.columnar import Columnar
 from pipeline.config.data import TilingConfig
 from pipeline.errors import PlanError, SlideError, StageError, StorageError
 from pipeline.ingest.tiler import begin_slide, store_slide
@@ -29,6 +30,7 @@ from pipeline.workflow.run import run
 from pipeline.workflow.stage import Record, Workspace
 from pipeline.workflow.stages import STAGES
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_slide
+from tests.pipeline.test_columnar import through_ray
 from tests.pipeline.tiled import open_plan
 from tests.pipeline.tiling.test_cutting import spoil
 from tests.synth import tissue_rgb, write_pyramid
@@ -67,8 +69,8 @@ def test_a_plan_has_the_places_of_the_store_and_no_patches(pairs: Pairs) -> None
         assert np.array_equal(streamed.index().y, stored.index().y)
         rows = np.arange(stored.n_patches)
         assert np.array_equal(streamed.positions(rows), stored.positions(rows))
-        assert not list(Path(streamed.plan.uri).glob("*.arrow"))
-        assert picture(streamed.plan).kept == ()
+        assert not list(Path(streamed.patches.uri).glob("*.arrow"))
+        assert picture(streamed.patches).kept == ()
     assert pairs[0][0].key != pairs[1][0].key
 
 
@@ -168,6 +170,19 @@ def test_a_slide_that_was_only_touched_is_planned_anew_and_opens(tmp_path: Path)
     (after,) = stream_slides(cohort, tmp_path / "store", spec)
     assert (after.key, after.version.mtime) == (before.key, 1)
     assert after.payloads([0])
+
+
+def test_planned_slides_travel_as_columns(tmp_path: Path) -> None:
+    config = small_config(storage={"patches": str(tmp_path / "patches")}, train={"source": "stream", "augment": False})
+    plans = tmp_path / "patches"
+    planned = stream_slides(write_cohort(tmp_path, ["no", "yes"]), plans, config.tiling)
+    keys = {one.slide.slide_id: one.key for one in planned}
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\ns1,s1.png\ns0,s0.png\n")
+    slides = read_cohort(str(tmp_path / "cohort.csv")).slides
+    found = open_sources(config, slides, keys)
+    assert isinstance(found, Columnar)
+    assert list(through_ray(found)) == open_sources(config, list(slides), keys)
+    assert [(slide.slide_id, source.key) for slide, source in found] == [(name, keys[name]) for name in ("s1", "s0")]
 
 
 def test_a_slide_planned_from_another_version_of_its_file_is_not_done(tmp_path: Path) -> None:
@@ -301,7 +316,7 @@ def test_a_slide_that_was_never_planned_is_named(pairs: Pairs, tmp_path: Path) -
 
 
 def _passing(one: StreamedSlide) -> PassingSlide:
-    return PassingSlide(one.slide, one.spec, one.plan, one.version)
+    return PassingSlide(one.patches, one.slide, one.spec, one.version)
 
 
 def test_a_slide_that_is_read_once_gives_the_same_bytes_and_is_read_by_another_process(pairs: Pairs) -> None:

@@ -110,7 +110,7 @@ def test_series_are_streamed_side_by_side(sections: Path, tmp_path: Path) -> Non
             numbers = np.arange(slide.n_patches)[rows]
             found = slide.payloads(numbers)
             if len(numbers) == slide.n_patches:
-                check_patches(slide.plan, found, rgb)
+                check_patches(slide.patches, found, rgb)
 
 
 def test_the_plane_of_a_stack_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

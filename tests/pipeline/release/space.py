@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
+from pipeline.ingest.versions import known, look_at
 from pipeline.model.build import build_model, build_optimizer
 from pipeline.model.checkpoint import Progress, take_snapshot
+from pipeline.store.ledger import write_ledger
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.saver import Saver
 from pipeline.workflow.stage import Record, Workspace
@@ -59,6 +62,8 @@ class Study:
     config: Config
     cohort: Cohort
     keys: dict[str, str]
+    ledger: Mapping[str, str]
+    """Of the tiling, by name."""
     tracker: Tracker
 
     def space(self, seed: int, **changes: Any) -> Workspace:
@@ -72,7 +77,7 @@ class Study:
         space = Workspace(config, self.cohort, lambda: self.tracker, lambda: None, {})
         tile = {"slides": float(len(self.keys)), "slides_quarantined": 0.0, "patches": 500.0, "bad_tiles": 1.0}
         space.records = {
-            "tile": Record("tile", f"tile{seed}", {}, tile, {"keys": dict(self.keys)}),
+            "tile": Record("tile", f"tile{seed}", self.ledger, tile, {}),
             "train": Record("train", f"train{seed}", {"checkpoint": f"{folder}/step-00000001"}, {}, {}, "run"),
         }
         return space
@@ -88,4 +93,8 @@ def small_study(folder: Path, tracker: Tracker, splits: Mapping[str, int]) -> St
     )
     cohort = small_cohort(folder / "slides", splits)
     pairs = store_slides(cohort, folder / "root" / "patches", config)
-    return Study(config, cohort, {slide.slide_id: stored.key for slide, stored in pairs}, tracker)
+    versions = look_at(cohort.slides, config.tiling)
+    store = patch_store(config)
+    statuses = [status for status in store.statuses(cohort.slides, known(versions)) if status is not None]
+    ledger = write_ledger(store, cohort.slides, known(versions), statuses, str(folder / "root" / "ledger" / "tile"))
+    return Study(config, cohort, {slide.slide_id: stored.key for slide, stored in pairs}, ledger, tracker)

@@ -20,7 +20,8 @@ from pipeline.storage import files
 from pipeline.store import commit, parts
 from pipeline.store.commit import PlannedSlide, commit_shares, plan_slide, write_pictures, write_share, write_slide
 from pipeline.store.parts import Part, part_count
-from pipeline.store.patches import PatchStore, slide_key
+from pipeline.store.patches import PatchStore
+from pipeline.store.rows import slide_key
 from pipeline.tiling.guide import Guide
 from pipeline.tiling.interchange import Coordinates
 from pipeline.tiling.slide import SlideTiling, tile_slide

@@ -22,7 +22,8 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.store import parts
 from pipeline.store.commit import plan_slide, write_slide
-from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide, slide_key
+from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.store.rows import slide_key
 from pipeline.tiling.slide import tile_slide
 from tests.pipeline.tiled import part_file
 from tests.synth import tissue_rgb, write_pyramid

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bags.sources import open_bag, tiled
+from pipeline.bags.sources import open_bag
+from pipeline.bags.unseen import tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.sweep import SettingsGrid
 from pipeline.inference.prediction import load_model, predict_bag

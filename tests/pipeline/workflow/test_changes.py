@@ -65,6 +65,15 @@ def test_slides_of_an_older_record_are_compared_too() -> None:
     assert slides_of({"train": old}, "train") == slides_of(items(_identity(*rows)), "train") == sorted(old)
 
 
+def test_of_another_layout_only_who_came_and_went_is_told() -> None:
+    before, other = (items(_identity(*([name, key, "no"] for name in "abc"))) for key in ("k1", "k2"))
+    assert changes("train", before, other, "abc") == "train (3 changed: a, b, c)"
+    assert changes("train", before, other, "abc", same_layout=False) == ""
+    fewer = items(_identity(["a", "k2", "yes"], ["d", "k2", "no"]))
+    assert changes("train", before, fewer, "abcd", same_layout=False) == "train (1 added: d; 2 removed: b, c)"
+    assert changes("recipe", before, other, "abc", same_layout=False) == "recipe"
+
+
 def test_a_list_in_columns_is_a_list() -> None:
     rows: list[list[str | None]] = [["a", "k1"], ["b", None]]
     schema = pa.schema([("slide_id", pa.string()), ("asked", pa.string())])

@@ -33,7 +33,9 @@ def _names(config: Config, days: float = 7) -> dict[str, str]:
 
 
 @pytest.mark.ray
-def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_path: Path) -> None:
+def test_what_nothing_names_goes_and_what_is_named_stays(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_images(tmp_path, {"a": "p", "b": "q", "bad": "r"})
     config = image_config(tmp_path, "tiling.max_bad_slides=1")
     root = Path(config.storage.root)
@@ -73,6 +75,18 @@ def test_what_nothing_names_goes_and_what_is_named_stays(ray_session: None, tmp_
     }
     with held(str(root / "stages" / "train-1.lease"), "train"), pytest.raises(StageError, match="is at work on it"):
         find_leftovers(config, 7)
+
+    (kept,) = root.glob("stages/tile-*.json")
+    ledger = Path(Record(**json.loads(kept.read_text())).outputs["ledger_slides"])
+    whole_ledger = ledger.read_bytes()
+    for damage in (ledger.unlink, lambda: ledger.write_bytes(whole_ledger[:-9])):
+        damage()
+        caplog.clear()
+        assert _names(config) == {name: why for name, why in found.items() if not name.endswith(pack)}
+        assert f"{kept}: its slides are not known (" in caplog.text
+        assert f"{ledger}: " in caplog.text
+        assert "run `tile` with its config, which writes the ledger anew" in caplog.text
+    ledger.write_bytes(whole_ledger)
 
     command = ["gc", f"storage.root={root}", f"cohort.uri={tmp_path / 'cohort.csv'}", "tiling=image"]
     told = CliRunner().invoke(app, [*command, "tiling.patch_px=64"])

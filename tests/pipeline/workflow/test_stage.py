@@ -51,6 +51,11 @@ def test_keys_come_from_the_ledger_and_slides_of_a_file_stay_columns(tmp_path: P
     pq.write_table(pa.table(ledger), tmp_path / "slides.parquet")
     record = Record("tile", "f", {"ledger_slides": str(tmp_path / "slides.parquet")}, {}, {})
     assert record.keys == keys
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        StorageError, match=r"half\.parquet: no ledger of slides \(.*delete it, and `tile` writes it anew"
+    ):
+        _ = Record("tile", "f", {"ledger_slides": str(tmp_path / "half.parquet")}, {}, {}).tiled
     cohort = read_cohort(str(tmp_path / "cohort.csv"))
     found = Workspace(config, cohort, _none, lambda: None, {}, {"tile": record}).stored("val")
     assert isinstance(found, Columnar)
