@@ -77,6 +77,11 @@ class StreamedSlide:
         return self.plan.patch_px
 
     @property
+    def context_mpp(self) -> float | None:
+        """See `StoredSlide.context_mpp`."""
+        return self.plan.context_mpp
+
+    @property
     def extent(self) -> float:
         """Edge of a patch, level-0 px."""
         return self.plan.extent
@@ -177,15 +182,13 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
     with reading_source():
-        cutter = Cutter(reader, grid, streamed.spec)
-        cutter.expect(origins)
-        for row, (x, y) in zip(rows.tolist(), origins.tolist(), strict=True):
-            try:
-                yield cutter.cut(x, y)
-            except BadTileError as error:
+        images = Cutter(reader, grid, streamed.spec).each(origins)
+        for row, image in zip(rows.tolist(), images, strict=True):
+            if isinstance(image, BadTileError):
                 raise PlanError(
-                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({error})"
-                ) from error
+                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({image})"
+                ) from image
+            yield image
 
 
 def open_unchanged(streamed: StreamedSlide, stack: ExitStack) -> SlideReader:

@@ -100,6 +100,8 @@ class StoredSlide:
     """Its patches stand where a file said, not on a grid."""
     place: Place | None = None
     """In the pack that `uri` is; None: `uri` is a folder of its own."""
+    context_mpp: float | None = None
+    """Microns per px of the second picture that each patch has of its surroundings; None: it has none."""
 
     @property
     def extent(self) -> float:
@@ -137,7 +139,10 @@ class StoredSlide:
         return nearest
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
-        """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
+        """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes.
+
+        With `context_mpp` two each, one after the other (`tiling.cutting.split`).
+        """
         return read_rows(self.uri, self.place, self.n_patches, rows)
 
     def facts(self) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import columnar
-from pipeline.columnar import Columnar
+from pipeline.columnar import Columnar, with_columns
 
 Pair = tuple[str | None, int | None]
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64())])
@@ -48,3 +48,10 @@ def test_two_of_them_go_together() -> None:
     assert both.table.column_names == ["0.text", "0.number", "1.text", "1.number"]
     assert pickle.loads(pickle.dumps(both[2:]))[1] == (("a3", 3), ("b3", 3))
     assert first.filter(pa.array([True, False, True, False, False])) == [("a0", 0), ("a2", 2)]
+
+
+def test_columns_that_are_not_there_are_null() -> None:
+    found = with_columns(pa.table({"number": [3, 4], "other": [1, 2]}), SCHEMA, ["text", "number"])
+    assert found.to_pylist() == [{"text": None, "number": 3}, {"text": None, "number": 4}]
+    assert found.schema.types == SCHEMA.types
+    assert with_columns(pa.table({"number": [3]}), SCHEMA, ["number"]).num_columns == 1
