@@ -11,7 +11,7 @@ from ips.learning.processes import average_gradients, average_statistics
 from ips.learning.schedule import parameter_groups, warmup_cosine, warmup_cosine_scheduler
 from ips.network.aggregator import Aggregator
 from ips.network.effects import Effects, effects
-from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder
+from ips.network.encoder import FeatureProjector, ResNet, TwoScales, WrappedEncoder
 from ips.network.heads import Head, linear_head, probabilities
 from ips.network.model import IPSModel
 from ips.network.official import load_official
@@ -50,6 +50,7 @@ __all__ = [
     "Scorer",
     "Selection",
     "TensorBag",
+    "TwoScales",
     "Values",
     "WrappedEncoder",
     "average_gradients",

@@ -191,3 +191,12 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _read(value: Any, kind: pa.DataType) -> Any:
     return value.decode("utf-8", "surrogatepass") if pa.types.is_binary(kind) and value is not None else value
+
+
+def with_columns(rows: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
+    """The rows with these columns of the schema, in this order; those that whoever wrote them did not know are null."""
+    for name in names:
+        if name not in rows.column_names:
+            field = schema.field(name)
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows.select(names)

@@ -14,7 +14,7 @@ PATCHES = pa.schema(
         pa.field("x", pa.int64(), nullable=False),  # level-0 px of the patch's left edge
         pa.field("y", pa.int64(), nullable=False),  # level-0 px of its upper edge
         pa.field("level", pa.int32(), nullable=False),  # pyramid level that was read
-        pa.field("image", pa.large_binary(), nullable=False),  # one JPEG
+        pa.field("image", pa.large_binary(), nullable=False),  # one JPEG; a second with tiling.context_mpp
     ],
     metadata=_META,
 )
@@ -40,7 +40,7 @@ INDEX = pa.schema(
         pa.field("level", pa.int32(), nullable=False),
         pa.field("part", pa.int32(), nullable=False),  # its number; the metadata's ips.parts are the files' names
         pa.field("offset", pa.int64(), nullable=False),  # absolute byte offset of the JPEG in the part
-        pa.field("length", pa.int64(), nullable=False),  # its length in bytes
+        pa.field("length", pa.int64(), nullable=False),  # its length in bytes, with its surroundings
     ],
     metadata=_META,
 )
@@ -83,6 +83,7 @@ CATALOGUE = pa.schema(
         pa.field("height", pa.int64()),
         pa.field("thumbnail_scale", pa.float64()),
         pa.field("imported", pa.bool_()),
+        pa.field("context_mpp", pa.float64()),  # of each patch's second JPEG; null: there is none
         pa.field("dim", pa.int64()),  # of features: numbers a patch
         pa.field("dtype", pa.string()),
         pa.field("pack", pa.string()),  # name of the pack that holds the slide; null: a folder of its own
@@ -98,7 +99,7 @@ _LOOK = {
     ),
     "slide": (
         "id", "key", "n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "width", "height",
-        "thumbnail_scale", "imported", "dim", "dtype", "pack", "place",
+        "thumbnail_scale", "imported", "context_mpp", "dim", "dtype", "pack", "place",
     ),
     "removal": ("id",),
 }  # fmt: skip

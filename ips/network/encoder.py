@@ -209,6 +209,35 @@ class WrappedEncoder(PatchEncoder):
         return out
 
 
+class TwoScales(PatchEncoder):
+    """Patches and their surroundings through one encoder, their embeddings side by side (Li et al. 2021, DSMIL).
+
+    A patch (n, C, 2p, p) has its surroundings, as many px of a larger place around the same centre, below itself. The
+    selector scores both together: a patch may win by where it is.
+
+    Args:
+        encoder: of either, (n, C, p, p) -> (n, D / 2).
+    """
+
+    def __init__(self, encoder: PatchEncoder) -> None:
+        super().__init__()
+        self.encoder, self.dim, self.channels = encoder, 2 * encoder.dim, encoder.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, C, 2p, p) -> (n, D); ValueError where the patches are of another shape."""
+        edge = x.shape[-1]
+        if x.shape[-2] != 2 * edge:
+            raise ValueError(f"patches are {edge} x {x.shape[-2]} px; with surroundings below they are twice as high")
+        found: Tensor = self.encoder(torch.cat([x[..., :edge, :], x[..., edge:, :]]))
+        return torch.cat([found[: len(x)], found[len(x) :]], dim=1)
+
+
+def resnet_in(encoder: nn.Module) -> tuple[str, ResNet] | None:
+    """The ResNet that an encoder is, or looks with at two scales, and what its modules' names begin with in it."""
+    prefix, inner = ("encoder.", encoder.encoder) if isinstance(encoder, TwoScales) else ("", encoder)
+    return (prefix, inner) if isinstance(inner, ResNet) else None
+
+
 def read_weights(data: bytes) -> dict[str, Tensor]:
     """Read a state dict from the bytes of a .safetensors file or of a .pth file that holds only tensors.
 

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ips.network.encoder import ResNet
+from ips.network.encoder import resnet_in
 from ips.network.strided import Strided
 
 
-def fusable(encoder: ResNet) -> list[tuple[str, str]]:
-    """Names of the convolutions and norms that are plain ones; others, hooked or parametrised, run as they are."""
+def fusable(encoder: nn.Module) -> list[tuple[str, str]]:
+    """Names of its ResNet's convolutions and norms that are plain; others, hooked or parametrised, run as they are."""
+    found = resnet_in(encoder)
+    if found is None:
+        return []
+    prefix, resnet = found
     return [
-        (conv, norm)
-        for conv, norm in encoder.conv_norm_pairs()
-        if _is_plain(encoder.get_submodule(conv), (nn.Conv2d, Strided))
-        and _is_plain(encoder.get_submodule(norm), (nn.BatchNorm2d, nn.SyncBatchNorm))
+        (prefix + conv, prefix + norm)
+        for conv, norm in resnet.conv_norm_pairs()
+        if _is_plain(resnet.get_submodule(conv), (nn.Conv2d, Strided))
+        and _is_plain(resnet.get_submodule(norm), (nn.BatchNorm2d, nn.SyncBatchNorm))
     ]
 
 

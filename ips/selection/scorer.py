@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ips.bag import Chunk
 from ips.network.aggregator import Aggregator
-from ips.network.encoder import ResNet
+from ips.network.encoder import resnet_in
 from ips.network.model import IPSModel, evaluating, normalised, unwrapped
 from ips.network.part import Scores
 from ips.network.strided import guarded
@@ -110,7 +110,7 @@ class Scorer:
         self.batch = batch or (32 if self.device.type == "cpu" else 256)
         self._pairs: list[tuple[str, str]] = []
         self._encoder = model.encoder
-        if isinstance(model.encoder, ResNet) and is_copied_whole(model.encoder):
+        if resnet_in(model.encoder) is not None and is_copied_whole(model.encoder):
             self._encoder = self._copy(model.encoder)
         self._products = [_pad_width(matrix) for matrix in self._matrices()]
         self.width = len(self._products[-1])
@@ -121,11 +121,12 @@ class Scorer:
         self._structure = self._looked()
         self.refresh()
 
-    def _copy(self, encoder: ResNet) -> ResNet:
+    def _copy(self, encoder: nn.Module) -> nn.Module:
         """With the weights that `refresh` will overwrite."""
         copied = copy.deepcopy(encoder).requires_grad_(False).eval()
-        if self.device.type == "cpu":
-            copied.stem_bytes = _STEM_BYTES
+        found = resnet_in(copied)
+        if self.device.type == "cpu" and found is not None:
+            found[1].stem_bytes = _STEM_BYTES
         if self._fuse:
             self._pairs = fusable(encoder)
             strip_norms(copied, self._pairs)

@@ -30,11 +30,13 @@ class Changes:
     """(n, 2, 3), see `Augment.stains`; None changes no colour."""
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """Square patches (n, C, p, p) uint8 -> as many, changed."""
-        found = torch.empty_like(patches)
+        """Square patches (n, C, p, p) uint8, or with surroundings below (n, C, 2p, p) -> as many, changed alike."""
+        squares = torch.unflatten(patches, 2, (-1, patches.shape[3]))
+        turned = torch.empty_like(squares)
         for code in np.unique(self.codes).tolist():
             rows = torch.from_numpy(np.flatnonzero(self.codes == code)).to(patches.device)
-            found[rows] = oriented(patches[rows], code)
+            turned[rows] = oriented(squares[rows], code)
+        found = turned.flatten(2, 3)
         return found if self.stains is None else jittered(found, self.stains[:, 0], self.stains[:, 1])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ips.network.encoder import TwoScales
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.config.embed import EmbedConfig
 from pipeline.errors import NodeError, StageError, StorageError
@@ -42,12 +43,15 @@ class Embedder:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder, self.dim = build_encoder(config.encoder)
         self._encoder = encoder.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._both = TwoScales(self._encoder)
         self._mean, self._std = (
             torch.tensor(values, device=self._device).view(-1, 1, 1) for values in (config.mean, config.std)
         )
 
     def __call__(self, pixels: Tensor) -> Features:
-        """(n, 3, h, w) uint8 -> (n, D), the same whatever n is: the network always sees `batch` patches.
+        """(n, 3, p, p) uint8 -> (n, D), the same whatever n is: the network always sees `batch` patches.
+
+        With surroundings (n, 3, 2p, p) -> (n, 2D), those of the patches first.
 
         Raises:
             StageError: a feature is not finite.
@@ -70,7 +74,8 @@ class Embedder:
                 there = padded.to(self._device)
             with spending("encode"):
                 scaled = (there.float() / 255 - self._mean) / self._std
-                vectors = self._encoder(scaled.contiguous(memory_format=torch.channels_last))
+                encoder = self._both if pixels.shape[2] == 2 * pixels.shape[3] else self._encoder
+                vectors = encoder(scaled.contiguous(memory_format=torch.channels_last))
                 found: Features = vectors[: len(pixels)].to(_DTYPES[self.config.dtype]).cpu().numpy()
         return found
 

@@ -21,6 +21,7 @@ from pipeline.bags.augment import Augment, joined
 from pipeline.errors import DamagedError
 from pipeline.store.index import PatchIndex
 from pipeline.telemetry import level, spending
+from pipeline.tiling.cutting import split
 
 _AHEAD = 2  # chunks read ahead of the one in use
 _FREE = 3  # references to a free array: the list's, the loop's and that of the question itself
@@ -39,16 +40,19 @@ class JpegSlide(Protocol):
     def n_patches(self) -> int: ...  # noqa: D102
     @property
     def patch_px(self) -> int: ...  # noqa: D102
+    @property
+    def context_mpp(self) -> float | None: ...  # noqa: D102
     def positions(self, rows: Rows) -> Rows: ...  # noqa: D102
     def index(self) -> PatchIndex: ...  # noqa: D102
     def payloads(self, rows: Rows) -> list[bytes]:
-        """The JPEGs of `rows`, in their order."""
+        """The JPEGs of `rows`, in their order; with `context_mpp` two each (`tiling.cutting`)."""
         ...
 
 
 class PatchBag:
     """The patches of one slide, or of several slides of a patient, as an `ips` bag.
 
+    Patches are (n, 3, p, p); with surroundings (n, 3, 2p, p), these below the patch, as `ips.TwoScales` takes them.
     Holds the index of its slides and at most four chunks, whatever its length: the one in use, two read ahead,
     one being read.
 
@@ -78,13 +82,13 @@ class PatchBag:
 
     def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
         """Rows `start` to `stop`, as `chunks` gives all."""
-        edge, rooms = self._slides[0].patch_px, _Rooms()
+        rooms = _Rooms()
         with ThreadPoolExecutor(self._threads, "decode") as decoders, ThreadPoolExecutor(1, "read") as reader:
             ahead: deque[Future[_Loading]] = deque()
             try:
                 for low in range(start, stop, size):
                     rows = np.arange(low, min(low + size, stop))
-                    room = rooms.take((min(size, stop - start), edge, edge, 3))
+                    room = rooms.take((min(size, stop - start), *self._shape))
                     ahead.append(reader.submit(self._load, rows, decoders, room[: len(rows)]))
                     if len(ahead) > _AHEAD:
                         level("ips_chunks_ahead", sum(future.done() for future in ahead))
@@ -103,8 +107,13 @@ class PatchBag:
             DamagedError: a patch in it cannot be decoded.
         """
         with ThreadPoolExecutor(self._threads, "decode") as decoders:
-            edge = self._slides[0].patch_px
-            return self._chunk(self._load(rows.numpy(), decoders, np.empty((len(rows), edge, edge, 3), np.uint8)))
+            return self._chunk(self._load(rows.numpy(), decoders, np.empty((len(rows), *self._shape), np.uint8)))
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a patch, with its surroundings below it."""
+        first = self._slides[0]
+        return first.patch_px * (1 if first.context_mpp is None else 2), first.patch_px, 3
 
     def _load(self, rows: Rows, decoders: ThreadPoolExecutor, patches: Pixels) -> _Loading:
         """Read the bytes of `rows`, and hand them to the decoders, which fill `patches`."""
@@ -181,12 +190,16 @@ def _decode_all(jobs: Sequence[_Job]) -> None:
 
 def _decode_each(jobs: Sequence[_Job]) -> None:
     for job in jobs:
-        try:  # releases the GIL
-            pixels = simplejpeg.decode_jpeg(job.payload, colorspace="RGB", buffer=job.out)
+        edge = job.out.shape[1]
+        try:
+            pictures = (job.payload,) if len(job.out) == edge else split(job.payload)
+            for place, jpeg in enumerate(pictures):
+                out = job.out[place * edge : (place + 1) * edge]
+                pixels = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=out)  # releases the GIL
+                if pixels.shape != out.shape:
+                    raise _damaged(job, f"it is {pixels.shape[1]} x {pixels.shape[0]} px, not {edge}")
         except ValueError as error:
             raise _damaged(job, str(error)) from error
-        if pixels.shape != job.out.shape:
-            raise _damaged(job, f"it is {pixels.shape[1]} x {pixels.shape[0]} px, not {len(job.out)}")
 
 
 def _damaged(job: _Job, reason: str) -> DamagedError:

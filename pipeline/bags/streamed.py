@@ -63,6 +63,11 @@ class StreamedSlide(OnPatches):
         """Edge of a patch."""
         return self.patches.patch_px
 
+    @property
+    def context_mpp(self) -> float | None:
+        """See `StoredSlide.context_mpp`."""
+        return self.patches.context_mpp
+
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The JPEGs of `rows`, in their order, cut from the slide here and now.
 
@@ -146,15 +151,14 @@ def cut(streamed: StreamedSlide, reader: SlideReader, rows: Ints) -> Iterator[by
     downsample = reader.levels[plan.level].downsample
     edge = LevelPx(round(plan.extent / downsample))
     grid = Grid(plan.level, downsample, edge, edge, PatchPx(plan.patch_px), 1, plan.n_patches, (0, 0))
-    with reading_source(), Cutter(reader, grid, streamed.spec) as cutter:
-        cutter.expect(origins)
-        for row, (x, y) in zip(rows.tolist(), origins.tolist(), strict=True):
-            try:
-                yield cutter.cut(x, y)
-            except BadTileError as error:
+    with reading_source():
+        images = Cutter(reader, grid, streamed.spec).each(origins)
+        for row, image in zip(rows.tolist(), images, strict=True):
+            if isinstance(image, BadTileError):
                 raise PlanError(
-                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({error})"
-                ) from error
+                    streamed.key, f"{streamed.uri}: the patch of row {row} cannot be decoded ({image})"
+                ) from image
+            yield image
 
 
 def open_unchanged(streamed: StreamedSlide, stack: ExitStack) -> SlideReader:

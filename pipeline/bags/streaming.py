@@ -40,7 +40,7 @@ STREAM = pa.schema(
     [
         pa.field("place", pa.int32(), nullable=False),  # of the slide in the order that was announced
         pa.field("row", pa.int64(), nullable=False),  # of the slide's patches; -1: `image` is the pickled error instead
-        pa.field("image", pa.large_binary(), nullable=False),  # one JPEG
+        pa.field("image", pa.large_binary(), nullable=False),  # as the store has it
     ]
 )
 
@@ -125,7 +125,7 @@ class _Passing:
 
     def __init__(self, slide: StreamedSlide, rows: Iterator[bytes]) -> None:
         self.uri, self.key = slide.uri, slide.key
-        self.n_patches, self.patch_px = slide.n_patches, slide.patch_px
+        self.n_patches, self.patch_px, self.context_mpp = slide.n_patches, slide.patch_px, slide.context_mpp
         self._slide, self._rows, self._next = slide, rows, 0
 
     def index(self) -> PatchIndex:

@@ -12,11 +12,14 @@ from pipeline.schema import SCHEMA_VERSION
 
 Weight = Annotated[float, Field(gt=0)]
 
+CONTEXT_TIMES = 2.0, 16.0
+"""Least and most that `tiling.context_mpp` is of `tiling.mpp`."""
+
 SLIDE_COLUMNS = ("slide_id", "uri", "patient_id", "n_patches", "n_bad_tiles", "error")
 """What tables of predictions say of a slide itself, whatever is predicted."""
 
 
-_LATER = frozenset({"min_sharpness"})
+_LATER = frozenset({"min_sharpness", "context_mpp"})
 """Fields of the tiling that came after schema 6: where they are not set, stores of before keep their key."""
 
 
@@ -107,6 +110,9 @@ class TilingConfig(Section):
     keep their bytes (see `codec`); slides that are trained on together must then agree in it."""
     mpp: Annotated[float, Field(gt=0)] | None = 0.5
     """Microns per px of a patch. null: level 0 as it is, whatever its mpp, and square or not (plain images)."""
+    context_mpp: Annotated[float, Field(gt=0)] | None = None
+    """Microns per px of a second picture of each patch: as many px around the same centre, so of a larger place, for
+    the encoder to see both (`model.encoder`). Twice to 16 times `mpp`. null: there is none."""
     mpp_tolerance: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     """A level whose mpp is within this share of the target is used unchanged; else a finer one is resized."""
     default_mpp: Annotated[float, Field(gt=0)] | None = None
@@ -170,6 +176,19 @@ class TilingConfig(Section):
     def _overlap(self) -> TilingConfig:
         if self.patch_px != "native" and self.overlap_px >= self.patch_px:
             raise ValueError(f"overlap_px={self.overlap_px} must be smaller than patch_px={self.patch_px}")
+        return self
+
+    @model_validator(mode="after")
+    def _context(self) -> TilingConfig:
+        if self.context_mpp is None:
+            return self
+        if self.mpp is None:
+            raise ValueError("context_mpp says how much coarser than mpp a second picture is; set tiling.mpp")
+        low, high = (self.mpp * times for times in CONTEXT_TIMES)
+        if not low <= self.context_mpp <= high:
+            raise ValueError(
+                f"context_mpp={self.context_mpp:g} must be {low:g} to {high:g}, twice to 16 times mpp={self.mpp:g}"
+            )
         return self
 
     @property

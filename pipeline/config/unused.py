@@ -85,6 +85,7 @@ UNUSED: tuple[Unused, ...] = (
             *_paths("tiling", "default_mpp", "overlap_px", "edge", "tissue", "artefacts", "tissue_threshold"),
             *_paths("tiling", "tissue_closing_px", "min_tissue", "codec", "jpeg_quality", "max_bad_tiles"),
             *_paths("tiling", "min_sharpness", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib"),
+            "tiling.context_mpp",
         ),
         lambda c: _given(c),
         "on features that other tools have made, of patches that they have cut",

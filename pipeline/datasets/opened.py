@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _LISTED = 20  # slides that are shown, and names that a message gives
 _COMMON = ("key", "n_patches")
-_OF_PATCHES = ("n_bad_tiles", "patch_px", "level", "downsample", "mpp", "width", "height")
+_OF_PATCHES = ("n_bad_tiles", "patch_px", "level", "downsample", "mpp", "context_mpp", "width", "height")
 _OF_FEATURES = ("dim", "dtype")
 
 
@@ -69,8 +69,8 @@ class Store:
     def slides(self) -> pa.Table:
         """One row a slide, by key: n_patches, `sources` (URIs of the files that became it), and what is known of all.
 
-        Of patches: n_bad_tiles, patch_px, level, downsample, mpp, width and height (level-0 px). Of features: dim and
-        dtype.
+        Of patches: n_bad_tiles, patch_px, level, downsample, mpp, context_mpp, width and height (level-0 px). Of
+        features: dim and dtype.
         """
         rows = self._shelf.view.slides
         table = rows.select([*_COMMON, *(_OF_PATCHES if self.kind == "patches" else _OF_FEATURES)])

@@ -16,6 +16,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import files
 from pipeline.store.index import PatchIndex, read_rows, slide_index
 from pipeline.store.packs import Place, pack_uri, read_facts
+from pipeline.tiling.cutting import split
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Slide:
     """Numbers of a feature; None of patches."""
     dtype: str | None
     """float16 or float32; None of patches."""
+    context_mpp: float | None = None
+    """Microns per px of the second picture of each patch, which `around` gives; None: there is none."""
 
     def index(self) -> PatchIndex:
         """Position of every patch on the slide, and place of its bytes.
@@ -65,6 +68,8 @@ class Slide:
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
         """The stored bytes of `rows`, in their order: a JPEG each, or a vector's numbers, little-endian.
 
+        With `context_mpp` two JPEGs, one after the other.
+
         Raises:
             IndexError: the slide has no such row.
             StorageError: the store cannot be read.
@@ -79,6 +84,16 @@ class Slide:
         wanted, index = np.asarray(rows, np.int64), self.index()
         data = arrays(self.payloads(wanted), self.patch_px, self.dim, self.dtype, self.uri)
         return Batch((self.key,) * len(wanted), wanted, index.x[wanted], index.y[wanted], data)
+
+    def around(self, rows: Sequence[int] | Ints) -> npt.NDArray[np.uint8]:
+        """(n, p, p, 3): what lies around the patches of `rows`, as many px at `context_mpp` with the same centres.
+
+        Raises:
+            IndexError, StorageError: as `payloads`; the latter where there is none of it.
+        """
+        if self.context_mpp is None or self.patch_px is None:
+            raise StorageError(f"{self.uri}: its patches were cut without surroundings; set tiling.context_mpp")
+        return decoded([split(image)[1] for image in self.payloads(rows)], self.patch_px, self.uri)
 
     def rows_in(self, left: float, top: float, right: float, bottom: float) -> Ints:
         """Rows of the patches that share area with a box, level-0 px; of features those whose upper left corner is in.
@@ -119,6 +134,7 @@ def slide_of(spec_uri: str, row: Mapping[str, Any], sources: Sequence[str]) -> S
         level=row["level"],
         dim=row["dim"],
         dtype=row["dtype"],
+        context_mpp=row["context_mpp"],
     )
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ips.learning.schedule import parameter_groups
 from ips.network.aggregator import Aggregator
-from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights, read_weights
+from ips.network.encoder import FeatureProjector, ResNet, TwoScales, WrappedEncoder, load_weights, read_weights
 from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
+from ips.network.part import PatchEncoder
 from ips.network.pooling import GatedAttention, MaxPool, MeanPool
 from ips.network.positions import GridPositions, IndexPositions
 from ips.network.transformer import Architecture, VisionTransformer, from_conch, from_transformers
@@ -25,12 +26,12 @@ from pipeline.errors import ConfigError
 from pipeline.storage.files import read_bytes
 
 _PROJECTED = 512  # width of embeddings made of stored features, as in the paper's CAMELYON16 setting
-_POSITIONS = {"index": IndexPositions, "grid": GridPositions}
 _NAMINGS: Mapping[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "timm": dict,
     "transformers": from_transformers,
     "conch": from_conch,
 }
+_POSITIONS = {"index": IndexPositions, "grid": GridPositions}
 
 
 def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
@@ -46,6 +47,9 @@ def build_model(config: Config, *, pretrained: bool = True) -> IPSModel:
     encoder, dim = _encoder(settings.encoder, pretrained=pretrained and begins is None)
     if settings.encoder.name.startswith("timm:") and config.tiling.patch_px != "native":
         _try(cast(WrappedEncoder, encoder), f"model.encoder.name: {settings.encoder.name}", config.tiling.patch_px)
+    if config.tiling.context_mpp is not None and settings.encoder.features is None:
+        encoder = TwoScales(encoder)
+        dim = encoder.dim
     aggregator = _pool(settings.aggregator, dim, tasks=len(config.tasks))
     heads = {task.name: linear_head(task.kind, dim, len(task.outputs)) for task in config.tasks}
     try:
@@ -89,7 +93,7 @@ def _pool(settings: AggregatorConfig, dim: int, tasks: int) -> nn.Module:
     )
 
 
-def build_encoder(settings: EncoderConfig) -> tuple[nn.Module, int]:
+def build_encoder(settings: EncoderConfig) -> tuple[PatchEncoder, int]:
     """The network that makes features, with its weights, on the CPU, and its D; errors as `build_model`."""
     return _encoder(settings, pretrained=True, field="embed.encoder")
 
@@ -118,7 +122,7 @@ def _try(encoder: WrappedEncoder, name: str, patch_px: int) -> None:
         raise ConfigError("config", [problem]) from error
 
 
-def _encoder(settings: EncoderConfig, *, pretrained: bool, field: str = "model.encoder") -> tuple[nn.Module, int]:
+def _encoder(settings: EncoderConfig, *, pretrained: bool, field: str = "model.encoder") -> tuple[PatchEncoder, int]:
     """The encoder and D; `field` is its section of the config."""
     encoder: ResNet | FeatureProjector | WrappedEncoder
     trunk: nn.Module  # what the weights are of

@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.columnar import with_columns
 from pipeline.errors import DamagedError, StorageError
 from pipeline.schema import CATALOGUE, LOOK, SCHEMA_VERSION
 from pipeline.storage import files
@@ -261,7 +262,7 @@ class Catalogue:
         """Rows of these files, in their order."""
         for file in self._opened(names):
             for batch in file.iter_batches(BATCH, columns=columns):
-                yield pa.Table.from_batches([batch])
+                yield with_columns(pa.Table.from_batches([batch]), CATALOGUE, columns)
 
     def _opened(self, names: Iterable[str]) -> Iterator[pq.ParquetFile]:
         """These files, some of which are fetched at a time; threads that decoded them would hold ten times as much."""
@@ -295,7 +296,7 @@ def _sort_out(file: pq.ParquetFile, rows: Mapping[str, list[pa.Table]]) -> None:
     """Add a file's rows to those of their kinds."""
     columns = list(dict.fromkeys(["kind", *(name for schema in LOOK.values() for name in schema.names)]))
     for batch in file.iter_batches(BATCH, columns=columns):
-        found = pa.Table.from_batches([batch])
+        found = with_columns(pa.Table.from_batches([batch]), CATALOGUE, columns)
         for kind, schema in LOOK.items():
             rows[kind].append(found.filter(pc.equal(found["kind"], kind)).select(schema.names).cast(schema))
     pa.default_memory_pool().release_unused()

@@ -1,11 +1,10 @@
 """The patch store: which slides are committed, what became of each source, and exact reads.
 
-`<root>/<spec fingerprint>/<slide key>/` holds `part-00000-1f0c46d2a9b3.arrow` (uncompressed Arrow IPC files, with the
-start of their sha256 in the name), `index.parquet`, `thumbnail.jpg` and `slide.json`, which is written last: the folder
-is whole. All bytes follow from the slide's content, the spec and the image libraries: two writers of one slide write
-the same files, or parts under other names, and a lost race harms nothing. `<root>/<spec fingerprint>/catalogue/` is
-what readers look at: which slides there are, and which version of each source gave which, or why none; `unfinished/`
-says which parts are whole of a slide that several tasks share, until it is committed.
+A slide's folder is whole once it holds `slide.json`, which is written last (`README.md` has the layout). All its bytes
+follow from the slide's content, the spec and the image libraries: two writers of one slide write the same files, or
+parts under other names, and a lost race harms nothing. `catalogue/` is what readers look at: which slides there are,
+and which version of each source gave which, or why none; `unfinished/` says which parts are whole of a slide that
+several tasks share, until it is committed.
 """
 
 from __future__ import annotations
@@ -96,6 +95,8 @@ class StoredSlide:
     """Its patches stand where a file said, not on a grid."""
     place: Place | None = None
     """In the pack that `uri` is; None: `uri` is a folder of its own."""
+    context_mpp: float | None = None
+    """Microns per px of the second picture that each patch has of its surroundings; None: it has none."""
 
     @property
     def extent(self) -> float:
@@ -113,9 +114,8 @@ class StoredSlide:
         index = self.index()
         cells, rows = read_index(self.uri, self.place, self.n_patches)[:, 0], np.arange(self.n_patches)
         level = np.full(len(rows), self.level)
-        columns = [rows, cells, index.x, index.y, level, index.part, index.offset, index.length]
-        arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, INDEX, strict=True)]
-        return pa.table(arrays, schema=INDEX)
+        columns = (rows, cells, index.x, index.y, level, index.part, index.offset, index.length)
+        return pa.table([pa.array(column).cast(of.type) for column, of in zip(columns, INDEX, strict=True)], INDEX)
 
     def origins(self) -> Ints:
         """(n, 2) left and top of the patches of a plan (`commit.write_plan`), px of the level that is read."""
@@ -127,13 +127,13 @@ class StoredSlide:
         """(n, 2) grid column and row of `rows` (n,); of imported patches in strides from the corner, rounded."""
         index = self.index()
         corners = np.stack([index.x[rows], index.y[rows]], axis=1)
-        if not self.imported:
-            return cells_at(corners, self.stride)
-        nearest: Ints = np.rint(corners / self.stride).astype(np.int64)
-        return nearest
+        return np.rint(corners / self.stride).astype(np.int64) if self.imported else cells_at(corners, self.stride)
 
     def payloads(self, rows: Sequence[int] | Ints) -> list[bytes]:
-        """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes."""
+        """The JPEGs of `rows`, in their order: one range read for each run of neighbours, exactly its bytes.
+
+        With `context_mpp` two each, one after the other (`tiling.cutting.split`).
+        """
         return read_rows(self.uri, self.place, self.n_patches, rows)
 
     def facts(self) -> Mapping[str, Any]:
@@ -166,8 +166,7 @@ class StoredSlide:
         return tissue_geojson(read_mask_png(self.mask()), self.dimensions)
 
     def _kept(self, offset: int, length: int) -> bytes:
-        (data,) = files.read_ranges(self.uri, [(offset, length)])
-        return data
+        return files.read_ranges(self.uri, [(offset, length)])[0]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.storage.files import SourceVersion
 from pipeline.store.catalogue import Row
 
-STORED = ("n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "thumbnail_scale", "imported")
+STORED = (
+    "n_patches", "n_bad_tiles", "patch_px", "level", "downsample", "stride", "mpp", "thumbnail_scale", "imported",
+    "context_mpp",
+)  # fmt: skip
 """Columns that are fields of `StoredSlide`."""
 OUTCOME = ("key", "status", "reason", "n_patches", "n_bad_tiles", "error", "picture")
 """Columns that are fields of `SlideStatus`."""
@@ -76,7 +79,7 @@ def slide_row(facts: Mapping[str, Any], pack: str | None = None, place: str | No
         place: where in the pack, as JSON.
     """
     width, height = facts["dimensions"]
-    names = (name for name in STORED if name not in {"thumbnail_scale", "imported"})
+    names = (name for name in STORED if name not in {"thumbnail_scale", "imported", "context_mpp"})
     return {
         "kind": "slide",
         "key": facts["key"],
@@ -85,6 +88,7 @@ def slide_row(facts: Mapping[str, Any], pack: str | None = None, place: str | No
         "height": height,
         "thumbnail_scale": facts["thumbnail"]["scale"],
         "imported": facts["grid"] is None,
+        "context_mpp": facts["spec"].get("context_mpp"),
         "pack": pack,
         "place": place,
         "facts": compact(facts),

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from pipeline.config.base import fingerprint
+from pipeline.config.data import TilingConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.recipe import Config
 from pipeline.config.sweep import SettingsGrid
@@ -150,5 +151,14 @@ def _scoring(model: SweepModel, setting: Setting) -> Scoring:
     select = {"mode": setting.mode, **({} if setting.memory is None else {"memory": setting.memory})}
     dump = config.model.model_dump()
     changed = ModelConfig.model_validate({**dump, "select": {**dump["select"], **select}})
-    tiling = config.tiling.model_copy(update={} if setting.mpp is None else {"mpp": setting.mpp})
+    tiling = config.tiling if setting.mpp is None else _zoomed(config.tiling, setting.mpp)
     return Scoring(model, setting, config.model_copy(update={"model": changed, "tiling": tiling}))
+
+
+def _zoomed(tiling: TilingConfig, mpp: float) -> TilingConfig:
+    """With patches of other microns per px, and their surroundings as many times coarser as they were."""
+    around = tiling.context_mpp
+    if around is not None:
+        assert tiling.mpp is not None
+        around *= mpp / tiling.mpp
+    return tiling.model_copy(update={"mpp": mpp, "context_mpp": around})

@@ -141,17 +141,29 @@ def choose_level(levels: Sequence[LevelSize], spec: TilingConfig, mpp: float | N
 
 def _choose(levels: Sequence[LevelSize], spec: TilingConfig, target: float, mpp: float) -> tuple[int, float]:
     """The level to read, and the level px per patch px (1.0: as it is)."""
-    ratios = [mpp * level.downsample / target for level in levels]
-    nearest = min(range(len(ratios)), key=lambda number: abs(ratios[number] - 1.0))
-    if abs(ratios[nearest] - 1.0) <= spec.mpp_tolerance:
-        return nearest, 1.0
-    finer = [number for number, ratio in enumerate(ratios) if ratio < 1.0]
-    if not finer:
+    try:
+        return choose_near(levels, target, mpp, spec.mpp_tolerance)
+    except ValueError as error:
         raise SlideError(
             "too-coarse",
             f"level 0 has {mpp:g} microns per px, coarser than tiling.mpp={target:g}; "
             "raise tiling.mpp (patches are never enlarged) or correct the cohort's mpp",
-        )
+        ) from error
+
+
+def choose_near(levels: Sequence[LevelSize], target: float, mpp: float, tolerance: float) -> tuple[int, float]:
+    """The level to read for px of `target` microns, and the level's px per such px; `mpp` is that of level 0.
+
+    1.0 (as it is) where a level is within `tolerance` of the target. Otherwise it is the next finer one; ValueError
+    where there is none.
+    """
+    ratios = [mpp * level.downsample / target for level in levels]
+    nearest = min(range(len(ratios)), key=lambda number: abs(ratios[number] - 1.0))
+    if abs(ratios[nearest] - 1.0) <= tolerance:
+        return nearest, 1.0
+    finer = [number for number, ratio in enumerate(ratios) if ratio < 1.0]
+    if not finer:
+        raise ValueError(f"level 0 has {mpp:g} microns per px, coarser than {target:g}")
     best = max(finer, key=lambda number: ratios[number])
     return best, 1.0 / ratios[best]
 

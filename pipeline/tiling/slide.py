@@ -92,24 +92,23 @@ class SlideTiling:
         Raises:
             SlideError: "bad-tiles", as soon as more than `spec.max_bad_tiles` of the slide's patches are lost.
         """
-        wanted = self.cells[start:stop]
-        with Cutter(self._reader, self.grid, self.spec) as cutter:
-            for first in range(0, len(wanted), ANNOUNCED):
-                cells = wanted[first : first + ANNOUNCED]
-                origins = self.grid.level_origins(cells)
-                cutter.expect(origins)
-                corners = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), strict=True)
-                for cell, ((x0, y0), (x, y)) in enumerate(corners, start + first):
-                    try:
-                        image = cutter.cut(x, y)
-                        sharp = self._sharpness(image, x, y)
-                    except BadTileError as error:
-                        self._lose(x0, y0, error)
-                        continue
-                    if sharp is None or sharp >= (self.spec.min_sharpness or 0):
-                        yield PatchRow(cell, x0, y0, self.grid.level, image, sharp)
-                    else:
-                        self.blurred.append(sharp)
+        cutter, wanted = Cutter(self._reader, self.grid, self.spec), self.cells[start:stop]
+        for first in range(0, len(wanted), ANNOUNCED):
+            cells = wanted[first : first + ANNOUNCED]
+            origins = self.grid.level_origins(cells)
+            found = zip(self.grid.level0_origins(cells).tolist(), origins.tolist(), cutter.each(origins), strict=True)
+            for cell, ((x0, y0), (x, y), image) in enumerate(found, start + first):
+                try:
+                    if isinstance(image, BadTileError):
+                        raise image
+                    sharp = self._sharpness(image, x, y)
+                except BadTileError as error:
+                    self._lose(x0, y0, error)
+                    continue
+                if sharp is None or sharp >= (self.spec.min_sharpness or 0):
+                    yield PatchRow(cell, x0, y0, self.grid.level, image, sharp)
+                else:
+                    self.blurred.append(sharp)
 
     def _sharpness(self, image: bytes, x: int, y: int) -> float | None:
         """That of the patch at x, y of the level, if it is asked for; BadTileError where it cannot be decoded."""
@@ -158,9 +157,8 @@ class SlideTiling:
         """
         at = [tuple(corner) in corners for corner in self.grid.level0_origins(self.cells).tolist()]
         origins = self.grid.level_origins(self.cells[at])
-        cutter = Cutter(self._reader, self.grid, self.spec)
-        cutter.expect(origins)
-        return len(origins) < len(corners) or any(_is_whole(cutter, x, y) for x, y in origins.tolist())
+        images = Cutter(self._reader, self.grid, self.spec).each(origins)
+        return len(origins) < len(corners) or any(isinstance(image, bytes) for image in images)
 
     def attached(self, reader: SlideReader) -> SlideTiling:
         """The same plan for the same slide opened anew, where a tiling that was pickled has none."""
@@ -187,15 +185,6 @@ class SlideTiling:
         bits = np.frombuffer(zlib.decompress(state["cells"]), np.uint8)
         cells = self.grid.cells()
         self.cells = cells[np.unpackbits(bits, count=len(cells)).astype(np.bool_)]
-
-
-def _is_whole(cutter: Cutter, x: int, y: int) -> bool:
-    """Whether a patch can be decoded."""
-    try:
-        cutter.cut(x, y)
-    except BadTileError:
-        return False
-    return True
 
 
 def tile_slide(reader: SlideReader, spec: TilingConfig, mpp: float | None, guide: Guide | None = None) -> SlideTiling:

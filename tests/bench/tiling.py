@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -100,10 +101,7 @@ def per_core(slide: Path, limit: int) -> list[Line]:
 
     def ours_encoded() -> None:
         with open_slide(slide) as reader:
-            cutter = Cutter(reader, tiling.grid, UNALIGNED)
-            cutter.expect(origins)
-            for x, y in boxes:
-                cutter.cut(x, y)
+            deque(Cutter(reader, tiling.grid, UNALIGNED).each(origins), maxlen=0)
 
     plain, plain_encoded, ours, encoded = [], [], [], []
     for _ in range(ROUNDS):

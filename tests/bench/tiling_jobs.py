@@ -11,6 +11,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -72,11 +73,9 @@ def _cut(slide: str, barrier: Barrier, queue: SimpleQueue[tuple[float, float, fl
         tiling = tile_slide(reader, WORK, 0.5)
         origins = tiling.grid.level_origins(tiling.cells)[:_CUT]
         cutter = Cutter(reader, tiling.grid, WORK)
-        cutter.expect(origins)
         barrier.wait()
         start, used = time.monotonic(), time.process_time()
-        for x, y in origins.tolist():
-            cutter.cut(x, y)
+        deque(cutter.each(origins), maxlen=0)
         queue.put((start, time.monotonic(), time.process_time() - used))
 
 

@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray._private.arrow_serialization import _arrow_table_reduce
 
 from pipeline import columnar
-from pipeline.columnar import Columnar, mapped, selected, together
+from pipeline.columnar import Columnar, mapped, selected, together, with_columns
 
 Pair = tuple[str | None, int | None]
 Held = TypeVar("Held")
@@ -97,3 +97,10 @@ def test_the_allocator_is_the_one_that_was_asked_for(asked: str | None) -> None:
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     backend, has_it = found.split()
     assert backend == asked if asked else (backend == "jemalloc") == (has_it == "True")
+
+
+def test_columns_that_are_not_there_are_null() -> None:
+    found = with_columns(pa.table({"number": [3, 4], "other": [1, 2]}), SCHEMA, ["text", "number"])
+    assert found.to_pylist() == [{"text": None, "number": 3}, {"text": None, "number": 4}]
+    assert found.schema.types == SCHEMA.types
+    assert with_columns(pa.table({"number": [3]}), SCHEMA, ["number"]).num_columns == 1

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,36 +25,42 @@ def _empty() -> None:
     drain()
 
 
-def test_work_inside_other_work_counts_once() -> None:
+@pytest.fixture
+def passing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time pass, in s, which stands still else."""
+    now = [1000.0]
+    monkeypatch.setattr("pipeline.telemetry.time.perf_counter", lambda: now[0])
+
+    def passing(seconds: float) -> None:
+        now[0] += seconds
+
+    return passing
+
+
+def test_work_inside_other_work_counts_once(passing: Callable[[float], None]) -> None:
     with spending("decode"):
-        time.sleep(0.03)
+        passing(3)
         with spending("read"):
-            time.sleep(0.05)
+            passing(5)
         with spending("read"):
-            time.sleep(0.02)
-    found = seconds(drain())
-    assert found["read"] == pytest.approx(0.07, abs=0.03)
-    assert found["decode"] == pytest.approx(0.03, abs=0.02)
+            passing(2)
+    assert seconds(drain()) == {"read": 7, "decode": 3}
     assert drain() == {}
 
 
-def test_laps_are_told_at_the_end_without_what_others_counted() -> None:
+def test_laps_are_told_at_the_end_without_what_others_counted(passing: Callable[[float], None]) -> None:
     with spending("write"), Laps() as laps:
         for _ in range(2):
-            time.sleep(0.03)  # of a consumer's, between two items
+            passing(3)  # of a consumer's, between two items
             laps.start()
-            time.sleep(0.02)
+            passing(2)
             with spending("read"):
-                time.sleep(0.05)
+                passing(5)
             laps.lap("decode")
-            time.sleep(0.01)
+            passing(1)
             laps.lap("encode")
         assert set(drain()) == {"seconds.read"}
-    found = seconds(drain())
-    assert set(found) == {"decode", "encode", "write"}
-    assert found["decode"] == pytest.approx(0.04, abs=0.025)
-    assert found["encode"] == pytest.approx(0.02, abs=0.015)
-    assert found["write"] == pytest.approx(0.06, abs=0.025)
+    assert seconds(drain()) == {"decode": 4, "encode": 2, "write": 6}
 
 
 def test_threads_add_up_and_what_fails_is_counted_too() -> None:

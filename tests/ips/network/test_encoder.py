@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ips.network.encoder import FeatureProjector, ResNet, WrappedEncoder, load_weights, read_weights
+from ips.network.encoder import (
+    FeatureProjector,
+    ResNet,
+    TwoScales,
+    WrappedEncoder,
+    load_weights,
+    read_weights,
+    resnet_in,
+)
 
 # name, stages -> width, parameters of the trunk (torchvision's count less its classifier: 512 * 1000 + 1000 and so on)
 _TRUNKS = {
@@ -208,3 +216,20 @@ def test_a_wrapped_network_is_checked_when_it_is_used() -> None:
     assert encoder(torch.zeros(5, 1, 7, 11)).shape == (5, 6)
     with pytest.raises(ValueError, match=r"Conv2d gives shape \(5, 6, 5, 9\) for \(5, 1, 7, 11\).*gives \(5, 6\)"):
         WrappedEncoder(nn.Conv2d(1, 6, 3), 6, 1)(torch.zeros(5, 1, 7, 11))
+
+
+def test_at_two_scales_embeddings_stand_side_by_side() -> None:
+    torch.manual_seed(0)
+    encoder = ResNet("resnet18", 2)
+    both = TwoScales(encoder).eval()
+    patches, around = torch.rand(5, 3, 37, 37), torch.rand(5, 3, 37, 37)
+    with torch.no_grad():
+        found = both(torch.cat([patches, around], dim=2))
+        wanted = [encoder(patches), encoder(around)]
+    assert both.dim == found.shape[1] == 256
+    assert both.channels == 3
+    torch.testing.assert_close(found, torch.cat(wanted, dim=1), rtol=1e-5, atol=1e-5)
+    assert resnet_in(both) == ("encoder.", encoder)
+    assert resnet_in(TwoScales(WrappedEncoder(nn.Identity(), 4, 3))) is None
+    with pytest.raises(ValueError, match="patches are 37 x 37 px; with surroundings below they are twice as high"):
+        both(patches)

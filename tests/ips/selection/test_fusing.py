@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ips.network.encoder import ResNet
+from ips.network.encoder import ResNet, TwoScales
 from ips.network.model import IPSModel, evaluating
 from ips.selection.fusing import fusable
 from ips.selection.scorer import Scorer
-from tests.ips.nets import bag_of, resnet_model
+from tests.ips.nets import bag_of, model_of, resnet_model
 
 
 def _biased(encoder: ResNet) -> None:
@@ -94,3 +94,18 @@ def test_the_old_weight_norm_is_scored_in_place() -> None:
         torch.testing.assert_close(found, _plain(model, patches), rtol=1e-4, atol=1e-3)
     model.train().embed(patches).sum().backward()  # type: ignore[no-untyped-call]
     assert conv.get_parameter("weight_g").grad is not None
+
+
+def test_a_resnet_at_two_scales_is_fused_too() -> None:
+    inner = resnet_model().encoder
+    assert isinstance(inner, ResNet)
+    model, patches = model_of(TwoScales(inner), 2 * inner.dim, scale=20.0), bag_of(8, h=74, w=37).patches
+    assert len(fusable(model.encoder)) == len(fusable(inner)) == 10
+    scorer = Scorer(model, batch=8)
+    assert scorer._encoder is not model.encoder
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    scorer.refresh()
+    torch.testing.assert_close(scorer.content(patches)[0], _plain(model, patches), rtol=1e-3, atol=1e-2)

@@ -80,3 +80,12 @@ def test_changes_of_several_slides_go_to_their_places() -> None:
         assert part.stains is not None
         assert np.array_equal(whole.stains[places], part.stains)
     assert joined([(at[1], Augment(1, 2, "b").changes(np.array([7])))]).stains is None
+
+
+def test_surroundings_are_changed_as_their_patch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches, around = (torch.randint(0, 256, (40, 3, 7, 7), dtype=torch.uint8, generator=generator) for _ in range(2))
+    for augment in (Augment(1, 2, "a"), Augment(1, 2, "a", stain=0.2)):
+        changes = augment.changes(np.arange(40))
+        found = changes(torch.cat([patches, around], dim=2))
+        assert torch.equal(found, torch.cat([changes(patches), changes(around)], dim=2))

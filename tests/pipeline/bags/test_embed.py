@@ -176,3 +176,14 @@ def _said(store: FeatureStore, slide: StoredSlide) -> int:
     """How many patches the catalogue's row for this slide speaks of."""
     patches: int = store.view.slides.take(store.view.slide_places([slide.key]))["n_patches"][0].as_py()
     return patches
+
+
+def test_of_patches_with_surroundings_both_vectors_are_kept(tmp_path: Path) -> None:
+    config = settings(tmp_path, dtype="float32")
+    embedder = Embedder(config)
+    pixels = torch.randint(0, 256, (7, 3, 64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found, dim = embedder(pixels), embedder.dim
+    assert found.shape == (7, 2 * dim)
+    for part, half in enumerate((pixels[:, :, :32], pixels[:, :, 32:])):
+        assert found[:, part * dim : (part + 1) * dim] == pytest.approx(embedder(half), rel=1e-4, abs=1e-5)
+    assert np.array_equal(found[3:], embedder(pixels[3:]))

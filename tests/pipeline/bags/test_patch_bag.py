@@ -25,11 +25,12 @@ from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.stain import jittered
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import StorageError
+from pipeline.errors import DamagedError, StorageError
 from pipeline.ingest.tiler import store_slide
 from pipeline.slides.open import open_slide
 from pipeline.storage.tree import upload_tree
 from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.tiling.cutting import split
 from pipeline.training.hands import Waits
 from tests.pipeline.small import write_slide
 from tests.pipeline.tiled import part_file
@@ -261,3 +262,31 @@ def test_on_s3(tmp_path: Path, slides: list[StoredSlide], monkeypatch: pytest.Mo
         assert same(joined(bag.chunks(40)), joined(local.chunks(40)))
         rows = torch.tensor([80, 3, 4, 3])
         assert same(bag.take(rows), local.take(rows))
+
+
+def surrounded(folder: Path) -> tuple[StoredSlide, StoredSlide]:
+    """A slide stored without surroundings and with them."""
+    path = write_pyramid(folder / "a.tiff", PICTURE, tile=64)
+    row, found = CohortSlide("a", str(path), "a", None, None, {}, {}), []
+    for context in (None, 2.0):
+        spec = TilingConfig(patch_px=32, tissue="none", context_mpp=context)
+        status = store_slide(row, spec, str(folder / "store"))
+        found.append(PatchStore(str(folder / "store"), spec.fingerprint()).slide(str(status.key)))
+    return found[0], found[1]
+
+
+def test_surroundings_stand_below_their_patch(tmp_path: Path) -> None:
+    plain, both = surrounded(tmp_path)
+    assert (plain.context_mpp, both.context_mpp) == (None, 2.0)
+    bag = PatchBag([both], threads=2, augment=None)
+    whole = joined(bag.chunks(1000))
+    assert whole.patches.shape == (both.n_patches, 3, 64, 32)
+    assert torch.equal(whole.patches[:, :, :32], joined(PatchBag([plain], threads=1, augment=None).chunks(9)).patches)
+    for row in (0, 7, both.n_patches - 1):
+        around = simplejpeg.decode_jpeg(split(both.payloads([row])[0])[1])
+        assert torch.equal(whole.patches[row, :, 32:], torch.from_numpy(around).permute(2, 0, 1))
+    rows = torch.tensor([5, 0, 11])
+    assert torch.equal(bag.take(rows).patches, whole.patches[rows])
+    assert bag.take(rows[:0]).patches.shape == (0, 3, 64, 32)
+    with pytest.raises(DamagedError, match="row 0 cannot be decoded .it has no second picture"):
+        list(PatchBag([replace(plain, context_mpp=2.0)], threads=1, augment=None).chunks(9))

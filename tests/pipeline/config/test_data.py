@@ -9,7 +9,15 @@ from pipeline.config.data import CohortConfig, TaskConfig, TilingConfig
 
 
 @pytest.mark.parametrize(
-    "field", [{"patch_px": 128}, {"mpp": 1.0}, {"jpeg_quality": 80}, {"min_tissue": 0.5}, {"min_sharpness": 0.0}]
+    "field",
+    [
+        {"patch_px": 128},
+        {"mpp": 1.0},
+        {"jpeg_quality": 80},
+        {"min_tissue": 0.5},
+        {"min_sharpness": 0.0},
+        {"context_mpp": 2.0},
+    ],
 )
 def test_every_tiling_field_enters_the_store_key(field: dict[str, Any]) -> None:
     assert TilingConfig(**field).fingerprint() != TilingConfig().fingerprint()
@@ -27,6 +35,22 @@ def test_stores_of_before_keep_their_key_where_nothing_new_is_set() -> None:
 def test_an_overlap_is_smaller_than_the_patch() -> None:
     with pytest.raises(ValidationError, match="must be smaller"):
         TilingConfig(patch_px=64, overlap_px=64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mpp": None, "context_mpp": 2.0}, "set tiling.mpp"),
+        ({"context_mpp": 0.9}, "must be 1 to 8, twice to 16 times mpp=0.5"),
+        ({"mpp": 1.0, "context_mpp": 17.0}, "must be 2 to 16"),
+        ({"context_mpp": 0}, "greater than 0"),
+    ],
+)
+def test_surroundings_are_coarser_than_patches(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TilingConfig(**fields)
+    assert TilingConfig(context_mpp=1.0).context_mpp == 1.0
+    assert TilingConfig(context_mpp=8.0).identity()["context_mpp"] == 8.0
 
 
 def test_the_shares_of_the_split_sum_to_one() -> None:

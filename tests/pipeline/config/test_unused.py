@@ -119,6 +119,7 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         ({"tiling.mpp": None}, "tiling.default_mpp", 0.5),
         ({"tiling.tissue": "none"}, "tiling.artefacts", "keep"),
         (GIVEN, "tiling.tissue", "none"),
+        (GIVEN, "tiling.context_mpp", 2.0),
         ({}, "cohort.specimen", "block"),
         (GIVEN, "tiling.min_tissue", 0.5),
         (FEATURES, "cohort.features", "folder"),

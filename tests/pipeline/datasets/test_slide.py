@@ -6,14 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
 from pipeline.datasets.opened import open_store
 from pipeline.datasets.slide import arrays
 from pipeline.errors import StorageError
+from pipeline.ingest.tiler import store_slide
 from tests.pipeline.datasets.made import DIM, as_written
 from tests.pipeline.small import PATCH
+from tests.synth import tissue_rgb, write_pyramid
 
 
 def test_rows_are_those_that_were_written(patches: Path) -> None:
@@ -72,3 +77,21 @@ def test_features_are_read_by_row_and_by_corner(patches: Path, features: Path) -
 def test_what_has_neither_patches_nor_features_is_refused() -> None:
     with pytest.raises(StorageError, match="neither"):
         arrays([b""], None, None, None, "here")
+
+
+def test_what_lies_around_patches_is_given_where_it_was_stored(patches: Path, tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(313, 271), tile=64)
+    spec = TilingConfig(patch_px=32, tissue="none", context_mpp=2.0)
+    store_slide(CohortSlide("a", str(path), "a", None, None, {}, {}), spec, str(tmp_path / "store"))
+    store = open_store(str(tmp_path / "store"))
+    slide = store["a"]
+    assert store.slides["context_mpp"].to_pylist() == [2.0]
+    found = slide.around([7, 0])
+    assert found.shape == (2, 32, 32, 3)
+    with tifffile.TiffFile(path) as file:
+        whole = np.pad(file.pages[2].asarray(), ((50, 50), (50, 50), (0, 0)), constant_values=255)  # level 2
+    x, y = (round((int(at[7]) + 16) / 4) - 16 for at in (slide.index().x, slide.index().y))
+    assert np.abs(found[0].astype(int) - whole[y + 50 : y + 82, x + 50 : x + 82]).mean() < 6
+    assert slide.read([7]).data.shape == (1, 32, 32, 3)
+    with pytest.raises(StorageError, match="cut without surroundings"):
+        open_store(str(patches))["s1"].around([0])

@@ -11,13 +11,17 @@ from ips.bag import TensorBag
 from ips.network.model import evaluating
 from ips.selection.baselines import every_patch
 from ips.selection.select import gather
+from pipeline.bags.patch_bag import PatchBag
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.inference.prediction import load_model, predict_bag, predict_slide, unpredicted
+from pipeline.ingest.tiler import store_slide
 from pipeline.schema import ATTENTION
+from pipeline.store.patches import PatchStore
 from pipeline.tiling.slide import effective_mpp
 from tests.pipeline.small import PATCH, small_config, write_model, write_slide
+from tests.synth import tissue_rgb, write_pyramid
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,23 @@ def test_a_slide_is_tiled_and_predicted(folder: Path, tmp_path: Path) -> None:
     assert found.found.pooled is None
     assert predict_slide(model, config, slide, pooled=True).found.pooled is not None
     assert found.values["tumour"].sum() == pytest.approx(1.0)
+
+
+def test_with_surroundings_a_slide_is_predicted_as_from_its_store(tmp_path: Path) -> None:
+    """Cut while it is read, and stored; and what lies around the patches decides, too."""
+    tiling = {"patch_px": 32, "tissue": "none", "context_mpp": 2.0}
+    model, config = load_model(write_model(tmp_path, small_config(tiling=tiling)))
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(211, 157), tile=32)
+    slide = CohortSlide("a", str(path), "p", None, None, {}, {})
+    status = store_slide(slide, config.tiling, str(tmp_path / "store"))
+    stored = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint()).slide(str(status.key))
+    bag = PatchBag([stored], threads=1, augment=None)
+    kept, found = predict_bag(model, bag, config), predict_slide(model, config, slide)
+    assert np.array_equal(found.found.attention, kept.attention)
+    assert np.array_equal(found.values["tumour"], kept.values["tumour"])
+    pixels = bag.take(torch.arange(len(bag))).patches.clone()
+    pixels[:, :, 32:] = pixels[:, :, 32:].flip(0)  # of another patch
+    assert not np.allclose(predict_bag(model, TensorBag(pixels), config).attention, kept.attention, atol=1e-4)
 
 
 def test_a_slide_that_cannot_be_used_raises(folder: Path, tmp_path: Path) -> None:

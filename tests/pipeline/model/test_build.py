@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ips.bag import Batch, TensorBag
-from ips.network.encoder import FeatureProjector, ResNet
+from ips.network.encoder import FeatureProjector, ResNet, TwoScales
 from ips.selection.select import gather, select
 from pipeline.config.encoders import PRESETS, Preset
 from pipeline.config.model import EncoderConfig, TrainConfig
@@ -252,3 +252,24 @@ def test_a_preset_selects_and_trains(small_presets: Mapping[str, Preset]) -> Non
     batch = gather(bags, select(model, bags, 3, 5), "cpu")
     model(batch)["tumour"].sum().backward()
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
+def test_with_surroundings_the_encoder_looks_twice(tmp_path: Path) -> None:
+    trunk = ResNet("resnet18", 2)
+    save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
+    config = small_config(
+        tiling={"patch_px": 32, "mpp": 0.5, "context_mpp": 2.0},
+        model={"encoder": {"stages": 2, "weights": str(tmp_path / "trunk.safetensors")}},
+    )
+    model = build_model(config)
+    assert isinstance(model.encoder, TwoScales)
+    assert model.dim == 2 * trunk.dim
+    assert torch.equal(model.encoder.state_dict()["encoder.conv1.weight"], trunk.state_dict()["conv1.weight"])
+    bag = TensorBag(torch.randint(0, 256, (9, 3, 64, 32), dtype=torch.uint8))
+    found = select(model, [bag], 4, 4)
+    assert model.eval()(gather([bag], found, "cpu"))["tumour"].shape == (1, 1)
+    vectors = small_config(
+        tiling={"context_mpp": 2.0}, model={"encoder": {"name": "features", "features": 6}}, train={"augment": False},
+        embed={"encoder": {"name": "resnet18"}},
+    )  # fmt: skip
+    assert isinstance(build_model(vectors).encoder, FeatureProjector)

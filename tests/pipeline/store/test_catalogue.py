@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -268,6 +269,21 @@ def test_a_file_cut_short_changed_or_of_a_newer_release_is_named(catalogue: Cata
     with pytest.raises(StorageError, match=r"written by a newer release \(layout 99, .*; update"):
         catalogue.read()
     assert len(catalogue.read(without=catalogue.broken()).slides) == 0
+
+
+def test_columns_that_an_earlier_release_did_not_know_are_null(catalogue: Catalogue) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        known = [field for field in CATALOGUE if field.name != "context_mpp"]
+        patch.setattr(module, "CATALOGUE", pa.schema(known, metadata=CATALOGUE.metadata))
+        catalogue.append([source("a", "k1"), slide("k1")])
+    (old,) = members(catalogue)
+    assert "context_mpp" not in pq.read_schema(f"{catalogue.uri}/{old}").names
+    catalogue.append([source("b", "k2"), {**slide("k2"), "context_mpp": 2.0}])
+    before = seen(catalogue)
+    assert [one["context_mpp"] for one in before["slides"]] == [None, 2.0]
+    catalogue.purge([])  # which writes them anew
+    assert len(members(catalogue)) == 1
+    assert seen(catalogue) == before
 
 
 def test_one_that_was_copied_to_another_spec_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:

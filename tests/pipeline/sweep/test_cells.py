@@ -78,6 +78,8 @@ def test_magnification_is_a_setting_where_the_tiling_knows_microns() -> None:
     found = expand([_model(tiling=tiling), _model("e")], [COHORT], SettingsGrid(mpp=(1.0, 2.0)))
     assert [cell.scoring.setting.mpp for cell in found.cells] == [1.0, None]
     assert [cell.scoring.config.tiling.mpp for cell in found.cells] == [1.0, 2.0]
+    around = expand([_model(tiling={**tiling, "context_mpp": 6.0})], [COHORT], SettingsGrid(mpp=(1.0, 2.0)))
+    assert [cell.scoring.config.tiling.context_mpp for cell in around.cells] == [3.0, 6.0]
     assert len({cell.scoring.pixels for cell in found.cells}) == 2
     assert found.left_out[0].startswith("m-e (exact, M 5, 1 ")
     assert "level 0 as it is" in found.left_out[0]

@@ -6,23 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.csv as pa_csv
 import pytest
 import torch
 from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.cohort.recorded import read_recorded, record
-from pipeline.cohort.table import read_cohort
+from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DataBudgetError, StageError
+from pipeline.inference.prediction import load_model, predict_slide
 from pipeline.ingest.tiler import store_slide
 from pipeline.logs import context
 from pipeline.storage.lease import held
 from pipeline.tracking.tracker import open_tracking
 from pipeline.workflow.run import load_cohort, plan, run
+from tests.pipeline.small import small_config
 from tests.pipeline.tiled import contents, what_is_stored
-from tests.synth import tissue_rgb
+from tests.synth import tissue_rgb, write_pyramid
 
 pytestmark = pytest.mark.ray
 
@@ -217,3 +220,32 @@ def test_a_run_goes_by_the_splits_that_were_recorded(tmp_path: Path) -> None:
     _cohort(tmp_path, [f"s{number:02d}" for number in range(41)])
     for later in (config, others):
         assert load_cohort(later, needs_labels=True).slides[:30] == drawn.slides
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("source", ["store", "stream"])
+def test_patches_with_surroundings_go_the_whole_way(ray_session: None, tmp_path: Path, source: str) -> None:
+    """From slides to a model whose test is what it says of each slide alone."""
+    lines = ["slide_id,uri,split,label"]
+    for number, split in enumerate(("train", "train", "train", "train", "test", "test")):
+        write_pyramid(tmp_path / f"s{number}.tiff", tissue_rgb(211, 157, seed=number), tile=32)
+        lines.append(f"s{number},s{number}.tiff,{split},{'yes' if number % 2 else 'no'}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines) + "\n")
+    config = small_config(
+        cohort={"uri": str(tmp_path / "cohort.csv")},
+        storage={"root": str(tmp_path / "root"), "patches": str(tmp_path / "root" / "patches")},
+        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "around"},
+        tiling={"patch_px": 32, "tissue": "none", "context_mpp": 2.0, "cpus": 0.5},
+        train={"source": source, "epochs": 2, "batch_size": 2, "warmup_epochs": 0, "shard_above": None},
+        cluster={"cpus_per_worker": 1},
+    )
+    done = run(config, "evaluate").stages
+    tested = pa_csv.read_csv(done["evaluate"].record.outputs["predictions"]).to_pydict()
+    (weights,) = sorted((tmp_path / "root" / "train").rglob("weights.safetensors"))[-1:]
+    model, own = load_model(weights.parent)
+    assert model.dim == 2 * 128
+    for slide_id, found in zip(tested["slide_id"], tested["tumour_yes"], strict=True):
+        slide = CohortSlide(slide_id, str(tmp_path / f"{slide_id}.tiff"), slide_id, None, None, {}, {})
+        assert predict_slide(model, own, slide).values["tumour"][1] == pytest.approx(found, abs=1e-5)
+    assert run(config, "evaluate").outcome == "nothing to do"
