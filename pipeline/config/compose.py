@@ -293,6 +293,9 @@ def _with_absolute_paths(config: Config) -> Config:
     tiling, embed = config.tiling, config.embed
     if tiling.coords is not None:
         tiling = tiling.model_copy(update={"coords": absolute(tiling.coords)})
+    if tiling.tissue_model is not None:
+        network = tiling.tissue_model.model_copy(update={"uri": absolute(tiling.tissue_model.uri)})
+        tiling = tiling.model_copy(update={"tissue_model": network})
     if embed is not None and embed.encoder.weights is not None:
         trunk = embed.encoder.model_copy(update={"weights": _weights(embed.encoder)})
         embed = embed.model_copy(update={"encoder": trunk})

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.base import Fraction, Name, Positive, Section, Seed, fingerprint
+from pipeline.config.tissue import TissueModelConfig
 from pipeline.schema import SCHEMA_VERSION
 
 Weight = Annotated[float, Field(gt=0)]
@@ -19,7 +20,7 @@ SLIDE_COLUMNS = ("slide_id", "uri", "patient_id", "n_patches", "n_bad_tiles", "e
 """What tables of predictions say of a slide itself, whatever is predicted."""
 
 
-_LATER = frozenset({"min_sharpness", "context_mpp"})
+_LATER = frozenset({"min_sharpness", "context_mpp", "tissue_model"})
 """Fields of the tiling that came after schema 6: where they are not set, stores of before keep their key."""
 
 
@@ -124,9 +125,11 @@ class TilingConfig(Section):
     inwards and end where the slide does, over a part of the ones before. pad: they reach over its edge, where they show
     background; slides smaller than a patch are padded with `inside` too. drop: there are none, which loses the tissue
     there; its share is in `slide.json`, the ledger and the quality page."""
-    tissue: Literal["otsu", "none"] = "otsu"
-    """otsu: Otsu's threshold on the saturation of a thumbnail. none: every patch counts as tissue. A slide whose
-    cohort row names a `mask` takes that instead."""
+    tissue: Literal["otsu", "model", "none"] = "otsu"
+    """otsu: Otsu's threshold on the saturation of a thumbnail. model: what a network says (`tissue_model`). none: every
+    patch counts as tissue. A slide whose cohort row names a `mask` takes that instead."""
+    tissue_model: TissueModelConfig | None = None
+    """The network, for `tissue: model`."""
     artefacts: Literal["remove", "keep"] = "remove"
     """remove: ink by its hue, and colour without texture (tinted glass, blurred dust), is no tissue. For
     `tissue: otsu`."""
@@ -191,6 +194,16 @@ class TilingConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _network(self) -> TilingConfig:
+        if (self.tissue == "model") != (self.tissue_model is not None):
+            raise ValueError(
+                "tissue=model and tissue_model go together: that a network finds tissue, and which; set both or none"
+            )
+        if self.tissue == "model" and self.mpp is None:
+            raise ValueError("tissue=model needs mpp: where level 0 is taken as it is, the network's px are not known")
+        return self
+
     @property
     def edge_px(self) -> int:
         """`patch_px` where it is a number, or has become one (`tiling.with_native_edge`)."""
@@ -205,7 +218,8 @@ class TilingConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the patches, as plain data."""
         execution = {"max_bad_slides", "cpus", "max_seconds", "max_slide_gib", "cache", "cache_gib", "coords"}
-        known = self.model_dump(mode="json", exclude=execution)
+        known = self.model_dump(mode="json", exclude=execution | {"tissue_model"})
+        known["tissue_model"] = None if self.tissue_model is None else self.tissue_model.identity()
         return {name: value for name, value in known.items() if name not in _LATER or value is not None}
 
 

@@ -95,8 +95,8 @@ UNUSED: tuple[Unused, ...] = (
     Unused(("tiling.default_mpp",), lambda c: c.tiling.mpp is None, "where level 0 is read as it is", "set tiling.mpp"),
     Unused(
         ("tiling.artefacts", "tiling.tissue_threshold", "tiling.tissue_closing_px"),
-        lambda c: c.tiling.tissue == "none",
-        "with tiling.tissue=none",
+        lambda c: c.tiling.tissue != "otsu",
+        "except with tiling.tissue=otsu",
         "set tiling.tissue=otsu",
     ),
     Unused(

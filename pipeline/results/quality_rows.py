@@ -59,7 +59,7 @@ class QualityRow:
     rejected_tissue: int = 0
     """Places with too little tissue."""
     rejected_artefact: int | None = 0
-    """None where artefacts were not looked for (`tiling.artefacts: keep`)."""
+    """None where artefacts were not looked for (`tiling.artefacts: keep`, or a network that finds the tissue)."""
     rejected_outside: int = 0
     """Imported places that do not lie wholly on the slide."""
     rejected_twice: int = 0
@@ -201,7 +201,7 @@ def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig
 
 
 def _facts(facts: Mapping[str, Any], *, with_histogram: bool) -> dict[str, Any]:
-    width, height = facts["dimensions"]
+    (width, height), spec = facts["dimensions"], facts["spec"]
     mask = facts["evidence"]["mask"]
     return {
         "scanner": facts["vendor"],
@@ -217,7 +217,7 @@ def _facts(facts: Mapping[str, Any], *, with_histogram: bool) -> dict[str, Any]:
         "saturations": tuple(mask.get("histogram", ())) if with_histogram else (),
         **_sharpness(facts.get("sharpness"), with_histogram=with_histogram),
         # a reason without a column is an error: with the patches and the bad tiles they are all places there were
-        "rejected_artefact": None if facts["spec"]["artefacts"] == "keep" else 0,
+        "rejected_artefact": None if spec["artefacts"] == "keep" or spec["tissue"] == "model" else 0,
         **{f"rejected_{reason}": count for reason, count in facts["rejects"].items() if reason != "bad-tile"},
     }
 

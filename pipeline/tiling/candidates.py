@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ _AT_ONCE = 16384  # cells whose shares are computed together: of 250,000, the bo
 _MOST = 0.5  # of the tissue: where it lies beyond the last patches, that is why there is none
 _DECIMALS = 6  # of a share: its sums err by up to 1e-9, so a patch that is all tissue would miss `min_tissue: 1`
 Shares = npt.NDArray[np.float64]
+Segment = Callable[[Overview], Mask]
+"""(h, w) where the tissue is, of an overview's px."""
 
 
 class NothingFoundError(SlideError):
@@ -71,6 +73,7 @@ def find_candidates(
     mpp: float | None,
     guide: Guide,
     bounds: Box | None = None,
+    segment: Segment | None = None,
 ) -> Candidates:
     """The places to cut: those of an imported file, else those of the grid with enough tissue.
 
@@ -81,6 +84,7 @@ def find_candidates(
         mpp: microns per level-0 px.
         guide: what was given beside the slide.
         bounds: where on the slide the scan lies (`SlideReader.bounds`); None: everywhere.
+        segment: how the tissue is found with `spec.tissue: model`.
 
     Raises:
         SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
@@ -88,10 +92,10 @@ def find_candidates(
     """
     if guide.coords is not None:
         placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
-        seen = _look(overview, placed, spec, guide, levels[0], bounds)
+        seen = _look(overview, placed, spec, guide, levels[0], bounds, segment)
         return Candidates(placed, placed.cells(), seen.mask, rejects, (), None, seen.tissue)
     grid = plan_grid(levels, spec, mpp)
-    seen = _look(overview, grid, spec, guide, levels[0], bounds)
+    seen = _look(overview, grid, spec, guide, levels[0], bounds, segment)
     mask, cells = seen.mask, grid.cells()
     table = integral_image(mask)
     share, beyond = _shares(table, overview, grid, cells), _beyond(table, grid, levels[grid.level])
@@ -123,13 +127,21 @@ class _Seen:
 
 
 def _look(
-    overview: Overview, grid: Grid, spec: TilingConfig, guide: Guide, level0: LevelSize, bounds: Box | None
+    overview: Overview,
+    grid: Grid,
+    spec: TilingConfig,
+    guide: Guide,
+    level0: LevelSize,
+    bounds: Box | None,
+    segment: Segment | None,
 ) -> _Seen:
     """Look for the tissue. What could not be read is tried, so that its loss is counted."""
     height, width = overview.unread.shape
     nothing = np.zeros((height, width), np.bool_)
-    if guide.mask is not None or spec.tissue == "none":
+    if guide.mask is not None or spec.tissue != "otsu":
         given = ~nothing
+        if segment is not None and guide.mask is None:
+            given = segment(overview) | overview.unread
         if guide.mask is not None:
             given = guide.mask.at(width, height, (level0.width, level0.height), bounds) | overview.unread
         return _Seen(given, given, nothing, None)
@@ -208,6 +220,12 @@ def _nothing(
             "too-little-tissue",
             f"{none}; the best has {share.max():.1%}: the pieces are smaller than a patch; lower tiling.min_tissue or "
             "tiling.patch_px",
+        )
+    if spec.tissue_model is not None:
+        return NothingFoundError(
+            "no-tissue",
+            f"{none}: the network of tiling.tissue_model finds no {' or '.join(spec.tissue_model.tissue)} on it; look "
+            "at the slide, give a mask, or take another network",
         )
     return NothingFoundError(
         "no-tissue", f"{none}: nothing on it is coloured; look at the slide, give a mask, or set tiling.tissue=none"

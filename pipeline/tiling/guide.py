@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError, StorageError
+from pipeline.segmentation.network import read_network
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
@@ -28,11 +29,15 @@ class Guide:
 
 
 def check_environment(slides: Iterable[CohortSlide], spec: TilingConfig) -> None:
-    """Whether what is given beside the slides can be read at all; nothing is opened.
+    """Whether what is given beside the slides can be read at all; no slide is opened.
 
     Raises:
-        ConfigError: there are patch coordinates, and h5py is not installed.
+        ConfigError: there are patch coordinates, and h5py is not installed; or the network that finds the tissue is
+            another file than the one that is named, or none that can be run here.
+        StorageError: that file cannot be read.
     """
+    if spec.tissue_model is not None:
+        read_network(spec.tissue_model)
     if spec.coords is not None or any(slide.coords is not None for slide in slides):
         require_h5py()
 

@@ -6,13 +6,14 @@ import copy
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.data import TilingConfig
 from pipeline.errors import BadTileError, SlideError
+from pipeline.segmentation.whole import segmented
 from pipeline.slides.open import Overview, SlideReader
 from pipeline.slides.reader import Mpp, square_mpp
 from pipeline.tiling.candidates import Candidates, NothingFoundError, find_candidates
@@ -56,7 +57,10 @@ class SlideTiling:
         edge = sized.edge_px * (spec.mpp / mpp if spec.mpp and mpp else 1.0)
         overview = reader.overview(min(MASK_PX, max(THUMBNAIL_PX, round(longest * MASK_PX_PER_PATCH / edge))))
         try:
-            found = find_candidates(overview, reader.levels, sized, mpp, guide, reader.bounds)
+            segment = None
+            if spec.tissue_model is not None and mpp is not None:
+                segment = partial(segmented, reader, mpp, spec.tissue_model)
+            found = find_candidates(overview, reader.levels, sized, mpp, guide, reader.bounds, segment)
         except SlideError as error:
             seen = error.coloured if isinstance(error, NothingFoundError) else None
             error.picture = thumbnail(overview, seen).jpeg

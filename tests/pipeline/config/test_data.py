@@ -32,6 +32,20 @@ def test_stores_of_before_keep_their_key_where_nothing_new_is_set() -> None:
     assert measured == {**TilingConfig().identity(), "min_sharpness": 0}
 
 
+def test_a_network_for_tissue_is_asked_for_and_named() -> None:
+    network = {"uri": "a.pt", "sha256": "0" * 64, "mpp": 8.0, "classes": ["glass", "tissue"], "tissue": ["tissue"]}
+    for given in ({"tissue": "model"}, {"tissue_model": network}, {"tissue": "none", "tissue_model": network}):
+        with pytest.raises(ValidationError, match="tissue=model and tissue_model go together"):
+            TilingConfig.model_validate(given)
+    with pytest.raises(ValidationError, match="tissue=model needs mpp: where level 0 is taken as it is"):
+        TilingConfig.model_validate({"tissue": "model", "tissue_model": network, "mpp": None})
+    with pytest.raises(ValidationError, match="give the 64 digits that `sha256sum` prints"):
+        TilingConfig.model_validate({"tissue": "model", "tissue_model": {**network, "sha256": ""}})
+    known = TilingConfig.model_validate({"tissue": "model", "tissue_model": network}).identity()["tissue_model"]
+    assert "uri" not in known
+    assert known["sha256"] == "0" * 64
+
+
 def test_an_overlap_is_smaller_than_the_patch() -> None:
     with pytest.raises(ValidationError, match="must be smaller"):
         TilingConfig(patch_px=64, overlap_px=64)
