@@ -37,6 +37,7 @@ def serve_model(model: str, folder: Path, env: Mapping[str, str]) -> Iterator[tu
     """`mlflow models serve` of a model, as on a host of its own; gives the address that answers, and its process."""
     port = free_port()
     command = [*_MLFLOW, "models", "serve", "--model-uri", model, "--env-manager", "local", "--port", str(port)]
+    command += ["--timeout", "600"]  # however busy the machine is
     with running(command, folder, f"http://127.0.0.1:{port}/ping", env) as process:
         yield f"http://127.0.0.1:{port}/invocations", process
 

@@ -51,7 +51,9 @@ class SlideModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights; called once. ConfigError where the host's limits are no limits."""
         host_limits()
-        logging.getLogger(_MLFLOW_LOG).addFilter(_refuse_unknown)
+        log = logging.getLogger(_MLFLOW_LOG)
+        log.setLevel(logging.WARNING)  # else MLFLOW_LOGGING_LEVEL=ERROR would keep what is refused from the filter
+        log.addFilter(_refuse_unknown)
         if MEMBERS in context.artifacts:
             self.members = load_members(Path(context.artifacts[MEMBERS]))
         else:

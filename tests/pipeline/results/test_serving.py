@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -259,12 +260,13 @@ def test_a_patch_is_decoded_once_whatever_is_asked_for(
 
 
 def test_params_that_are_no_param_are_refused_where_mlflow_drops_them(
-    model: SlideModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: SlideModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those of other models in the same process are MLflow's own matter."""
     schema = _signature(small_config()).params
     assert _enforce_params_schema({"top_k": 2}, schema) == {"top_k": 2, "attention": False, "explain": False}
-    with pytest.raises(MlflowException, match=r"params \['topk'\] are unknown; there are attention, top_k and explain"):
+    said = r"params \['topk'\] are unknown; there are attention, top_k and explain"
+    with caplog.at_level(logging.ERROR, "mlflow"), pytest.raises(MlflowException, match=said):
         _enforce_params_schema({"topk": 3, "explain": True}, schema)
     other = ParamSchema([ParamSpec("temperature", DataType.double, default=0.0)])
     assert _enforce_params_schema({"topk": 3}, other) == {"temperature": 0.0}
