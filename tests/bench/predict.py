@@ -179,7 +179,7 @@ def dicom(folder: Path, patches: int) -> dict[str, float]:
         image.save_as(path)
     rows, step = np.arange(patches), whole // side
     attention = np.random.default_rng(0).random(patches).astype(np.float32)
-    columns = {"x": rows % side * step, "y": rows // side * step, "attention": attention}
+    columns: dict[str, np.ndarray] = {"x": rows % side * step, "y": rows // side * step, "attention": attention}
     facts = {
         "uri": "a", "dimensions": [whole, whole], "patch": float(patch), "n_patches": patches,
         "model": {"source": "m", "digest": "0" * 32},
