@@ -61,6 +61,10 @@ def predict(
     all_patches: Annotated[
         bool, typer.Option("--all-patches", help="Also every patch as GeoJSON, all.geojson.gz of each slide.")
     ] = False,
+    dicom: Annotated[
+        bool,
+        typer.Option("--dicom", help="Also the maps of DICOM slides as DICOM Parametric Maps; needs the extra dicom."),
+    ] = False,
     as_json: JsonOption = False,
     log_format: LogOption = None,
 ) -> None:
@@ -75,7 +79,7 @@ def predict(
 
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         cluster = ClusterConfig(address=address, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
-        how = How(store, workers, cluster, heads, all_patches)
+        how = How(store, workers, cluster, heads, all_patches, dicom)
         found = make_predictions(model, slides or [], cohort, out, tracking_uri=uri, mpp=mpp, series=series, how=how)
         if as_json:
             print_json(found)

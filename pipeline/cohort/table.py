@@ -1,10 +1,9 @@
 """The cohort: which slides there are, whose they are, their split and their labels.
 
-A CSV or Parquet file at any URI (`rows`). Columns `slide_id` (unique) and `uri`, which `features` (a file that another
-tool has made of the slide) may stand for; optional `patient_id` (default:
-the slide is its own patient), `split` (train, val or test), `mpp` (microns per level-0 px, overrides the
-slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
-all others are kept as text. Everything wrong with the file is reported at once, with row numbers; the header is row 1.
+A CSV or Parquet file at any URI (`rows`). Columns `slide_id` (unique) and `uri`, which `features` (another tool's file)
+may stand for; optional `patient_id` (default: the slide is its own patient), `split` (train, val or test), `mpp` (over
+the slide's own), `series` (which image of a file that holds several) and the columns of each task's label (`labels`);
+all others are kept as text. All that is wrong is reported at once, with row numbers; the header is row 1.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from pipeline.columnar import Columnar, texts
 from pipeline.config.data import TaskConfig
 from pipeline.credentials import refusal
 from pipeline.errors import CohortError, StorageError
+from pipeline.slides.folders import place_of
 from pipeline.storage import files
 
 SPLITS = ("train", "val", "test")
@@ -39,7 +39,7 @@ class CohortSlide:
 
     slide_id: str
     uri: str
-    """Absolute path or s3:// URI."""
+    """Absolute path or s3:// URI; that of a folder in a cloud ends with `/`."""
     patient_id: str
     split: str | None
     """train, val, test, or None when the cohort has no splits yet."""
@@ -285,7 +285,7 @@ def _resolve(uri: str, folder: str, row: int, problems: _Problems, column: str =
     """The absolute URI; what is relative starts in the cohort's folder."""
     try:
         relative = not files.is_remote(uri) and not uri.startswith(("/", "~", "file://"))
-        return files.absolute(files.join(folder, uri) if relative else uri)
+        return place_of(f"{folder.rstrip('/')}/{uri}" if relative else uri)
     except StorageError as error:
         problems.add(row, f"column {column!r}: {error}")
         return uri

@@ -1,4 +1,4 @@
-"""Which series a DICOM file is of: its elements are walked up to the data set's own (0020,000E).
+"""Which series a DICOM file is of, and what in it: its elements are walked up to the data set's own (0020,000E).
 
 A search for the tag would find that of a referenced series, which stands in a sequence before it. Explicit and
 implicit little endian, which is what slides come in; of the others nothing is known.
@@ -7,16 +7,18 @@ implicit little endian, which is what slides come in; of the others nothing is k
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 PREAMBLE = 132  # bytes before the first element, with the magic at their end
 WINDOW = 16 * 2**10  # bytes read at a time; nearly all files need one window
 MAX_WINDOWS = 64  # longer headers, such as of thousands of references without a length, are given up
-_SERIES = (0x0020, 0x000E)
+_IMAGE_TYPE, _CLASS, _STUDY, _SERIES = (0x0008, 0x0008), (0x0008, 0x0016), (0x0020, 0x000D), (0x0020, 0x000E)
+_SLIDE = b"1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 _SYNTAX = (0x0002, 0x0010)
 _IMPLICIT = b"1.2.840.10008.1.2"
 _UNKNOWN = (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99")  # big endian, deflated
 _LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
-_MAX_UID = 64
+_MAX_VALUE = 128  # bytes read of a value; a UID has 64 at most
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xE000, 0xE00D, 0xE0DD
 
@@ -28,8 +30,35 @@ class _EndError(Exception):
     """The file, or what may be read of it, ends."""
 
 
-def series_uid(read: Read) -> bytes | None:
-    """Series instance UID of a file; None where it is no DICOM file, or names none."""
+@dataclass(frozen=True)
+class Head:
+    """What a DICOM file says of itself; empty where it does not."""
+
+    series: bytes
+    """Series instance UID, never empty."""
+    study: bytes
+    """Study instance UID."""
+    sop_class: bytes
+    image_type: tuple[bytes, ...]
+
+    @property
+    def is_slide(self) -> bool:
+        """Whether it is an image of a slide, where others are annotations, segmentations or maps of one."""
+        return self.sop_class == _SLIDE
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is an image of the tissue at less than full resolution."""
+        return self.is_slide and self.image_type[2:4] == (b"VOLUME", b"RESAMPLED")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is an image of the tissue at full resolution, or may be one."""
+        return self.is_slide and self.image_type[2:3] in ((), (b"VOLUME",)) and not self.is_reduced
+
+
+def read_head(read: Read) -> Head | None:
+    """Of a file; None where it is no DICOM file, or names no series."""
     window = _Window(read)
     try:
         return _walk(window) if window.take(PREAMBLE - 4, 4) == b"DICM" else None
@@ -57,10 +86,11 @@ class _Window:
         return piece
 
 
-def _walk(window: _Window) -> bytes | None:
-    """The UID, past everything that is nested."""
+def _walk(window: _Window) -> Head | None:
+    """The values, past everything that is nested."""
     at, syntax = PREAMBLE, b""
     nested: list[bool] = []  # of each sequence or item without a length that is open: whether it is implicit
+    values: dict[tuple[int, int], bytes] = {}
     while True:
         implicit = nested[-1] if nested else syntax == _IMPLICIT
         tag, vr, start, length = _element(window, at, implicit=implicit)
@@ -70,19 +100,22 @@ def _walk(window: _Window) -> bytes | None:
             nested.pop()
         elif length == _UNDEFINED:
             nested.append(implicit or vr == b"UN")  # what had no known type is written implicit
-        elif not nested and tag == _SERIES:
-            return _uid(window, start, length)
         elif not nested and tag > _SERIES:  # elements ascend
             return None
-        elif not nested and tag == _SYNTAX:
-            syntax = _uid(window, start, length)
+        elif not nested and tag in (_SYNTAX, _IMAGE_TYPE, _CLASS, _STUDY, _SERIES):
+            values[tag] = window.take(start, min(length, _MAX_VALUE)).rstrip(b"\0 ")
+            syntax = values.get(_SYNTAX, b"")
             if syntax in _UNKNOWN:
                 return None
+            if tag == _SERIES:
+                return _head(values)
         at = start if length == _UNDEFINED else start + length
 
 
-def _uid(window: _Window, start: int, length: int) -> bytes:
-    return window.take(start, min(length, _MAX_UID)).rstrip(b"\0 ")
+def _head(values: dict[tuple[int, int], bytes]) -> Head | None:
+    kinds = tuple(part.strip() for part in values.get(_IMAGE_TYPE, b"").split(b"\\") if part.strip())
+    series = values[_SERIES]
+    return Head(series, values.get(_STUDY, b""), values.get(_CLASS, b""), kinds) if series else None
 
 
 def _element(window: _Window, at: int, *, implicit: bool) -> tuple[tuple[int, int], bytes, int, int]:

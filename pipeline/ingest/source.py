@@ -11,6 +11,7 @@ from functools import partial
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
+from pipeline.slides.folders import main_file
 from pipeline.slides.identity import (
     Digest,
     fetch_small,
@@ -122,13 +123,14 @@ def _opened(
 def _at_hand(slide: CohortSlide, spec: TilingConfig) -> Iterator[str]:
     """Where to identify and open a slide so that its bytes travel once.
 
-    That is the slide's place; for several files on S3, which only a copy can be opened of, that copy.
+    That is its main file; for several files on S3, which only a copy can be opened of, that copy's.
     """
-    if files.is_remote(slide.uri) and is_several(slide.uri):
-        with _staging(spec).hold(slide.uri, slide_files(slide.uri)) as path:
+    uri = main_file(slide.uri)
+    if files.is_remote(uri) and is_several(uri):
+        with _staging(spec).hold(uri, slide_files(uri)) as path:
             yield str(path)
     else:
-        yield slide.uri
+        yield uri
 
 
 def _asking(slide: CohortSlide, fetched: Fetched | None) -> Ask:
@@ -158,7 +160,8 @@ def version_of(slide: CohortSlide, spec: TilingConfig, ask: Ask = files.source_v
     """Which state the slide's files are in, its mask and coordinates included; `ask` gives that of one file.
 
     Raises:
-        SlideError: one of them cannot be reached ("missing", "directory", "source", "coords").
+        SlideError: one of them cannot be reached ("missing", "directory", "source", "coords"), or which are the slide's
+            cannot be told ("series").
     """
     with reading_source():
         return guided_version(slide, spec, slide_version(slide.uri, ask), ask)

@@ -50,7 +50,8 @@ class _Maker:
 
 def look_at(slides: Sequence[CohortSlide], spec: TilingConfig) -> Sequence[Looked]:
     """The versions of all slides, their masks and coordinates included; on S3 a request for a thousand files."""
-    ask = ask_all(uri for slide in slides for uri in (slide.uri, *may_guide(slide, spec)))
+    uris = (uri for slide in slides for uri in (slide.uri, *may_guide(slide, spec)))
+    ask = ask_all(uri for uri in uris if not uri.endswith("/"))  # a folder in a cloud is listed by itself
     size = max(1, min(TOGETHER, -(-len(slides) // THREADS)))  # formats of several files ask for each slide
     make = _Maker()
 

@@ -12,14 +12,15 @@ from pipeline.cohort.patients import bag_name, check_specimens
 from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError, StorageError
-from pipeline.storage.files import absolute, is_remote, is_temporary, join, local_path
+from pipeline.slides.folders import SUFFIX, is_folder, place_of, slides_in
+from pipeline.storage.files import is_remote, is_temporary, join, parent
 from pipeline.storage.tree import walk
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({"svs", "tif", "tiff", "qptiff", "ndpi", "mrxs", "scn", "bif", "svslide", "vms"})
-"""Of what is taken for a slide in a folder. Plain images are none there: they are mostly thumbnails."""
-_SERIES = "dcm"  # a slide is many such files
+"""Of what is taken for a slide in a folder, beside series of DICOM files. Plain images are none: they are mostly
+thumbnails."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def asked_slides(
 
     Args:
         uris: of slides, of folders, or of prefixes in a bucket (which end with `/`); an id is a file's name without
-            suffix, made unique by a number.
+            suffix, or that of a folder which holds the DICOM files of one slide, made unique by a number.
         cohort: URI of a CSV or Parquet with slide_id and uri; labels are not needed.
         mpp: microns per level-0 px of `uris`, over what their files state.
         series: number of the image to take of each of the `uris`' files; None: the one that is the slide.
@@ -75,18 +76,33 @@ def _below(uri: str) -> list[str]:
     if not _is_folder(uri, place):
         return [uri]
     names = [found.uri for found in walk(place) if not is_temporary(found.uri.rpartition("/")[2])]
-    slides = sorted(name for name in names if _suffix(name) in SUFFIXES)
-    series = sum(_suffix(name) == _SERIES for name in names)
-    if series:
-        log.warning("predict: %s: %d DICOM files are left out; name one file of each series", uri, series)
+    slides = [name for name in names if _suffix(name) in SUFFIXES]
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        if name.lower().endswith(SUFFIX):
+            parts.setdefault(parent(name), []).append(name.rpartition("/")[2])
+    for folder, own in parts.items():
+        slides += _series(folder, own)
     if not slides:
-        log.warning("predict: %s is a folder and holds no slide (%s)", uri, ", ".join(sorted(SUFFIXES)))
-    return slides or [uri]  # whose row then says so
+        known = ", ".join(sorted([*SUFFIXES, SUFFIX.removeprefix(".")]))
+        log.warning("predict: %s is a folder and holds no slide (%s)", uri, known)
+    return sorted(slides) or [uri]  # whose row then says so
+
+
+def _series(folder: str, names: Sequence[str]) -> list[str]:
+    """The slides that DICOM files of a folder are of: the folder where they are of one, else a file of each."""
+    found = slides_in(folder, names)
+    others = len(names) - sum(len(one.names) for one in found)
+    if others:
+        log.warning("predict: %s: %d DICOM files are left out: they are no images of slides", folder, others)
+    if len(found) == 1:
+        return [join(folder, "") if is_remote(folder) else folder]
+    return [join(folder, one.names[0]) for one in found]
 
 
 def _is_folder(uri: str, place: str) -> bool:
     try:
-        return uri.endswith("/") if is_remote(place) else local_path(place).is_dir()
+        return is_folder(place)
     except (StorageError, ValueError):  # it means no place: its row says so
         return False
 
@@ -99,7 +115,8 @@ def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: se
     """Slides under their file's name, with the first number that makes it another than those `taken`."""
     following: dict[str, Iterator[int]] = {}
     for uri in uris:
-        stem = as_text(PurePosixPath(uri).stem)
+        path = PurePosixPath(uri)
+        stem = as_text(path.name if _is_folder(uri, _place(uri)) else path.stem)  # that of a folder may hold dots
         numbers = following.setdefault(stem, count(2))
         slide_id = stem if stem not in taken else next(name for n in numbers if (name := f"{stem}-{n}") not in taken)
         taken.add(slide_id)
@@ -109,10 +126,9 @@ def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: se
 def _place(uri: str) -> str:
     """The absolute URI; one that means no place as it is, for its slide's error to say so."""
     try:
-        place = absolute(uri)
+        return place_of(uri)
     except StorageError:
         return uri
-    return join(place, "") if is_remote(place) and uri.endswith("/") else place
 
 
 def as_text(name: str) -> str:

@@ -21,6 +21,7 @@ from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
+from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
 from pipeline.predictions.maps import colours
 from pipeline.predictions.output import (
@@ -69,6 +70,8 @@ class How:
     """Also the attention of each head."""
     all_patches: bool = False
     """Also every patch as GeoJSON."""
+    dicom: bool = False
+    """Also the maps of DICOM slides as DICOM Parametric Maps."""
 
 
 def predict(
@@ -105,8 +108,11 @@ def predict(
         StageError: nothing to predict, no slide at all could be predicted (the tables are written), or another process
             is at this folder.
         TrackingError: the model is not found or cannot be fetched.
+        ConfigError: what `how.dicom` needs is not installed.
     """
     how = how or How()
+    if how.dicom:
+        load_highdicom()
     asked = asked_slides(slides, cohort, mpp=mpp, series=series)
     child.start()  # beside the model's loading
     place = _folder(out)
@@ -122,7 +128,7 @@ def predict(
         if how.workers:  # whose processes may be elsewhere
             kept = join(place, "model")
             keep_model(folder, kept)
-        predicting = Predicting(kept, source, digest, place, how.store, how.heads, how.all_patches)
+        predicting = Predicting(kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom)
         return _predict(asked, predicting, config, how)
 
 
@@ -254,7 +260,8 @@ def _job(one: Asked, version: Looked, predicting: Predicting, config: Config) ->
     labels = {task.name: one.slide.extra.get(task.column) or None for task in config.tasks}
     known = asked_digest(one.slide, None if isinstance(version, SlideError) else version)
     follows = [_VERSION, one.slide.slide_id, known, predicting.digest, predicting.source, labels]
-    identity = fingerprint([*follows, predicting.heads, predicting.all_patches])
+    extras = [predicting.heads, predicting.all_patches, *(["dicom"] if predicting.dicom else [])]
+    identity = fingerprint([*follows, *extras])
     return Job(one.slide, one.mpp_remedy, labels, identity)
 
 

@@ -30,6 +30,7 @@ from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened
 from pipeline.model.folder import at_hand
 from pipeline.predictions.asked import as_text
+from pipeline.predictions.dicom import write_maps
 from pipeline.predictions.maps import METADATA, as_parquet, histograms, map_table
 from pipeline.predictions.output import (
     ALL,
@@ -83,6 +84,7 @@ class Predicting:
     """Root of the patch store, whose patches are taken where it has them."""
     heads: bool
     all_patches: bool
+    dicom: bool
 
     def worker(self) -> Callable[[Sequence[Job]], list[Outcome]]:
         """What predicts the slides of a bag, its model loaded."""
@@ -130,7 +132,7 @@ class Predictor:
             facts = self._facts(job, source, found, explanation, table)
             if len(jobs) > 1:
                 _add_patient(facts, jobs, found, part, config.cohort.whole)
-            self._write(facts, source, table, config)
+            self._write(facts, job.slide, source, table)
             written.append(facts)
         return written
 
@@ -173,7 +175,7 @@ class Predictor:
             "identity": job.identity,
         }
 
-    def _write(self, facts: Facts, source: Source, table: pa.Table, config: Config) -> None:
+    def _write(self, facts: Facts, slide: CohortSlide, source: Source, table: pa.Table) -> None:
         """The slide's files; `slide.json` last."""
         folder, stored = folder_of(self._asked.out, facts["slide_id"]), stored_of(source)
         write_bytes(join(folder, ATTENTION), as_parquet(table))
@@ -186,7 +188,23 @@ class Predictor:
                 with (scratch / ALL).open("wb") as file:
                     write_all(file, facts, table)
                 upload(scratch / ALL, join(folder, ALL))
+        if self._asked.dicom:
+            facts["dicom"] = self._write_dicom(facts, slide, table)
         commit(folder, facts)
+
+    def _write_dicom(self, facts: Facts, slide: CohortSlide, table: pa.Table) -> dict[str, Any]:
+        """What Parametric Maps were written; where a slide can have none, why, and it is predicted all the same."""
+        columns = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
+        folder = folder_of(self._asked.out, slide.slide_id)
+        with scratch_folder() as scratch:
+            try:
+                names = apart(slide, self._config.tiling, partial(write_maps, slide.uri, facts, columns, scratch))
+            except SlideError as error:
+                log.warning("predict: %s has no DICOM map: %s", slide.slide_id, error)
+                return {"files": [], "why": as_text(str(error))}
+            for name in names:
+                upload(scratch / name, join(folder, name))
+        return {"files": names, "why": None}
 
 
 def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: BagPrediction, whole: str) -> None:

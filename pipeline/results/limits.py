@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.slides.folders import is_folder, place_of
 from pipeline.slides.identity import is_several, slide_files
 from pipeline.storage import files, s3
 
@@ -46,12 +47,13 @@ class Limits:
 
         Raises:
             StorageError: it lies elsewhere; the message does not say whether it exists.
+            SlideError: a folder, which holds no slide or several.
         """
-        place = files.absolute(uri)
+        place = place_of(uri)
         if self.roots is None:
             return place
         self._check(place)
-        for member in slide_files(place) if is_several(place) else ():
+        for member in slide_files(place) if is_several(place) or is_folder(place) else ():
             self._check(member)
         return place
 

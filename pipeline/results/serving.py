@@ -6,10 +6,13 @@ serving host's AWS_* environment, and so does what it may be asked for (`limits`
 
 from __future__ import annotations
 
+import ast
+import logging
 import math
+import re
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,9 @@ from pipeline.inference.prediction import SlidePrediction, load_model, predict_t
 from pipeline.model.folder import MEMBERS
 from pipeline.results.limits import ROWS, SECONDS, Limits, host_limits
 
+_MLFLOW_LOG = "mlflow.models.utils"
+_DROPPED = re.compile(r"Unrecognized params (\[.*\]) are ignored .* Supported params are: (\{.*?\})\.", re.DOTALL)
+
 
 class SlideModel(PythonModel):
     """DataFrame(uri[, mpp, series]) -> DataFrame(uri, <task>_<output> ..., error), row by row in the given order.
@@ -45,6 +51,9 @@ class SlideModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights; called once. ConfigError where the host's limits are no limits."""
         host_limits()
+        log = logging.getLogger(_MLFLOW_LOG)
+        log.setLevel(logging.WARNING)  # else MLFLOW_LOGGING_LEVEL=ERROR would keep what is refused from the filter
+        log.addFilter(_refuse_unknown)
         if MEMBERS in context.artifacts:
             self.members = load_members(Path(context.artifacts[MEMBERS]))
         else:
@@ -182,6 +191,23 @@ class Asked:
         found = [("patches", self.attention), ("top", self.top_k > 0), ("curves", self.explain)]
         names = [name for name, wanted in found if wanted]
         return ["patch", *names] if names else []
+
+
+def _refuse_unknown(record: logging.LogRecord) -> bool:
+    """Refuse `params` that the signature does not declare, as a misspelt `topk`.
+
+    MLflow drops them before a model sees them, and says so in the server's log alone; a client would get an answer
+    without what it asked for. That warning is the only place where their names can still be had.
+
+    Raises:
+        MlflowException: the warning is of a request to such a model (HTTP 400).
+    """
+    found = _DROPPED.match(record.getMessage())
+    if found is not None and ast.literal_eval(found[2]) == {field.name for field in fields(Asked)}:
+        raise MlflowException.invalid_parameter_value(
+            f"params {found[1]} are unknown; there are attention, top_k and explain"
+        )
+    return True
 
 
 def _asked(params: Mapping[str, Any]) -> Asked:

@@ -12,12 +12,9 @@ import hashlib
 import io
 import json
 import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -25,7 +22,7 @@ import numpy.typing as npt
 import tifffile
 
 from pipeline.errors import NodeError, SlideError, StorageError
-from pipeline.formats.dicom import PREAMBLE, series_uid
+from pipeline.slides import folders
 from pipeline.slides.layout import BROKEN
 from pipeline.storage import files
 from pipeline.storage.clients import NoFileError
@@ -42,7 +39,6 @@ EDGE = 2**20  # bytes hashed at both ends
 SAMPLES = 64  # tiles a page, or blocks of a file that is no TIFF
 BLOCK = 64 * 2**10
 VMS_BYTES = 2**20  # read of a VMS: some names, whoever gave its suffix to something else
-HEAD_THREADS = 16  # they wait on the storage
 
 _VMS_VALUE = re.compile(r"^\w+(?:\([\d,]+\))?[ \t]*=[ \t]*(.+?)\s*$", re.MULTILINE)  # a name may hold spaces
 
@@ -63,12 +59,13 @@ def slide_digest(uri: str, fetched: Fetched | None = None, *, whole: bool = Fals
     """The slide's digest.
 
     Args:
-        uri: of its main file.
+        uri: of its main file, or of its folder.
         fetched: the slide's bytes where they are at hand (`fetch_small`).
         whole: read every byte, however large the slide is.
 
     Raises:
         StorageError: a file of the slide cannot be read.
+        SlideError: as `folders.main_file`.
     """
     if fetched is not None:
         return Digest(_whole_digest(len(fetched.data), [fetched.data]), whole=True)
@@ -88,7 +85,7 @@ def fetch_small(uri: str, size: int) -> Fetched | None:
     Raises:
         StorageError: the slide cannot be read.
     """
-    if not files.is_remote(uri) or is_several(uri) or size >= WHOLE:
+    if not files.is_remote(uri) or folders.is_folder(uri) or is_several(uri) or size >= WHOLE:
         return None
     return fetch(uri)
 
@@ -101,9 +98,9 @@ def is_several(uri: str) -> bool:
 def slide_files(uri: str) -> list[str]:
     """The slide's main file and its companions: what has to lie together for the slide to open.
 
-    Raises:
-        StorageError: the main file, or a folder, cannot be read.
+    `uri` may be that of its folder. Errors as of `slide_digest`.
     """
+    uri = folders.main_file(uri)
     folder = _companion_folder(uri)
     return [uri, *sorted({files.join(folder, name) for name in _companion_versions(uri)} - {uri})]
 
@@ -112,12 +109,15 @@ def slide_version(uri: str, ask: Ask = files.source_version) -> SourceVersion:
     """Which state of its files a slide is in: that of its one file, or all its companions' in one.
 
     Args:
-        uri: of its main file.
+        uri: of its main file, or of its folder.
         ask: gives that file's version.
 
     Raises:
-        StorageError: the main file is absent, denied or a folder.
+        StorageError: the main file is absent or denied.
+        SlideError: as `folders.main_file`.
     """
+    if folders.is_folder(uri):
+        uri, ask = folders.main_file(uri), files.source_version
     main = ask(uri)
     if not is_several(uri):
         return main
@@ -227,37 +227,9 @@ def _companion_versions(uri: str) -> dict[str, SourceVersion]:
         odd = [name for name in odd if name not in versions]
     for name in odd:
         versions[name] = files.source_version(files.join(folder, name))  # raises, and says so
-    return _series_versions(uri, versions) if suffix == "dcm" else versions
+    return folders.of_series(uri, versions) if suffix == "dcm" else versions
 
 
 def _vms_names(uri: str) -> set[str]:
     (start,) = files.read_ranges(uri, [(0, min(files.source_version(uri).size, VMS_BYTES))])
     return set(_VMS_VALUE.findall(start.decode("utf-8", "surrogateescape")))
-
-
-def _series_versions(uri: str, versions: Mapping[str, SourceVersion]) -> dict[str, SourceVersion]:
-    """Those files of a folder that are of the main file's series; a folder may hold the slides of a whole study."""
-    series = _dicom_series(uri, files.source_version(uri))
-    if series is None:
-        return {}
-    folder = _companion_folder(uri)
-    with _folder_lock(folder), ThreadPoolExecutor(HEAD_THREADS) as pool:
-        found = pool.map(lambda name: _dicom_series(files.join(folder, name), versions[name]), versions)
-        return {name: versions[name] for name, other in zip(versions, found, strict=True) if other == series}
-
-
-@lru_cache(maxsize=1024)
-def _folder_lock(folder: str) -> threading.Lock:
-    """One thread reads the heads of a folder's files, and the others find them in the cache."""
-    del folder
-    return threading.Lock()
-
-
-@lru_cache(maxsize=16384)  # files: each head is read once a process and version, not once a slide; 1 KB each
-def _dicom_series(uri: str, version: SourceVersion) -> bytes | None:
-    """Series instance UID of a DICOM file, whatever its name: its files are one slide. None when it is none."""
-
-    def read(start: int, length: int) -> bytes:
-        return files.read_ranges(uri, [(start, max(0, min(length, version.size - start)))])[0]
-
-    return series_uid(read) if version.size > PREAMBLE else None

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.errors import NodeError, SlideError, StorageError
-from pipeline.slides.identity import is_several
+from pipeline.slides.folders import main_file
+from pipeline.slides.identity import is_several, reading_source
 from pipeline.slides.image import PLAIN, ImageReader
 from pipeline.slides.layout import Elsewhere, Layout, read_layout
 from pipeline.slides.limits import check_lengths
@@ -106,7 +107,7 @@ def open_uri(
     """Open a slide wherever it lies; on S3 in place if it can be read by ranges, else as a copy on this node.
 
     Args:
-        uri: of its main file.
+        uri: of its main file, or of its folder.
         members: gives all its files; called only for a copy.
         staging: where copies are kept.
         fetched: its main file where it was read before: nothing of it travels again.
@@ -117,6 +118,8 @@ def open_uri(
         NodeError: the copy cannot be written.
     """
     with ExitStack() as stack:
+        with reading_source():
+            uri = main_file(uri)
         if not files.is_remote(uri):
             yield stack.enter_context(open_slide(Path(files.absolute(uri)), series))
             return

@@ -305,3 +305,8 @@ def test_a_credential_in_any_column_is_refused_and_not_repeated(tmp_path: Path) 
     assert not any("Pa55" in problem for problem in found)
     starts = ["rows 2, 3: column 'uri': holds", "row 3: column 'patient_id': holds", "row 4: column 'label': holds"]
     assert all(problem.startswith(start) for problem, start in zip(found, [*starts, "row 4: no label"], strict=True))
+
+
+def test_a_folder_in_a_cloud_keeps_its_mark(tmp_path: Path) -> None:
+    uri = write(tmp_path, "slide_id,uri\na,s3://b/case/\nb,case/1.2.840/\nc,/d/case/\n")
+    assert [slide.uri for slide in read_cohort(uri).slides] == ["s3://b/case/", f"{tmp_path}/case/1.2.840", "/d/case"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pipeline.formats.dicom import MAX_WINDOWS, PREAMBLE, WINDOW, series_uid
+from pipeline.formats.dicom import MAX_WINDOWS, PREAMBLE, WINDOW, read_head
 
 SERIES = "1.2.826.0.1.3680043.8.498.1"
 _LONG = ("SQ", "OB", "UN")
@@ -51,7 +51,8 @@ def found(data: bytes, reads: list[int] | None = None) -> bytes | None:
             reads.append(length)
         return data[start : start + length]
 
-    return series_uid(read)
+    head = read_head(read)
+    return None if head is None else head.series
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,27 @@ def found(data: bytes, reads: list[int] | None = None) -> bytes | None:
 )
 def test_the_series_is_the_data_set_s_own(before: bytes) -> None:
     assert found(dicom_file(SERIES, b"pixels", before)) == SERIES.encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "image", "expected"),
+    [
+        ("77.1.6", r"ORIGINAL\PRIMARY\VOLUME\NONE", (True, True, False)),
+        ("77.1.6", r"DERIVED\PRIMARY\VOLUME\RESAMPLED ", (True, False, True)),
+        ("77.1.6", r"DERIVED\PRIMARY\THUMBNAIL\RESAMPLED", (True, False, False)),
+        ("77.1.6", r"ORIGINAL\PRIMARY\LABEL\NONE", (True, False, False)),
+        ("77.1.6", "", (True, True, False)),
+        ("30", r"DERIVED\PRIMARY\VOLUME\RESAMPLED", (False, False, False)),
+    ],
+)
+def test_what_a_file_is_of_a_slide(kind: str, image: str, expected: tuple[bool, bool, bool]) -> None:
+    own = element(0x0008, 0x0008, "CS", image.encode()) if image else b""
+    own += element(0x0008, 0x0016, "UI", f"1.2.840.10008.5.1.4.1.1.{kind}".encode())
+    data = dicom_file(SERIES, b"pixels", own + referenced("1.7"))
+    head = read_head(lambda start, length: data[start : start + length])
+    assert head is not None
+    assert (head.series, head.study) == (SERIES.encode(), b"1.2.3")
+    assert (head.is_slide, head.is_full, head.is_reduced) == expected
 
 
 def test_implicit_files_are_read_and_others_are_not_guessed_at() -> None:

@@ -10,7 +10,10 @@ from PIL import Image
 
 from pipeline.errors import SlideError
 from pipeline.ingest.source import identified, look_at, version_of
+from pipeline.ingest.tiler import store_slide
+from pipeline.ingest.versions import look_at as look_at_all
 from pipeline.storage import files
+from tests.dicom import write_series
 from tests.pipeline.tiled import RGB, SPEC, row
 from tests.s3 import S3Server
 
@@ -49,6 +52,27 @@ def test_bytes_that_were_fetched_are_of_one_state(
     with identified(source) as found:
         assert found.reader.dimensions == (613, 487)
     assert source.version != version_of(slide, IMAGE)
+
+
+def test_a_folder_of_dicom_files_is_tiled_as_the_slide_that_they_are(
+    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here and in a bucket, whole and by one file: one key, for it is one content; asked for alone and with others."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    first, second = write_series(tmp_path / "case", RGB)
+    for path in (first, second):
+        files.write_bytes(f"s3://slides/case/{path.name}", path.read_bytes())
+    places = [str(tmp_path / "case"), str(second), "s3://slides/case/", "s3://slides/case/1.dcm"]
+    statuses = [store_slide(row(place), SPEC, str(tmp_path / "store")) for place in places]
+    assert {status.error for status in statuses} == {None}
+    assert len({status.key for status in statuses}) == 1
+    slides = [row(place) for place in (*places, str(tmp_path), "s3://slides/nothing/")]
+    *found, nowhere, nothing = look_at_all(slides, SPEC)
+    assert found == [version_of(slide, SPEC) for slide in slides[:4]]
+    for refused in (nowhere, nothing):
+        assert isinstance(refused, SlideError)
+        assert refused.reason == "directory"
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from pipeline.errors import StageError
 from pipeline.predictions.asked import asked_slides
+from tests.dicom import write_series
+from tests.pipeline.formats.test_dicom import dicom_file
+from tests.synth import tissue_rgb
 
 
 def test_a_folder_means_its_slides_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -28,7 +31,27 @@ def test_a_folder_means_its_slides_and_nothing_else(tmp_path: Path, caplog: pyte
         found = asked_slides([str(tmp_path)], None, mpp=0.3)
     assert [one.slide.slide_id for one in found] == ["a", "b", "b-2", "m"]
     assert {one.slide.mpp for one in found} == {0.3}
-    assert "2 DICOM files are left out; name one file of each series" in caplog.text
+    assert "2 DICOM files are left out: they are no images of slides" in caplog.text
+
+
+def test_the_dicom_files_of_a_series_are_one_slide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Called as their folder where they have one of their own, else as their first file."""
+    rgb = tissue_rgb(31, 23)
+    for name, folder in (("a", "1.2.840.1"), ("b", "study"), ("c", "study/below")):
+        write_series(tmp_path / "set" / folder, rgb, name=name)
+    for path in write_series(tmp_path / "d", rgb, name="d"):
+        path.rename(tmp_path / "set" / "study" / f"d-{path.name}")
+    (tmp_path / "set" / "study" / "map.dcm").write_bytes(dicom_file("1.2", b"numbers"))
+    with caplog.at_level(logging.WARNING):
+        found = [one.slide for one in asked_slides([str(tmp_path / "set")], None)]
+    assert [(one.slide_id, one.uri.removeprefix(f"{tmp_path}/set/")) for one in found] == [
+        ("1.2.840.1", "1.2.840.1"), ("0", "study/0.dcm"), ("below", "study/below"), ("d-0", "study/d-0.dcm"),
+    ]  # fmt: skip
+    assert [one.message for one in caplog.records] == [
+        f"predict: {tmp_path}/set/study: 1 DICOM files are left out: they are no images of slides"
+    ]
+    (alone,) = asked_slides([str(tmp_path / "set" / "1.2.840.1")], None)
+    assert (alone.slide.slide_id, alone.slide.uri) == ("1.2.840.1", str(tmp_path / "set" / "1.2.840.1"))
 
 
 def test_a_folder_without_slides_is_a_row_that_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

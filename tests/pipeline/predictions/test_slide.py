@@ -29,7 +29,7 @@ def _job(path: Path) -> Job:
 def _predictor(folder: Path, out: Path, **tiling: object) -> Predictor:
     config = small_config(tiling={"patch_px": 64, "mpp": None, "min_tissue": 0.4, "edge": "drop", **tiling})
     return Predictor(
-        Predicting(str(write_model(folder, config)), "models:/m/1", "digest", str(out), None, False, False)
+        Predicting(str(write_model(folder, config)), "models:/m/1", "digest", str(out), None, False, False, False)
     )
 
 
@@ -106,7 +106,7 @@ def test_a_store_of_before_that_does_not_say_the_bounds_is_read_with_those_of_th
     assert facts.pop("bounds") == [*corner, 613, 487]
     commit.write_text(json.dumps(facts))
     model = str(write_model(tmp_path, config))
-    asked = Predicting(model, "m", "d", str(tmp_path / "out"), str(store), heads=False, all_patches=False)
+    asked = Predicting(model, "m", "d", str(tmp_path / "out"), str(store), heads=False, all_patches=False, dicom=False)
     (found,) = Predictor(asked).predict([_job(path)])
     assert isinstance(found, dict)
     assert found["origin"] == list(corner)

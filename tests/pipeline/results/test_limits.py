@@ -7,6 +7,8 @@ import pytest
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.results.limits import Limits, host_limits
+from tests.dicom import write_series
+from tests.synth import tissue_rgb
 
 
 def _admits(limits: Limits, uri: str) -> bool:
@@ -85,6 +87,18 @@ def test_every_file_of_a_slide_lies_in_a_root(tmp_path: Path) -> None:
     shutil.rmtree(root / "a")
     (root / "a").symlink_to(outside)
     assert not _admits(limits, str(root / "a.mrxs"))
+
+
+def test_every_file_of_a_folder_that_is_a_slide_lies_in_a_root(tmp_path: Path) -> None:
+    write_series(tmp_path / "root" / "slide", tissue_rgb(31, 23))
+    (_, other) = write_series(tmp_path / "outside", tissue_rgb(31, 23))
+    limits = host_limits({"IPS_ALLOWED_ROOTS": f"{tmp_path / 'root'},s3://b/p"})
+    assert limits.admit(str(tmp_path / "root" / "slide")) == str(tmp_path / "root" / "slide")
+    assert not _admits(limits, str(tmp_path / "outside"))
+    (tmp_path / "root" / "slide" / "1.dcm").unlink()
+    (tmp_path / "root" / "slide" / "1.dcm").symlink_to(other)
+    assert not _admits(limits, str(tmp_path / "root" / "slide"))
+    assert Limits().admit("S3://b/p/slide/") == "s3://b/p/slide/"
 
 
 @pytest.mark.parametrize(

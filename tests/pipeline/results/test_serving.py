@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+from pipeline.bags import patch_bag
 from pipeline.cohort.table import CohortSlide
 from pipeline.inference.prediction import predict_together
 from pipeline.model.build import build_model
@@ -17,9 +21,12 @@ from tests.pipeline.small import small_config, write_model, write_sections, writ
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*inferred as AnyType")  # MLflow's of its own code, at this import
     from mlflow.exceptions import MlflowException
+    from mlflow.models.utils import _enforce_params_schema
     from mlflow.pyfunc import PythonModelContext
+    from mlflow.types.schema import DataType, ParamSchema, ParamSpec
 
     from pipeline.results.serving import SlideModel
+    from pipeline.tracking.package import _signature
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +237,36 @@ def test_what_params_ask_for_are_columns(context: PythonModelContext, model: Sli
     assert list(model.predict(context, rows, {"top_k": 1}).columns)[3:5] == ["patch", "top"]
     with pytest.raises(MlflowException, match="top_k is -1; give a number from 0"):
         model.predict(context, rows, {"top_k": -1})
+
+
+def test_a_patch_is_decoded_once_whatever_is_asked_for(
+    context: PythonModelContext, model: SlideModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    rows, counts, decode = pd.DataFrame({"uri": [str(tmp_path / "a.png")] * 3}), Counter[int](), patch_bag._decode_all
+
+    def counted(jobs: Any) -> None:
+        counts.update(job.row for job in jobs)
+        decode(jobs)
+
+    monkeypatch.setattr(patch_bag, "_decode_all", counted)
+    answer = model.predict(context, rows, {"attention": True, "top_k": 5, "explain": True})
+    assert {len(patches["x"]) for patches in answer["patches"]} == {20}
+    assert sorted(counts.values()) == [3] * 15 + [6] * 5  # of three slides; the M winners are encoded once more
+    whole = counts.copy()
+    counts.clear()
+    model.predict(context, rows)
+    assert counts == whole
+
+
+def test_params_that_are_no_param_are_refused_where_mlflow_drops_them(
+    model: SlideModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of other models in the same process are MLflow's own matter."""
+    schema = _signature(small_config()).params
+    assert _enforce_params_schema({"top_k": 2}, schema) == {"top_k": 2, "attention": False, "explain": False}
+    said = r"params \['topk'\] are unknown; there are attention, top_k and explain"
+    with caplog.at_level(logging.ERROR, "mlflow"), pytest.raises(MlflowException, match=said):
+        _enforce_params_schema({"topk": 3, "explain": True}, schema)
+    other = ParamSchema([ParamSpec("temperature", DataType.double, default=0.0)])
+    assert _enforce_params_schema({"topk": 3}, other) == {"temperature": 0.0}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -181,6 +182,7 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     assert defaults == {"attention": False, "top_k": 0, "explain": False}
     requirements = (local / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") for line in requirements)
+    assert yaml.safe_load((local / "conda.yaml").read_text())["dependencies"][-1]["pip"] == requirements
     assert not any("+" in line for line in requirements)
     assert (local / "code" / "pipeline" / "results" / "serving.py").is_file()
     assert (local / "code" / "ips" / "network" / "model.py").is_file()
