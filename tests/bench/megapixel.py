@@ -1,4 +1,4 @@
-"""What selection is worth on a small Megapixel MNIST: `python -m tests.bench.megapixel`, two hours on two cores.
+"""What selection is worth on a small Megapixel MNIST: `python -m tests.bench.megapixel`, five hours on two cores.
 
 One network, one training loop (`pipeline.training.loop`), one set of images; only the way to choose and to pool patches
 differs:
@@ -8,6 +8,9 @@ differs:
     random   M patches drawn anew at every step
     full     all patches, the same aggregator
     abmil    all patches, gated attention pooling (Ilse et al. 2018)
+    context  as exact, and the other N - M pooled too, without gradient to the encoder (`model.select.context: all`)
+    every2   as exact, and winners serve two visits of their image (`train.reselect_every`)
+    every4   four visits
 
 The size was chosen by trying, on test images that this benchmark draws again: with 500 px, 8,000 images and M = 12,
 `exact` got 95% of the majorities after 4 of 5 epochs with one seed, 94% and 78% after 5 with two others; with 400 px,
@@ -36,7 +39,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,7 @@ from pipeline.storage.files import write_json
 from pipeline.training.hands import Slides
 from pipeline.training.loop import train_steps
 from pipeline.training.ranks import Ranks
+from pipeline.training.winners import Winners
 from tests.bench.scenes import MNIST
 
 RESULTS, FILE = Path(__file__).parent / "results", "megapixel_mnist.json"
@@ -68,6 +72,7 @@ LIMIT_S = 360.0  # a run of it
 DIM, HEADS, HIDDEN = 128, 8, 512  # the paper's aggregator
 RUNS = [(method, seed) for seed in (0, 1, 2) for method in ("exact", "window", "random")]
 RUNS += [("full", 0), ("abmil", 0)]
+RUNS += [(method, seed) for seed in (0, 1, 2) for method in ("context", "every2", "every4")]
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,11 @@ class Settings:
     lr: float = 2e-3
     warmup_epochs: float = 0.5
 
-    def training(self) -> TrainConfig:
+    def training(self, reselect_every: int = 1) -> TrainConfig:
         """As the official one, but for the batch, the length and the precision."""
         return TrainConfig(
             epochs=self.epochs, batch_size=self.batch, lr=self.lr, warmup_epochs=self.warmup_epochs, clip_norm=None,
-            augment=False, score_dtype="bfloat16", compute_dtype="bfloat16",
+            augment=False, score_dtype="bfloat16", compute_dtype="bfloat16", reselect_every=reselect_every,
         )  # fmt: skip
 
 
@@ -150,21 +155,24 @@ def choose(method: str, model: IPSModel, bags: Sequence[Bag], settings: Settings
     """The patches that the network sees at the test; random ones are drawn from torch's generator."""
     if scorer is not None:
         mode = _selecting(method, settings)
-        return select(model, bags, mode.memory, mode.chunk, "window" if method == "window" else "exact", scorer=scorer)
+        kind: Literal["exact", "window"] = "window" if method == "window" else "exact"
+        context: Literal["rest"] | None = "rest" if method == "context" else None
+        return select(model, bags, mode.memory, mode.chunk, kind, scorer=scorer, context=context)
     if method == "random":
         return random_selection(bags, settings.memory, torch.default_generator)
     return every_patch(bags)
 
 
 def _selecting(method: str, settings: Settings) -> SelectConfig:
-    modes = {"full": "every", "abmil": "every"}
+    modes = {"full": "every", "abmil": "every", "window": "window", "random": "random"}
+    chosen = {"mode": modes.get(method, "exact"), "context": "all" if method == "context" else "none"}
     chunk = settings.memory if method == "window" else 256
-    return SelectConfig.model_validate({"mode": modes.get(method, method), "memory": settings.memory, "chunk": chunk})
+    return SelectConfig.model_validate({**chosen, "memory": settings.memory, "chunk": chunk})
 
 
 def test_accuracy(method: str, model: IPSModel, images: Images, settings: Settings) -> dict[str, float]:
     """Share of images on which a task is right; of `multi`, all ten labels."""
-    scorer = Scorer(model) if method in ("exact", "window") else None
+    scorer = Scorer(model) if _selecting(method, settings).mode in ("exact", "window") else None
     torch.manual_seed(0)
     right = dict.fromkeys(TASKS, 0)
     with evaluating(model), torch.inference_mode():
@@ -184,7 +192,8 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
     wall, cpu, losses = time.perf_counter(), time.process_time(), []
     train, test = Images(settings, folder, "train"), Images(settings, folder, "test")
     torch.manual_seed(seed)
-    model, training = network(method), settings.training()
+    every = {"every2": 2, "every4": 4}.get(method, 1)
+    model, training = network(method), settings.training(every)
     slides = Slides(
         sizes=[handle.n_patches for handle in train.handles],
         targets=train.targets,
@@ -200,6 +209,7 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
         seed=seed,
         start_epoch=0,
         ranks=Ranks(),
+        winners=Winners(slides.sizes, settings.memory, every) if every > 1 else None,
     ):
         losses.append(step.loss)
         if len(losses) % 50 == 0:
@@ -233,7 +243,7 @@ def table(report: dict[str, Any]) -> str:
     for method in dict.fromkeys(method for method, _ in RUNS):
         runs = [run for run in done if run["method"] == method]
         if runs:
-            seen = cells if method in ("full", "abmil") else settings["memory"]
+            seen = cells if method in ("full", "abmil", "context") else settings["memory"]
             figures = [_spread([run["accuracy"][task] for run in runs]) for task in TASKS]
             spent = f"{mean(run['cpu_s'] for run in runs):.0f}"
             lines.append(f"| {' | '.join([method, f'{seen} of {cells}', str(len(runs)), *figures, spent])} |")
