@@ -23,7 +23,6 @@ class ScriptedNetwork:
     """
 
     def __init__(self, data: bytes) -> None:
-        torch.set_num_threads(1)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", DeprecationWarning
@@ -38,8 +37,14 @@ class ScriptedNetwork:
             RuntimeError: it cannot be run on such a picture.
         """
         # not optimised by what it was called with before, so that the first call and the third give the same bits
-        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            found = self._module(torch.from_numpy(picture))
+        unoptimised = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode(), unoptimised:
+                found = self._module(torch.from_numpy(picture))
+        finally:
+            torch.set_num_threads(threads)  # of the process, which may learn afterwards
         if not isinstance(found, torch.Tensor):
             raise TypeError(f"it gives a {type(found).__name__}, not one tensor")
         return np.asarray(found.float().numpy(), np.float32)

@@ -20,7 +20,13 @@ def test_it_gives_the_same_bits_every_time(tmp_path: Path) -> None:
     module = nn.Sequential(*layers).eval()
     network = ScriptedNetwork(scripted(module, tmp_path / "a.pt").read_bytes())
     picture = np.random.default_rng(3).normal(size=(1, 3, 61, 83)).astype(np.float32)
-    found = [network(picture) for _ in range(4)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        found = [network(picture) for _ in range(4)]
+        assert torch.get_num_threads() == threads + 1  # others of the process keep theirs
+    finally:
+        torch.set_num_threads(threads)
     assert all((one == found[0]).all() for one in found)
     with torch.inference_mode():
         expected = module(torch.from_numpy(picture)).numpy()

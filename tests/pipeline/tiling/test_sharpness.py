@@ -98,6 +98,14 @@ def test_patches_below_the_threshold_are_left_out(tmp_path: Path) -> None:
     assert bad.value.reason == "blurred"
 
 
+def test_surroundings_beside_a_patch_do_not_count(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(613, 487), levels=2)
+    alone, _ = planned(path, min_sharpness=0)
+    beside, _ = planned(path, min_sharpness=0, context_mpp=2.0)
+    assert [row.sharpness for row in beside] == [row.sharpness for row in alone]
+    assert all(len(one.image) > len(other.image) for one, other in zip(beside, alone, strict=True))
+
+
 def _decoded(jpeg: bytes) -> np.ndarray:
     import simplejpeg
 
