@@ -35,8 +35,8 @@ from pipeline.training.ranks import Ranks
 from tests.bench.lesions import mean_and_spread, stamp
 from tests.synth import RGB, tissue_rgb, write_pyramid
 
-WIDTH, HEIGHT, PATCH = 288, 256, 32
-RADIUS, CLEAR = 60, 54  # px: of the ring, and from it to a lesion; a patch is 45 px from corner to corner
+WIDTH, HEIGHT, PATCH = 144, 128, 16
+RADIUS, CLEAR = 30, 27  # px: of the ring, and from it to a lesion; a patch is 23 px from corner to corner
 LESION, RING = (60, 20, 90), (150, 90, 60)
 TASK = "enclosed"
 Cohort = tuple[list[StoredSlide], list[int]]
@@ -49,15 +49,15 @@ def draw(seed: int, *, enclosed: bool) -> RGB:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     centre = rng.uniform((RADIUS, RADIUS), (WIDTH - RADIUS, HEIGHT - RADIUS))
     away = np.hypot(x - centre[0], y - centre[1])
-    rgb[np.abs(away - RADIUS) < 4] = RING
+    rgb[np.abs(away - RADIUS) < 2] = RING
     for number in range(3):
         while True:
-            place = rng.uniform((8, 8), (WIDTH - 8, HEIGHT - 8))
+            place = rng.uniform((4, 4), (WIDTH - 4, HEIGHT - 4))
             distance = np.hypot(*(place - centre))
             inside = enclosed and number == 0
             if distance < RADIUS - CLEAR if inside else distance > RADIUS + CLEAR:
                 break
-        rgb[np.hypot(x - place[0], y - place[1]) < 5] = LESION
+        rgb[np.hypot(x - place[0], y - place[1]) < 3] = LESION
     return rgb
 
 
@@ -178,8 +178,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("label", "cost"), default=("label", "cost"))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--slides", nargs=2, type=int, default=(72, 50))
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--slides", nargs=2, type=int, default=(64, 50))
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
