@@ -68,23 +68,31 @@ def effects(model: IPSModel, values: Values) -> Effects:
 
 
 @torch.no_grad()
-def growing(model: IPSModel, values: Values, order: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
-    """Outputs of one image pooled over ever more of its patches: task -> logits (len(counts), K), on the host.
+def growing(model: IPSModel, values: Values, series: Sequence[tuple[Tensor, Sequence[int]]]) -> list[dict[str, Tensor]]:
+    """Outputs of one image pooled over ever more of its patches: of each series task -> logits (len(counts), K).
 
-    Each patch enters once, so a curve of insertion or, by the order reversed, of deletion costs one pass.
+    Each patch enters a series once, so a curve of insertion or, by the order reversed, of deletion costs one pass; the
+    token's layers take the pools of all series at once. On the host.
 
     Args:
         model: the one that selected; dropout is not applied.
         values: see `effects`.
-        order: (N,) rows, in the order they enter.
-        counts: how many have entered, ascending, from 1.
+        series: (N,) rows, in the order they enter, and counts: how many have entered, ascending, from 1.
 
     Raises:
         ValueError: where `IPSModel.pooling` raises it.
     """
-    pooling = model.pooling
-    logits, each = values.logits[order].double(), values.values[order].double()
-    shape = (pooling.attention.heads, pooling.tasks)
+    logits, each = values.logits.double(), values.values.double()
+    pools = [pool for order, counts in series for pool in _pools(model, logits[order], each[order], counts)]
+    with evaluating(model), torch.autocast(model.mean.device.type, enabled=False):
+        outputs = _outputs(model, torch.stack(pools))
+    parts = {task: torch.split(x, [len(counts) for _, counts in series]) for task, x in outputs.items()}
+    return [{task: x[number] for task, x in parts.items()} for number in range(len(series))]
+
+
+def _pools(model: IPSModel, logits: Tensor, each: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The pool (H, T, D_v) of the first so many patches, at each count."""
+    shape = (model.pooling.attention.heads, model.pooling.tasks)
     mass, mean, pools = torch.full(shape, -torch.inf, dtype=torch.float64), each.new_zeros(*shape, each.shape[-1]), []
     for low, high in pairwise((0, *counts)):
         part = logits[low:high].view(-1, *shape)
@@ -94,8 +102,7 @@ def growing(model: IPSModel, values: Values, order: Tensor, counts: Sequence[int
         mean = (mass - both).exp().unsqueeze(-1) * mean + (own - both).exp().unsqueeze(-1) * added
         mass = both
         pools.append(mean)
-    with evaluating(model), torch.autocast(model.mean.device.type, enabled=False):
-        return _outputs(model, torch.stack(pools))
+    return pools
 
 
 def _left(whole: Tensor, a: Tensor, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ips.bag import Chunk
 from ips.network.encoder import TwoScales
 from pipeline.bags.patch_bag import PatchBag
+from pipeline.bags.shared import rechunked
+from pipeline.bags.streamed import EmbeddedSlide
 from pipeline.config.embed import EmbedConfig
 from pipeline.errors import NodeError, StageError, StorageError
 from pipeline.model.build import build_encoder
@@ -99,6 +102,40 @@ def _content(uri: str, version: SourceVersion) -> str:
 def shared_embedder(config: EmbedConfig) -> Embedder:
     """The process's copy: loading the weights takes seconds."""
     return Embedder(config)
+
+
+class EmbeddedBag:
+    """The features of slides as an `ips` bag, made chunk by chunk of their patches: nothing is written, none are kept.
+
+    What is taken again is made again, which gives the same vectors.
+
+    Args:
+        slides: of one encoder; their rows follow one another.
+        threads: that may decode at a time.
+    """
+
+    def __init__(self, slides: Sequence[EmbeddedSlide], threads: int) -> None:
+        self._patches = PatchBag([slide.pixels for slide in slides], threads=threads, augment=None)
+        self._config = slides[0].config
+
+    def __len__(self) -> int:
+        return len(self._patches)
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Every row once, in order; errors as `PatchBag.chunks`, and StageError where a feature is not finite."""
+        return self.strip(size, 0, len(self))
+
+    def strip(self, size: int, start: int, stop: int) -> Iterator[Chunk]:
+        """Rows `start` to `stop`, as `chunks` gives all; the network sees whole batches, whatever `size` is."""
+        return rechunked(map(self._made, self._patches.strip(self._config.batch, start, stop)), size)
+
+    def take(self, rows: Tensor) -> Chunk:
+        """The features of `rows` (n,) int64, in that order."""
+        return self._made(self._patches.take(rows))
+
+    def _made(self, chunk: Chunk) -> Chunk:
+        vectors = torch.from_numpy(shared_embedder(self._config)(chunk.patches))
+        return Chunk(vectors, chunk.index, chunk.positions)
 
 
 def embed_slide(embedder: Embedder, stored: StoredSlide, store: FeatureStore, threads: int) -> FeatureSlide:

@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 
 from pipeline.bags.given import GivenSlide
-from pipeline.bags.streamed import StreamedSlide
+from pipeline.bags.streamed import EmbeddedSlide, StreamedSlide
 from pipeline.cohort.patients import bag_name
 from pipeline.cohort.table import CohortSlide
 from pipeline.store.features import FeatureSlide
 from pipeline.store.index import Ints
 from pipeline.store.patches import StoredSlide
 
-OneSlide = StoredSlide | FeatureSlide | GivenSlide | StreamedSlide
+OneSlide = StoredSlide | FeatureSlide | GivenSlide | StreamedSlide | EmbeddedSlide
 _GAP = 16  # px of the picture between two slides
 _THUMBNAIL_PX = 512
 _MIXED = "several"  # of another column, in which a patient's slides differ

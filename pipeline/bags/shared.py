@@ -8,7 +8,8 @@ for one model, and each model's numbers are those that it has alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from threading import Semaphore, Thread
 from typing import Generic, TypeVar
 
@@ -60,15 +61,7 @@ class _View(Generic[Result]):
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """As the bag's, once all others ask for theirs too."""
-        left: list[Chunk] = []
-        while (part := self._next(size)) is not None:
-            left.append(part)
-            while (held := sum(len(one.index) for one in left)) >= size:
-                whole = left[0] if len(left) == 1 else _joined(left)
-                yield _cut(whole, 0, size)
-                left = [_cut(whole, size, held)] if held > size else []
-        if left:
-            yield left[0] if len(left) == 1 else _joined(left)
+        return rechunked(iter(partial(self._next, size), None), size)
 
     @property
     def found(self) -> Result | Exception:
@@ -134,6 +127,20 @@ def together(bag: Bag, works: Sequence[Callable[[Bag], Result]]) -> tuple[list[R
             if view.wants is not None:
                 view.give(end)
     return [view.found for view in views], [view.seconds for view in views], reading.seconds
+
+
+def rechunked(parts: Iterable[Chunk | None], size: int) -> Iterator[Chunk]:
+    """The same rows in chunks of `size`, but for the last."""
+    left: list[Chunk] = []
+    for part in parts:
+        assert part is not None
+        left.append(part)
+        while (held := sum(len(one.index) for one in left)) >= size:
+            whole = left[0] if len(left) == 1 else _joined(left)
+            yield _cut(whole, 0, size)
+            left = [_cut(whole, size, held)] if held > size else []
+    if left:
+        yield left[0] if len(left) == 1 else _joined(left)
 
 
 def _joined(parts: Sequence[Chunk]) -> Chunk:

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from ips.bag import Bag
 from pipeline.bags.augment import Augment
-from pipeline.bags.embed import encoder_fingerprint
+from pipeline.bags.embed import EmbeddedBag, encoder_fingerprint
 from pipeline.bags.feature_bag import FeatureBag
 from pipeline.bags.given import GivenSlide, open_given
 from pipeline.bags.images import PastedImage, open_image
 from pipeline.bags.patch_bag import PatchBag
 from pipeline.bags.patients import PatientSlides
-from pipeline.bags.streamed import StreamedSlide, open_streamed, plan_root
+from pipeline.bags.streamed import EmbeddedSlide, StreamedSlide, open_streamed, plan_root
 from pipeline.cohort.table import CohortSlide
 from pipeline.columnar import mapped, together
 from pipeline.config.embed import EmbedConfig
@@ -94,7 +94,7 @@ class PatchSource(Protocol):
         ...
 
 
-Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide | GivenSlide
+Source = StoredSlide | PastedImage | FeatureSlide | StreamedSlide | GivenSlide | EmbeddedSlide
 BagSource = Source | PatientSlides
 LabelledSource = tuple[CohortSlide, BagSource]
 
@@ -119,7 +119,11 @@ def open_bag(source: BagSource, *, threads: int, augment: Augment | None) -> Bag
             return source.bag()  # the config refuses to flip digits
         case FeatureSlide() | GivenSlide():
             return FeatureBag([source])  # the config refuses to flip features
+        case EmbeddedSlide():
+            return EmbeddedBag([source], threads)
         case PatientSlides():
+            if made := [slide for slide in source.slides if isinstance(slide, EmbeddedSlide)]:
+                return EmbeddedBag(made, threads)
             pixels = [slide for slide in source.slides if isinstance(slide, StoredSlide | StreamedSlide)]
             vectors = [slide for slide in source.slides if isinstance(slide, FeatureSlide | GivenSlide)]
             return PatchBag(pixels, threads=threads, augment=augment) if pixels else FeatureBag(vectors)
@@ -233,7 +237,7 @@ def feature_store(config: Config, root: str | None = None) -> tuple[FeatureStore
     return FeatureStore(root, config.tiling.fingerprint(), encoder_fingerprint(config.embed)), config.embed
 
 
-def check_width(config: Config, slides: Sequence[FeatureSlide | GivenSlide]) -> None:
+def check_width(config: Config, slides: Sequence[FeatureSlide | GivenSlide | EmbeddedSlide]) -> None:
     """ConfigError where features are not as wide as the model takes them."""
     for slide in slides:
         if slide.dim != config.model.encoder.features:

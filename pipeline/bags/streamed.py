@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pipeline.cohort.table import CohortSlide
 from pipeline.columnar import mapped, together
 from pipeline.config.data import TilingConfig
+from pipeline.config.embed import EmbedConfig
 from pipeline.errors import BadTileError, PlanError, SlideError
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened, version_of
@@ -87,6 +88,33 @@ class PassingSlide(StreamedSlide):
         """As `StreamedSlide.payloads`, and SlideError where the slide breaks that process, or takes it too long."""
         seconds = max(self.spec.max_seconds * len(rows) / _SHARE, min(self.spec.max_seconds, _LEAST_S))
         return apart(self.slide, self.spec, partial(StreamedSlide.payloads, self, np.asarray(rows, np.int64)), seconds)
+
+
+@dataclass(frozen=True)
+class EmbeddedSlide(OnPatches):
+    """A slide whose features are made whenever they are asked for, and written nowhere; as a `sources.PatchSource`."""
+
+    pixels: StoredSlide | StreamedSlide
+    """What they are made of."""
+    config: EmbedConfig
+    """By what."""
+    encoder: str
+    """Its fingerprint."""
+    dim: int
+
+    @property
+    def key(self) -> str:
+        """As in the feature store."""
+        return f"{self.patches.key}-{self.encoder}"
+
+    @property
+    def uri(self) -> str:
+        """Of the pixels."""
+        return self.pixels.uri
+
+    def payloads(self, rows: Ints) -> list[bytes]:
+        """The patches of `rows` as JPEGs."""
+        return self.pixels.payloads(rows)
 
 
 def plan_root(root: str) -> str:

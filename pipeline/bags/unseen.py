@@ -9,12 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.bags.embed import embed_slide, shared_embedder
+from pipeline.bags.embed import embed_slide, encoder_fingerprint, shared_embedder
 from pipeline.bags.given import open_given
 from pipeline.bags.images import open_image
 from pipeline.bags.patients import OneSlide, PatientSlides
 from pipeline.bags.sources import BagSource, Source, check_width, feature_store
-from pipeline.bags.streamed import PassingSlide
+from pipeline.bags.streamed import EmbeddedSlide, PassingSlide, StreamedSlide
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, PlanError, SlideError
@@ -62,7 +62,8 @@ def _opened(
         sources = []
         for slide in slides:
             try:
-                sources.append(featured(config, *stack.enter_context(reading(config, slide, store))))
+                source, _ = stack.enter_context(reading(config, slide, store))
+                sources.append(embedded(config, source))
             except SlideError as error:
                 if len(slides) > 1:
                     raise SlideError(error.reason, of_patient(slide.slide_id, str(error))) from error
@@ -91,25 +92,13 @@ def rows_of(sources: Sequence[Source]) -> list[slice]:
 
 
 @contextmanager
-def prepared(config: Config, slide: CohortSlide) -> Iterator[Source]:
-    """The source of a slide that no stage has seen: a generated image, or a slide tiled for as long as this lasts.
-
-    Raises:
-        SlideError: the slide cannot be read or used.
-    """
-    with tiled(config, slide) as (source, scratch):
-        yield featured(config, source, scratch)
-
-
-@contextmanager
 def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
     """As `tiled`, but a slide that is not in the store is cut while it is read, and nothing of it written.
 
-    Features are made of patches that are stored, if only for as long as this lasts. Errors as `prepared`, and PlanError
-    when a patch is read that cannot be decoded: `tiled` leaves such out.
+    Errors as `tiled`; and PlanError when a patch cannot be decoded, which `tiled` leaves out.
     """
     there = None if store is None or config.cohort.megapixel_mnist is not None else known(config, slide, store)
-    if config.cohort.megapixel_mnist is not None or config.model.encoder.name == "features" or there is not None:
+    if config.cohort.megapixel_mnist is not None or config.given_features or there is not None:
         with tiled(config, slide, store) as found:
             yield found
         return
@@ -124,7 +113,10 @@ def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Ite
 def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
     """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
 
-    Where the patch store with the root `store` has this version of the slide they are that one's; errors as `prepared`.
+    Where the patch store with the root `store` has this version of the slide they are that one's.
+
+    Raises:
+        SlideError: the slide cannot be read or used.
     """
     if config.cohort.megapixel_mnist is not None:
         yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri), ""
@@ -171,3 +163,15 @@ def featured(config: Config, source: Source, scratch: str) -> Source:
     features = embed_slide(shared_embedder(settings), source, store, torch.get_num_threads())
     check_width(config, [features])
     return features
+
+
+def embedded(config: Config, source: Source) -> Source:
+    """As `featured`, for one reading: features are made whenever they are asked for, and written nowhere."""
+    if config.model.encoder.name != "features" or not isinstance(source, StoredSlide | StreamedSlide):
+        return source
+    assert config.embed is not None  # the config refuses features of nowhere
+    patches = source.patches if isinstance(source, StreamedSlide) else source
+    dim = shared_embedder(config.embed).dim * (1 if patches.context_mpp is None else 2)
+    slide = EmbeddedSlide(patches, source, config.embed, encoder_fingerprint(config.embed), dim)
+    check_width(config, [slide])
+    return slide

@@ -36,6 +36,15 @@ AddressOption = Annotated[
 ]
 
 
+ShardOption = Annotated[
+    int | None,
+    typer.Option(min=1, show_default="16384", help="Slides of more patches are scored by all actors together."),
+]
+HeadsOption = Annotated[
+    bool, typer.Option("--heads", help="Also the attention of each head; of an ensemble, of each model.")
+]
+
+
 def predict(
     model: ModelOption,
     out: Annotated[
@@ -57,7 +66,8 @@ def predict(
     address: AddressOption = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0.1, help="That Ray reserves for each actor.")] = 2.0,
     gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="Likewise.")] = 0.0,
-    heads: Annotated[bool, typer.Option("--heads", help="Also the attention of each head.")] = False,
+    shard_above: ShardOption = None,
+    heads: HeadsOption = False,
     all_patches: Annotated[
         bool, typer.Option("--all-patches", help="Also every patch as GeoJSON, all.geojson.gz of each slide.")
     ] = False,
@@ -74,12 +84,12 @@ def predict(
     """
     with errors(as_json=as_json, log_format=log_format):
         from pipeline.config.recipe import ClusterConfig
-        from pipeline.predictions.run import How
+        from pipeline.predictions.run import SHARD_ABOVE, How
         from pipeline.predictions.run import predict as make_predictions
 
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         cluster = ClusterConfig(address=address, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
-        how = How(store, workers, cluster, heads, all_patches, dicom)
+        how = How(store, workers, cluster, heads, all_patches, dicom, shard_above or SHARD_ABOVE)
         found = make_predictions(model, slides or [], cohort, out, tracking_uri=uri, mpp=mpp, series=series, how=how)
         if as_json:
             print_json(found)

@@ -89,11 +89,12 @@ def _curves(
     n = len(pooled.rows)
     counts = sorted({round(share * n) for share in FRACTIONS})
     curves: dict[str, Any] = {"fraction": [count / n for count in counts]}
-    for name, keys in orders.items():
+    left, series = [n - count for count in reversed(counts[:-1])], []
+    for keys in orders.values():
         order = torch.from_numpy(np.argsort(-keys, kind="stable"))
-        left = [n - count for count in reversed(counts[:-1])]
-        kept = growing(model, pooled.values, order.flip(0), left)
-        alone = growing(model, pooled.values, order, counts[1:])
+        series += [(order.flip(0), left), (order, counts[1:])]
+    found = growing(model, pooled.values, series)
+    for name, kept, alone in zip(orders, found[::2], found[1::2], strict=True):
         curves[name] = {
             "deletion": {column: [*values[::-1], None] for column, values in _columns(tasks, kept)},
             "insertion": {column: [None, *values] for column, values in _columns(tasks, alone)},

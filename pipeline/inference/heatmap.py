@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from PIL import Image
 
-from pipeline.inference.figures import DPI, INK, Numbers, new_figure, png
+from pipeline.inference.figures import DPI, INK, Numbers, new_figure, photograph_png
+
+_Ints = npt.NDArray[np.int64]
 
 _PAD, _BAR, _MARGIN, _SCALE_BAR, _LINE = 14, 110, 26, 26, 16
 """px: around everything, the colour bar with its lettering, the numbers of marks, the scale bar, a line of caption."""
 _LEAST = 200  # px of height that the colour bar with its title needs, beside a flat slide too
 _MARK = "#007a82"
 _COLOURS = ListedColormap(colormaps["inferno"](np.linspace(0.15, 1.0, 256)))  # without the near-black end
+_PALETTE = np.rint(_COLOURS(np.arange(256))[:, :3] * 255).astype(np.uint8)
+_GREYED = tuple(0.8 / 3 + 0.2 * (place in (0, 5, 10)) if place % 4 < 3 else 0.0 for place in range(12))
+"""Matrix of RGB to RGB: most of the colour is taken out of what lies below."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,10 @@ def overlay_png(
     total_w, total_h = figure.get_size_inches() * DPI
     below = total_h - box.top - box.height
     axes = figure.add_axes((box.left / total_w, below / total_h, box.width / total_w, box.height / total_h))
-    grey = slide.thumbnail.mean(axis=2, keepdims=True)
-    axes.imshow(((0.8 * grey + 0.2 * slide.thumbnail) / 255).clip(0, 1), extent=(0, width, height, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0))
     dimensions = slide.dimensions or (width * slide.scale, height * slide.scale)
     scale = dimensions[0] / box.width, dimensions[1] / box.height
-    field = attention_map((box.height, box.width), scale, slide.x, slide.y, slide.extent, slide.ratio)
-    axes.imshow(_coloured(field, norm), extent=(0, width, height, 0), interpolation="nearest")
+    cells = _cells((box.height, box.width), scale, slide.x, slide.y, slide.extent, slide.ratio)
     _marks(axes, slide, marks, zoom)
     axes.set_axis_off()
     axes.set_aspect("auto")
@@ -114,7 +118,7 @@ def overlay_png(
     for number, line in enumerate(caption):
         y = (_PAD / 2 + _LINE * (len(caption) - number - 0.5)) / total_h
         figure.text(box.left / total_w, y, line, fontsize=7, color=INK, va="center", ha="left", parse_math=False)
-    return png(figure)
+    return photograph_png(figure, _blended(slide.thumbnail, (box.width, box.height), cells, norm), (box.left, box.top))
 
 
 def overlay_box(shape: tuple[int, int], *, marks: bool = False, map_px: int = 900) -> Box:
@@ -136,6 +140,29 @@ def attention_map(
     `scale` is level-0 px per px, or that along x and along y. An edge goes to the nearest border between px, and a
     patch that is smaller than a px has the one that it begins in.
     """
+    cells = _cells(shape, scale, x, y, extent, values)
+    return cells.spread(cells.values)
+
+
+class _Cells(NamedTuple):
+    """A picture of rectangles of px of one value each: patches have few different edges, and a picture many px."""
+
+    values: npt.NDArray[np.float64]
+    """(r, c)."""
+    rows: _Ints
+    """(h,) which of r each px is in."""
+    columns: _Ints
+    """(w,) likewise."""
+
+    def spread(self, shown: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What is shown of each value (r, c) -> (h, w) px."""
+        return shown[self.rows].take(self.columns, axis=1)
+
+
+def _cells(
+    shape: tuple[int, int], scale: float | tuple[float, float], x: Numbers, y: Numbers, extent: float, values: Numbers
+) -> _Cells:
+    """As `attention_map`."""
     along = np.broadcast_to(np.asarray(scale, np.float64), 2)[:, None]
     low = np.stack([x, y]).astype(np.float64)
     high = np.stack([patch_ends(edges, extent) for edges in low])
@@ -144,18 +171,23 @@ def attention_map(
     begin = np.where(thin, np.floor(low / along).astype(int), begin)
     limit = np.array([[shape[1]], [shape[0]]])
     begin, end = begin.clip(0, limit), np.where(thin, begin + 1, end).clip(0, limit)
-    total, count = np.zeros((shape[0] + 1, shape[1] + 1)), np.zeros((shape[0] + 1, shape[1] + 1))
-    for down, right, sign in (
-        (begin[1], begin[0], 1),
-        (begin[1], end[0], -1),
-        (end[1], begin[0], -1),
-        (end[1], end[0], 1),
-    ):
+    (lefts, rights, columns), (tops, bottoms, rows) = (
+        _edges(begin[axis], end[axis], shape[1 - axis]) for axis in (0, 1)
+    )
+    total, count = (np.zeros((rows[-1] + 2, columns[-1] + 2)) for _ in range(2))
+    for down, right, sign in ((tops, lefts, 1), (tops, rights, -1), (bottoms, lefts, -1), (bottoms, rights, 1)):
         np.add.at(total, (down, right), sign * np.asarray(values, np.float64))
         np.add.at(count, (down, right), sign)
     whole, many = (grid.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] for grid in (total, count))
     # what is summed up and taken off again leaves its rounding
-    return np.where(many > 0.5, np.round(whole / np.maximum(many, 1), 9), 0.0)
+    return _Cells(np.where(many > 0.5, np.round(whole / np.maximum(many, 1), 9), 0.0), rows, columns)
+
+
+def _edges(begin: _Ints, end: _Ints, length: int) -> tuple[_Ints, _Ints, _Ints]:
+    """Numbers of the cells along an axis at which patches begin and end; and in which each of its px is."""
+    edges = np.unique(np.concatenate([[0], begin, end]))
+    cells = np.searchsorted(edges, np.arange(length), side="right") - 1
+    return np.searchsorted(edges, begin), np.searchsorted(edges, end), cells
 
 
 def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
@@ -174,12 +206,17 @@ def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
     return ends
 
 
-def _coloured(field: npt.NDArray[np.float64], norm: LogNorm) -> npt.NDArray[np.float64]:
-    """(h, w) ratios -> (h, w, 4); clear up to uniform, from there ever denser, without a step."""
-    place = np.asarray(norm(np.maximum(field, 1.0)), np.float64).clip(0, 1)
-    rgba: npt.NDArray[np.float64] = _COLOURS(place)
-    rgba[..., 3] = 0.7 * np.sqrt(place)  # what lies below is to be read everywhere
-    return rgba
+def _blended(thumbnail: npt.NDArray[np.uint8], size: tuple[int, int], cells: _Cells, norm: LogNorm) -> Image.Image:
+    """The greyed thumbnail, of width and height `size`, below the colours of ratios.
+
+    They are clear up to uniform, and from there ever denser, without a step.
+    """
+    below = Image.fromarray(thumbnail).convert("RGB", _GREYED).resize(size, Image.Resampling.BICUBIC)
+    place = np.asarray(norm(np.maximum(cells.values, 1.0)), np.float64).clip(0, 1)
+    colour = Image.fromarray(cells.spread((len(_PALETTE) * place).clip(0, len(_PALETTE) - 1).astype(np.uint8)))
+    colour.putpalette(_PALETTE.tobytes())
+    dense = 255 * 0.7 * np.sqrt(place)  # what lies below is to be read everywhere
+    return Image.composite(colour.convert("RGB"), below, Image.fromarray(cells.spread(np.rint(dense).astype(np.uint8))))
 
 
 def _colour_bar(figure: Figure, axes: Axes, norm: LogNorm, *, clipped: bool) -> None:

@@ -30,7 +30,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import SlideError
-from pipeline.inference.shards import selected
+from pipeline.inference.shards import Scores, selected
 from pipeline.model.build import build_model
 from pipeline.model.folder import EMBED_WEIGHTS, load_weights, read_config
 from pipeline.schema import ATTENTION
@@ -137,7 +137,7 @@ def predict_bag(
     *,
     heads: bool = False,
     pooled: bool = False,
-    logits: Tensor | None = None,
+    scores: Scores | None = None,
 ) -> BagPrediction:
     """Select as in training, then aggregate the winners; the model's modes are as before afterwards.
 
@@ -149,9 +149,9 @@ def predict_bag(
         seed: draws the patches of mode random.
         heads: also give the attention of each head and task.
         pooled: also give what the outputs were pooled of; with `select.context: all` H*D_v numbers a patch.
-        logits: (N, J) of all patches, where others have scored them (`shards`); of mode exact, without `heads`.
+        scores: of all patches, where others have scored them (`shards`); of mode exact.
     """
-    selection = _selection(model, bag, config, scorer, seed, heads=heads, pooled=pooled, logits=logits)
+    selection = _selection(model, bag, config, scorer, seed, heads=heads, pooled=pooled, scores=scores)
     parts = None
     rows = selection.index[0][selection.mask[0]]
     with evaluating(model), torch.inference_mode():
@@ -188,7 +188,7 @@ def _selection(
     *,
     heads: bool,
     pooled: bool,
-    logits: Tensor | None,
+    scores: Scores | None,
 ) -> Selection:
     """Which patches the aggregator sees; arguments as of `predict_bag`."""
     selecting = config.model.select
@@ -197,8 +197,8 @@ def _selection(
         return random_selection([bag], selecting.memory, generator)
     if selecting.mode == "every":
         return every_patch([bag])
-    if logits is not None:
-        return selected(logits, selecting.memory)
+    if scores is not None:
+        return selected(scores, selecting.memory, model, heads=heads)
     scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
     context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
     maps: Literal["each"] | bool = "each" if heads else True

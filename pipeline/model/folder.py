@@ -18,7 +18,7 @@ from ips.network.model import IPSModel
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
-from pipeline.storage.files import download, exists, is_remote, join, upload
+from pipeline.storage.files import download, exists, is_remote, join, list_names, upload
 from pipeline.storage.scratch import scratch_folder
 
 WEIGHTS = "weights.safetensors"
@@ -135,6 +135,32 @@ def weight_files(folder: Path) -> list[Path]:
     return [path for name in (WEIGHTS, EMBED_WEIGHTS) if (path := folder / name).is_file()]
 
 
+def model_folders(folder: Path) -> list[Path]:
+    """Of each model of an ensemble, in the order of their names; of a model its own."""
+    members = folder / MEMBERS
+    return sorted(place for place in members.iterdir() if place.is_dir()) if members.is_dir() else [folder]
+
+
+def whole_digest(folder: Path) -> str:
+    """`model_digest` of a model; of an ensemble, of those of its models and of what makes their features."""
+    found = [model_digest(read_config(one), weight_files(one)) for one in model_folders(folder)]
+    if not (folder / MEMBERS).is_dir():
+        return found[0]
+    shared = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weight_files(folder / MEMBERS)]
+    return fingerprint([*found, *shared])[:32]
+
+
+def keep_any(folder: Path, uri: str) -> None:
+    """As `keep_model`, of an ensemble too; each model's files, and what makes the features of all."""
+    if not (folder / MEMBERS).is_dir():
+        keep_model(folder, uri)
+        return
+    for one in model_folders(folder):
+        keep_model(one, join(uri, MEMBERS, one.name))
+    for path in weight_files(folder / MEMBERS):
+        upload(path, join(uri, MEMBERS, path.name))
+
+
 def keep_model(folder: Path, uri: str) -> None:
     """Copy what predicting takes to where every worker finds it."""
     for path in (folder / CONFIG, *weight_files(folder)):
@@ -146,7 +172,17 @@ def at_hand(uri: str, stack: ExitStack) -> Path:
     if not is_remote(uri):
         return Path(uri)
     local = stack.enter_context(scratch_folder())
+    _fetch(uri, local)
+    if names := list_names(join(uri, MEMBERS)):
+        _fetch(join(uri, MEMBERS), local / MEMBERS)
+        for name in names:
+            if name != EMBED_WEIGHTS:
+                _fetch(join(uri, MEMBERS, name), local / MEMBERS / name)
+    return local
+
+
+def _fetch(uri: str, local: Path) -> None:
+    local.mkdir(exist_ok=True)
     for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
         if exists(join(uri, name)):
             download(join(uri, name), local / name)
-    return local

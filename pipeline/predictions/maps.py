@@ -26,13 +26,17 @@ Floats = npt.NDArray[np.float32]
 Definition = dict[str, str]
 
 
-def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) -> dict[str, Definition]:
+def definitions(
+    config: Config, effects: Sequence[str], heads: Sequence[str], members: Sequence[str] = (), models: int = 1
+) -> dict[str, Definition]:
     """Column of `attention.parquet` -> what it is, its version and its unit.
 
     Args:
         config: of the model.
         effects: output columns that have an effect.
         heads: `<task>_<head>`, where asked for.
+        members: `member_<number>`, likewise.
+        models: of an ensemble.
     """
     selecting = config.model.select
     patients = config.cohort.bag == "patient"
@@ -63,6 +67,10 @@ def definitions(config: Config, effects: Sequence[str], heads: Sequence[str]) ->
             "unit": "share; sums to 1",
             "definition": f"softmax of the attention's logits over {over}, of this task (first) and head (last) alone",
         }
+    for name in members:
+        found[f"attention_{name}"] = {**found["attention"], "definition": f"{attention}, of this model alone"}
+    if models > 1:
+        found["attention"]["definition"] = f"mean over {models} models of the {attention}"
     return found
 
 
@@ -84,8 +92,22 @@ def map_table(
     explanation: Explanation | None,
     config: Config,
     among: int | None = None,
+    *,
+    models: int = 1,
+    members: Mapping[str, Floats] | None = None,
 ) -> pa.Table:
-    """One row a patch, as the README of this room says; `among`: of how many in the bag, None where they are all."""
+    """One row a patch, as the README of this room says.
+
+    Args:
+        index: where the patches are.
+        extent: their edge, level-0 px.
+        found: what is said of these patches.
+        explanation: of these patches.
+        config: of the model.
+        among: how many patches are in the bag; None where these are all.
+        models: whose mean it is.
+        members: name -> attention (N,) of each of these, where asked for.
+    """
     n = len(found.attention)
     selected = np.zeros(n, np.bool_)
     selected[found.selected] = True
@@ -101,8 +123,8 @@ def map_table(
     effects = {} if explanation is None else explanation.effect
     heads = head_columns(config.tasks, found)
     columns |= {f"effect_{name}": values for name, values in effects.items()}
-    columns |= {f"attention_{name}": values for name, values in heads.items()}
-    about = json.dumps(definitions(config, list(effects), list(heads)), sort_keys=True)
+    columns |= {f"attention_{name}": values for name, values in {**heads, **(members or {})}.items()}
+    about = json.dumps(definitions(config, list(effects), list(heads), list(members or {}), models), sort_keys=True)
     return pa.table(columns).replace_schema_metadata({METADATA: about.encode()})
 
 

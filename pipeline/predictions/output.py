@@ -25,6 +25,9 @@ SLIDES, COMMIT = "slides", "slide.json"
 ATTENTION, THUMBNAIL, OVERLAY, CONTACT = "attention.parquet", "thumbnail.jpg", "overlay.png", "contact.png"
 TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
 
+INTERVALS = b"ips.intervals"
+"""Of the schema of `predictions.parquet`: what its columns `_low` and `_high` are, for people."""
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 Facts = dict[str, Any]
@@ -113,6 +116,7 @@ def _table(
 ) -> pa.Table:
     good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
     bad = [one if isinstance(one, Failure) else None for one in outcomes]
+    spread = any(one is not None and "spread" in one for one in good)
 
     def column(kind: pa.DataType, *path: str | int) -> pa.Array:
         found = []
@@ -134,10 +138,14 @@ def _table(
     }
     for task in tasks:
         columns |= {name: column(pa.float64(), "values", name) for name in task.output_columns}
+        if spread:
+            for name in task.output_columns:
+                for end, suffix in enumerate(("low", "high")):
+                    columns[f"{name}_{suffix}"] = column(pa.float64(), "spread", name, end)
         own = [one.get(task.name) for one in labels]
         if any(label is not None for label in own):
             columns[task.result_columns["label"]] = pa.array(own, pa.string())
-    return pa.table(
+    table = pa.table(
         columns
         | {
             "n_patches": pa.array([0 if one is None else one["n_patches"] for one in good], pa.int64()),
@@ -148,3 +156,4 @@ def _table(
             "error": pa.array([None if one is None else one.message for one in bad], pa.string()),
         }
     )
+    return table.replace_schema_metadata({INTERVALS: b"models"}) if spread else table

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.model.folder import WEIGHTS, keep_model, model_digest, read_config, weight_files
+from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, read_config, whole_digest
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
@@ -48,9 +49,10 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 """Of what a slide's folder holds: folders of another one are made again."""
 _THREADS = 16
+SHARD_ABOVE = 16_384  # patches: minutes on a core, and to plan a slide once more takes seconds
 _KEPT = (
     "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
-    "histograms", "sentences", "selected", "model",
+    "histograms", "sentences", "selected", "model", "spread",
 )  # fmt: skip
 
 Item = TypeVar("Item")
@@ -72,6 +74,9 @@ class How:
     """Also every patch as GeoJSON."""
     dicom: bool = False
     """Also the maps of DICOM slides as DICOM Parametric Maps."""
+    shard_above: int | None = SHARD_ABOVE
+    """Slides of more patches are scored by all actors at once, and joined by one: the same to the last bit. None: each
+    slide by one."""
 
 
 def predict(
@@ -91,7 +96,8 @@ def predict(
     the same model, file and options are not predicted again.
 
     Args:
-        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a folder with weights.safetensors and config.json.
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a folder with weights.safetensors and config.json; or an
+            ensemble, by version, or as a folder with such folders below `members`.
         slides: see `asked.asked_slides`, as are `cohort`, `mpp` and `series`.
         cohort: URI of a cohort file.
         out: folder or s3:// prefix, made when absent; this room's README says what it will hold.
@@ -117,18 +123,21 @@ def predict(
     child.start()  # beside the model's loading
     place = _folder(out)
     with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
-        config = read_config(folder)
+        config = read_config(model_folders(folder)[0])  # models of an ensemble see the same patches
         check_bags(asked, config, cohort)
         if config.given_features:
             asked = _in_their_files(asked)
         check_environment([one.slide for one in asked], config.tiling)
         _check_store(how.store, config)
-        digest = model_digest(config, weight_files(folder))
+        digest = whole_digest(folder)
         kept = str(folder)
         if how.workers:  # whose processes may be elsewhere
             kept = join(place, "model")
-            keep_model(folder, kept)
-        predicting = Predicting(kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom)
+            keep_any(folder, kept)
+        above = how.shard_above if how.workers > 1 else None
+        predicting = Predicting(
+            kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom, above, max(1, how.workers)
+        )
         return _predict(asked, predicting, config, how)
 
 
@@ -156,8 +165,8 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
     log.info("predict: %d slides, of which %d are done already and %d are to be predicted", len(jobs), done, left)
     if how.workers:
         missing.sort(key=lambda bag: (-sum(sizes[place] for place in bag), bag))  # none is left to the end alone
-    with _working(how) as work, progress("predict", len(jobs), "slides", len(jobs) - left) as steps:
-        for number, answer in work(predicting.worker, [[jobs[place] for place in bag] for bag in missing]):
+    with _working(how) as (work, work_in_parts), progress("predict", len(jobs), "slides", len(jobs) - left) as steps:
+        for number, answer in work_in_parts(predicting.worker, [[jobs[place] for place in bag] for bag in missing]):
             bag = missing[number]
             each = [Failure("crash", str(answer))] * len(bag) if isinstance(answer, StageError) else answer
             for place, found in zip(bag, each, strict=True):
@@ -224,7 +233,7 @@ def _folder(out: str | Path) -> str:
 @contextmanager
 def _found(model: str, tracking_uri: str) -> Iterator[tuple[str, Path]]:
     """The exact version (or folder), and its files for the block: what embeds is loaded when needed."""
-    if (Path(model) / WEIGHTS).is_file():
+    if (Path(model) / WEIGHTS).is_file() or (Path(model) / MEMBERS).is_dir():
         yield str(Path(model).absolute()), Path(model).absolute()
         return
     from pipeline.tracking.registry import fetch  # loads MLflow for seconds
@@ -286,7 +295,7 @@ def _add_done(outcomes: list[Outcome | None], jobs: Sequence[Job], out: str) -> 
 
 def _slim(found: Outcome) -> Outcome:
     """What the tables, the page and the colours take: of a hundred thousand slides, 200 MB."""
-    return found if isinstance(found, Failure) else {name: found[name] for name in _KEPT}
+    return found if isinstance(found, Failure) else {name: found[name] for name in _KEPT if name in found}
 
 
 def _log(job: Job, found: Outcome) -> None:
@@ -298,19 +307,27 @@ Work = Callable[[Callable[[], Callable[[Item], Found]], Sequence[Item]], Iterato
 
 
 @contextmanager
-def _working(how: How) -> Iterator[Work[Any, Any]]:
-    """What makes something of each item, by its place: in this process, or by actors on Ray for the block."""
+def _working(how: How) -> Iterator[tuple[Work[Any, Any], Work[Any, Any]]]:
+    """What makes something of each item, by its place: in this process, or by actors on Ray for the block.
+
+    The second does so where an actor may cut an item into parts.
+    """
     if not how.workers:
-        yield _here
+        yield _here, _here
         return
     from pipeline.cluster import connected  # Ray loads for a second
+    from pipeline.results.parts import pooled_in_parts
     from pipeline.results.pool import Room, pooled
 
     cluster = how.cluster
     room = Room(how.workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.start_timeout_s)
-    with ExitStack() as stack:
-        stack.enter_context(connected(cluster))
-        yield lambda make, items: pooled(make, items, room, "predict") if items else iter(())
+    cutting = how.workers > 1 and how.shard_above is not None
+
+    def work(pool: Any, make: Callable[[], Callable[[Item], Found]], items: Sequence[Item]) -> Any:
+        return pool(make, items, room, "predict") if items else iter(())
+
+    with connected(cluster):
+        yield partial(work, pooled), partial(work, pooled_in_parts if cutting else pooled)
 
 
 def _here(make: Callable[[], Callable[[Item], Found]], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:

@@ -10,7 +10,9 @@ from pipeline.inference.explain import Explanation
 _SHARE = 0.1  # of the patches, that are left out in the sentence on deletion
 
 
-def sentences(config: Config, patches: int, selected: int, share: float, explanation: Explanation | None) -> list[str]:
+def sentences(
+    config: Config, patches: int, selected: int, share: float, explanation: Explanation | None, models: int = 1
+) -> list[str]:
     """Of one slide.
 
     Args:
@@ -19,8 +21,18 @@ def sentences(config: Config, patches: int, selected: int, share: float, explana
         selected: patches that were selected.
         share: of the attention, that these have.
         explanation: of the slide.
+        models: whose mean is given, each of which selected for itself.
     """
     selecting = config.model.select
+    if models > 1:
+        pooled = "all patches" if selecting.context == "all" else "the patches that it selected"
+        return [
+            f"{_percent(share)} of the attention, which is the mean of {models} models, is in the {selected:,} of "
+            f"{patches:,} patches that one of them selected.",
+            f"The outputs are the mean of these models, each pooled over {pooled}; their spread is the least and the "
+            "most that one of them gives, which is no confidence interval.",
+            "An ensemble has no effect of patches; predict one of its models for that.",
+        ]
     told = [f"{_percent(share)} of the attention is in the {selected:,} selected of {patches:,} patches."]
     if selecting.context == "all":
         told.append("The outputs are pooled over all patches.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +24,16 @@ from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DamagedError, SlideError, StorageError
+from pipeline.inference.ensemble import load_any, mean_of, predict_each, spread_of
 from pipeline.inference.explain import Explanation, explain
-from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, part_of, predict_bag, unpredicted
+from pipeline.inference.prediction import BagPrediction, bag_scorer, part_of, predict_bag, unpredicted
+from pipeline.inference.shards import Cut, Joined, Scores
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened
 from pipeline.model.folder import at_hand
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.dicom import write_maps
+from pipeline.predictions.large import Shard, cut, scored, together
 from pipeline.predictions.maps import METADATA, as_parquet, histograms, map_table
 from pipeline.predictions.output import (
     ALL,
@@ -56,6 +59,8 @@ from pipeline.store.patches import StoredSlide
 from pipeline.tiling.geojson import collection
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,14 @@ class Predicting:
     heads: bool
     all_patches: bool
     dicom: bool
+    shard_above: int | None = None
+    """Patches of a bag, from which several actors score it."""
+    shards: int = 1
+    """How many."""
 
-    def worker(self) -> Callable[[Sequence[Job]], list[Outcome]]:
-        """What predicts the slides of a bag, its model loaded."""
-        return Predictor(self).predict
+    def worker(self) -> Callable[[Any], Any]:
+        """What predicts the slides of a bag, its model loaded; see `Predictor.work`."""
+        return Predictor(self).work
 
 
 class Predictor:
@@ -96,18 +105,29 @@ class Predictor:
 
     def __init__(self, asked: Predicting) -> None:
         self._asked, self._stack = asked, ExitStack()
-        self._model, self._config = load_model(at_hand(asked.model, self._stack))
-        self._scorer = bag_scorer(self._model, self._config)
+        self._members = load_any(at_hand(asked.model, self._stack))
+        self._model, self._config = self._members[0]
+        self._scorers = [bag_scorer(*member) for member in self._members]
+
+    def work(self, item: Sequence[Job] | Shard | Joined[Sequence[Job]]) -> list[Outcome] | Cut[Shard] | Scores | None:
+        """Outcomes of a bag, as `predict`; or, of a large one, shards, then their scores, then outcomes."""
+        if isinstance(item, Shard):
+            (scorer,) = self._scorers
+            assert scorer is not None  # mode exact
+            return scored(item, self._config, scorer, self._asked.store)
+        if isinstance(item, Joined):
+            return _each(self._outcome(item.item, partial(self._predict, item.item, item.found)), item.item)
+        found: Cut[Shard] | list[Facts] | Failure = self._outcome(item, partial(self._cut_or_predict, item))
+        return found if isinstance(found, Cut) else _each(found, item)
 
     def predict(self, jobs: Sequence[Job]) -> list[Outcome]:
         """What `slide.json` says of each slide of a bag; what is wrong with one of them, for all, instead."""
-        found = self._outcome(jobs)
-        return [found] * len(jobs) if isinstance(found, Failure) else list(found)
+        return _each(self._outcome(jobs, partial(self._predict, jobs, ())), jobs)
 
-    def _outcome(self, jobs: Sequence[Job]) -> list[Facts] | Failure:
+    def _outcome(self, jobs: Sequence[Job], use: Callable[[Sequence[Source]], Made]) -> Made | Failure:
         slides = [job.slide for job in jobs]
         try:
-            return read_together(self._config, slides, partial(self._predict, jobs), self._asked.store)
+            return read_together(self._config, slides, use, self._asked.store)
         except SlideError as error:
             return Failure(error.reason, as_text(unpredicted(error, jobs[0].mpp_remedy)))
         except DamagedError as error:
@@ -118,23 +138,49 @@ class Predictor:
             log.exception("predict: %s", ", ".join(slide.slide_id for slide in slides))
             return Failure("crash", as_text(f"{type(error).__name__}: {error}"))
 
-    def _predict(self, jobs: Sequence[Job], sources: Sequence[Source]) -> list[Facts] | Failure:
+    def _cut_or_predict(self, jobs: Sequence[Job], sources: Sequence[Source]) -> Cut[Shard] | list[Facts] | Failure:
+        asked, slides = self._asked, [job.slide for job in jobs]
+        shards = None
+        if asked.shard_above is not None and len(self._members) == 1:
+            shards = cut(self._config, slides, as_one(slides, sources), asked.shard_above, asked.shards)
+        return shards or self._predict(jobs, (), sources)
+
+    def _predict(
+        self, jobs: Sequence[Job], shards: Sequence[Scores | None], sources: Sequence[Source]
+    ) -> list[Facts] | Failure:
+        """`shards` have the scores of all patches, where several actors scored them."""
         config, whole = self._config, as_one([job.slide for job in jobs], sources)
         bag = open_bag(whole, threads=torch.get_num_threads(), augment=None)
-        found = predict_bag(self._model, bag, config, self._scorer, heads=self._asked.heads, pooled=True)
+        if len(self._members) > 1:
+            each = predict_each(self._members, self._scorers, bag)
+            found = mean_of(each, config.tasks)
+        else:
+            scores, heads = together(shards, bag) if shards else None, self._asked.heads
+            found = predict_bag(self._model, bag, config, self._scorers[0], heads=heads, pooled=True, scores=scores)
+            each = [found]
         numbers = [value for task in config.tasks for value in found.values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
             return Failure("not-finite", f"the model gives {numbers}, no finite numbers; its weights are no good")
-        explanation, written = explain(self._model, config.tasks, found, whole.key), []
+        explanation, written = explain(self._model, config.tasks, found, whole.key), list[Facts]()
         for job, source, rows in zip(jobs, sources, rows_of(sources), strict=True):
             part, told = part_of(found, rows), None if explanation is None else explanation.of(rows)
-            table = map_table(source.index(), source.extent, part, told, config, len(found.attention))
+            own = {f"member_{n}": one.attention[rows] for n, one in enumerate(each)} if self._of_members else None
+            table = map_table(
+                source.index(), source.extent, part, told, config, len(found.attention), models=len(each), members=own
+            )
             facts = self._facts(job, source, found, explanation, table)
+            if len(each) > 1:
+                facts["spread"] = {name: list(ends) for name, ends in spread_of(each, config.tasks).items()}
             if len(jobs) > 1:
                 _add_patient(facts, jobs, found, part, config.cohort.whole)
             self._write(facts, job.slide, source, table)
             written.append(facts)
         return written
+
+    @property
+    def _of_members(self) -> bool:
+        """Whether the attention of each of several models is asked for."""
+        return self._asked.heads and len(self._members) > 1
 
     def _facts(
         self, job: Job, source: Source, found: BagPrediction, explanation: Explanation | None, table: pa.Table
@@ -170,7 +216,9 @@ class Predictor:
             "colours": {},  # `finish` knows them
             "overlay": None,
             "levels": list(LEVELS),
-            "sentences": sentences(config, len(found.attention), len(found.selected), share, explanation),
+            "sentences": sentences(
+                config, len(found.attention), len(found.selected), share, explanation, len(self._members)
+            ),
             "curves": None if explanation is None else explanation.curves,
             "identity": job.identity,
         }
@@ -205,6 +253,10 @@ class Predictor:
             for name in names:
                 upload(scratch / name, join(folder, name))
         return {"files": names, "why": None}
+
+
+def _each(found: list[Facts] | Failure, jobs: Sequence[Job]) -> list[Outcome]:
+    return [found] * len(jobs) if isinstance(found, Failure) else list(found)
 
 
 def _add_patient(facts: Facts, jobs: Sequence[Job], found: BagPrediction, part: BagPrediction, whole: str) -> None:

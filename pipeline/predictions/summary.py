@@ -61,7 +61,11 @@ def _row(
         "slide_id": slide_id,
         "uri": uri,
         "error": None,
-        "values": [found["values"][column] for task in tasks for column in task.output_columns],
+        "values": [
+            (found["values"][column], found.get("spread", {}).get(column))
+            for task in tasks
+            for column in task.output_columns
+        ],
         "labels": [labels.get(name) for name in labelled],
         "n_patches": found["n_patches"],
         "share": found["attention_in_selected"],

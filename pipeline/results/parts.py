@@ -8,30 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import StageError
+from pipeline.inference.shards import Cut, Joined
 from pipeline.results.pool import Room, pooled
 
-Item = TypeVar("Item")
-Part = TypeVar("Part")
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Cut(Generic[Part]):
-    """What an actor gives of an item that others should help with."""
-
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Joined(Generic[Item]):
-    """An item all of whose parts are there."""
-
-    item: Item
-    found: tuple[Any, ...]
-    """What came of each part, in their order."""
 
 
 @dataclass

@@ -23,9 +23,8 @@ from pipeline.bags.unseen import featured, known, tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import DamagedError, PipelineError, SlideError
 from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model, predict_bag, unpredicted
-from pipeline.inference.shards import Strip, borders, strip_logits
+from pipeline.inference.shards import Cut, Joined, Scores, Strip, borders, strip_logits
 from pipeline.model.folder import at_hand
-from pipeline.results.parts import Cut, Joined
 from pipeline.schema import SWEEP_ROWS
 from pipeline.sweep.cells import Cell, Scoring
 from pipeline.sweep.rows import Row
@@ -182,7 +181,7 @@ class Panel:
             bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
             logits = torch.cat([part for part in parts if isinstance(part, Tensor)])
             model, scorer = self._models[digest], self._scorers[digest]
-            found = predict_bag(model, bag, scoring.config, scorer, logits=logits)
+            found = predict_bag(model, bag, scoring.config, scorer, scores=Scores(logits))
         seconds = time.perf_counter() - began + sum(shard.seconds[digest] for shard in shards)
         row = _outcome(task, scoring, found, source.n_patches)
         return {**row, **_facts(source, source, sum(s.read_seconds for s in shards)), "seconds": seconds}

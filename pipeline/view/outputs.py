@@ -21,7 +21,7 @@ PREDICTIONS, ATTENTIONS, SLIDE, TISSUE = "predictions.parquet", "attention.parqu
 MASK_PX = 2048
 _SCORE, _EFFECT, _HEAD, _LABEL = "score", "effect_", "attention_", "_label"
 _FACTS = {"width", "height", "mpp", "attention_in_selected", "n_patches", "n_bad_tiles"}
-_LOW, _HIGH = "_low", "_high"
+_LOW, _HIGH, _INTERVALS = "_low", "_high", b"ips.intervals"
 _REMEDY = "run predict again, which makes what is not whole"
 _UNIFORM = "\N{MULTIPLICATION SIGN} uniform attention"
 
@@ -47,13 +47,14 @@ class Output(Batch):
         first = next((folder for folder in self._folders if folder is not None), None)
         self._said = {} if first is None else _json(files.join(self.uri, first, SLIDE))
         self.name = str(self._said.get("model", {}).get("source", self.uri))
-        self.slides = [self._slide(row, numbers) for row in listed]
+        kind = (rows.schema.metadata or {}).get(_INTERVALS, b"95%").decode()
+        self.slides = [self._slide(row, numbers, kind) for row in listed]
         self.scales = _scales(self._said)
 
-    def _slide(self, row: Mapping[str, Any], numbers: list[str]) -> ShownSlide:
+    def _slide(self, row: Mapping[str, Any], numbers: list[str], interval: str) -> ShownSlide:
         labels = [str(value) for name, value in row.items() if name.endswith(_LABEL) and value is not None]
         told = tuple(
-            Told(name, row[name], row.get(name + _LOW), row.get(name + _HIGH))
+            Told(name, row[name], row.get(name + _LOW), row.get(name + _HIGH), interval)
             for name in numbers
             if row[name] is not None and math.isfinite(row[name]) and not name.endswith((_LOW, _HIGH, _LABEL))
         )

@@ -24,8 +24,10 @@ class Told:
     name: str
     value: float
     low: float | None = None
-    """Of its 95% interval."""
+    """Of its interval."""
     high: float | None = None
+    interval: str = "95%"
+    """What kind that is: 95% confidence, or where the models of an ensemble are."""
 
 
 @dataclass(frozen=True)

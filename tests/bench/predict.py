@@ -107,6 +107,7 @@ def batch(folder: Path, count: int, edge: int) -> dict[str, float]:
 
     uris = [slide.uri for slide in slides]
     bare()
+    predict(model, uris[:1], None, folder / "first", tracking_uri="-")  # imports, once
     loop, _ = _cpu(bare)
     kept, _ = _cpu(lambda: predict(model, uris, None, folder / "kept", tracking_uri="-", how=How(store=store)))
     began = time.perf_counter()

@@ -2,7 +2,8 @@
 
 export const number = (value) => (Math.abs(value) >= 0.001 || value === 0 ? value.toFixed(3) : value.toExponential(1));
 
-const interval = ({ low, high }) => (low === null || high === null ? "" : ` (95%: ${number(low)} to ${number(high)})`);
+const interval = ({ low, high, interval: kind }) =>
+  low === null || high === null ? "" : ` (${kind}: ${number(low)} to ${number(high)})`;
 
 export const toldText = (told) => `${told.name} ${number(told.value)}${interval(told)}`;
 

@@ -84,10 +84,14 @@ def test_a_pool_that_grows_is_that_of_the_patches_so_far(n: int, scale: float, s
     (values,) = select(model, [bag], 3, 4, values=True).values or ()
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     counts = sorted({1, (n + 1) // 2, n})
-    found = growing(model, values, order, counts)
+    found, back, alone = growing(model, values, [(order, counts), (order.flip(0), counts), (order[:1], [1])])
     assert all(module.training for module in model.modules())
     x = _embedded(model, bag)
     with evaluating(model), torch.no_grad():
         for place, count in enumerate(counts):
             for task, logits in full_attention(model, x[order[:count]]).items():
                 torch.testing.assert_close(found[task][place], logits, rtol=1e-9, atol=1e-10)
+            for task, logits in full_attention(model, x[order.flip(0)[:count]]).items():
+                torch.testing.assert_close(back[task][place], logits, rtol=1e-9, atol=1e-10)
+    for task, logits in alone.items():
+        torch.testing.assert_close(logits, found[task][:1], rtol=1e-9, atol=1e-10)

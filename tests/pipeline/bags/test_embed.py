@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.bags.embed import Embedder, _together, embed_slide, embed_slides, embed_together, encoder_fingerprint
+from pipeline.bags.embed import (
+    EmbeddedBag,
+    Embedder,
+    _together,
+    embed_slide,
+    embed_slides,
+    embed_together,
+    encoder_fingerprint,
+)
+from pipeline.bags.feature_bag import FeatureBag
+from pipeline.bags.streamed import EmbeddedSlide
 from pipeline.columnar import Columnar
 from pipeline.config.embed import EmbedConfig
 from pipeline.errors import StageError
@@ -56,6 +66,30 @@ def test_features_are_the_networks_patch_by_patch(slides: list[StoredSlide], tmp
             wanted = encoder(scaled[None])[0].numpy()
         assert wanted.shape == (dim,)
         assert found.vectors(np.array([row]))[0] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_features_made_while_they_are_read_are_those_that_are_stored(slides: list[StoredSlide], tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    store = FeatureStore(str(tmp_path / "features"), "spec", encoder_fingerprint(config))
+    stored = [embed_slide(Embedder(config), slide, store, threads=1) for slide in slides]
+    passing = [
+        EmbeddedSlide(slide, slide, config, encoder_fingerprint(config), one.dim)
+        for slide, one in zip(slides, stored, strict=True)
+    ]
+    assert [slide.key for slide in passing] == [slide.key for slide in stored]
+    kept, made = FeatureBag(stored), EmbeddedBag(passing, threads=2)
+    assert len(made) == len(kept)
+    for size in (3, 5, 13, 99):
+        for one, other in zip(kept.chunks(size), made.chunks(size), strict=True):
+            assert torch.equal(one.patches, other.patches)
+            assert torch.equal(one.index, other.index)
+            assert one.positions is not None
+            assert other.positions is not None
+            assert torch.equal(one.positions, other.positions)
+    rows = torch.tensor([21, 0, 8])
+    assert torch.equal(made.take(rows).patches, kept.take(rows).patches)
+    strip = torch.cat([chunk.index for chunk in made.strip(4, 3, 12)])
+    assert strip.tolist() == list(range(3, 12))
 
 
 def test_small_slides_have_the_same_features_in_one_pack(slides: list[StoredSlide], tmp_path: Path) -> None:

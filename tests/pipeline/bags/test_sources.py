@@ -14,7 +14,7 @@ from ips.selection.transfer import arrived
 from pipeline.bags.augment import Augment
 from pipeline.bags.images import cohort_csv
 from pipeline.bags.sources import LabelledSource, content_of, contents, image_statuses, open_bag, open_sources
-from pipeline.bags.unseen import prepared
+from pipeline.bags.unseen import tiled
 from pipeline.cohort.table import read_cohort
 from pipeline.config.compose import load_config
 from pipeline.config.recipe import Config
@@ -96,13 +96,13 @@ def test_the_tile_stage_lists_images_and_names_rows_that_are_none(tmp_path: Path
 
 def test_a_slide_is_tiled_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
     (slide,) = write_cohort(tmp_path, ("no",)).slides
-    with prepared(small_config(), slide) as source:
+    with tiled(small_config(), slide) as (source, _):
         folder = Path(source.uri)  # type: ignore[union-attr]
         assert len(open_bag(source, threads=1, augment=None)) == source.n_patches > 0
         assert folder.is_dir()
     assert not folder.exists()
     gone = replace(slide, uri=str(tmp_path / "gone.png"))
-    with pytest.raises(SlideError, match=r"gone\.png") as caught, prepared(small_config(), gone):
+    with pytest.raises(SlideError, match=r"gone\.png") as caught, tiled(small_config(), gone):
         pass
     assert caught.value.reason == "missing"
 

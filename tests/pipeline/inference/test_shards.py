@@ -15,8 +15,16 @@ from ips.bag import Bag
 from pipeline.bags.shared import together
 from pipeline.bags.sources import open_bag
 from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
-from pipeline.inference.shards import Strip, borders, strip_logits
+from pipeline.inference.shards import Scores, Strip, borders, joined_scores, strip_logits, strip_scores
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(2, 50))
+def test_strips_in_steps_hold_each_row_once_and_begin_at_a_step(rows: int, parts: int, step: int) -> None:
+    found = borders(rows, parts, step)
+    assert [row for start, stop in found for row in range(start, stop)] == list(range(rows))
+    assert all(start % step == 0 < stop - start for start, stop in found)
+    assert len(found) == min(-(-rows // step), parts)
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
@@ -44,11 +52,31 @@ def test_logits_from_anywhere_give_the_prediction_of_one(bag: Bag, parts: int, t
     strips = [Strip(bag, *ends) for ends in borders(len(bag), parts)]
     logits = [strip_logits(own, len(bag), scorer, config.model.select.chunk) for own in reversed(strips)]
     assert [len(part) for part in reversed(logits)] == [len(own) for own in strips]
-    found = predict_bag(model, bag, config, scorer, logits=torch.cat(logits[::-1]))
+    found = predict_bag(model, bag, config, scorer, scores=Scores(torch.cat(logits[::-1])))
     whole = predict_bag(model, bag, config, scorer)
     np.testing.assert_array_equal(found.values["tumour"], whole.values["tumour"])
     np.testing.assert_array_equal(found.attention, whole.attention)
     np.testing.assert_array_equal(found.selected, whole.selected)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_what_all_patches_put_into_the_pool_is_the_same_in_strips(bag: Bag, parts: int, tmp_path: Path) -> None:
+    plain = small_config()
+    select = {**plain.model.select.model_dump(), "context": "all"}
+    config = small_config(model={**plain.model.model_dump(), "select": select})
+    model, _ = load_model(write_model(tmp_path, config))
+    scorer = bag_scorer(model, config)
+    assert scorer is not None
+    strips = [Strip(bag, *ends) for ends in borders(len(bag), parts, 7)]
+    scores = joined_scores([strip_scores(own, scorer, 7, context=True) for own in strips])
+    found = predict_bag(model, bag, config, scorer, heads=True, pooled=True, scores=scores)
+    whole = predict_bag(model, bag, config, scorer, heads=True, pooled=True)
+    assert found.pooled is not None
+    assert whole.pooled is not None
+    assert torch.equal(found.pooled.values.values, whole.pooled.values.values)
+    for name in ("attention", "selected", "heads"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    np.testing.assert_array_equal(found.logits["tumour"], whole.logits["tumour"])
 
 
 def test_several_models_share_the_reading_of_a_strip(bag: Bag, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,25 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.inference.prediction import BagPrediction, load_model, predict_bag
 from pipeline.model.build import build_model
-from pipeline.model.folder import SEEN, WEIGHTS, Seen, load_weights, read_config, read_seen, save_model
+from pipeline.model.folder import (
+    EMBED_WEIGHTS,
+    MEMBERS,
+    SEEN,
+    WEIGHTS,
+    Seen,
+    at_hand,
+    keep_any,
+    load_weights,
+    model_digest,
+    model_folders,
+    read_config,
+    read_seen,
+    save_model,
+    weight_files,
+    whole_digest,
+)
 from tests.pipeline.small import PATCH, small_config, write_model
+from tests.s3 import S3Server
 
 CONFIG = Config.model_validate({"name": "x", "cohort": {"uri": "c"}, "tasks": [{"name": "t", "column": "label"}]})
 
@@ -84,3 +102,26 @@ def test_numbered_heads_are_not_taken_for_those_of_another_order(tmp_path: Path)
     model = build_model(small_config(tasks=TASKS[::-1]))
     with pytest.raises(StageError, match=r"of the tasks \('pr.status', 'er', '1'\), the model has \('1', 'er'"):
         load_weights(model, tmp_path)
+
+
+def test_an_ensemble_is_kept_in_a_bucket_and_at_hand_from_there(
+    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    bucket, ensemble = server.bucket("ensemble"), tmp_path / "ensemble"
+    for number in range(2):
+        torch.manual_seed(number)
+        (place := ensemble / MEMBERS / f"{number:02d}").mkdir(parents=True)
+        save_model(place, build_model(small_config()).state_dict(), small_config())
+    (ensemble / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of all")
+    keep_any(ensemble, f"{bucket}/model")
+    with ExitStack() as stack:
+        local = at_hand(f"{bucket}/model", stack)
+        assert [place.name for place in model_folders(local)] == ["00", "01"]
+        assert whole_digest(local) == whole_digest(ensemble)
+        (local / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of others")
+        assert whole_digest(local) != whole_digest(ensemble)
+    one = ensemble / MEMBERS / "00"
+    assert model_folders(one) == [one]
+    assert whole_digest(one) == model_digest(small_config(), weight_files(one))

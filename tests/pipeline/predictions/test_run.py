@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pyarrow import csv
 
+from pipeline.bags import unseen
+from pipeline.bags.sources import open_bag
+from pipeline.bags.unseen import featured
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import StageError, TrackingError
+from pipeline.inference.prediction import load_model, predict_bag
+from pipeline.model.build import build_model
+from pipeline.model.folder import save_model
+from pipeline.predictions import run as run_module
+from pipeline.predictions.large import Shard
 from pipeline.predictions.output import safe_name
 from pipeline.predictions.run import How, predict
+from pipeline.predictions.slide import Predicting
 from pipeline.storage.files import read_bytes
 from pipeline.storage.tree import upload_tree
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
+from pipeline.view.outputs import Output
+from tests.pipeline.bags.test_embed import settings
 from tests.pipeline.formats.test_feature_files import VECTORS, N, trident
 from tests.pipeline.ingest.test_cohorts import given_config
 from tests.pipeline.small import (
@@ -279,6 +295,111 @@ def test_microns_that_are_missing_are_asked_for_where_they_can_be_given(tmp_path
     ]
     found = predict(str(model), [str(tmp_path / "named.png")], None, tmp_path / "out", tracking_uri="unused", mpp=0.5)
     assert found["failed"] == {}
+
+
+def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folder: Path, tmp_path: Path) -> None:
+    config, ensemble, slides = small_config(), tmp_path / "ensemble", _slides(tmp_path)
+    for number in range(2):
+        torch.manual_seed(number)
+        (place := ensemble / "members" / f"{number:02d}").mkdir(parents=True)
+        save_model(place, build_model(config, pretrained=False).state_dict(), config)
+    found = predict(str(ensemble), slides, None, tmp_path / "out", tracking_uri="unused", how=How(heads=True))
+    assert list(found["failed"]) == ["bad"]
+    alone = []
+    for number in range(2):
+        out = tmp_path / f"alone-{number}"
+        predict(str(ensemble / "members" / f"{number:02d}"), slides[:1], None, out, tracking_uri="unused")
+        alone.append(pq.read_table(out / "predictions.parquet")["tumour_yes"][0].as_py())
+    table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    row = table.to_pylist()[0]
+    assert row["tumour_yes"] == pytest.approx(np.mean(alone), rel=1e-12)
+    assert (row["tumour_yes_low"], row["tumour_yes_high"]) == (min(alone), max(alone))
+    assert table["tumour_yes_low"].to_pylist()[2] is None  # of the slide that failed
+    assert table.schema.metadata[b"ips.intervals"] == b"models"
+    maps = pq.read_table(tmp_path / "out" / "slides" / "a" / "attention.parquet")
+    both = [maps[f"attention_member_{number}"].to_numpy() for number in range(2)]
+    np.testing.assert_allclose(maps["attention"].to_numpy(), np.mean(both, axis=0), rtol=1e-6)
+    facts = json.loads((tmp_path / "out" / "slides" / "a" / "slide.json").read_text())
+    assert "mean over 2 models" in facts["maps"]["attention"]["definition"]
+    assert facts["curves"] is None
+    assert f"models: {min(alone):.3f} to {max(alone):.3f}" in (tmp_path / "out" / "summary.html").read_text()
+    shown = Output(str(tmp_path / "out")).slides[0].told
+    assert [(one.name, one.interval) for one in shown] == [("tumour_no", "models"), ("tumour_yes", "models")]
+    again = predict(str(ensemble), slides[:2], None, tmp_path / "out", tracking_uri="unused", how=How(heads=True))
+    assert again["predicted_now"] == 0
+    torch.manual_seed(7)
+    save_model(ensemble / "members" / "01", build_model(config, pretrained=False).state_dict(), config)
+    again = predict(str(ensemble), slides[:2], None, tmp_path / "out", tracking_uri="unused", how=How(heads=True))
+    assert again["predicted_now"] == 2
+
+
+def test_features_are_made_of_a_slide_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as of stored features; nothing is tiled, or written but the folder."""
+    model = {**small_config().model.model_dump(), "encoder": {"name": "features", "features": 128}}
+    config, cohort = (
+        small_config(embed=settings(tmp_path), model=model, train={"augment": False}),
+        write_cohort(tmp_path, [None]),
+    )
+    (tmp_path / "model").mkdir()
+    folder = str(write_model(tmp_path / "model", config))
+    ((slide, stored),) = store_slides(cohort, tmp_path / "store", config)
+    features = featured(config, stored, str(tmp_path / "features"))
+    network, _ = load_model(Path(folder))
+    wanted = predict_bag(network, open_bag(features, threads=1, augment=None), config)
+    monkeypatch.setattr(unseen, "store_slide", None)
+    monkeypatch.setattr(unseen, "embed_slide", None)
+    predict(folder, [slide.uri], None, tmp_path / "passed", tracking_uri="unused")
+    how = How(store=str(tmp_path / "store"))
+    predict(folder, [slide.uri], None, tmp_path / "stored", tracking_uri="unused", how=how)
+    assert _files(tmp_path / "passed") == _files(tmp_path / "stored")
+    maps = pq.read_table(tmp_path / "passed" / "slides" / "s0" / "attention.parquet")
+    np.testing.assert_array_equal(maps["attention"].to_numpy(), wanted.attention)
+    table = pq.read_table(tmp_path / "passed" / "predictions.parquet")
+    assert [table["tumour_no"][0].as_py(), table["tumour_yes"][0].as_py()] == wanted.values["tumour"].tolist()
+
+
+class DyingPredicting(Predicting):
+    """Whose first actor that is given a shard is killed."""
+
+    def worker(self) -> Callable[[Any], Any]:
+        return partial(_work, self, super().worker())
+
+
+def _work(asked: Predicting, work: Callable[[Any], Any], item: Any) -> Any:
+    if isinstance(item, Shard):
+        dead = Path(asked.out) / "dead"
+        if not dead.exists():
+            dead.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (Path(asked.out) / "shards").mkdir(exist_ok=True)
+        (Path(asked.out) / "shards" / f"{item.slides[0].slide_id}-{item.start}").touch()
+    return work(item)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_large_slide_is_scored_by_all_actors_and_one_of_them_may_die(
+    ray_session: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slides = _slides(tmp_path)
+    with Image.open(slides[1]) as image:
+        image.crop((0, 0, 150, 110)).save(tmp_path / "small.png")
+    slides.append(str(tmp_path / "small.png"))
+    alone, many, threads = tmp_path / "alone", tmp_path / "many", torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        predict(str(folder), slides, None, alone, tracking_uri="unused")
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(run_module, "Predicting", DyingPredicting)
+    how = How(workers=2, cluster=ClusterConfig(cpus_per_worker=1.0), shard_above=19)
+    found = predict(str(folder), slides, None, many, tracking_uri="unused", how=how)
+    assert list(found["failed"]) == ["bad"]
+    assert (many / "dead").exists()
+    assert sorted(path.name for path in (many / "shards").iterdir()) == ["a-0", "a-2-0", "a-2-7", "a-7"]
+    kept = {name: data for name, data in _files(many).items() if name.split("/")[0] not in ("model", "dead", "shards")}
+    assert kept == _files(alone)
+    assert predict(str(folder), slides, None, many, tracking_uri="unused", how=how)["predicted_now"] == 1
 
 
 @pytest.mark.slow

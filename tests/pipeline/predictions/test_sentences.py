@@ -28,3 +28,10 @@ def test_a_pool_that_does_not_tell_is_said_to() -> None:
         "100% of the attention is in the 5 selected of 5 patches.",
         "This model's pool does not tell what each patch does, so there is no effect of patches.",
     ]
+
+
+def test_an_ensemble_says_what_its_spread_is() -> None:
+    said = sentences(small_config(), 1000, 150, 0.9, None, models=5)
+    assert said[0].startswith("90% of the attention, which is the mean of 5 models, is in the 150 of 1,000 patches")
+    assert "no confidence interval" in said[1]
+    assert "predict one of its models" in said[2]

@@ -70,7 +70,7 @@ def test_what_is_wrong_with_a_slide_or_a_model_is_said_and_the_output_is_not_to_
     assert found.reason == "not-a-slide"
     write_slide(tmp_path / "a.png", 2)
 
-    def failing(*_: object) -> None:
+    def failing(*_: object, **__: object) -> None:
         raise ValueError("never seen before")
 
     monkeypatch.setattr(slide_module, "map_table", failing)

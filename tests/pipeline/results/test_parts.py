@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import StageError
-from pipeline.results.parts import Cut, Joined, pooled_in_parts
+from pipeline.inference.shards import Cut, Joined
+from pipeline.results.parts import pooled_in_parts
 from pipeline.results.pool import Room
 
 ROOM = Room(actors=2, cpus=1.0, gpus=0.0, timeout_s=5.0)

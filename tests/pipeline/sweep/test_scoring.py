@@ -13,8 +13,8 @@ from pipeline.bags.unseen import tiled
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.sweep import SettingsGrid
 from pipeline.inference.prediction import load_model, predict_bag
+from pipeline.inference.shards import Joined
 from pipeline.ingest.tiler import store_slide
-from pipeline.results.parts import Joined
 from pipeline.sweep.cells import Scoring, expand
 from pipeline.sweep.cohorts import SweptCohort
 from pipeline.sweep.models import SweepModel
