@@ -74,7 +74,7 @@ class SelectConfig(Section):
     all patches. In exact, the M that train the encoder are drawn by their attention and weighed, so that the mean of
     its gradient is that of all patches (`ips.ByAttention`). exact and window only: they see all patches anyway. In
     training, train.norm batch and group normalise the M by their own statistics and the others by the running ones;
-    frozen makes no difference between them."""
+    frozen makes no difference between them. For answers in all patches: where few decide, they are found less often."""
 
 
 class ModelConfig(Section):
