@@ -115,9 +115,9 @@ class Scorer:
         self._products = [_pad_width(matrix) for matrix in self._matrices()]
         self.width = len(self._products[-1])
         """J, logits of a patch."""
-        self._embed: Callable[[Tensor], Tensor] = (
-            torch.compile(self._plain_embed, dynamic=False, fullgraph=True) if self._compile else self._plain_embed
-        )
+        self._compiled: Callable[[Tensor], Tensor] | None = None  # not its own method, which would be a circle
+        if self._compile:
+            self._compiled = torch.compile(self._plain_embed, dynamic=False, fullgraph=True)
         self._structure = self._looked()
         self.refresh()
 
@@ -202,7 +202,7 @@ class Scorer:
         """
         in_place = self._encoder is self.model.encoder
         with torch.autocast(self.device.type, self.dtype, enabled=in_place and self.dtype == torch.bfloat16):
-            embeddings = self._embed(patches)
+            embeddings = (self._compiled or self._plain_embed)(patches)
         # out of what is compiled; `_pad_width` would make a wrong width fit without a word
         self.model.check_embeddings(embeddings, patches)
         embeddings = embeddings.to(self.logit_dtype)

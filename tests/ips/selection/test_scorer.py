@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -217,3 +219,17 @@ def test_bad_arguments_are_named() -> None:
     for batch in (0, 12, -8):
         with pytest.raises(ValueError, match=f"batch={batch} must be a multiple of 8"):
             Scorer(tiny_model(), batch=batch)
+
+
+def test_a_copy_of_the_encoder_goes_with_its_last_user() -> None:
+    """Not when Python looks for circles: a server makes one a slide."""
+    gc.collect()
+    gc.disable()
+    try:
+        scorer = Scorer(resnet_model(), batch=8)
+        scorer.content(scorer.receive(Chunk(_patches(), torch.arange(8))))
+        gone = weakref.ref(scorer._encoder)
+        del scorer
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -58,7 +58,7 @@ def test_a_px_has_the_mean_of_the_patches_that_its_centre_is_in() -> None:
 def test_a_map_lies_where_its_patches_do(tmp_path: Path) -> None:
     """To one px of level 0 at all four corners, by the places in mm that both images state."""
     hd = load_highdicom()
-    (source,) = write_series(tmp_path / "a", tissue_rgb(WIDTH, HEIGHT), factors=(1,), mpp=MPP)
+    (source,) = write_series(tmp_path / "a", tissue_rgb(WIDTH, HEIGHT), factors=(1,), mpp=MPP, tile=211)
     columns = _columns(63.31)
     assert write_maps(str(tmp_path / "a"), _facts(63.31, len(columns["x"])), columns, tmp_path) == [
         "attention.dcm",
