@@ -19,6 +19,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 
 from pipeline.config.recipe import Config
 from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, MEMBERS, SEEN, WEIGHTS
+from pipeline.segmentation.network import read_network
 from pipeline.storage import files
 
 _PACKAGES = Path(__file__).resolve().parents[2]
@@ -76,12 +77,18 @@ def write_package(target: Path, artifacts: dict[str, str], config: Config, examp
 
 
 def requirements(config: Config) -> list[str]:
-    """What a host has to install for this model."""
+    """What a host has to install for this model.
+
+    Raises:
+        ConfigError, StorageError: as `read_network`, of a model whose tiling has one.
+    """
     encoder = config.model.encoder
     if encoder.name == "features" and config.embed is not None:
         encoder = config.embed.encoder
     names = [*REQUIREMENTS, *(["timm"] if encoder.name.startswith("timm:") else [])]
     names += ["h5py"] if config.given_features else []
+    network = config.tiling.tissue_model
+    names += ["onnxruntime"] if network is not None and read_network(network)[0] == "onnx" else []
     return [f"{name}=={_public(installed(name))}" for name in names]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -16,7 +17,7 @@ ROOT = Path(package.__file__).parents[2]
 
 def test_every_package_that_serving_imports_is_a_requirement() -> None:
     """Lazy imports too: tiles in JPEG 2000 need one of these alone."""
-    optional = {"timm"}  # of models that need it
+    optional = {"timm", "onnxruntime"}  # of models that need it
     # Of patch coordinates, of the embed stage, s3fs's own, and of gs:// and az://, which a host may have.
     others = {"h5py", "ray", "aiohttp", "botocore", "obstore"}
     wanted, seen, rest = set(), set(), {"pipeline.results.serving"}
@@ -49,6 +50,18 @@ def _imports(source: Path) -> set[str]:
             inside = {name for name in names if ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()}
             found |= inside or {node.module}
     return found
+
+
+def test_a_network_for_tissue_that_is_onnx_needs_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "installed", lambda name: "1.20" if name == "onnxruntime" else "2.0+cpu")
+    monkeypatch.setattr("pipeline.segmentation.network.find_spec", lambda name: name)
+    path = tmp_path / "network"
+    path.write_bytes(b"\x08\x07")  # as an ONNX model begins
+    known = {"uri": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "mpp": 8.0}
+    network = {**known, "classes": ["glass", "tissue"], "tissue": ["tissue"]}
+    config = small_config(tiling={"mpp": 0.5, "tissue": "model", "tissue_model": network})
+    assert "onnxruntime==1.20" in requirements(config)
+    assert not any("onnxruntime" in one for one in requirements(small_config()))
 
 
 @pytest.mark.parametrize("section", ["model", "embed"])
