@@ -47,18 +47,16 @@ def best(keys: Tensor, index: Tensor, memory: int) -> Tensor:
 class ByAttention:
     """`draw` of `select` with `context="rest"`: M patches by their attention, for the encoder's gradient over all N.
 
-    A pure function of the scores and the turn, which with their order seeds it: the same in every process that has the
-    scores, and in a run that is resumed.
+    A pure function of the scores and the seed: the same in every process that has the scores and in a run that is
+    resumed. Scores that differ by rounding change a patch only where a chance's end falls between two.
     """
 
-    turn: int = 0
-    """Such as the epoch: scores that stay are drawn from otherwise each time."""
+    seed: int = 0
+    """Another one for each image and epoch, from 0 to 2^32 - 1."""
 
     def __call__(self, keys: Tensor, memory: int) -> tuple[Tensor, Tensor]:
         """Log scores (N,) -> rows (m <= M,), best first, and one over the chance of each (m,)."""
-        order = best(keys, torch.arange(len(keys)), len(keys))
-        digest = int((order * torch.arange(1, len(order) + 1).square()).sum())
-        generator = torch.Generator().manual_seed((digest + 1_000_003 * self.turn) % 2**32)  # of which it takes no more
+        generator = torch.Generator().manual_seed(self.seed)
         chance = chances(keys, memory)
         shuffled = torch.randperm(len(keys), generator=generator)
         ends = chance[shuffled].cumsum(0).clamp(max=memory)

@@ -52,7 +52,7 @@ def select(
     group: dist.ProcessGroup | None = None,
     context: Literal["whole", "rest"] | None = None,
     values: bool = False,
-    draw: Draw | None = None,
+    draw: Draw | Sequence[Draw] | None = None,
 ) -> Selection:
     """Choose the M best patches of each of B images, without gradient and in evaluation mode.
 
@@ -74,7 +74,8 @@ def select(
             are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
             for the rest; M more patches are encoded for it.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
-        draw: who wins, where it is not the best, and with which weight; alike in all of `group`; exact only.
+        draw: who wins, of all images or of each, where it is not the best, and with which weight (then with
+            `context="rest"`); alike in all of `group`; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -95,8 +96,9 @@ def select(
     certificates = _certificates(inner, scorer, bags, taken.caches, memory, chunk, shares) if certify else None
     each = len(inner.tasks) if attention == "each" else None
     maps = tuple(cache.attention(each) for cache in taken.caches) if attention else None
-    winners, scored = [_won(pool, memory, draw) for pool in taken.pools], [pool.scored for pool in taken.pools]
-    found = assemble(winners, memory, scored, maps, certificates)
+    draws = draw if isinstance(draw, Sequence) else [draw] * len(bags)
+    winners = [_won(pool, memory, one, context) for pool, one in zip(taken.pools, draws, strict=True)]
+    found = assemble(winners, memory, [pool.scored for pool in taken.pools], maps, certificates)
     return _with_embeddings(found, scorer, bags, chunk, taken, shares)
 
 
@@ -144,7 +146,7 @@ class _Taken:
                 watch(number, index, logits, x)
 
 
-def _won(pool: Pool, memory: int, draw: Draw | None) -> tuple[Tensor, ...]:
+def _won(pool: Pool, memory: int, draw: Draw | None, context: str | None) -> tuple[Tensor, ...]:
     """Rows of the winners, their log scores, and what the draw weighs them by, if it does."""
     if draw is None:
         return pool.winners(memory)
@@ -152,6 +154,8 @@ def _won(pool: Pool, memory: int, draw: Draw | None) -> tuple[Tensor, ...]:
     keys = pool.log_scores()
     drawn = draw(keys, memory)
     rows, *weights = drawn if isinstance(drawn, tuple) else (drawn,)
+    if weights and context != "rest":
+        raise ValueError("draw weighs gradients, to stand for those of all patches: they need context='rest'")
     if len(rows) > memory or len(torch.unique(rows)) < len(rows) or ((rows < 0) | (rows >= len(keys))).any():
         raise ValueError(
             f"draw gave {rows.tolist()[:9]} ...: it must give at most {memory} different rows of {len(keys)}"

@@ -295,4 +295,6 @@ class Config(Section):
                 del dump["train"][name]
         if self.model.select.context == SelectConfig.model_fields["context"].default:
             del dump["model"]["select"]["context"]
+        else:
+            dump["model"]["select"]["context_rule"] = 2  # the encoder learns from M drawn by the slide and the epoch
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -71,17 +71,17 @@ class Lease:
     """Of its file."""
     token: str
 
-    def check(self) -> None:
-        """Return where the claim still stands.
+    def check(self) -> str | None:
+        """Return where the claim still stands, with the tag of its file.
 
         Raises:
             StageError: another process has taken the work over, or even done it; or this one has given it back.
             StorageError: that cannot be found out.
         """
-        found, _ = _read(self.uri)
+        found, tag = _read(self.uri)
         if found is None:  # some S3 servers (rclone) remove the old file before they write the new one
             time.sleep(_AGAIN_S)
-            found, _ = _read(self.uri)
+            found, tag = _read(self.uri)
         if found is None:
             raise StageError(
                 f"{self.uri} is gone, by which other processes know that this one is at work; nothing more is written, "
@@ -95,6 +95,7 @@ class Lease:
             )
         if found.free:
             raise StageError(f"{self.uri}: the run that this process works for has ended; nothing more is written")
+        return tag
 
 
 @contextmanager
@@ -113,10 +114,10 @@ def held(uri: str, what: str) -> Iterator[Lease]:
     if found is not None:
         raise _taken(uri, what, *found)
     try:
-        claim, tag = _begin(uri, tag)
+        claim = _begin(uri, tag)
     except ChangedError as other:
         raise StageError(f"{what}: another process claimed it at the same moment ({uri}); it goes on there") from other
-    with _claimed(uri, claim, tag) as lease:
+    with _claimed(uri, claim) as lease:
         yield lease
 
 
@@ -144,41 +145,40 @@ def joined(uri: str, what: str) -> Iterator[Lease | None]:
         yield None
         return
     try:
-        claim, tag = _begin(uri, tag)
+        claim = _begin(uri, tag)
     except ChangedError:
         log.info("%s: another process has begun it at the same moment", what)
         yield None
         return
-    with _claimed(uri, claim, tag) as lease:
+    with _claimed(uri, claim) as lease:
         yield lease
 
 
-def _begin(uri: str, tag: str | None) -> tuple[Claim, str | None]:
-    """This process's claim, written in the place of what was judged, and its tag.
+def _begin(uri: str, tag: str | None) -> Claim:
+    """This process's claim, written in the place of what was judged.
 
     Raises:
         ChangedError: another process claimed it meanwhile, which the storage told.
     """
     claim = _claim()
-    return claim, _write(uri, claim, tag)
+    _write(uri, claim, tag)
+    return claim
 
 
-def _write(uri: str, claim: Claim, tag: str | None) -> str | None:
+def _write(uri: str, claim: Claim, tag: str | None) -> None:
     """Write a claim in the place of the one of this tag; where the answer to that was lost, it is found there."""
     try:
-        return replace(uri, json_bytes(asdict(claim)), tag)
+        replace(uri, json_bytes(asdict(claim)), tag)
     except ChangedError:
-        found, now = _read(uri)
-        if found != claim:
+        if _read(uri)[0] != claim:
             raise
-        return now
 
 
 @contextmanager
-def _claimed(uri: str, claim: Claim, tag: str | None) -> Iterator[Lease]:
+def _claimed(uri: str, claim: Claim) -> Iterator[Lease]:
     """The lease, which this process has claimed."""
     stop = threading.Event()
-    thread = threading.Thread(target=_beat, args=(uri, claim, tag, stop), name="lease", daemon=True)
+    thread = threading.Thread(target=_beat, args=(uri, claim, stop), name="lease", daemon=True)
     thread.start()
     try:
         yield Lease(uri, claim.token)
@@ -248,14 +248,16 @@ def _taken(uri: str, what: str, claim: Claim, remedy: str) -> StageError:
     )
 
 
-def _beat(uri: str, claim: Claim, tag: str | None, stop: threading.Event) -> None:
-    """Say again and again that the process lives, until it ends or another one has the lease."""
+def _beat(uri: str, claim: Claim, stop: threading.Event) -> None:
+    """Say again and again that the process lives, until it ends or another one has the lease.
+
+    Each beat goes by the tag that it finds: that of the one before is not known where its answer was lost.
+    """
     beats, lease = 0, Lease(uri, claim.token)
     while not stop.wait(BEAT_S):
         beats += 1
         try:
-            lease.check()
-            tag = _write(uri, changed(claim, beats=beats), tag)
+            _write(uri, changed(claim, beats=beats), lease.check())
         except StageError as lost:
             log.error("%s", lost)  # noqa: TRY400, no trace: whoever writes next raises it
             return

@@ -20,7 +20,7 @@ from ips.network.context import each, joined
 from ips.network.heads import Kind
 from ips.selection.shards import strip
 
-Pick = Callable[[Sequence[Bag]], Selection]
+Pick = Callable[[Sequence[int], Sequence[Bag]], Selection]
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,13 @@ def select_hand(hand: Sequence[int], bags: Sequence[Bag], known: Mapping[int, Se
         hand: indices of the slides.
         bags: theirs.
         known: slide index -> selection in that one image, of the shared slides.
-        pick: selects in the other bags.
+        pick: selects in the bags of other slides, by their indices.
     """
     others = [place for place, index in enumerate(hand) if index not in known]
     if len(others) == len(hand):
-        return pick(bags)
-    picked = iter(each_image(pick([bags[place] for place in others])) if others else [])
+        return pick(hand, bags)
+    own = [hand[place] for place in others], [bags[place] for place in others]
+    picked = iter(each_image(pick(*own)) if others else [])
     parts = [known[index] if index in known else next(picked) for index in hand]
     index, mask, scores = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "mask", "scores"))
     rests = [part.rest for part in parts if part.rest is not None]

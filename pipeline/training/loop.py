@@ -7,10 +7,12 @@ normalised by the global count, so the same global batch gives the same step on 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -82,10 +84,10 @@ def train_steps(
     """
     per_epoch = steps_per_epoch(len(slides.sizes), settings.batch_size)
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
-    turn = _Turn(model, slides, settings, selecting, ranks, winners)
+    turn = _Turn(model, slides, settings, selecting, ranks, winners, seed)
     if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in turn.plans(seed, start_epoch, start_step)))
-    for epoch, plan in turn.plans(seed, start_epoch, start_step):
+        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in turn.plans(start_epoch, start_step)))
+    for epoch, plan in turn.plans(start_epoch, start_step):
         slides.announce(turn.order(plan, epoch))
         for number, hands in enumerate(plan, start=per_epoch - len(plan)):
             began, waited = time.perf_counter(), turn.waits.seconds
@@ -140,9 +142,10 @@ class _Turn:
         selecting: SelectConfig,
         ranks: Ranks,
         winners: Winners | None,
+        seed: int,
     ) -> None:
         self.model, self.slides, self.settings, self.selecting, self.ranks = model, slides, settings, selecting, ranks
-        self.winners = winners
+        self.winners, self.seed = winners, seed
         self.found: dict[int, Tensor] = {}  # in the step under way: slide -> rows (M,)
         self.waits = Waits()
         self.chosen: Mapping[int, Tensor] = {}
@@ -151,19 +154,19 @@ class _Turn:
             dtype = torch.bfloat16 if settings.score_dtype == "bfloat16" else None  # the model's own
             self.scorer = Scorer(model, dtype=dtype, batch=settings.score_batch, compile=settings.compile)
 
-    def plans(self, seed: int, start_epoch: int, start_step: int) -> Iterator[tuple[int, list[Step]]]:
+    def plans(self, start_epoch: int, start_step: int) -> Iterator[tuple[int, list[Step]]]:
         """Each epoch, and the steps of it that are still to be taken."""
         turns = None if self.winners is None else self.winners.turns.copy()
         for epoch in range(start_epoch, self.settings.epochs):
             first = start_step if epoch == start_epoch else 0
-            yield epoch, self._plan(seed, epoch, first, None if self.explores(epoch) else turns)
+            yield epoch, self._plan(epoch, first, None if self.explores(epoch) else turns)
 
-    def _plan(self, seed: int, epoch: int, first: int, turns: Turns | None) -> list[Step]:
+    def _plan(self, epoch: int, first: int, turns: Turns | None) -> list[Step]:
         """The epoch's steps from the `first` on; with balanced sampling over the slides that it draws.
 
         `turns` as they are before that step are led to the end of the epoch; None where no winners serve.
         """
-        settings, slides, sharing = self.settings, self.slides, self._sharing(epoch)
+        settings, slides, sharing, seed = self.settings, self.slides, self._sharing(epoch), self.seed
         drawn = list(range(len(slides.sizes)))
         if settings.sampling == "balanced":
             task = next(iter(slides.kinds))
@@ -249,7 +252,7 @@ class _Turn:
             self._set_modes(max(epoch, settings.freeze_encoder_epochs))
             bags = [slides.bag(index, epoch) for index in hand]
             try:
-                one, every = self._winners(bags[:1], settings.explore_epochs).rest, self._drawn(bags)
+                one, every = self._winners(hand[:1], bags[:1], settings.explore_epochs).rest, self._drawn(bags)
                 every = every if one is None else replace(every, rest=joined([one] * len(bags)))
                 self._backward(bags, every, hand, hand)
             except ValueError as error:
@@ -273,13 +276,15 @@ class _Turn:
         self.found = {}
         if hands.shared:  # first of all: every rank comes from the same sum of gradients, and none waits for another
             bags = [self._bag(index, epoch) for index in hands.shared]
-            known |= zip(hands.shared, each_image(self._winners(bags, epoch, self.ranks.group)), strict=True)
+            known |= zip(
+                hands.shared, each_image(self._winners(hands.shared, bags, epoch, self.ranks.group)), strict=True
+            )
         size = self.settings.micro_batch or max(1, len(mine))
         loss = torch.zeros((), device=self.model.mean.device)
         for start in range(0, len(mine), size):
             hand = mine[start : start + size]
             bags = [self._bag(index, epoch) for index in hand]
-            winners = select_hand(hand, bags, known, lambda others: self._winners(others, epoch))
+            winners = select_hand(hand, bags, known, partial(self._winners, epoch=epoch))
             loss = loss + self._backward(bags, winners, hand, hands.slides)
             self.found |= zip(hand, winners.index, strict=True)
             self.chosen = {slide: winners.index[n][winners.mask[n]] for n, slide in enumerate(hand)}
@@ -288,7 +293,9 @@ class _Turn:
     def _bag(self, index: int, epoch: int) -> Bag:
         return self.waits.watched(self.slides.bag(index, epoch))
 
-    def _winners(self, bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None) -> Selection:
+    def _winners(
+        self, hand: Sequence[int], bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None
+    ) -> Selection:
         selecting, explores = self.selecting, self.explores(epoch)
         mode, pools = selecting.mode, selecting.context == "all"
         if mode == "random" or mode == "every" or (explores and not pools):
@@ -303,14 +310,17 @@ class _Turn:
                 scorer=self.scorer,
                 group=group,
                 context="rest" if pools else None,
-                draw=self._draw(epoch) if pools else None,
+                draw=self._draw(hand, epoch) if pools else None,
             )
 
-    def _draw(self, epoch: int) -> Draw | None:
-        """Of which patches the encoder learns where all are pooled."""
+    def _draw(self, hand: Sequence[int], epoch: int) -> Draw | Sequence[Draw] | None:
+        """Of which patches of some slides the encoder learns where all are pooled: alike whoever has them in hand."""
         if self.explores(epoch):
             return RandomDraw(torch.default_generator)
-        return ByAttention(epoch) if self.selecting.mode == "exact" else None
+        if self.selecting.mode != "exact":
+            return None
+        told = (f"{self.seed} {epoch} {index}".encode() for index in hand)
+        return [ByAttention(int.from_bytes(hashlib.sha256(one).digest()[:4])) for one in told]
 
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""

@@ -57,7 +57,8 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
         assert name not in _changed().recipe()["train"]
         assert _changed(train={name: 3}).recipe()["train"][name] == 3
     assert "context" not in _changed().recipe()["model"]["select"]
-    assert _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]["context"] == "all"
+    selecting = _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]
+    assert (selecting["context"], selecting["context_rule"]) == ("all", 2)
 
 
 @pytest.mark.parametrize(

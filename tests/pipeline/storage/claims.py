@@ -14,7 +14,7 @@ def six_that_claim(uri: str) -> list[str]:
     """How it ends for each, sorted: all have judged that nobody holds the lease before one of them claims it."""
     together, ends, done, begin = threading.Barrier(6), list[str](), threading.Event(), lease._begin
 
-    def meet(uri: str, tag: str | None) -> tuple[lease.Claim, str | None]:
+    def meet(uri: str, tag: str | None) -> lease.Claim:
         together.wait(10)
         return begin(uri, tag)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -13,7 +14,7 @@ from threading import Barrier
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import files, s3
+from pipeline.storage import files, lease, s3
 from pipeline.storage.cloud import ChangedError
 from tests.faults import Fault, Faults, faulty_s3
 from tests.pipeline.storage.claims import six_that_claim
@@ -318,3 +319,25 @@ def test_of_six_that_claim_at_the_same_moment_one_has_the_lease(strict: dict[str
     for _ in range(2):  # where no claim is, and where one was given back
         assert six_that_claim("s3://b/lease") == ["held", *["same moment"] * 5]
     assert list(strict) == ["/b/lease"]
+
+
+@pytest.mark.parametrize("name", ["lost", "refuses"])
+def test_beats_go_on_where_an_answer_was_lost_or_conditions_are_refused(
+    strict: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write, number = files.replace, iter(range(1, 1000))
+
+    def replace(uri: str, data: bytes, tag: str | None) -> str | None:
+        written = write(uri, data, tag)
+        if name == "lost" and next(number) == 3:
+            raise StorageError("cannot write it: the endpoint cannot be reached")
+        return written
+
+    monkeypatch.setattr(lease, "replace", replace)
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    given_up = time.monotonic() + 30
+    with lease.held(f"s3://b/{name}", "work") as mine:
+        while json.loads(strict[f"/b/{name}"])["beats"] < 6:
+            assert time.monotonic() < given_up
+            time.sleep(0.01)
+        mine.check()

@@ -25,15 +25,15 @@ def _by_length(bags: Sequence[Bag]) -> Selection:
 def test_shared_slides_stand_where_the_hand_has_them() -> None:
     bags = _bags(3, 5, 7, 9)
     known = dict(zip([40, 20], each_image(_by_length([bags[3], bags[1]])), strict=True))
-    asked: list[list[int]] = []
+    asked: list[tuple[list[int], list[int]]] = []
 
-    def pick(others: Sequence[Bag]) -> Selection:
-        asked.append([len(bag) for bag in others])
+    def pick(hand: Sequence[int], others: Sequence[Bag]) -> Selection:
+        asked.append(([*hand], [len(bag) for bag in others]))
         return _by_length(others)
 
     found = select_hand([10, 20, 30, 40], bags, known, pick)
     whole = _by_length(bags)
-    assert asked == [[3, 7]]
+    assert asked == [([10, 30], [3, 7])]
     assert torch.equal(found.index, whole.index)
     assert torch.equal(found.mask, whole.mask)
     assert torch.equal(found.scores, whole.scores)
@@ -46,7 +46,7 @@ def test_a_hand_of_shared_slides_only_selects_nothing_more() -> None:
     assert found.index[:, 0].tolist() == [5, 3]
 
 
-def _refuse(_bags: Sequence[Bag]) -> Selection:
+def _refuse(_hand: Sequence[int], _bags: Sequence[Bag]) -> Selection:
     raise AssertionError("nothing is left to select")
 
 
@@ -61,7 +61,7 @@ def test_the_rest_and_the_weights_of_each_slide_stay_with_it() -> None:
     known = {20: each_image(with_rest(bags[1:2]))[0]}
     for hand, wanted in (([10, 20, 30], [3, 5, 7]), ([20], [5]), ([10, 30], [3, 7])):
         mine = [bags[n] for n in (hand_index // 10 - 1 for hand_index in hand)]
-        selection = select_hand(hand, mine, known, with_rest)
+        selection = select_hand(hand, mine, known, lambda _hand, bags: with_rest(bags))
         found = selection.rest
         assert found is not None
         assert selection.weights is not None
