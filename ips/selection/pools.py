@@ -5,7 +5,7 @@ And what collects embeddings: their sums, on the device, and on the host each pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 from ips.network.context import empty, merged, summed
 from ips.network.model import IPSModel
 from ips.selection.ranking import best, log_normalisers, log_scores
+
+Draw = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
+"""Log scores of all patches (N,) and M -> the rows (m <= M,) that win, instead of the best; and weights (m,) of their
+gradients, where they are not all 1 (of `select` with `context="rest"`)."""
 
 
 class Pool(Protocol):
@@ -139,3 +143,40 @@ class ValueCache:
         """Keep those of rows (n,)."""
         with torch.autocast(x.device.type, enabled=False):
             self.images[number][index] = torch.einsum("nd,hvd->nhv", x, self._projection).cpu()
+
+
+def won(
+    pools: Sequence[Pool], memory: int, draw: Draw | Sequence[Draw] | None, *, weighted: bool
+) -> list[tuple[Tensor, ...]]:
+    """Of each image the rows of the winners, their log scores, and what the draw weighs them by, if it does.
+
+    Args:
+        pools: of the images.
+        memory: M.
+        draw: who wins instead of the best, of all images or of each.
+        weighted: whether a draw may weigh them.
+
+    Raises:
+        ValueError: what is drawn is not M different rows at most, or their weights are not finite or not asked for.
+    """
+    if draw is None:
+        return [pool.winners(memory) for pool in pools]
+    draws = draw if isinstance(draw, Sequence) else [draw] * len(pools)
+    return [_drawn(pool, memory, one, weighted) for pool, one in zip(pools, draws, strict=True)]
+
+
+def _drawn(pool: Pool, memory: int, draw: Draw, weighted: bool) -> tuple[Tensor, ...]:  # noqa: FBT001
+    assert isinstance(pool, LogitCache)
+    keys = pool.log_scores()
+    drawn = draw(keys, memory)
+    rows, *weights = drawn if isinstance(drawn, tuple) else (drawn,)
+    if len(rows) > memory or len(torch.unique(rows)) < len(rows) or ((rows < 0) | (rows >= len(keys))).any():
+        raise ValueError(
+            f"draw gave {rows.tolist()[:9]} ...: it must give at most {memory} different rows of {len(keys)}"
+        )
+    for own in weights:
+        if own.shape != rows.shape or not own.isfinite().all():
+            raise ValueError(f"draw gave weights {own.tolist()[:9]} ...: it must give a finite one for each row")
+        if not weighted:
+            raise ValueError("draw weighs gradients, to stand for those of all patches: they need context='rest'")
+    return rows, keys[rows], *weights

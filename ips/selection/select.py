@@ -11,7 +11,7 @@ those are encoded once more by the same scorer, which gives the same numbers bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,16 +25,13 @@ from ips.network.context import joined, without
 from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
 from ips.selection.intake import check_again, check_bags, check_count, check_logits, checked, take
-from ips.selection.pools import LogitCache, Pool, Sums, ValueCache, Window
+from ips.selection.pools import Draw, LogitCache, Pool, Sums, ValueCache, Window, won
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
 from ips.selection.stream import Stream, score_rows
 from ips.selection.transfer import arrived
 
 Mode = Literal["exact", "window"]
-Draw = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
-"""Log scores of all patches (N,) and M -> the rows (m <= M,) that win, instead of the best; and weights (m,) of their
-gradients, where they are not all 1."""
 
 
 @torch.no_grad()
@@ -68,14 +65,13 @@ def select(
         scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
             which keeps a copy of a `ResNet` as long as the model lives.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
-        group: split the rows of every bag over these processes, which all call with the same bags, weights and (see
-            `average_statistics`) statistics, which nobody checks, and all get the whole answer; exact only.
+        group: split the rows of every bag over these processes, which call with the same bags, weights and statistics
+            (`average_statistics`; nobody checks), and all get the whole answer; exact only.
         context: `whole`: also what all N patches put into the pool, for `IPSModel.recall`. `rest`: what those do that
             are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
             for the rest; M more patches are encoded for it.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
-        draw: who wins, of all images or of each, where it is not the best, and with which weight (then with
-            `context="rest"`); alike in all of `group`; exact only.
+        draw: who wins instead of the best, of all images or of each; alike in all of `group`; exact only.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -96,8 +92,7 @@ def select(
     certificates = _certificates(inner, scorer, bags, taken.caches, memory, chunk, shares) if certify else None
     each = len(inner.tasks) if attention == "each" else None
     maps = tuple(cache.attention(each) for cache in taken.caches) if attention else None
-    draws = draw if isinstance(draw, Sequence) else [draw] * len(bags)
-    winners = [_won(pool, memory, one, context) for pool, one in zip(taken.pools, draws, strict=True)]
+    winners = won(taken.pools, memory, draw, weighted=context == "rest")
     found = assemble(winners, memory, [pool.scored for pool in taken.pools], maps, certificates)
     return _with_embeddings(found, scorer, bags, chunk, taken, shares)
 
@@ -144,26 +139,6 @@ class _Taken:
         for watch in (self.sums, self.values):
             if watch is not None:
                 watch(number, index, logits, x)
-
-
-def _won(pool: Pool, memory: int, draw: Draw | None, context: str | None) -> tuple[Tensor, ...]:
-    """Rows of the winners, their log scores, and what the draw weighs them by, if it does."""
-    if draw is None:
-        return pool.winners(memory)
-    assert isinstance(pool, LogitCache)
-    keys = pool.log_scores()
-    drawn = draw(keys, memory)
-    rows, *weights = drawn if isinstance(drawn, tuple) else (drawn,)
-    if weights and context != "rest":
-        raise ValueError("draw weighs gradients, to stand for those of all patches: they need context='rest'")
-    if len(rows) > memory or len(torch.unique(rows)) < len(rows) or ((rows < 0) | (rows >= len(keys))).any():
-        raise ValueError(
-            f"draw gave {rows.tolist()[:9]} ...: it must give at most {memory} different rows of {len(keys)}"
-        )
-    for own in weights:
-        if own.shape != rows.shape or not own.isfinite().all():
-            raise ValueError(f"draw gave weights {own.tolist()[:9]} ...: it must give a finite one for each row")
-    return rows, keys[rows], *weights
 
 
 def _with_embeddings(

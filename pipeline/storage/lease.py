@@ -71,13 +71,17 @@ class Lease:
     """Of its file."""
     token: str
 
-    def check(self) -> str | None:
-        """Return where the claim still stands, with the tag of its file.
+    def check(self) -> None:
+        """Return where the claim still stands.
 
         Raises:
             StageError: another process has taken the work over, or even done it; or this one has given it back.
             StorageError: that cannot be found out.
         """
+        self.tag()
+
+    def tag(self) -> str | None:
+        """That of the file in which the claim stands; errors as `check`."""
         found, tag = _read(self.uri)
         if found is None:  # some S3 servers (rclone) remove the old file before they write the new one
             time.sleep(_AGAIN_S)
@@ -257,7 +261,7 @@ def _beat(uri: str, claim: Claim, stop: threading.Event) -> None:
     while not stop.wait(BEAT_S):
         beats += 1
         try:
-            _write(uri, changed(claim, beats=beats), lease.check())
+            _write(uri, changed(claim, beats=beats), lease.tag())
         except StageError as lost:
             log.error("%s", lost)  # noqa: TRY400, no trace: whoever writes next raises it
             return

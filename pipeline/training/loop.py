@@ -7,9 +7,9 @@ normalised by the global count, so the same global batch gives the same step on 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,9 +24,10 @@ from ips.learning.schedule import warmup_cosine
 from ips.network.context import joined
 from ips.network.model import IPSModel
 from ips.selection.baselines import RandomDraw, every_patch, random_selection
+from ips.selection.pools import Draw
 from ips.selection.ranking import ByAttention
 from ips.selection.scorer import Scorer
-from ips.selection.select import Draw, gather, select
+from ips.selection.select import gather, select
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.training.hands import Slides, Waits, each_image, hand_loss, select_hand
@@ -319,8 +320,7 @@ class _Turn:
             return RandomDraw(torch.default_generator)
         if self.selecting.mode != "exact":
             return None
-        told = (f"{self.seed} {epoch} {index}".encode() for index in hand)
-        return [ByAttention(int.from_bytes(hashlib.sha256(one).digest()[:4])) for one in told]
+        return [ByAttention(zlib.crc32(f"{self.seed} {epoch} {index}".encode())) for index in hand]
 
     def _drawn(self, bags: Sequence[Bag]) -> Selection:
         """Winners that need no scores."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -90,16 +91,23 @@ def test_a_draw_of_other_rows_is_refused(rows: list[int]) -> None:
         select(tiny_model(), [bag_of(5)], 2, 3, draw=lambda _keys, _memory: torch.tensor(rows))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")]])
-def test_weights_that_are_no_numbers_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="it must give a finite one for each row"):
-        select(
-            tiny_model(),
-            [bag_of(5)],
-            2,
-            3,
-            draw=lambda _keys, _memory: (torch.tensor([4, 0]), torch.tensor(weights)),
-        )
+@pytest.mark.parametrize(
+    ("weights", "context", "problem"),
+    [
+        ([1.0], "rest", "it must give a finite one for each row"),
+        ([1.0, float("nan")], "rest", "it must give a finite one for each row"),
+        ([1.0, 2.0], "whole", "they need context='rest'"),
+        ([1.0, 2.0], None, "they need context='rest'"),
+    ],
+)
+def test_weights_that_are_no_numbers_or_not_asked_for_are_refused(
+    weights: list[float], context: Literal["whole", "rest"] | None, problem: str
+) -> None:
+    def draw(_keys: torch.Tensor, _memory: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([4, 0]), torch.tensor(weights)
+
+    with pytest.raises(ValueError, match=problem):
+        select(tiny_model(), [bag_of(5)], 2, 3, draw=draw, context=context)
 
 
 def test_winners_of_a_coarse_tiling_are_looked_at_closely() -> None:

@@ -23,10 +23,11 @@ from ips.network.heads import linear_head
 from ips.network.model import IPSModel, evaluating
 from ips.network.pooling import MeanPool
 from ips.selection.baselines import HalfByScore, RandomDraw, every_patch
+from ips.selection.pools import Draw
 from ips.selection.predict import predict
 from ips.selection.ranking import ByAttention
 from ips.selection.scorer import Scorer
-from ips.selection.select import Draw, Mode, gather, select
+from ips.selection.select import Mode, gather, select
 from tests.gloo import one_of_two
 from tests.ips.nets import LooseBag, bag_of, model_of, resnet_model, tiny_model
 from tests.oracle import full_attention
