@@ -1,8 +1,9 @@
 """Slides of several DICOM files: which files of a folder are one slide, and which folders are one.
 
-The files of one series are one slide, whatever their names and whatever else lies beside them. A folder is a slide
-where it holds the images of one series alone. OpenSlide takes what it finds for all there is: it makes a smaller level
-the first one where full resolution is missing, so that is told from the files' own words.
+The files of one series are one slide, whatever else lies beside them, and whatever the names of those that it is not
+opened by. A folder is a slide where it holds the images of one series alone. OpenSlide takes what it finds for all
+there is: it makes a smaller level the first one where full resolution is missing, so that is told from the files' own
+words.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 
 SUFFIX = ".dcm"
-"""Of the files that a folder is looked through for."""
+"""Of the files that a folder is looked through for, and of the one that a slide is opened by."""
 THREADS = 16  # they wait on the storage
 
 

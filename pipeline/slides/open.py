@@ -47,7 +47,7 @@ def open_slide(path: Path, series: int | None = None) -> SlideReader:
             "unopenable", "unreadable", "too-large" (a plain image or a strip over 268 MPx, a tile over 67),
             "pixel-type" (not 8 bits a channel, or channels that are no colours), "orientation" (it is stored turned and
             cannot be read upright), "series" (which of several images is the slide cannot be told, or the one that is
-            named not be read), "source" (the disk or this process fails for now).
+            named not be read, or a DICOM slide is not named .dcm), "source" (the disk or this process fails for now).
     """
     if not path.exists():
         raise SlideError("missing", f"{path}: no such file; correct the cohort's uri")

@@ -17,6 +17,7 @@ import openslide
 from PIL import ImageCms
 
 from pipeline.errors import BadTileError, SlideError
+from pipeline.slides.folders import SUFFIX
 from pipeline.slides.reader import RGB, Level, Mpp, SlideReader, has_shape_of, on_background, stated_mpp
 from pipeline.storage.ranges import system_error
 from pipeline.units import Box, LevelPx, to_level0
@@ -132,5 +133,17 @@ def _cause(path: Path, error: Exception) -> Exception:
 
 
 def is_openslide(path: Path) -> bool:
-    """Whether OpenSlide takes the file for a slide; says nothing about its content."""
-    return openslide.OpenSlide.detect_format(path) is not None
+    """Whether OpenSlide takes the file for a slide; says nothing about its content.
+
+    Raises:
+        SlideError: "series", a DICOM slide whose name does not say so. OpenSlide would take its other files along, and
+            what knows formats by their suffix (identity, copies of a bucket's files) takes those for other slides.
+    """
+    found = openslide.OpenSlide.detect_format(path)
+    if found == "dicom" and not path.name.lower().endswith(SUFFIX):
+        raise SlideError(
+            "series",
+            f"{path.name}: a DICOM slide whose name does not end in {SUFFIX}, by which its files are known for one "
+            f"slide; rename all files of its series, as to {path.name}{SUFFIX}",
+        )
+    return found is not None

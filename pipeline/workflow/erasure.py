@@ -123,7 +123,7 @@ def _records(config: Config, traces: Traces) -> Iterator[str]:
             yield join(root, "stages", name)
     folders = [join(root, kind, name) for kind in ("reports", "folds") for name in list_names(join(root, kind))]
     for folder in folders:
-        if any(_shows(join(folder, table), traces.slides) for table in ("predictions.csv", "quality.csv")):
+        if any(_shows(join(folder, table), traces) for table in ("predictions.csv", "quality.csv")):
             yield from _of_outputs(root, folder)
             yield folder
     for fingerprint in sorted(traces.tilings):
@@ -131,7 +131,7 @@ def _records(config: Config, traces: Traces) -> Iterator[str]:
     for name in list_names(join(root, "release", "decisions")):
         folder = join(root, "release", "decisions", name)
         named = [file for file in list_names(folder) if not file.endswith(".json")]
-        if any(_shows(join(folder, file), traces.slides) for file in named if file.endswith(".csv")):
+        if any(_shows(join(folder, file), traces) for file in named if file.endswith(".csv")):
             yield from (join(folder, file) for file in named)
 
 
@@ -139,7 +139,7 @@ def _swept(config: Config, traces: Traces) -> Iterator[str]:
     """Reports, heatmaps and rows of sweeps that show the slides; what else a file of rows holds is scored again."""
     root = join(config.storage.root, "sweeps")
     for name in list_names(join(root, "reports")):
-        if _shows(join(root, "reports", name, "predictions.csv"), traces.slides):
+        if _shows(join(root, "reports", name, "predictions.csv"), traces):
             yield join(root, "reports", name)
     rows, sources = list[str](), set[str]()
     for scoring in list_names(join(root, "rows")):
@@ -166,14 +166,23 @@ def _of_outputs(root: str, folder: str) -> Iterator[str]:
                 yield uri
 
 
-def _shows(table: str, slides: Mapping[str, str]) -> bool:
-    """Whether a CSV table of one row a slide names one of these."""
+def _shows(table: str, traces: Traces) -> bool:
+    """Whether a CSV table names the patient or one of the slides; where bags are patients, `slide_id` is a bag's."""
     if not exists(table):
         return False
-    text = csv.ConvertOptions(column_types={"slide_id": pa.string()}, include_columns=["slide_id"])
+    wanted = {"slide_id": set(traces.slides), "patient_id": {traces.patient}}
+    text = csv.ConvertOptions(
+        column_types=dict.fromkeys(wanted, pa.string()),
+        include_columns=list(wanted),
+        include_missing_columns=True,  # quality.csv and changes.csv name no patients
+    )
     options = csv.ParseOptions(newlines_in_values=True)
     found = csv.read_csv(pa.BufferReader(read_bytes(table)), parse_options=options, convert_options=text)
-    return any(name.removeprefix("'") in slides or name in slides for name in found.column("slide_id").to_pylist())
+    return any(
+        name.removeprefix("'") in known or name in known
+        for column, known in wanted.items()
+        for name in found.column(column).drop_null().to_pylist()
+    )
 
 
 def _stored(config: Config, traces: Traces) -> Iterator[str]:

@@ -96,6 +96,34 @@ def test_a_level_between_may_be_missing(tmp_path: Path) -> None:
     assert [Path(uri).name for uri in slide_files(str(tmp_path / "slide"))] == ["0.dcm", "2.dcm"]
 
 
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_dicom_slide_is_not_opened_by_a_file_whose_name_does_not_say_so(
+    place: str, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSlide would take the whole series, and the digest be of one file; with the suffix each names all of it."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    server.bucket("archive")
+    folder = server.folder / "archive" / "case"
+    paths = [path.rename(path.with_name(f"IM000{n}")) for n, path in enumerate(write_series(folder, RGB))]
+    base = "s3://archive/case" if place == "s3" else str(folder)
+    for path in paths:
+        uri = f"{base}/{path.name}"
+        told = rf"{path.name}: a DICOM slide whose name does not end in \.dcm.*; rename .*, as to {path.name}\.dcm"
+        with (
+            pytest.raises(SlideError, match=told) as caught,
+            open_uri(uri, partial(slide_files, uri), Staging(str(tmp_path / "copies"))),
+        ):
+            pass
+        assert caught.value.reason == "series"
+    paths[1].rename(folder / "IM0001.DCM")
+    uri = f"{base}/IM0001.DCM"
+    assert slide_files(uri) == [uri, f"{base}/IM0000"]
+    with open_uri(uri, partial(slide_files, uri), Staging(str(tmp_path / "copies"))) as reader:
+        assert np.array_equal(reader.read(0, 0, 0, 211, 157), RGB)
+    shutil.rmtree(folder)
+
+
 def test_files_of_a_folder_by_the_slides_that_they_are_of(tmp_path: Path) -> None:
     _two(tmp_path / "slide")
     names = [path.name for path in (tmp_path / "slide").iterdir()]

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from pipeline.bags.patients import merged
 from pipeline.bags.sources import patch_store
+from pipeline.cohort.patients import bag_name
+from pipeline.cohort.table import read_cohort
 from pipeline.errors import StageError
+from pipeline.results.tables import table_csv
 from pipeline.store.verify import verify_store
 from pipeline.workflow.erasure import Traces, _from_catalogue, erase, find_patient
 from pipeline.workflow.leftovers import find_leftovers
@@ -85,6 +91,26 @@ def test_what_a_slide_that_was_given_up_left_is_found(tmp_path: Path, monkeypatc
     traces = Traces("p", {"slide": str(path)})
     _from_catalogue(str(spec), traces)
     assert traces.keys == {left}
+
+
+@pytest.mark.parametrize("specimen", [None, "block"])
+def test_reports_whose_rows_are_patients_go_with_the_patient(tmp_path: Path, specimen: str | None) -> None:
+    """By `patient_id`, for `slide_id` holds the bag's name; the first is one that a spreadsheet would compute."""
+    rows = ["one,1.png,-smith,A,1", "two,2.png,-smith,B,1", "three,3.png,smith,A,0"]
+    (tmp_path / "cohort.csv").write_text("\n".join(["slide_id,uri,patient_id,block,label", *rows]) + "\n")
+    chosen = [] if specimen is None else [f"cohort.specimen={specimen}"]
+    config = image_config(tmp_path, "cohort.bag=patient", *chosen)
+    reports, stages = Path(config.storage.root) / "reports", Path(config.storage.root) / "stages"
+    stages.mkdir(parents=True)
+    for slide in read_cohort(config.cohort.uri, config.tasks).slides[1:]:
+        bag, folder = merged([slide], bag_name(slide, specimen)), reports / f"of {slide.slide_id}"
+        table = {"slide_id": [bag.slide_id], "uri": [bag.uri], "patient_id": [bag.patient_id]}
+        folder.mkdir(parents=True)
+        (folder / "predictions.csv").write_bytes(table_csv(pa.table(table)))
+        outputs = {"outputs": {"report": str(folder / "report.html")}}
+        (stages / f"evaluate-{slide.slide_id}.json").write_text(json.dumps(outputs))
+    found = find_patient(config, "-smith")
+    assert found.erasable == [str(stages / "evaluate-two.json"), str(reports / "of two")]
 
 
 def test_a_picture_that_another_patient_has_too_stays(ray_session: None, tmp_path: Path) -> None:
