@@ -38,6 +38,7 @@ sweep:
     return ["--config", "mine", "--config-dir", str(tmp_path / "conf"), "--json", "sweep.resamples=200"]
 
 
+@pytest.mark.slow
 def test_plan_sweep_and_again(typed: list[str], tmp_path: Path) -> None:
     runner = CliRunner()
     planned = runner.invoke(app, ["sweep", "plan", *typed])

@@ -32,6 +32,7 @@ def test_what_a_run_did_not_make_is_said(tmp_path: Path) -> None:
     assert found.metrics == {"slides": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_says_what_it_did_and_opens_its_store(ray_session: None, tmp_path: Path) -> None:
     write_images(tmp_path, {"a": "p", "b": "q"})

@@ -40,6 +40,7 @@ def _make(folder: str) -> Callable[[Any], Any]:
     return partial(_sum, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_parts_come_together_in_their_order_and_a_lost_one_is_tried_again(ray_session: None, tmp_path: Path) -> None:
     items = [3, 1742, 5, 29, 4]

@@ -33,6 +33,7 @@ def _make(folder: str) -> Callable[[int], tuple[int, int]]:
     return partial(_squares, folder)
 
 
+@pytest.mark.slow
 def test_each_item_once_and_a_lost_actor_is_replaced(ray_session: None, tmp_path: Path) -> None:
     found = dict(pooled(partial(_make, str(tmp_path)), [0, 1, 2, 3, 4], ROOM, "squares"))
     assert [found[place][0] for place in range(5)] == [0, 1, 4, 9, 16]  # type: ignore[index]
@@ -40,6 +41,7 @@ def test_each_item_once_and_a_lost_actor_is_replaced(ray_session: None, tmp_path
     assert os.getpid() not in {found[place][1] for place in range(5)}  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_an_item_that_always_kills_fails_alone(ray_session: None, tmp_path: Path) -> None:
     found = dict(pooled(partial(_make, str(tmp_path)), [1, 5, 2], ROOM, "squares"))
     assert isinstance(found[1], StageError)

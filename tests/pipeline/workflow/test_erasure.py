@@ -37,6 +37,7 @@ def _naming(root: Path, words: list[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_of_an_erased_patient_is_left_below_the_root(ray_session: None, tmp_path: Path) -> None:
     write_images(tmp_path, COHORT)
     config = image_config(tmp_path, "tiling.max_bad_slides=1")
