@@ -161,7 +161,9 @@ class TilingConfig(Section):
     max_seconds: Annotated[float, Field(gt=0)] = 1200.0
     """Seconds of CPU time that a slide's reading may take before it is quarantined as too-expensive: planning it, with
     all its patches where they are fewer than some 12,000 of 256 px, and else each share of some 8,000. Such a share
-    takes 9 s (execution: a later run that allows more tries again)."""
+    takes 9 s (execution: a later run that allows more tries again). Where no patches are kept (`train.source: stream`,
+    `predict` without a store) a slide is only planned; with `min_sharpness` all its patches, however many, are cut and
+    measured for that within the limit."""
     max_slide_gib: Annotated[float, Field(gt=0)] = 2.0
     """GiB of memory that the process which reads a slide may hold before the slide is quarantined as too-expensive; it
     holds 0.1 without one (execution, as `max_seconds`)."""

@@ -106,6 +106,12 @@ UNUSED: tuple[Unused, ...] = (
         "remove tiling.coords",
     ),
     Unused(
+        ("tiling.tissue",),
+        lambda c: c.tiling.coords is not None and c.tiling.tissue == "model",
+        "with tiling.coords, which say where the patches are: the network of tiling.tissue_model would not be run",
+        "remove tiling.coords",
+    ),
+    Unused(
         ("model.encoder.stages",),
         lambda c: not _is_resnet(c.model.encoder.name),
         "except in ResNets",

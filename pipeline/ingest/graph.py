@@ -37,6 +37,7 @@ from pipeline.store.catalogue import Row
 from pipeline.store.parts import part_count
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.telemetry import add, drain
+from pipeline.tiling.guide import check_network
 
 TOGETHER = 64  # large slides committed by one file of the catalogue; after a kill the next run finds their folders
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
@@ -85,8 +86,9 @@ def tile_cohort(
         start: called before the first slide is tiled, where there is one; Ray is initialised then at the latest.
 
     Raises:
-        StorageError: the store itself cannot be read or written, or no slide at all can be reached (wrong
-            credentials, server down).
+        StorageError: the store itself cannot be read or written, no slide at all can be reached (wrong credentials,
+            server down), or the network that finds the tissue of a slide to be tiled cannot be read.
+        ConfigError: that network is not the one that is named, or cannot be run (`guide.check_network`).
     """
     versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
@@ -99,6 +101,7 @@ def tile_cohort(
         on_status(status)
     if not fresh:
         return in_order(known)
+    check_network((slides[number] for number in fresh), spec)
     patches.forget_gone()  # what is tiled in their place may be otherwise
     start()
     job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared_keys(patches))

@@ -27,7 +27,7 @@ from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
 from pipeline.storage.staging import GIB, Fetched, Staging
 from pipeline.store.rows import slide_key
-from pipeline.tiling.guide import Guide, guided_version, read_guide
+from pipeline.tiling.guide import Guide, guided_version, load_network, read_guide
 from pipeline.tiling.slide import SlideTiling, effective_mpp, tile_slide
 
 log = logging.getLogger(__name__)
@@ -67,9 +67,11 @@ class OpenedSlide:
         return slide_key(self.digest.sha256, self.mpp, self.guide.digest, self.reader.series)
 
     def tiling(self) -> SlideTiling:
-        """Its patches, planned; errors as `tile_slide`."""
+        """Its patches, planned; errors as `tile_slide` and `load_network`."""
+        spec = self.source.spec
+        load_network(spec, self.guide)  # no file of the slide: it would be "missing", and never tried again
         with reading_source():
-            return tile_slide(self.reader, self.source.spec, self.mpp, self.guide)
+            return tile_slide(self.reader, spec, self.mpp, self.guide)
 
 
 def look_at(slide: CohortSlide, spec: TilingConfig, size: int) -> Source:

@@ -36,7 +36,8 @@ class Shard:
 def cut(config: Config, slides: Sequence[CohortSlide], whole: BagSource, above: int, parts: int) -> Cut[Shard] | None:
     """The shards of a large bag; None of one that is predicted alone.
 
-    Only exact selection can be split, and only where patches are decoded. Shards begin where a chunk does.
+    Only exact selection can be split, and only where patches are decoded. Shards begin where a chunk does. With
+    `tiling.min_sharpness` none is: each actor would decode all patches to know which are left out.
 
     Args:
         config: of the model.
@@ -47,6 +48,8 @@ def cut(config: Config, slides: Sequence[CohortSlide], whole: BagSource, above: 
     """
     selecting, images = config.model.select, config.cohort.megapixel_mnist
     if whole.n_patches <= above or selecting.mode != "exact" or config.given_features or images:
+        return None
+    if config.tiling.min_sharpness is not None:
         return None
     ends = borders(whole.n_patches, parts, selecting.chunk)
     return Cut(tuple(Shard(tuple(slides), whole.key, *end) for end in ends))

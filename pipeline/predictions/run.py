@@ -49,7 +49,9 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 """Of what a slide's folder holds: folders of another one are made again."""
 _THREADS = 16
-SHARD_ABOVE = 16_384  # patches: minutes on a core, and to plan a slide once more takes seconds
+SHARD_ABOVE = 16_384
+"""Patches: minutes on a core, and to plan a slide once more takes seconds, but for `tiling.min_sharpness`, with which
+it takes as long as to cut it (`large.cut`)."""
 _KEPT = (
     "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
     "histograms", "sentences", "selected", "model", "spread",

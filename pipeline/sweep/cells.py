@@ -148,6 +148,9 @@ def _scoring(model: SweepModel, setting: Setting) -> Scoring:
             raise ValueError("it was trained on level 0 as it is, whatever its microns")
         if config.tiling.coords is not None:
             raise ValueError("its patches stand where tiling.coords says")
+        if config.tiling.min_sharpness:
+            limit = f"tiling.min_sharpness={config.tiling.min_sharpness:g}"
+            raise ValueError(f"its {limit} was chosen at tiling.mpp={config.tiling.mpp:g} and holds at no other")
     select = {"mode": setting.mode, **({} if setting.memory is None else {"memory": setting.memory})}
     dump = config.model.model_dump()
     changed = ModelConfig.model_validate({**dump, "select": {**dump["select"], **select}})

@@ -84,7 +84,7 @@ def find_candidates(
         mpp: microns per level-0 px.
         guide: what was given beside the slide.
         bounds: where on the slide the scan lies (`SlideReader.bounds`); None: everywhere.
-        segment: how the tissue is found with `spec.tissue: model`.
+        segment: how the tissue is found with `spec.tissue: model`; not run where a guide says what is cut.
 
     Raises:
         SlideError: none is left ("no-tissue", "artefact", "too-little-tissue", "mask", "coords"), the guide does not
@@ -92,7 +92,7 @@ def find_candidates(
     """
     if guide.coords is not None:
         placed, rejects = placed_grid(guide.coords, levels, spec, mpp)
-        seen = _look(overview, placed, spec, guide, levels[0], bounds, segment)
+        seen = _look(overview, placed, spec, guide, levels[0], bounds, None)  # a network might refuse the slide
         return Candidates(placed, placed.cells(), seen.mask, rejects, (), None, seen.tissue)
     grid = plan_grid(levels, spec, mpp)
     seen = _look(overview, grid, spec, guide, levels[0], bounds, segment)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
+from pipeline.config.tissue import TissueModelConfig
 from pipeline.errors import SlideError, StorageError
-from pipeline.segmentation.network import read_network
+from pipeline.segmentation.network import FIELD, open_network, read_network
 from pipeline.storage import files
 from pipeline.storage.files import SourceVersion
 from pipeline.storage.listing import Ask
@@ -32,14 +34,45 @@ def check_environment(slides: Iterable[CohortSlide], spec: TilingConfig) -> None
     """Whether what is given beside the slides can be read at all; no slide is opened.
 
     Raises:
-        ConfigError: there are patch coordinates, and h5py is not installed; or the network that finds the tissue is
-            another file than the one that is named, or none that can be run here.
-        StorageError: that file cannot be read.
+        ConfigError: there are patch coordinates, and h5py is not installed.
     """
-    if spec.tissue_model is not None:
-        read_network(spec.tissue_model)
     if spec.coords is not None or any(slide.coords is not None for slide in slides):
         require_h5py()
+
+
+def check_network(slides: Iterable[CohortSlide], spec: TilingConfig) -> None:
+    """Whether the network that finds the tissue of slides that are to be tiled is there; nothing of it is run.
+
+    Raises:
+        ConfigError: it is another file than the one that is named, or none that can be run here.
+        StorageError: it cannot be read.
+    """
+    if spec.tissue_model is None or spec.coords is not None:
+        return
+    if any(slide.mask is None and slide.coords is None for slide in slides):
+        with _naming(spec.tissue_model):
+            read_network(spec.tissue_model)
+
+
+def load_network(spec: TilingConfig, guide: Guide) -> None:
+    """Load the network that finds a slide's tissue, where one does; a process does so once.
+
+    Raises:
+        ConfigError: see `open_network`.
+        StorageError: its file cannot be read.
+    """
+    if spec.tissue_model is not None and guide.mask is None and guide.coords is None:
+        with _naming(spec.tissue_model):
+            open_network(spec.tissue_model)
+
+
+@contextmanager
+def _naming(settings: TissueModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        problem = f"{FIELD}.uri={settings.uri}: {error}; every node that tiles must reach the file"
+        raise StorageError(problem) from error
 
 
 def may_guide(slide: CohortSlide, spec: TilingConfig) -> list[str]:

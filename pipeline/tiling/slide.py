@@ -161,8 +161,18 @@ class SlideTiling:
         """
         at = [tuple(corner) in corners for corner in self.grid.level0_origins(self.cells).tolist()]
         origins = self.grid.level_origins(self.cells[at])
-        images = Cutter(self._reader, self.grid, self.spec).each(origins)
-        return len(origins) < len(corners) or any(isinstance(image, bytes) for image in images)
+        images = zip(Cutter(self._reader, self.grid, self.spec).each(origins), origins.tolist(), strict=True)
+        return len(origins) < len(corners) or any(self._is_whole(image, *corner) for image, corner in images)
+
+    def _is_whole(self, image: bytes | BadTileError, x: int, y: int) -> bool:
+        """Whether `rows()` would not lose the patch at x, y of the level."""
+        if isinstance(image, BadTileError):
+            return False
+        try:
+            self._sharpness(image, x, y)
+        except BadTileError:
+            return False
+        return True
 
     def attached(self, reader: SlideReader) -> SlideTiling:
         """The same plan for the same slide opened anew, where a tiling that was pickled has none."""

@@ -128,6 +128,7 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         (FEATURES, "cohort.features", "folder"),
         ({"tiling.coords": "folder"}, "tiling.min_tissue", 0.5),
         ({"tiling.coords": "folder"}, "tiling.overlap_px", 16),
+        ({"tiling.coords": "folder"}, "tiling.tissue", "model"),
     ],
 )
 def test_what_would_be_ignored_is_named_with_a_remedy(where: dict[str, Any], field: str, value: object) -> None:

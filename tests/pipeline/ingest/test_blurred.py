@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,16 @@ import simplejpeg
 from scipy import ndimage
 
 from pipeline.datasets.opened import open_store
+from pipeline.errors import BadTileError
 from pipeline.ingest.tiler import begin_slide, store_slide
 from pipeline.schema import INDEX, MEASURED
+from pipeline.slides.open import open_slide
 from pipeline.store.patches import PLANS, PatchStore, StoredSlide
 from pipeline.store.verify import verify_store
 from pipeline.tiling.sharpness import histogram
 from tests.oracle import sharpness_by_px
-from tests.pipeline.tiled import RGB, SPEC, contents, open_plan, row, small_tasks, tile_in_shares
-from tests.synth import write_pyramid, zero_tile
+from tests.pipeline.tiled import RGB, SPEC, contents, open_plan, row, sampled_digests, small_tasks, tile_in_shares
+from tests.synth import tile_span, write_pyramid, zero_tile
 
 MEASURE = SPEC.model_copy(update={"min_sharpness": 0.0, "tissue": "none", "max_bad_tiles": 0.9})
 
@@ -119,3 +122,37 @@ def test_a_slide_that_is_all_blurred_says_so(slide: Path, tmp_path: Path) -> Non
     assert str(status.reason).startswith("blurred: none of 63 patches has tiling.min_sharpness=1e+06")
     plan = begin_slide(row(slide), spec, str(tmp_path / PLANS), whole=True, pixels=False)
     assert getattr(plan, "reason", None) == status.reason
+
+
+def test_a_renamed_copy_is_the_slide_where_measuring_alone_finds_the_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage within a tile's compressed data, which `codec: original` does not look at."""
+    sampled_digests(monkeypatch.setattr)
+    path = write_pyramid(tmp_path / "a.tiff", RGB, tile=64, levels=1)
+    garble_tile(path, 22)
+    copied = Path(shutil.copy(path, tmp_path / "b.tiff"))
+    spec = MEASURE.model_copy(update={"codec": "original"})
+    first, second = (store_slide(row(one), spec, str(tmp_path / "store")) for one in (path, copied))
+    assert (first.status, first.n_bad_tiles) == ("committed", 1)
+    assert (second.key, second.n_bad_tiles) == (first.key, 1)
+
+
+def garble_tile(path: Path, number: int) -> None:
+    """Overwrite px of a tile of 64 px so that it cannot be decoded, and looks as a JPEG does."""
+    good, (offset, length) = path.read_bytes(), tile_span(path, 0, number)
+    first = good.index(b"\xff\xda", offset) + 14
+    for seed in range(300):
+        garbled, rng = bytearray(good), np.random.default_rng(seed)
+        at, count = int(rng.integers(first, offset + length - 60)), int(rng.integers(2, 40))
+        garbled[at : at + count] = rng.integers(0, 255, count).astype(np.uint8).tobytes()
+        path.write_bytes(garbled)
+        with open_slide(path) as reader:
+            try:
+                reader.raw_tile(0, number % 10, number // 10)
+                simplejpeg.decode_jpeg(bytes(garbled[offset : offset + length]))
+            except BadTileError:
+                continue
+            except ValueError:
+                return
+    raise AssertionError("no such damage was found")

@@ -13,17 +13,20 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import TilingConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.ingest import tiler
+from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.isolated import begin_slide, store_slide
 from pipeline.results.quality import quality_page
 from pipeline.results.quality_rows import quality_csv, quality_rows
+from pipeline.storage.files import source_version
 from pipeline.store.patches import PLANS, PatchStore
 from pipeline.store.verify import verify_store
 from pipeline.tiling.evidence import read_mask_png
-from pipeline.tiling.guide import check_environment
-from tests.pipeline.segmentation.networks import Small, Toy, scripted, settings
+from pipeline.tiling.guide import check_network
+from tests.pipeline.segmentation.networks import Small, Toy, Undefined, scripted, settings
 from tests.pipeline.tiled import row
+from tests.pipeline.tiling.test_interchange import trident
 from tests.synth import tissue_rgb, write_pyramid
 
 
@@ -47,7 +50,7 @@ def spec(network: Path, **fields: Any) -> TilingConfig:
 
 def test_patches_stand_where_the_network_finds_tissue(slide: Path, network: Path, tmp_path: Path) -> None:
     asked = spec(network, min_tissue=0.5)
-    check_environment([row(slide)], asked)
+    check_network([row(slide)], asked)
     status = store_slide(row(slide), asked, str(tmp_path))
     assert (status.status, status.reason) == ("committed", None)
     store = PatchStore(str(tmp_path), asked.fingerprint())
@@ -95,15 +98,53 @@ def test_slides_that_a_network_cannot_judge_are_quarantined(tmp_path: Path, netw
     assert reasons[2].startswith("missing-mpp: the file states no microns per px")
 
 
+def no_start() -> None:
+    raise AssertionError("Ray would be started")
+
+
+def test_a_network_that_cannot_be_read_costs_no_slide(slide: Path, network: Path, tmp_path: Path) -> None:
+    """As on a node that has no such folder; it is read only where it finds a slide's tissue."""
+    asked, store = spec(network), str(tmp_path / "store")
+    gone = spec(network, tissue_model=settings(network).model_copy(update={"uri": str(tmp_path / "gone.pt")}))
+    for work in (tiler.store_slide, store_slide):
+        with pytest.raises(StorageError, match=r"tiling.tissue_model.uri=.*gone.pt: .*; every node that tiles must"):
+            work(row(slide), gone, store)
+    with pytest.raises(StorageError, match=r"tiling.tissue_model.uri="):  # before Ray is started
+        tile_cohort([row(slide)], gone, store, cpus=1.0, on_status=print, start=no_start)
+    assert list(PatchStore(store, gone.fingerprint()).statuses([row(slide)], [source_version(str(slide))])) == [None]
+    done = tiler.store_slide(row(slide), asked, store)
+    assert list(tile_cohort([row(slide)], gone, store, cpus=1.0, on_status=print, start=no_start)) == [done]
+    masked = replace(row(slide), mask=str(tmp_path / "mask.png"))
+    Image.fromarray(np.full((5, 7), 255, np.uint8)).save(str(masked.mask))
+    check_network([masked], gone)
+    assert tiler.store_slide(masked, gone, store).status == "committed"
+
+
+def test_a_network_does_not_judge_a_slide_whose_patches_are_given(tmp_path: Path) -> None:
+    """One that would refuse it, for it gives no numbers; it is not even read."""
+    path = write_pyramid(tmp_path / "a.tiff", tissue_rgb(211, 157), levels=1)
+    placed = {"patch_size": 64, "patch_size_level0": 64, "target_magnification": 40, "overlap": 0}
+    placed |= {"level0_width": 211, "level0_height": 157}
+    (tmp_path / "a.h5").write_bytes(trident(np.array([[3, 5], [80, 71]]), **placed))
+    asked = spec(scripted(Undefined(), tmp_path / "undefined.pt"))
+    assert str(tiler.store_slide(row(path), asked, str(tmp_path / "s")).reason).startswith("tissue-model: ")
+    network = settings(tmp_path / "undefined.pt")
+    for uri in (network.uri, str(tmp_path / "gone.pt")):
+        placed_spec = spec(tmp_path / "undefined.pt", tissue_model=network.model_copy(update={"uri": uri}))
+        placed_slide = replace(row(path), coords=str(tmp_path / "a.h5"))
+        given = tiler.store_slide(placed_slide, placed_spec, str(tmp_path / uri.rpartition("/")[2].partition(".")[0]))
+        assert (given.status, given.reason, given.n_patches) == ("committed", None, 2)
+
+
 def test_a_network_that_does_not_fit_ends_the_run(slide: Path, network: Path, tmp_path: Path) -> None:
     """It is no slide's fault; what the process that reads slides finds comes back whole."""
     small = spec(scripted(Small(), tmp_path / "small.pt"))
-    check_environment([row(slide)], small)  # which looks at the file, and runs nothing of it
+    check_network([row(slide)], small)  # which looks at the file, and runs nothing of it
     with pytest.raises(ConfigError, match=r"tiling.tissue_model.uri: .*small.pt makes \[1, 2, 32, 32\] of"):
         store_slide(row(slide), small, str(tmp_path / "store"))
     gone = spec(network, tissue_model=settings(network).model_copy(update={"sha256": "0" * 64}))
     with pytest.raises(ConfigError, match=r"tiling.tissue_model.sha256: .*toy.pt has [0-9a-f]{64}"):
-        check_environment([], gone)
+        check_network([row(slide)], gone)
     with pytest.raises(ConfigError, match=r"tiling.tissue_model.sha256: .*toy.pt has [0-9a-f]{64}"):
         tiler.store_slide(row(slide), gone, str(tmp_path / "store"))
 

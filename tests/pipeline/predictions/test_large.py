@@ -11,7 +11,9 @@ import pytest
 from pipeline.config.recipe import Config
 from pipeline.inference.shards import Cut, Joined
 from pipeline.ingest.tiler import store_slide
+from pipeline.predictions.large import cut
 from pipeline.predictions.slide import Job, Predicting, Predictor
+from pipeline.store.patches import PatchStore
 from tests.pipeline.bags.test_embed import settings
 from tests.pipeline.small import small_config, write_model
 from tests.pipeline.tiled import RGB, row, spoilt
@@ -126,3 +128,12 @@ def test_what_cannot_be_split_is_predicted_by_one(tmp_path: Path) -> None:
     found = Predictor(_asked(tmp_path / "m", _config(mode="window"), shard_above=1, shards=2)).work([_job(path)])
     assert isinstance(found, list)
     assert isinstance(found[0], dict)
+
+
+def test_a_slide_of_which_each_shard_would_measure_all_patches_is_not_split(tmp_path: Path) -> None:
+    config, path = _config(), write_pyramid(tmp_path / "a.tiff", SMALL, levels=1)
+    status = store_slide(row(path), config.tiling, str(tmp_path / "store"))
+    whole = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint()).slide(str(status.key))
+    assert cut(config, [row(path)], whole, 1, 2) is not None
+    measured = config.model_copy(update={"tiling": config.tiling.model_copy(update={"min_sharpness": 0.0})})
+    assert cut(measured, [row(path)], whole, 1, 2) is None

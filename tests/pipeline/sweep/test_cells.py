@@ -85,6 +85,15 @@ def test_magnification_is_a_setting_where_the_tiling_knows_microns() -> None:
     assert "level 0 as it is" in found.left_out[0]
 
 
+def test_a_threshold_of_sharpness_holds_at_its_own_magnification_alone() -> None:
+    sharp = {"patch_px": 32, "mpp": 2.0, "min_sharpness": 50.0}
+    found = expand([_model(tiling=sharp)], [COHORT], SettingsGrid(mpp=(1.0, 2.0)))
+    assert [cell.scoring.config.tiling.mpp for cell in found.cells] == [2.0]
+    assert "its tiling.min_sharpness=50 was chosen at tiling.mpp=2 and holds at no other" in found.left_out[0]
+    measured = expand([_model(tiling={**sharp, "min_sharpness": 0.0})], [COHORT], SettingsGrid(mpp=(1.0, 2.0)))
+    assert len(measured.cells) == 2  # which leaves out nothing
+
+
 def test_what_a_pool_cannot_do_is_left_out_and_told() -> None:
     gated = {
         "encoder": {"stages": 2},
