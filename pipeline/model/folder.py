@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -136,9 +137,62 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_folders(folder: Path) -> list[Path]:
-    """Of each model of an ensemble, in the order of their names; of a model its own."""
+    """Of each model of an ensemble, as `member_folders`; of a model its own."""
     members = folder / MEMBERS
-    return sorted(place for place in members.iterdir() if place.is_dir()) if members.is_dir() else [folder]
+    return member_folders(members) if members.is_dir() else [folder]
+
+
+def member_folders(members: Path) -> list[Path]:
+    """Of each model in the folder `members` of an ensemble, in the order of their names.
+
+    Raises:
+        StageError: there is none, or a folder that is no model.
+    """
+    found = sorted(place for place in members.iterdir() if place.is_dir())
+    if not found:
+        raise StageError(f"{members}: no model is in it; it holds a folder with {WEIGHTS} and {CONFIG} for each model")
+    if strays := [place.name for place in found if not (place / WEIGHTS).is_file()]:
+        raise StageError(f"{members}: without {WEIGHTS}, so no model: {', '.join(strays)}; take it out, or restore it")
+    return found
+
+
+def shared_config(folder: Path) -> Config:
+    """Of a model, or of an ensemble's first one, as all of them take the same patches; errors as `check_one_recipe`."""
+    folders = model_folders(folder)
+    check_one_recipe(folders)
+    return read_config(folders[0])
+
+
+def check_one_recipe(folders: Sequence[Path]) -> None:
+    """StageError names what differs, unless all models take the same patches and give the same outputs."""
+    first, *others = [_shared(read_config(folder)) for folder in folders]
+    problems = [
+        f"{folder}: {name} is {json.dumps(other.get(name))}, and {json.dumps(first.get(name))} of {folders[0].name}"
+        for folder, other in zip(folders[1:], others, strict=True)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise StageError(
+            f"an ensemble is the mean of models of one recipe, and these differ:\n{listed}\nleave the others out"
+        )
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """Field -> what it must be for all models of an ensemble; columns of labels and places may differ."""
+    tasks = [task.model_dump(mode="json", include={"name", "kind", "classes", "bins"}) for task in config.tasks]
+    embed = config.embed and config.embed.model_dump(mode="json", exclude={"encoder": {"weights"}})
+    cohort = config.cohort.model_dump(mode="json", include={"bag", "specimen"})
+    images = config.cohort.megapixel_mnist
+    return {
+        "tasks": tasks,
+        "embed": embed,
+        "model.encoder (given features)": config.given_features,
+        "cohort.megapixel_mnist": images and images.model_dump(mode="json", exclude={"folder"}),
+        **{f"cohort.{name}": value for name, value in cohort.items()},
+        **{f"tiling.{name}": value for name, value in config.tiling.identity().items()},
+    }
 
 
 def whole_digest(folder: Path) -> str:
@@ -151,12 +205,16 @@ def whole_digest(folder: Path) -> str:
 
 
 def keep_any(folder: Path, uri: str) -> None:
-    """As `keep_model`, of an ensemble too; each model's files, and what makes the features of all."""
+    """As `keep_model`, of an ensemble too; each model's files, and what makes the features of all.
+
+    Nothing is removed at `uri`: another model needs another place. Models are named by their number, so that an
+    ensemble of one `whole_digest` has the same files whatever its folders are called.
+    """
     if not (folder / MEMBERS).is_dir():
         keep_model(folder, uri)
         return
-    for one in model_folders(folder):
-        keep_model(one, join(uri, MEMBERS, one.name))
+    for number, one in enumerate(model_folders(folder)):
+        keep_model(one, join(uri, MEMBERS, f"{number:04d}"))
     for path in weight_files(folder / MEMBERS):
         upload(path, join(uri, MEMBERS, path.name))
 
