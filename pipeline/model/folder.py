@@ -26,11 +26,13 @@ WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 EMBED_WEIGHTS = "embed.weights"
 """Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
+TISSUE_NETWORK = "tissue.network"
+"""Beside a registered model whose tiling has one (`tiling.tissue_model`): its file, of the sha256 in the config."""
 SEEN = "seen.json"
 """Beside a registered model, and beside the checkpoints of a training: what it was trained and validated on."""
 
 MEMBERS = "members"
-"""Of a registered ensemble: a folder for each of its models, and the `EMBED_WEIGHTS` that they share."""
+"""Of a registered ensemble: a folder for each of its models, and what they share: `EMBED_WEIGHTS`, `TISSUE_NETWORK`."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +69,37 @@ def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> N
 
 
 def read_config(folder: Path) -> Config:
-    """The config saved beside the weights; StageError where it is absent or of another version."""
+    """The config saved beside the weights, naming the tissue network that is packed with them (`with_network`).
+
+    Raises:
+        StageError: it is absent or of another version.
+    """
     if (folder / MEMBERS).is_dir():
         raise StageError(
             f"{folder}: it is an ensemble, which MLflow loads and serves as a whole; name one of its models instead: "
             "the tag `members` of its version lists them"
         )
     try:
-        return Config.model_validate_json((folder / CONFIG).read_bytes())
+        return with_network(Config.model_validate_json((folder / CONFIG).read_bytes()), folder)
     except (OSError, ValidationError) as error:
         raise StageError(
             f"{folder / CONFIG}: cannot be read as a config of this version ({error}); "
             "use the version that wrote it, or train again"
         ) from error
+
+
+def with_network(config: Config, folder: Path) -> Config:
+    """The config with the tissue network beside the model, or beside the models of its ensemble, where there is one.
+
+    What the config names lies where the model was trained. Its `sha256` holds for either, when it is opened.
+    """
+    network = config.tiling.tissue_model
+    places = [folder, folder.parent] if folder.parent.name == MEMBERS else [folder]
+    packed = next((path for place in places if (path := place / TISSUE_NETWORK).is_file()), None)
+    if network is None or packed is None:
+        return config
+    here = network.model_copy(update={"uri": str(packed.absolute())})
+    return config.model_copy(update={"tiling": config.tiling.model_copy(update={"tissue_model": here})})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -134,6 +154,12 @@ def model_digest(config: Config, weights: Sequence[Path]) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """Of the model, and of the network that makes its features where it stands beside it."""
     return [path for name in (WEIGHTS, EMBED_WEIGHTS) if (path := folder / name).is_file()]
+
+
+def _packed_files(folder: Path) -> list[Path]:
+    """`weight_files`, and the tissue network where it stands beside them: its sha256 is in the config's digest."""
+    network = folder / TISSUE_NETWORK
+    return [*weight_files(folder), *([network] if network.is_file() else [])]
 
 
 def model_folders(folder: Path) -> list[Path]:
@@ -215,13 +241,13 @@ def keep_any(folder: Path, uri: str) -> None:
         return
     for number, one in enumerate(model_folders(folder)):
         keep_model(one, join(uri, MEMBERS, f"{number:04d}"))
-    for path in weight_files(folder / MEMBERS):
+    for path in _packed_files(folder / MEMBERS):
         upload(path, join(uri, MEMBERS, path.name))
 
 
 def keep_model(folder: Path, uri: str) -> None:
     """Copy what predicting takes to where every worker finds it."""
-    for path in (folder / CONFIG, *weight_files(folder)):
+    for path in (folder / CONFIG, *_packed_files(folder)):
         upload(path, join(uri, path.name))
 
 
@@ -234,13 +260,13 @@ def at_hand(uri: str, stack: ExitStack) -> Path:
     if names := list_names(join(uri, MEMBERS)):
         _fetch(join(uri, MEMBERS), local / MEMBERS)
         for name in names:
-            if name != EMBED_WEIGHTS:
+            if name not in (EMBED_WEIGHTS, TISSUE_NETWORK):
                 _fetch(join(uri, MEMBERS, name), local / MEMBERS / name)
     return local
 
 
 def _fetch(uri: str, local: Path) -> None:
     local.mkdir(exist_ok=True)
-    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
+    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS, TISSUE_NETWORK):
         if exists(join(uri, name)):
             download(join(uri, name), local / name)

@@ -19,6 +19,7 @@ from pipeline.model.folder import (
     EMBED_WEIGHTS,
     MEMBERS,
     SEEN,
+    TISSUE_NETWORK,
     WEIGHTS,
     Seen,
     at_hand,
@@ -33,6 +34,7 @@ from pipeline.model.folder import (
     weight_files,
     whole_digest,
 )
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import PATCH, small_config, write_model
 from tests.s3 import S3Server
 
@@ -116,11 +118,13 @@ def test_an_ensemble_is_kept_in_a_bucket_and_at_hand_from_there(
         (place := ensemble / MEMBERS / f"{number:02d}").mkdir(parents=True)
         save_model(place, build_model(small_config()).state_dict(), small_config())
     (ensemble / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of all")
+    (ensemble / MEMBERS / TISSUE_NETWORK).write_bytes(b"network")
     keep_any(ensemble, f"{bucket}/model")
     with ExitStack() as stack:
         local = at_hand(f"{bucket}/model", stack)
         assert [place.name for place in model_folders(local)] == ["0000", "0001"]
         assert whole_digest(local) == whole_digest(ensemble)
+        assert (local / MEMBERS / TISSUE_NETWORK).read_bytes() == b"network"
         (local / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of others")
         assert whole_digest(local) != whole_digest(ensemble)
     one = ensemble / MEMBERS / "00"
@@ -160,3 +164,25 @@ def test_models_of_several_recipes_are_no_ensemble(tmp_path: Path) -> None:
     assert said[2].startswith(f"  - {tmp_path / '03'}: tasks is ")
     assert '["yes", "no"]' in said[2]
     assert len(said) == 3
+
+
+def test_a_tissue_network_beside_a_model_is_the_one_that_is_named(tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    config = small_config(tiling=small_tiling(network))
+    (alone := tmp_path / "alone").mkdir()
+    (member := tmp_path / MEMBERS / "00").mkdir(parents=True)
+    for folder, packed in ((alone, alone / TISSUE_NETWORK), (member, tmp_path / MEMBERS / TISSUE_NETWORK)):
+        write_model(folder, config)
+        assert read_config(folder) == config
+        before = whole_digest(folder)
+        packed.write_bytes(network.read_bytes())
+        here = read_config(folder)
+        assert here.tiling.tissue_model is not None
+        assert here.tiling.tissue_model.uri == str(packed)
+        assert (here.tiling.fingerprint(), whole_digest(folder)) == (config.tiling.fingerprint(), before)
+    keep_any(alone, str(tmp_path / "kept"))
+    kept = read_config(tmp_path / "kept").tiling.tissue_model
+    assert kept is not None
+    assert Path(kept.uri) == tmp_path / "kept" / TISSUE_NETWORK
+    write_model(alone, small_config())
+    assert read_config(alone) == small_config()  # which names none

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,10 @@ from pipeline.bags import unseen
 from pipeline.bags.sources import open_bag
 from pipeline.bags.unseen import featured
 from pipeline.config.recipe import ClusterConfig, Config
-from pipeline.errors import StageError, TrackingError
+from pipeline.errors import ConfigError, StageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.model.build import build_model
-from pipeline.model.folder import save_model
+from pipeline.model.folder import TISSUE_NETWORK, save_model
 from pipeline.predictions import run as run_module
 from pipeline.predictions.large import Shard
 from pipeline.predictions.output import safe_name
@@ -41,6 +42,7 @@ from pipeline.view.outputs import Output
 from tests.pipeline.bags.test_embed import settings
 from tests.pipeline.formats.test_feature_files import VECTORS, N, trident
 from tests.pipeline.ingest.test_cohorts import given_config
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import (
     HEIGHT,
     WIDTH,
@@ -483,3 +485,17 @@ def test_models_that_cannot_be_averaged_are_refused_before_anything_is_read(tmp_
     assert "01: tasks is " in refused("swapped", small_config(), swapped)
     spread = small_config(tasks=[{**plain, "kind": "multiclass", "classes": ["a", "a_low", "b"]}])
     assert "tumour_a_low, an output and the spread of tumour_a" in refused("spread", spread, spread)
+
+
+def test_a_model_that_brings_its_tissue_network_needs_the_trainer_s_no_more(tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    (folder := tmp_path / "model").mkdir()
+    write_model(folder, small_config(tiling=small_tiling(network)))
+    network.rename(folder / TISSUE_NETWORK)
+    write_slide(tmp_path / "a.png", 0)
+    slides, changed = [str(tmp_path / "a.png")], tmp_path / "changed"
+    assert predict(str(folder), slides, None, tmp_path / "out", tracking_uri="unused", mpp=0.5)["failed"] == {}
+    shutil.copytree(folder, changed)
+    scripted(Toy(limit=30.0), changed / TISSUE_NETWORK)
+    with pytest.raises(ConfigError, match=r"tiling.tissue_model.sha256: .*changed/tissue.network has [0-9a-f]{64}"):
+        predict(str(changed), slides, None, tmp_path / "out2", tracking_uri="unused", mpp=0.5)
