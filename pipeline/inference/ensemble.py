@@ -25,7 +25,7 @@ from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Config
 from pipeline.inference.metrics import Floats
 from pipeline.inference.prediction import BagPrediction, load_model, predict_bag
-from pipeline.model.folder import EMBED_WEIGHTS, MEMBERS
+from pipeline.model.folder import EMBED_WEIGHTS, MEMBERS, check_one_recipe, member_folders
 
 Member = tuple[IPSModel, Config]
 
@@ -36,10 +36,16 @@ def load_any(folder: Path) -> list[Member]:
 
 
 def load_members(folder: Path) -> list[Member]:
-    """The models of an ensemble's folder, in the order of their names; errors as `load_model`."""
+    """The models of an ensemble's folder, in the order of their names.
+
+    Raises:
+        StageError: there is none, they are not of one recipe, or as `load_model`.
+    """
     packed = folder / EMBED_WEIGHTS
     shared = packed if packed.is_file() else None
-    return [load_model(place, shared) for place in sorted(folder.iterdir()) if place.is_dir()]
+    places = member_folders(folder)
+    check_one_recipe(places)
+    return [load_model(place, shared) for place in places]
 
 
 def predict_mean(members: Sequence[Member], slide: CohortSlide) -> dict[str, Floats]:

@@ -47,16 +47,18 @@ class Heatmap:
     extent: float
     """Edge of a patch in level-0 px."""
     attention: Numbers
-    """(N,), sums to 1."""
+    """(N,), sums to 1; of one slide of several that were looked at together, to its share."""
     mpp: float | None
     """Microns per level-0 px, for the scale bar; without it the bar is in px."""
     dimensions: tuple[int, int] | None = None
     """Width and height of the slide, level-0 px; without them `scale` alone says where a patch lies, to half a px."""
+    among: int | None = None
+    """Patches that the attention was shared between, where other slides have some of them; else N."""
 
     @property
     def ratio(self) -> npt.NDArray[np.float64]:
-        """(N,) attention relative to uniform: attention * N."""
-        return np.asarray(self.attention, np.float64) * len(self.attention)
+        """(N,) attention relative to uniform: attention * `among`."""
+        return np.asarray(self.attention, np.float64) * (self.among or len(self.attention))
 
 
 def highest(attentions: Iterable[Numbers]) -> float:

@@ -100,7 +100,7 @@ def load_model(folder: Path, embed_weights: Path | None = None) -> tuple[IPSMode
     """The model of a folder with weights.safetensors and config.json, on the GPU where there is one.
 
     Where the folder holds the weights that make its features too (`registry.register_model`), or `embed_weights` are
-    there, the config names those.
+    there, the config names those; and the network that finds its tissue, as `read_config` does.
 
     Raises:
         StageError: the folder does not hold a model of this version.

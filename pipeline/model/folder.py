@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -25,11 +26,13 @@ WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 EMBED_WEIGHTS = "embed.weights"
 """Beside a registered model on features: the weights of the network that makes them, in whichever format they had."""
+TISSUE_NETWORK = "tissue.network"
+"""Beside a registered model whose tiling has one (`tiling.tissue_model`): its file, of the sha256 in the config."""
 SEEN = "seen.json"
 """Beside a registered model, and beside the checkpoints of a training: what it was trained and validated on."""
 
 MEMBERS = "members"
-"""Of a registered ensemble: a folder for each of its models, and the `EMBED_WEIGHTS` that they share."""
+"""Of a registered ensemble: a folder for each of its models, and what they share: `EMBED_WEIGHTS`, `TISSUE_NETWORK`."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,37 @@ def save_model(folder: Path, weights: Mapping[str, Tensor], config: Config) -> N
 
 
 def read_config(folder: Path) -> Config:
-    """The config saved beside the weights; StageError where it is absent or of another version."""
+    """The config saved beside the weights, naming the tissue network that is packed with them (`with_network`).
+
+    Raises:
+        StageError: it is absent or of another version.
+    """
     if (folder / MEMBERS).is_dir():
         raise StageError(
             f"{folder}: it is an ensemble, which MLflow loads and serves as a whole; name one of its models instead: "
             "the tag `members` of its version lists them"
         )
     try:
-        return Config.model_validate_json((folder / CONFIG).read_bytes())
+        return with_network(Config.model_validate_json((folder / CONFIG).read_bytes()), folder)
     except (OSError, ValidationError) as error:
         raise StageError(
             f"{folder / CONFIG}: cannot be read as a config of this version ({error}); "
             "use the version that wrote it, or train again"
         ) from error
+
+
+def with_network(config: Config, folder: Path) -> Config:
+    """The config with the tissue network beside the model, or beside the models of its ensemble, where there is one.
+
+    What the config names lies where the model was trained. Its `sha256` holds for either, when it is opened.
+    """
+    network = config.tiling.tissue_model
+    places = [folder, folder.parent] if folder.parent.name == MEMBERS else [folder]
+    packed = next((path for place in places if (path := place / TISSUE_NETWORK).is_file()), None)
+    if network is None or packed is None:
+        return config
+    here = network.model_copy(update={"uri": str(packed.absolute())})
+    return config.model_copy(update={"tiling": config.tiling.model_copy(update={"tissue_model": here})})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -135,10 +156,69 @@ def weight_files(folder: Path) -> list[Path]:
     return [path for name in (WEIGHTS, EMBED_WEIGHTS) if (path := folder / name).is_file()]
 
 
+def _packed_files(folder: Path) -> list[Path]:
+    """`weight_files`, and the tissue network where it stands beside them: its sha256 is in the config's digest."""
+    network = folder / TISSUE_NETWORK
+    return [*weight_files(folder), *([network] if network.is_file() else [])]
+
+
 def model_folders(folder: Path) -> list[Path]:
-    """Of each model of an ensemble, in the order of their names; of a model its own."""
+    """Of each model of an ensemble, as `member_folders`; of a model its own."""
     members = folder / MEMBERS
-    return sorted(place for place in members.iterdir() if place.is_dir()) if members.is_dir() else [folder]
+    return member_folders(members) if members.is_dir() else [folder]
+
+
+def member_folders(members: Path) -> list[Path]:
+    """Of each model in the folder `members` of an ensemble, in the order of their names.
+
+    Raises:
+        StageError: there is none, or a folder that is no model.
+    """
+    found = sorted(place for place in members.iterdir() if place.is_dir())
+    if not found:
+        raise StageError(f"{members}: no model is in it; it holds a folder with {WEIGHTS} and {CONFIG} for each model")
+    if strays := [place.name for place in found if not (place / WEIGHTS).is_file()]:
+        raise StageError(f"{members}: without {WEIGHTS}, so no model: {', '.join(strays)}; take it out, or restore it")
+    return found
+
+
+def shared_config(folder: Path) -> Config:
+    """Of a model, or of an ensemble's first one, as all of them take the same patches; errors as `check_one_recipe`."""
+    folders = model_folders(folder)
+    check_one_recipe(folders)
+    return read_config(folders[0])
+
+
+def check_one_recipe(folders: Sequence[Path]) -> None:
+    """StageError names what differs, unless all models take the same patches and give the same outputs."""
+    first, *others = [_shared(read_config(folder)) for folder in folders]
+    problems = [
+        f"{folder}: {name} is {json.dumps(other.get(name))}, and {json.dumps(first.get(name))} of {folders[0].name}"
+        for folder, other in zip(folders[1:], others, strict=True)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise StageError(
+            f"an ensemble is the mean of models of one recipe, and these differ:\n{listed}\nleave the others out"
+        )
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """Field -> what it must be for all models of an ensemble; columns of labels and places may differ."""
+    tasks = [task.model_dump(mode="json", include={"name", "kind", "classes", "bins"}) for task in config.tasks]
+    embed = config.embed and config.embed.model_dump(mode="json", exclude={"encoder": {"weights"}})
+    cohort = config.cohort.model_dump(mode="json", include={"bag", "specimen"})
+    images = config.cohort.megapixel_mnist
+    return {
+        "tasks": tasks,
+        "embed": embed,
+        "model.encoder (given features)": config.given_features,
+        "cohort.megapixel_mnist": images and images.model_dump(mode="json", exclude={"folder"}),
+        **{f"cohort.{name}": value for name, value in cohort.items()},
+        **{f"tiling.{name}": value for name, value in config.tiling.identity().items()},
+    }
 
 
 def whole_digest(folder: Path) -> str:
@@ -151,19 +231,23 @@ def whole_digest(folder: Path) -> str:
 
 
 def keep_any(folder: Path, uri: str) -> None:
-    """As `keep_model`, of an ensemble too; each model's files, and what makes the features of all."""
+    """As `keep_model`, of an ensemble too; each model's files, and what makes the features of all.
+
+    Nothing is removed at `uri`: another model needs another place. Models are named by their number, so that an
+    ensemble of one `whole_digest` has the same files whatever its folders are called.
+    """
     if not (folder / MEMBERS).is_dir():
         keep_model(folder, uri)
         return
-    for one in model_folders(folder):
-        keep_model(one, join(uri, MEMBERS, one.name))
-    for path in weight_files(folder / MEMBERS):
+    for number, one in enumerate(model_folders(folder)):
+        keep_model(one, join(uri, MEMBERS, f"{number:04d}"))
+    for path in _packed_files(folder / MEMBERS):
         upload(path, join(uri, MEMBERS, path.name))
 
 
 def keep_model(folder: Path, uri: str) -> None:
     """Copy what predicting takes to where every worker finds it."""
-    for path in (folder / CONFIG, *weight_files(folder)):
+    for path in (folder / CONFIG, *_packed_files(folder)):
         upload(path, join(uri, path.name))
 
 
@@ -176,13 +260,13 @@ def at_hand(uri: str, stack: ExitStack) -> Path:
     if names := list_names(join(uri, MEMBERS)):
         _fetch(join(uri, MEMBERS), local / MEMBERS)
         for name in names:
-            if name != EMBED_WEIGHTS:
+            if name not in (EMBED_WEIGHTS, TISSUE_NETWORK):
                 _fetch(join(uri, MEMBERS, name), local / MEMBERS / name)
     return local
 
 
 def _fetch(uri: str, local: Path) -> None:
     local.mkdir(exist_ok=True)
-    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS):
+    for name in (WEIGHTS, CONFIG, EMBED_WEIGHTS, TISSUE_NETWORK):
         if exists(join(uri, name)):
             download(join(uri, name), local / name)

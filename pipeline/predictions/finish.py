@@ -37,7 +37,8 @@ class Finishing:
         x, y, attention = (table[name].to_numpy() for name in ("x", "y", "attention"))
         dimensions = facts["dimensions"]
         scale = max(dimensions) / max(thumbnail.shape[:2])
-        slide = Heatmap(thumbnail, scale, x, y, facts["patch"], attention, facts["mpp"], tuple(dimensions))
+        among = facts["patient"]["n_patches"] if "patient" in facts else None
+        slide = Heatmap(thumbnail, scale, x, y, facts["patch"], attention, facts["mpp"], tuple(dimensions), among)
         top = self.colours["score"]["high"]
         picture = overlay_png(slide, top, caption=caption(facts), clipped=True)
         write_bytes(join(folder, OVERLAY), picture)

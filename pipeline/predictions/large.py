@@ -6,6 +6,7 @@ one file are equal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,10 @@ from pipeline.bags.sources import BagSource, Source, open_bag
 from pipeline.bags.unseen import as_one, read_together
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.errors import DamagedError, PlanError, SlideError
+from pipeline.errors import ConfigError, DamagedError, PlanError, SlideError, StorageError
 from pipeline.inference.shards import Cut, Scores, Strip, borders, joined_scores, strip_scores
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Shard:
     """Of all the bag's patches, which must be these."""
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a shard's rows were given. Picklable."""
+
+    key: str
+    """Of all the bag's patches, when these were scored."""
+    scores: Scores
 
 
 def cut(config: Config, slides: Sequence[CohortSlide], whole: BagSource, above: int, parts: int) -> Cut[Shard] | None:
@@ -55,32 +67,40 @@ def cut(config: Config, slides: Sequence[CohortSlide], whole: BagSource, above: 
     return Cut(tuple(Shard(tuple(slides), whole.key, *end) for end in ends))
 
 
-def scored(shard: Shard, config: Config, scorer: Scorer, store: str | None) -> Scores | None:
+def scored(shard: Shard, config: Config, scorer: Scorer, store: str | None) -> Scored | None:
     """What its rows are given.
 
-    None where they cannot be read, or are no longer those that were cut: whoever predicts the bag alone will say why,
-    or leave such out.
+    None where they cannot be read or scored, or are no longer those that were cut: whoever predicts the bag alone will
+    say why, or leave such out.
+
+    Raises:
+        StorageError, ConfigError, MemoryError: this node's or the store's, and no slide's fault.
     """
     try:
         return read_together(config, shard.slides, partial(_scored, shard, config, scorer), store)
     except (SlideError, DamagedError):
         return None
+    except (StorageError, ConfigError, MemoryError):
+        raise
+    except Exception:  # one slide's unforeseen failure must not end the others' batch
+        log.exception("predict: rows of %s", ", ".join(slide.slide_id for slide in shard.slides))
+        return None
 
 
-def _scored(shard: Shard, config: Config, scorer: Scorer, sources: Sequence[Source]) -> Scores | None:
+def _scored(shard: Shard, config: Config, scorer: Scorer, sources: Sequence[Source]) -> Scored | None:
     whole, selecting = as_one(shard.slides, sources), config.model.select
     if whole.key != shard.key:
         return None
     strip = Strip(open_bag(whole, threads=torch.get_num_threads(), augment=None), shard.start, shard.stop)
     try:
-        return strip_scores(strip, scorer, selecting.chunk, context=selecting.context == "all")
+        return Scored(shard.key, strip_scores(strip, scorer, selecting.chunk, context=selecting.context == "all"))
     except PlanError:
         return None  # a patch cannot be decoded; without it rows have other numbers
 
 
-def together(found: Sequence[Scores | None], bag: Bag) -> Scores | None:
-    """Of a bag, of its shards; None where one of them has none, or they are of other patches."""
-    parts = [part for part in found if part is not None]
+def together(found: Sequence[Scored | None], key: str, bag: Bag) -> Scores | None:
+    """Of a bag, of its shards; None where one of them has none, or they are of other patches, as their key tells."""
+    parts = [part.scores for part in found if part is not None and part.key == key]
     if len(parts) < len(found) or sum(len(part.logits) for part in parts) != len(bag):
         return None
     return joined_scores(parts)

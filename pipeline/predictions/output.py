@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.data import TaskConfig
-from pipeline.errors import DamagedError
+from pipeline.errors import DamagedError, StageError
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import join, list_names, parsed_json, read_if_there, write_bytes, write_json
+from pipeline.storage.files import delete, join, list_names, parsed_json, read_if_there, write_bytes, write_json
 
 SLIDES, COMMIT = "slides", "slide.json"
 ATTENTION, THUMBNAIL, OVERLAY, CONTACT = "attention.parquet", "thumbnail.jpg", "overlay.png", "contact.png"
@@ -27,6 +27,9 @@ TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
 
 INTERVALS = b"ips.intervals"
 """Of the schema of `predictions.parquet`: what its columns `_low` and `_high` are, for people."""
+
+ENDS = ("low", "high")
+"""Of the columns `<output>_low` and `_high`, an ensemble's spread."""
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -80,6 +83,25 @@ def read_facts(folder: str) -> Facts | None:
 def commit(folder: str, facts: Facts) -> None:
     """All other files of the slide are there."""
     write_json(join(folder, COMMIT), facts)
+
+
+def clear(folder: str) -> None:
+    """Take away what is of an earlier prediction of the slide and may not be written again; its commit first."""
+    old = [name for name in list_names(folder) if name in (COMMIT, OVERLAY, ALL) or name.endswith(".dcm")]
+    for name in sorted(old, key=lambda name: name != COMMIT):
+        delete(join(folder, name))
+
+
+def check_spread(tasks: Sequence[TaskConfig], models: int) -> None:
+    """StageError where a column of the spread of several models is called as an output, so that one would be lost."""
+    outputs = [name for task in tasks for name in task.output_columns]
+    twice = [(name, f"{name}_{end}") for name in outputs for end in ENDS if f"{name}_{end}" in outputs]
+    if twice and models > 1:
+        told = "; ".join(f"{column}, an output and the spread of {name}" for name, column in twice)
+        raise StageError(
+            f"predict: the tables would have columns of an ensemble twice: {told}; predict its models alone, or train "
+            "with other names of tasks or classes"
+        )
 
 
 def write_tables(
@@ -140,7 +162,7 @@ def _table(
         columns |= {name: column(pa.float64(), "values", name) for name in task.output_columns}
         if spread:
             for name in task.output_columns:
-                for end, suffix in enumerate(("low", "high")):
+                for end, suffix in enumerate(ENDS):
                     columns[f"{name}_{suffix}"] = column(pa.float64(), "spread", name, end)
         own = [one.get(task.name) for one in labels]
         if any(label is not None for label in own):

@@ -21,6 +21,10 @@ def bags_of(patients: Sequence[str | None], config: Config) -> list[list[int]]:
     return list(groups.values())
 
 
+_VERSION = 1
+"""Of what the folders of such a patient hold beside `run._VERSION`: 1: overlays are relative to all of its slides."""
+
+
 def with_others(jobs: Sequence[Job], bags: Sequence[Sequence[int]]) -> list[Job]:
     """What a slide's folder follows from has its patient's other slides in it."""
     found = list(jobs)
@@ -28,7 +32,7 @@ def with_others(jobs: Sequence[Job], bags: Sequence[Sequence[int]]) -> list[Job]
         if len(bag) > 1:
             known = [jobs[place].identity for place in bag]
             for place in bag:
-                found[place] = replace(jobs[place], identity=fingerprint([jobs[place].identity, known]))
+                found[place] = replace(jobs[place], identity=fingerprint([_VERSION, jobs[place].identity, known]))
     return found
 
 

@@ -20,7 +20,7 @@ from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, read_config, whole_digest
+from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, shared_config, whole_digest
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
@@ -29,6 +29,7 @@ from pipeline.predictions.output import (
     Failure,
     Outcome,
     begun_names,
+    check_spread,
     folder_of,
     read_facts,
     safe_name,
@@ -113,8 +114,8 @@ def predict(
         of the failed ones.
 
     Raises:
-        StageError: nothing to predict, no slide at all could be predicted (the tables are written), or another process
-            is at this folder.
+        StageError: nothing to predict, no slide at all could be predicted (the tables are written), another process
+            is at this folder, or an ensemble's models cannot be averaged.
         TrackingError: the model is not found or cannot be fetched.
         ConfigError: what `how.dicom` needs is not installed.
     """
@@ -125,16 +126,16 @@ def predict(
     child.start()  # beside the model's loading
     place = _folder(out)
     with _found(model, tracking_uri) as (source, folder), held(join(place, "predict.lease"), "predict"):
-        config = read_config(model_folders(folder)[0])  # models of an ensemble see the same patches
+        config = shared_config(folder)
+        check_spread(config.tasks, len(model_folders(folder)))
         check_bags(asked, config, cohort)
         if config.given_features:
             asked = _in_their_files(asked)
         check_environment([one.slide for one in asked], config.tiling)
         _check_store(how.store, config)
         digest = whole_digest(folder)
-        kept = str(folder)
+        kept = join(place, "model", digest) if how.workers else str(folder)  # apart from what earlier batches kept
         if how.workers:  # whose processes may be elsewhere
-            kept = join(place, "model")
             keep_any(folder, kept)
         above = how.shard_above if how.workers > 1 else None
         predicting = Predicting(

@@ -23,17 +23,17 @@ from pipeline.bags.sources import Source, open_bag, stored_of
 from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
-from pipeline.errors import ConfigError, DamagedError, SlideError, StorageError
+from pipeline.errors import ConfigError, DamagedError, SlideError, StageError, StorageError
 from pipeline.inference.ensemble import load_any, mean_of, predict_each, spread_of
 from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.prediction import BagPrediction, bag_scorer, part_of, predict_bag, unpredicted
-from pipeline.inference.shards import Cut, Joined, Scores
+from pipeline.inference.shards import Cut, Joined
 from pipeline.ingest.isolated import apart
 from pipeline.ingest.source import opened
-from pipeline.model.folder import at_hand
+from pipeline.model.folder import at_hand, whole_digest
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.dicom import write_maps
-from pipeline.predictions.large import Shard, cut, scored, together
+from pipeline.predictions.large import Scored, Shard, cut, scored, together
 from pipeline.predictions.maps import METADATA, as_parquet, histograms, map_table
 from pipeline.predictions.output import (
     ALL,
@@ -46,6 +46,7 @@ from pipeline.predictions.output import (
     Facts,
     Failure,
     Outcome,
+    clear,
     commit,
     folder_of,
     safe_name,
@@ -61,6 +62,9 @@ from pipeline.tiling.geojson import collection
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+
+_PASSING = {"crash", "missing", "changed"}
+"""Reasons for which a slide that was just predicted has no map, beside those that `SlideError.may_pass` knows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Predicting:
 
     def worker(self) -> Callable[[Any], Any]:
         """What predicts the slides of a bag, its model loaded; see `Predictor.work`."""
-        return Predictor(self).work
+        predictor = Predictor(self)
+        predictor.check()
+        return predictor.work
 
 
 class Predictor:
@@ -105,11 +111,20 @@ class Predictor:
 
     def __init__(self, asked: Predicting) -> None:
         self._asked, self._stack = asked, ExitStack()
-        self._members = load_any(at_hand(asked.model, self._stack))
+        self._folder = at_hand(asked.model, self._stack)
+        self._members = load_any(self._folder)
         self._model, self._config = self._members[0]
         self._scorers = [bag_scorer(*member) for member in self._members]
 
-    def work(self, item: Sequence[Job] | Shard | Joined[Sequence[Job]]) -> list[Outcome] | Cut[Shard] | Scores | None:
+    def check(self) -> None:
+        """StageError unless the model is the one that the slides' folders will name."""
+        if (found := whole_digest(self._folder)) != self._asked.digest:
+            raise StageError(
+                f"predict: {self._asked.model} holds the model {found}, and not {self._asked.digest} of "
+                f"{self._asked.source}; it was changed meanwhile: run again"
+            )
+
+    def work(self, item: Sequence[Job] | Shard | Joined[Sequence[Job]]) -> list[Outcome] | Cut[Shard] | Scored | None:
         """Outcomes of a bag, as `predict`; or, of a large one, shards, then their scores, then outcomes."""
         if isinstance(item, Shard):
             (scorer,) = self._scorers
@@ -146,7 +161,7 @@ class Predictor:
         return shards or self._predict(jobs, (), sources)
 
     def _predict(
-        self, jobs: Sequence[Job], shards: Sequence[Scores | None], sources: Sequence[Source]
+        self, jobs: Sequence[Job], shards: Sequence[Scored | None], sources: Sequence[Source]
     ) -> list[Facts] | Failure:
         """`shards` have the scores of all patches, where several actors scored them."""
         config, whole = self._config, as_one([job.slide for job in jobs], sources)
@@ -155,7 +170,7 @@ class Predictor:
             each = predict_each(self._members, self._scorers, bag)
             found = mean_of(each, config.tasks)
         else:
-            scores, heads = together(shards, bag) if shards else None, self._asked.heads
+            scores, heads = together(shards, whole.key, bag) if shards else None, self._asked.heads
             found = predict_bag(self._model, bag, config, self._scorers[0], heads=heads, pooled=True, scores=scores)
             each = [found]
         numbers = [value for task in config.tasks for value in found.values[task.name].tolist()]
@@ -224,8 +239,9 @@ class Predictor:
         }
 
     def _write(self, facts: Facts, slide: CohortSlide, source: Source, table: pa.Table) -> None:
-        """The slide's files; `slide.json` last."""
+        """The slide's files; `slide.json` last, and an earlier one is gone first: it would speak for these files."""
         folder, stored = folder_of(self._asked.out, facts["slide_id"]), stored_of(source)
+        clear(folder)
         write_bytes(join(folder, ATTENTION), as_parquet(table))
         write_bytes(join(folder, THUMBNAIL), source.thumbnail())
         write_bytes(join(folder, TISSUE), collection([]) if stored is None else stored.outline())
@@ -241,13 +257,19 @@ class Predictor:
         commit(folder, facts)
 
     def _write_dicom(self, facts: Facts, slide: CohortSlide, table: pa.Table) -> dict[str, Any]:
-        """What Parametric Maps were written; where a slide can have none, why, and it is predicted all the same."""
+        """What Parametric Maps were written; where a slide can have none, why, and it is predicted all the same.
+
+        Raises:
+            SlideError: that may be otherwise the next time; were it committed, nobody would try again.
+        """
         columns = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
         folder = folder_of(self._asked.out, slide.slide_id)
         with scratch_folder() as scratch:
             try:
                 names = apart(slide, self._config.tiling, partial(write_maps, slide.uri, facts, columns, scratch))
             except SlideError as error:
+                if error.may_pass or error.reason in _PASSING:
+                    raise
                 log.warning("predict: %s has no DICOM map: %s", slide.slide_id, error)
                 return {"files": [], "why": as_text(str(error))}
             for name in names:

@@ -18,7 +18,7 @@ from pipeline.inference.operating import thresholds
 from pipeline.inference.prediction import load_model
 from pipeline.ingest.features import index_cohort
 from pipeline.ingest.graph import tile_cohort
-from pipeline.model.folder import EMBED_WEIGHTS, read_config
+from pipeline.model.folder import EMBED_WEIGHTS, TISSUE_NETWORK, read_config
 from pipeline.release.trained import keep_weights
 from pipeline.results.evaluate import Evaluation, evaluate
 from pipeline.results.report import render_report
@@ -70,7 +70,7 @@ def own_config(store: Store, version: str, config: Config) -> Config:
     """
     with scratch_folder() as scratch:
         _, folder = fetch(store, version, scratch)
-        own = _with_own_features(read_config(folder), folder, config.storage.root)
+        own = _with_own_networks(read_config(folder), folder, config.storage.root)
     mine, asked = own.model_dump(mode="json")["tasks"], config.model_dump(mode="json")["tasks"]
     for task in (*mine, *asked):
         del task["class_weights"]  # of the loss alone
@@ -87,8 +87,12 @@ def own_config(store: Store, version: str, config: Config) -> Config:
     return _here(own, config)
 
 
-def _with_own_features(own: Config, folder: Path, root: str) -> Config:
-    """Features are made by the network that the model brings, wherever its weights lay when it was trained."""
+def _with_own_networks(own: Config, folder: Path, root: str) -> Config:
+    """Tissue is found and features are made by the networks that the model brings, wherever it was trained."""
+    network = own.tiling.tissue_model
+    if network is not None and (packed := folder / TISSUE_NETWORK).is_file():
+        kept = network.model_copy(update={"uri": keep_weights(root, packed)})
+        own = own.model_copy(update={"tiling": own.tiling.model_copy(update={"tissue_model": kept})})
     packed = folder / EMBED_WEIGHTS
     if own.embed is None or not packed.is_file():
         return own

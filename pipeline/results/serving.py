@@ -24,7 +24,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.credentials import masked_value
-from pipeline.errors import SlideError, StorageError
+from pipeline.errors import ConfigError, SlideError, StorageError
 from pipeline.inference.ensemble import load_members, predict_mean
 from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.metrics import Floats
@@ -116,6 +116,8 @@ class SlideModel(PythonModel):
             return unpredicted(error, "in the column mpp")
         except StorageError as error:
             return str(error)
+        except ConfigError as error:  # as of a tissue network that was changed: other rows may need none
+            return "; ".join(error.problems)
         numbers = [value for task in self.config.tasks for value in values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
             return f"the model gives {numbers}, no finite numbers; its weights are no good"

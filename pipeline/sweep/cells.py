@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.recipe import Config
 from pipeline.config.sweep import SettingsGrid
 from pipeline.errors import ConfigError
+from pipeline.model.folder import with_network
 from pipeline.sweep.cohorts import SweptCohort
 from pipeline.sweep.models import SweepModel
 
@@ -59,6 +61,10 @@ class Scoring:
         """Of all that decides its rows, but for the slide."""
         setting = {**asdict(self.setting), "tiling": self.config.tiling.fingerprint(), "version": _VERSION}
         return fingerprint({"model": self.model.digest, "setting": setting})
+
+    def at(self, folder: Path) -> Scoring:
+        """With the tissue network of the model's files in `folder`, for the process that has them at hand."""
+        return replace(self, config=with_network(self.config, folder))
 
     @property
     def name(self) -> str:

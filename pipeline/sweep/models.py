@@ -17,6 +17,7 @@ from pipeline.model.folder import (
     CONFIG,
     EMBED_WEIGHTS,
     SEEN,
+    TISSUE_NETWORK,
     WEIGHTS,
     Seen,
     keep_model,
@@ -25,7 +26,7 @@ from pipeline.model.folder import (
     read_seen,
     weight_files,
 )
-from pipeline.storage.files import download, exists, join, write_json
+from pipeline.storage.files import download, exists, join, upload, write_json
 from pipeline.tracking.registry import fetch
 from pipeline.tracking.tracker import connect
 from pipeline.training.saver import model_folder, progress_of
@@ -123,8 +124,8 @@ def _fetch_folder(origin: str, folder: Path) -> dict[str, str]:
 
 
 def _download_there(origin: str, folder: Path) -> None:
-    """What may stand beside a model: what it has seen, the weights that make its features."""
-    for name in (SEEN, EMBED_WEIGHTS):
+    """What may stand beside a model: what it has seen, the weights that make its features, its tissue network."""
+    for name in (SEEN, EMBED_WEIGHTS, TISSUE_NETWORK):
         if exists(join(origin, name)):
             download(join(origin, name), folder / name)
 
@@ -152,6 +153,9 @@ def keep(model: SweepModel, root: str) -> str:
     if not exists(join(folder, _COMMIT)):
         keep_model(Path(model.folder), folder)
         write_json(join(folder, _COMMIT), {"origin": model.origin})
+    network = Path(model.folder) / TISSUE_NETWORK  # a checkpoint's kept files, of the same digest, are without it
+    if network.is_file() and not exists(join(folder, TISSUE_NETWORK)):
+        upload(network, join(folder, TISSUE_NETWORK))
     return folder
 
 

@@ -61,7 +61,8 @@ def draw_overlays(config: Config, cell: Cell, places: Sequence[int], root: str) 
 def draw_slides(scoring: Scoring, folder: str, slides: Sequence[CohortSlide], store: str | None) -> list[bytes | None]:
     """A PNG of each slide; None where it cannot be read."""
     with ExitStack() as stack:
-        model, _ = load_model(at_hand(folder, stack))
+        local = at_hand(folder, stack)
+        model, scoring = load_model(local)[0], scoring.at(local)
         pictures: list[bytes | None] = []
         for slide in slides:
             try:

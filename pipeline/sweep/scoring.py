@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,19 +87,21 @@ class Panel:
 
     def __init__(self, asked: Pass) -> None:
         self._asked, self._store, self._stack = asked, asked.store, ExitStack()
-        self._scorings = {one.digest: one for one in asked.scorings}
-        loaded: dict[str, IPSModel] = {}
+        self._scorings: dict[str, Scoring] = {}
+        loaded: dict[str, tuple[IPSModel, Path]] = {}
         self._models: dict[str, IPSModel] = {}
         scorers: dict[tuple[str, str], Scorer | None] = {}
         self._scorers: dict[str, Scorer | None] = {}
-        for digest, one in self._scorings.items():
-            name = one.model.digest
+        for one in asked.scorings:
+            digest, name = one.digest, one.model.digest
             if name not in loaded:
-                loaded[name], _ = load_model(at_hand(one.model.folder, self._stack))
-            self._models[digest] = loaded[name]
+                folder = at_hand(one.model.folder, self._stack)
+                loaded[name] = load_model(folder)[0], folder
+            self._models[digest], folder = loaded[name]
+            self._scorings[digest] = one.at(folder)
             kind = (name, one.setting.precision) if one.setting.mode in ("exact", "window") else (name, "")
             if kind not in scorers:
-                scorers[kind] = scorer_of(loaded[name], one)
+                scorers[kind] = scorer_of(self._models[digest], one)
             self._scorers[digest] = scorers[kind]
 
     def work(self, item: Task | Shard | Joined[Task]) -> list[Row] | Cut[Shard] | Scored:

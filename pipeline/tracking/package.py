@@ -1,8 +1,8 @@
 """A trained folder as a pyfunc model from code, complete in itself.
 
 It holds `serving.py`, the weights as safetensors (of a model on features, also those of the network that makes them),
-the config, and the packages `ips` and `pipeline` as they are, so that a serving host needs the listed requirements and
-nothing of this repository, nor of where the model was trained.
+the network that finds the tissue where there is one, the config, and the packages `ips` and `pipeline` as they are, so
+that a serving host needs the listed requirements and nothing of this repository, nor of where the model was trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.config.recipe import Config
-from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, MEMBERS, SEEN, WEIGHTS
+from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, MEMBERS, SEEN, TISSUE_NETWORK, WEIGHTS
 from pipeline.segmentation.network import read_network
 from pipeline.storage import files
 
@@ -31,10 +31,14 @@ _EXAMPLE_MPP = 0.25  # microns per px of a 40x scan
 
 
 def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, str]:
-    """The model's files; with the weights of the network that makes its features, copied to where they have one name.
+    """The model's files; with the weights of what makes its features, and the network that finds its tissue.
 
-    They lie at a path of where the model was trained, which a serving host need not reach. StorageError where they
-    cannot be read.
+    Both are copied to where they have one name: they lie at paths of where the model was trained, which a serving host
+    need not reach.
+
+    Raises:
+        ConfigError: as `read_network`.
+        StorageError: one of them cannot be read.
     """
     artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
     if (folder / SEEN).is_file():
@@ -42,11 +46,14 @@ def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, s
     if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
         files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
         artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
+    if config.tiling.tissue_model is not None:
+        (scratch / TISSUE_NETWORK).write_bytes(read_network(config.tiling.tissue_model)[1])
+        artifacts["tissue_network"] = str(scratch / TISSUE_NETWORK)
     return artifacts
 
 
 def gather_members(folders: Sequence[Path], config: Config, scratch: Path) -> dict[str, str]:
-    """As `gather_artifacts`, of an ensemble: a folder for each model, and once what makes the features of all."""
+    """As `gather_artifacts`, of an ensemble: a folder for each model, and once what all take beside their weights."""
     place = scratch / MEMBERS
     for number, folder in enumerate(folders):
         member = place / f"{number:02d}"

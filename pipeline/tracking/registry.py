@@ -80,7 +80,8 @@ def register_model(
 
     Raises:
         TrackingError: the registry or the artifact store cannot be reached or refuses.
-        StorageError: the weights that make the model's features cannot be read.
+        ConfigError: the network that finds the model's tissue is another file than the one that its config names.
+        StorageError: it, or the weights that make the model's features, cannot be read.
     """
     client, config = tracker.client, read_config(folders if isinstance(folders, Path) else folders[0])
     with tempfile.TemporaryDirectory() as scratch:

@@ -42,21 +42,24 @@ class Output(Batch):
         if missing:
             raise DamagedError(f"{self.uri}/{PREDICTIONS}: it has no column {', '.join(missing)}; {_REMEDY}")
         listed = rows.to_pylist()
-        numbers = [field.name for field in rows.schema if pa.types.is_floating(field.type) and field.name not in _FACTS]
+        floats = [field.name for field in rows.schema if pa.types.is_floating(field.type) and field.name not in _FACTS]
+        ends = _ends(floats)
+        numbers = [name for name in floats if name not in ends]
         self._folders = [row["folder"] for row in listed]
         first = next((folder for folder in self._folders if folder is not None), None)
         self._said = {} if first is None else _json(files.join(self.uri, first, SLIDE))
         self.name = str(self._said.get("model", {}).get("source", self.uri))
         kind = (rows.schema.metadata or {}).get(_INTERVALS, b"95%").decode()
-        self.slides = [self._slide(row, numbers, kind) for row in listed]
+        self.slides = [self._slide(row, numbers, ends, kind) for row in listed]
         self.scales = _scales(self._said)
 
-    def _slide(self, row: Mapping[str, Any], numbers: list[str], interval: str) -> ShownSlide:
+    def _slide(self, row: Mapping[str, Any], numbers: list[str], ends: set[str], interval: str) -> ShownSlide:
         labels = [str(value) for name, value in row.items() if name.endswith(_LABEL) and value is not None]
+        spread = {name: row[name] for name in ends}
         told = tuple(
-            Told(name, row[name], row.get(name + _LOW), row.get(name + _HIGH), interval)
+            Told(name, row[name], spread.get(name + _LOW), spread.get(name + _HIGH), interval)
             for name in numbers
-            if row[name] is not None and math.isfinite(row[name]) and not name.endswith((_LOW, _HIGH, _LABEL))
+            if row[name] is not None and math.isfinite(row[name]) and not name.endswith(_LABEL)
         )
         return ShownSlide(
             row["slide_id"],
@@ -90,12 +93,13 @@ class Output(Batch):
         wanted = {"x", "y", "size", "attention", "selected"}
         if missing := sorted(wanted - set(table.column_names)):
             raise DamagedError(f"{uri}: it has no column {', '.join(missing)}; {_REMEDY}")
+        among = self._slide_said(number).get("patient", {}).get("n_patches", len(table))
         values = {}
         for layer in self.scales:
             column = _SCORE if layer == ATTENTION and _SCORE in table.column_names else layer
             if column in table.column_names:
                 of_shares = layer.startswith(_HEAD) or column == ATTENTION
-                values[layer] = _floats(table, column) * (len(table) if of_shares else 1)
+                values[layer] = _floats(table, column) * (among if of_shares else 1)
         squares = Squares(*(_floats(table, name) for name in ("x", "y", "size")))
         for name, numbers in {"x": squares.x, "y": squares.y, "size": squares.size, **values}.items():
             if not np.isfinite(numbers).all():  # one alone would spoil every mean
@@ -112,6 +116,13 @@ class Output(Batch):
         said = self._slide_said(number)
         width, height = said["dimensions"]
         return _drawn(files.parsed_json(uri, data), (width, height), said.get("origin", (0, 0)))
+
+
+def _ends(columns: Sequence[str]) -> set[str]:
+    """Those that are the ends of another's interval; classes too may be called low and high."""
+    there = set(columns)
+    pairs = [(name + _LOW, name + _HIGH) for name in columns]
+    return {end for pair in pairs if there.issuperset(pair) for end in pair}
 
 
 def _drawn(outlines: Mapping[str, Any], dimensions: tuple[int, int], origin: tuple[float, float]) -> Mask:

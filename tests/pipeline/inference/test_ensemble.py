@@ -67,3 +67,14 @@ def test_a_slide_that_cannot_be_used_keeps_its_reason(members: Path, tmp_path: P
 def test_what_takes_one_model_says_what_an_ensemble_is(members: Path) -> None:
     with pytest.raises(StageError, match="it is an ensemble, .* name one of its models instead"):
         read_config(members.parent)
+
+
+def test_models_that_disagree_about_what_they_say_are_not_averaged(tmp_path: Path) -> None:
+    """Their numbers would be of each other's classes."""
+    task = small_config().tasks[0].model_dump()
+    for name, classes in (("00", ["no", "yes"]), ("01", ["yes", "no"])):
+        (tmp_path / name).mkdir()
+        config = small_config(tasks=[{**task, "classes": classes}])
+        save_model(tmp_path / name, build_model(config, pretrained=False).state_dict(), config)
+    with pytest.raises(StageError, match="01: tasks is "):
+        load_members(tmp_path)

@@ -19,9 +19,11 @@ from pipeline.model.folder import (
     EMBED_WEIGHTS,
     MEMBERS,
     SEEN,
+    TISSUE_NETWORK,
     WEIGHTS,
     Seen,
     at_hand,
+    check_one_recipe,
     keep_any,
     load_weights,
     model_digest,
@@ -32,6 +34,7 @@ from pipeline.model.folder import (
     weight_files,
     whole_digest,
 )
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import PATCH, small_config, write_model
 from tests.s3 import S3Server
 
@@ -115,13 +118,71 @@ def test_an_ensemble_is_kept_in_a_bucket_and_at_hand_from_there(
         (place := ensemble / MEMBERS / f"{number:02d}").mkdir(parents=True)
         save_model(place, build_model(small_config()).state_dict(), small_config())
     (ensemble / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of all")
+    (ensemble / MEMBERS / TISSUE_NETWORK).write_bytes(b"network")
     keep_any(ensemble, f"{bucket}/model")
     with ExitStack() as stack:
         local = at_hand(f"{bucket}/model", stack)
-        assert [place.name for place in model_folders(local)] == ["00", "01"]
+        assert [place.name for place in model_folders(local)] == ["0000", "0001"]
         assert whole_digest(local) == whole_digest(ensemble)
+        assert (local / MEMBERS / TISSUE_NETWORK).read_bytes() == b"network"
         (local / MEMBERS / EMBED_WEIGHTS).write_bytes(b"of others")
         assert whole_digest(local) != whole_digest(ensemble)
     one = ensemble / MEMBERS / "00"
     assert model_folders(one) == [one]
     assert whole_digest(one) == model_digest(small_config(), weight_files(one))
+
+
+def test_what_is_no_model_of_an_ensemble_is_named(tmp_path: Path) -> None:
+    (members := tmp_path / MEMBERS).mkdir()
+    with pytest.raises(StageError, match=r"members: no model is in it; it holds a folder with weights.safetensors"):
+        model_folders(tmp_path)
+    for name in ("00", ".ipynb_checkpoints"):
+        (members / name).mkdir()
+    write_model(members / "00", small_config())
+    with pytest.raises(StageError, match=r"members: without weights.safetensors, so no model: .ipynb_checkpoints;"):
+        model_folders(tmp_path)
+
+
+def test_models_of_several_recipes_are_no_ensemble(tmp_path: Path) -> None:
+    tiling, task = small_config().tiling.model_dump(), small_config().tasks[0].model_dump()
+    configs = {
+        "00": small_config(),
+        "01": small_config(name="other", tasks=[{**task, "column": "elsewhere"}]),  # nothing that is predicted
+        "02": small_config(tiling={**tiling, "patch_px": 64, "mpp": 0.5}),
+        "03": small_config(tasks=[{**task, "classes": ["yes", "no"]}]),
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / name, config)
+    check_one_recipe([tmp_path / name for name in ("00", "01")])
+    with pytest.raises(StageError) as error:
+        check_one_recipe([tmp_path / name for name in configs])
+    first, *said, _ = str(error.value).splitlines()
+    assert "models of one recipe" in first
+    assert said[0].startswith(f"  - {tmp_path / '02'}: tiling.mpp is 0.5, and null of 00")
+    assert said[1].startswith(f"  - {tmp_path / '02'}: tiling.patch_px is 64, and 32 of 00")
+    assert said[2].startswith(f"  - {tmp_path / '03'}: tasks is ")
+    assert '["yes", "no"]' in said[2]
+    assert len(said) == 3
+
+
+def test_a_tissue_network_beside_a_model_is_the_one_that_is_named(tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    config = small_config(tiling=small_tiling(network))
+    (alone := tmp_path / "alone").mkdir()
+    (member := tmp_path / MEMBERS / "00").mkdir(parents=True)
+    for folder, packed in ((alone, alone / TISSUE_NETWORK), (member, tmp_path / MEMBERS / TISSUE_NETWORK)):
+        write_model(folder, config)
+        assert read_config(folder) == config
+        before = whole_digest(folder)
+        packed.write_bytes(network.read_bytes())
+        here = read_config(folder)
+        assert here.tiling.tissue_model is not None
+        assert here.tiling.tissue_model.uri == str(packed)
+        assert (here.tiling.fingerprint(), whole_digest(folder)) == (config.tiling.fingerprint(), before)
+    keep_any(alone, str(tmp_path / "kept"))
+    kept = read_config(tmp_path / "kept").tiling.tissue_model
+    assert kept is not None
+    assert Path(kept.uri) == tmp_path / "kept" / TISSUE_NETWORK
+    write_model(alone, small_config())
+    assert read_config(alone) == small_config()  # which names none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from pipeline.config.recipe import Config
 from pipeline.inference.shards import Cut, Joined
 from pipeline.ingest.tiler import store_slide
+from pipeline.predictions import large
+from pipeline.predictions import slide as slide_module
 from pipeline.predictions.large import cut
+from pipeline.predictions.output import Failure
 from pipeline.predictions.slide import Job, Predicting, Predictor
 from pipeline.store.patches import PatchStore
 from tests.pipeline.bags.test_embed import settings
@@ -137,3 +141,37 @@ def test_a_slide_of_which_each_shard_would_measure_all_patches_is_not_split(tmp_
     assert cut(config, [row(path)], whole, 1, 2) is not None
     measured = config.model_copy(update={"tiling": config.tiling.model_copy(update={"min_sharpness": 0.0})})
     assert cut(measured, [row(path)], whole, 1, 2) is None
+
+
+def test_a_slide_that_was_replaced_after_all_its_rows_were_scored_is_predicted_alone(tmp_path: Path) -> None:
+    config = _config()
+    config = config.model_copy(update={"tiling": config.tiling.model_copy(update={"tissue": "none"})})
+    path = write_pyramid(tmp_path / "a.tiff", SMALL, levels=1)
+    predictor = Predictor(_asked(tmp_path / "m", config, shard_above=1, shards=2))
+    found = predictor.work([_job(path)])
+    assert isinstance(found, Cut)
+    old = tuple(predictor.work(shard) for shard in found.parts)
+    write_pyramid(path, SMALL[:, ::-1].copy(), levels=1)  # as many patches
+    mixed = predictor.work(Joined([_job(path)], old))
+    assert mixed == predictor.predict([_job(path)])
+
+
+def test_what_goes_wrong_with_rows_costs_no_other_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever joins meets it too, where it is recorded as of any slide; what is the node's is raised."""
+    path = write_pyramid(tmp_path / "a.tiff", SMALL, levels=1)
+    predictor = Predictor(_asked(tmp_path / "m", _config(), shard_above=1, shards=2))
+    found = predictor.work([_job(path)])
+    assert isinstance(found, Cut)
+
+    def failing(error: Exception, *_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(large, "strip_scores", partial(failing, ValueError("never seen before")))
+        assert [predictor.work(shard) for shard in found.parts] == [None, None]
+        patch.setattr(slide_module, "predict_bag", partial(failing, ValueError("never seen before")))
+        joined = predictor.work(Joined([_job(path)], (None, None)))
+        assert joined == [Failure("crash", "ValueError: never seen before")]
+        patch.setattr(large, "strip_scores", partial(failing, MemoryError()))
+        with pytest.raises(MemoryError):
+            predictor.work(found.parts[0])

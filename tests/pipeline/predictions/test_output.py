@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import TaskConfig
-from pipeline.predictions.output import Failure, begun_names, commit, folder_of, read_facts, safe_name, write_tables
+from pipeline.errors import StageError
+from pipeline.predictions.output import (
+    Failure,
+    begun_names,
+    check_spread,
+    commit,
+    folder_of,
+    read_facts,
+    safe_name,
+    write_tables,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,3 +49,11 @@ def test_labels_have_a_column_where_there_are_any(tmp_path: Path) -> None:
         write_tables(str(tmp_path), [("a", "a.svs"), ("b", "b.svs")], [Failure("x", "y")] * 2, labels, tasks)
         head = (tmp_path / "predictions.csv").read_text().splitlines()[0]
         assert ('"t_label"' in head) == expected
+
+
+def test_a_spread_never_takes_the_place_of_an_output() -> None:
+    check_spread([TaskConfig(name="t", column="label", classes=("low", "high"))], 5)
+    tasks = [TaskConfig(name="t", column="label", kind="multiclass", classes=("a", "a_low", "b"))]
+    with pytest.raises(StageError, match="twice: t_a_low, an output and the spread of t_a; predict its models alone"):
+        check_spread(tasks, 2)
+    check_spread(tasks, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from pipeline.cohort.table import CohortSlide
 from pipeline.errors import CohortError
 from pipeline.inference.explain import explain
+from pipeline.inference.heatmap import Heatmap, overlay_png
 from pipeline.inference.prediction import load_model, predict_together
+from pipeline.predictions import finish
 from pipeline.predictions.output import Failure, Outcome
 from pipeline.predictions.patients import bags_of, share_outcomes, with_others
 from pipeline.predictions.run import predict
@@ -58,9 +61,18 @@ def cohort(tmp_path: Path) -> tuple[Path, Path]:
     return folder, tmp_path / "cohort.csv"
 
 
-def test_one_prediction_a_patient_and_maps_of_each_slide(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_prediction_a_patient_and_maps_of_each_slide(
+    cohort: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, listed = cohort
     out = tmp_path / "out"
+    drawn: dict[str, Any] = {}
+
+    def watched(slide: Heatmap, top: float, *, caption: Sequence[str], clipped: bool) -> bytes:
+        drawn[caption[0]] = slide.ratio
+        return overlay_png(slide, top, caption=caption, clipped=clipped)
+
+    monkeypatch.setattr(finish, "overlay_png", watched)
     slides = [str(tmp_path / "3.png")]
     result = predict(str(folder), slides, str(listed), out, tracking_uri="unused")
     assert (result["slides"], result["predicted_now"]) == (7, 5)  # the two of q are known to be no prediction
@@ -88,6 +100,7 @@ def test_one_prediction_a_patient_and_maps_of_each_slide(cohort: tuple[Path, Pat
         score = (part.found.attention[part.rows].astype(np.float64) * 60).astype(np.float32)
         assert np.array_equal(maps["score"].to_numpy(), score)
         assert np.array_equal(maps["effect_tumour_yes"].to_numpy(), said.effect["tumour_yes"][part.rows])
+        assert np.array_equal(drawn[name].astype(np.float32), score)
         assert facts["slide_id"] == name
         assert facts["curves"] == said.curves
         assert facts["n_patches"] == 20

@@ -3,10 +3,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,11 @@ from pyarrow import csv
 from pipeline.bags import unseen
 from pipeline.bags.sources import open_bag
 from pipeline.bags.unseen import featured
-from pipeline.config.recipe import ClusterConfig
-from pipeline.errors import StageError, TrackingError
+from pipeline.config.recipe import ClusterConfig, Config
+from pipeline.errors import ConfigError, StageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.model.build import build_model
-from pipeline.model.folder import save_model
+from pipeline.model.folder import TISSUE_NETWORK, save_model
 from pipeline.predictions import run as run_module
 from pipeline.predictions.large import Shard
 from pipeline.predictions.output import safe_name
@@ -40,6 +42,7 @@ from pipeline.view.outputs import Output
 from tests.pipeline.bags.test_embed import settings
 from tests.pipeline.formats.test_feature_files import VECTORS, N, trident
 from tests.pipeline.ingest.test_cohorts import given_config
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import (
     HEIGHT,
     WIDTH,
@@ -445,3 +448,54 @@ def test_files_of_features_are_predicted_in_the_place_of_slides(tmp_path: Path) 
     (only,) = (tmp_path / "out" / "slides").iterdir()
     assert only.name == "one"
     assert pq.read_table(only / "attention.parquet").num_rows == N
+
+
+def _ensemble(folder: Path, *configs: Config) -> str:
+    for number, config in enumerate(configs):
+        torch.manual_seed(number)
+        (place := folder / "members" / f"{number:02d}").mkdir(parents=True)
+        save_model(place, build_model(config, pretrained=False).state_dict(), config)
+    return str(folder)
+
+
+def test_actors_take_the_model_of_their_own_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier batch left for its actors is another's; here they are of this process."""
+    monkeypatch.setattr(run_module, "_working", lambda _: nullcontext((run_module._here, run_module._here)))
+    for seed in (0, 1):
+        write_slide(tmp_path / f"{seed}.png", seed)
+    three = _ensemble(tmp_path / "three", *[small_config()] * 3)
+    last, how = [str(tmp_path / "1.png")], How(workers=2)
+    predict(three, [str(tmp_path / "0.png")], None, tmp_path / "out", tracking_uri="unused", how=how)
+    for out in ("alone", "out"):
+        predict(str(folder), last, None, tmp_path / out, tracking_uri="unused", how=how)
+    said = [json.loads((tmp_path / out / "slides" / "1" / "slide.json").read_text()) for out in ("alone", "out")]
+    assert said[0] == said[1]
+
+
+def test_models_that_cannot_be_averaged_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    def refused(name: str, *configs: Config) -> str:
+        with pytest.raises(StageError) as error:
+            predict(_ensemble(tmp_path / name, *configs), ["absent.svs"], None, tmp_path / "out", tracking_uri="no")
+        return str(error.value)
+
+    plain = small_config().tasks[0].model_dump()
+    swapped = small_config(tasks=[{**plain, "classes": ["yes", "no"]}])
+    assert "01: tasks is " in refused("swapped", small_config(), swapped)
+    spread = small_config(tasks=[{**plain, "kind": "multiclass", "classes": ["a", "a_low", "b"]}])
+    assert "tumour_a_low, an output and the spread of tumour_a" in refused("spread", spread, spread)
+
+
+def test_a_model_that_brings_its_tissue_network_needs_the_trainer_s_no_more(tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    (folder := tmp_path / "model").mkdir()
+    write_model(folder, small_config(tiling=small_tiling(network)))
+    network.rename(folder / TISSUE_NETWORK)
+    write_slide(tmp_path / "a.png", 0)
+    slides, changed = [str(tmp_path / "a.png")], tmp_path / "changed"
+    assert predict(str(folder), slides, None, tmp_path / "out", tracking_uri="unused", mpp=0.5)["failed"] == {}
+    shutil.copytree(folder, changed)
+    scripted(Toy(limit=30.0), changed / TISSUE_NETWORK)
+    with pytest.raises(ConfigError, match=r"tiling.tissue_model.sha256: .*changed/tissue.network has [0-9a-f]{64}"):
+        predict(str(changed), slides, None, tmp_path / "out2", tracking_uri="unused", mpp=0.5)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.errors import StorageError
+from pipeline.cohort.table import CohortSlide
+from pipeline.config.data import TilingConfig
+from pipeline.errors import SlideError, StageError, StorageError
 from pipeline.inference.prediction import load_model
+from pipeline.ingest.isolated import apart
 from pipeline.ingest.tiler import store_slide
-from pipeline.model.folder import save_model
+from pipeline.model.folder import save_model, whole_digest
 from pipeline.predictions import slide as slide_module
+from pipeline.predictions.dicom import write_maps
 from pipeline.predictions.output import Failure
 from pipeline.predictions.slide import Job, Predicting, Predictor
 from tests.pipeline.small import small_config, write_model, write_slide
@@ -110,3 +117,53 @@ def test_a_store_of_before_that_does_not_say_the_bounds_is_read_with_those_of_th
     (found,) = Predictor(asked).predict([_job(path)])
     assert isinstance(found, dict)
     assert found["origin"] == list(corner)
+
+
+def test_a_model_that_is_not_the_one_asked_for_predicts_nothing(tmp_path: Path) -> None:
+    """Its numbers would stand under the other's name."""
+    predictor = _predictor(tmp_path, tmp_path / "out")
+    digest = whole_digest(tmp_path)
+    assert callable(replace(predictor._asked, digest=digest).worker())
+    with pytest.raises(StageError, match=f"holds the model {digest}, and not digest of models:/m/1"):
+        predictor._asked.worker()
+
+
+def test_nothing_of_another_prediction_is_left_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    predictor, folder = _predictor(tmp_path, tmp_path / "out", patch_px=32), tmp_path / "out" / "slides" / "a"
+    predictor.predict([_job(tmp_path / "a.png")])
+    names = {path.name for path in folder.iterdir()}
+    for name in ("overlay.png", "all.geojson.gz", "effect_grade_g1.dcm", "notes.txt"):
+        (folder / name).write_bytes(b"of before")
+    predictor.predict([_job(tmp_path / "a.png")])
+    assert {path.name for path in folder.iterdir()} == names | {"notes.txt"}  # which is not ours
+
+    def full(*_: object) -> None:
+        raise StorageError("no space is left")
+
+    monkeypatch.setattr(slide_module, "write_bytes", full)
+    with pytest.raises(StorageError, match="no space"):
+        predictor.predict([_job(tmp_path / "a.png")])
+    assert not (folder / "slide.json").exists()  # it would speak for files of two predictions
+
+
+def test_a_map_that_failed_for_a_passing_reason_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    predictor = Predictor(replace(_predictor(tmp_path, tmp_path / "out", patch_px=32)._asked, dicom=True))
+    (found,) = predictor.predict([_job(tmp_path / "a.png")])
+    assert isinstance(found, dict)
+    assert "no DICOM slide" in found["dicom"]["why"]
+
+    def failing(reason: str, slide: CohortSlide, spec: TilingConfig, work: Callable[[], Any]) -> Any:
+        if getattr(work, "func", None) is write_maps:
+            raise SlideError(reason, f"a.png: {reason}")
+        return apart(slide, spec, work)
+
+    for reason in ("source", "crash"):
+        monkeypatch.setattr(slide_module, "apart", partial(failing, reason))
+        (lost,) = predictor.predict([_job(tmp_path / "a.png")])
+        assert isinstance(lost, Failure)
+        assert lost.reason == reason
+        assert not (tmp_path / "out" / "slides" / "a" / "slide.json").exists()
+    monkeypatch.undo()
+    assert predictor.predict([_job(tmp_path / "a.png")]) == [found]

@@ -7,10 +7,12 @@ import pytest
 
 from pipeline.errors import StageError
 from pipeline.release.scoring import Scored, Unscorable, own_config, score, test_sources, try_score
+from pipeline.segmentation.network import read_network
 from pipeline.tracking.registry import RegisteredVersion
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.workflow.register import enter
 from tests.pipeline.release.space import Study, small_study
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.tracking.test_registry import features_config
 
 pytestmark = [
@@ -73,6 +75,16 @@ def test_a_champion_on_features_brings_the_network_that_makes_them(study: Study,
     assert isinstance(found, Scored), found
     assert found.config.embed is not None
     assert len(list(Path(str(study.config.storage.features)).glob("*/*/slide.json"))) == 5
+
+
+def test_a_champion_brings_the_network_that_finds_its_tissue(study: Study, tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    version = _entered(study, 7, tiling=small_tiling(network))
+    network.unlink()
+    own = own_config(study.tracker, version.uri, study.config).tiling.tissue_model
+    assert own is not None
+    assert Path(own.uri).parent == Path(study.config.storage.root) / "release" / "weights"  # which every node reaches
+    assert read_network(own)[0] == "torchscript"
 
 
 def test_a_champion_that_predicts_something_else_cannot_be_compared(study: Study) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 from pipeline.bags import patch_bag
 from pipeline.cohort.table import CohortSlide
-from pipeline.inference.prediction import predict_together
+from pipeline.inference.prediction import load_model, predict_slide, predict_together
 from pipeline.model.build import build_model
-from pipeline.model.folder import save_model
+from pipeline.model.folder import MEMBERS, TISSUE_NETWORK, save_model
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import small_config, write_model, write_sections, write_slide
 
 with warnings.catch_warnings():
@@ -26,7 +28,7 @@ with warnings.catch_warnings():
     from mlflow.types.schema import DataType, ParamSchema, ParamSpec
 
     from pipeline.results.serving import SlideModel
-    from pipeline.tracking.package import _signature
+    from pipeline.tracking.package import _signature, gather_artifacts, gather_members
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +272,44 @@ def test_params_that_are_no_param_are_refused_where_mlflow_drops_them(
         _enforce_params_schema({"topk": 3, "explain": True}, schema)
     other = ParamSchema([ParamSpec("temperature", DataType.double, default=0.0)])
     assert _enforce_params_schema({"topk": 3}, other) == {"temperature": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["model", "ensemble"])
+def test_another_host_has_the_tissue_network_and_names_it_when_it_was_changed(kind: str, tmp_path: Path) -> None:
+    for name in ("trainer", "scratch", "host"):
+        (tmp_path / name).mkdir()
+    network = scripted(Toy(), tmp_path / "trainer" / "toy.pt")
+    config = small_config(tiling=small_tiling(network))
+    folder = write_model(tmp_path / "trainer", config)
+    write_slide(tmp_path / "a.png", 5)
+    slide = CohortSlide("a", str(tmp_path / "a.png"), "p", None, 0.5, {}, {})
+    expected = predict_slide(*load_model(folder), slide)
+    if kind == "ensemble":
+        gather_members([folder, folder], config, tmp_path / "scratch")
+        shutil.copytree(tmp_path / "scratch" / MEMBERS, tmp_path / "host" / MEMBERS)
+        artifacts = {MEMBERS: MEMBERS}
+    else:
+        for path in gather_artifacts(folder, config, tmp_path / "scratch").values():
+            shutil.copy(path, tmp_path / "host")
+        artifacts = {"weights": "weights.safetensors"}
+    shutil.rmtree(tmp_path / "trainer")
+    shutil.copytree(tmp_path / "host", tmp_path / "changed")
+    (packed,) = (tmp_path / "changed").rglob(TISSUE_NETWORK)
+    scripted(Toy(limit=30.0), packed)
+
+    def served(host: str) -> SlideModel:
+        found = {name: str(tmp_path / host / path) for name, path in artifacts.items()}
+        (model := SlideModel()).load_context(PythonModelContext(found, None))
+        return model
+
+    model = served("host")
+    assert model.config.tiling.fingerprint() == config.tiling.fingerprint()
+    rows = pd.DataFrame({"uri": [slide.uri, "absent.png"], "mpp": 0.5})
+    good, absent = model.predict(None, rows).to_dict("records")
+    assert (good["error"], good["tumour_yes"]) == (None, pytest.approx(expected.values["tumour"][1], abs=1e-6))
+    assert "absent.png" in absent["error"]
+
+    changed, absent = served("changed").predict(None, rows).to_dict("records")
+    assert changed["error"].startswith(f"tiling.tissue_model.sha256: {packed} has ")
+    assert changed["error"].endswith("it is another file, or was changed; give this where it is right")
+    assert (changed["tumour_yes"], "absent.png" in absent["error"]) == (None, True)

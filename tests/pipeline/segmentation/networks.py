@@ -87,6 +87,12 @@ def settings(path: Path, **fields: Any) -> TissueModelConfig:
     return TissueModelConfig.model_validate({**given, **fields})
 
 
+def small_tiling(path: Path) -> dict[str, Any]:
+    """For `small_config`, of slides at 0.5 microns whose tissue the network finds."""
+    plain = {"patch_px": 32, "mpp": 0.5, "min_tissue": 0.5, "edge": "drop"}
+    return {**plain, "tissue": "model", "tissue_model": settings(path).model_dump()}
+
+
 def onnx_file(weights: npt.NDArray[np.float32], bias: Sequence[float], path: Path) -> Path:
     """One convolution (C, 3, 3, 3) as ONNX, byte by byte: `onnx` itself is no dependency."""
     pads = _bytes(1, b"pads") + b"".join(_number(8, 1) for _ in range(4)) + _number(20, 7)

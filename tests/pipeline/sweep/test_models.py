@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.model.folder import CONFIG, SEEN, WEIGHTS, Seen, at_hand
+from pipeline.model.folder import CONFIG, SEEN, TISSUE_NETWORK, WEIGHTS, Seen, at_hand
 from pipeline.storage.files import write_json
 from pipeline.sweep.models import SweepModel, keep, resolve_models, same_tasks
 from pipeline.tracking.registry import promote, register_model
@@ -71,6 +71,9 @@ def test_kept_models_outlive_their_origin(tmp_path: Path, mlflow_uri: str) -> No
         assert (local / WEIGHTS).read_bytes() == before
         assert json.loads((local / CONFIG).read_text())["name"] == "small"
     assert keep(model, str(tmp_path / "root")) == kept
+    (Path(model.folder) / TISSUE_NETWORK).write_bytes(b"network")  # as the registered version of a checkpoint has it
+    assert keep(model, str(tmp_path / "root")) == kept
+    assert (Path(kept) / TISSUE_NETWORK).read_bytes() == b"network"
 
 
 def test_models_that_read_otherwise_are_not_compared() -> None:

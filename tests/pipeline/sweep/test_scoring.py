@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,13 @@ from pipeline.config.sweep import SettingsGrid
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.inference.shards import Joined
 from pipeline.ingest.tiler import store_slide
+from pipeline.model.folder import TISSUE_NETWORK, read_config
+from pipeline.sweep import overlays
 from pipeline.sweep.cells import Scoring, expand
 from pipeline.sweep.cohorts import SweptCohort
 from pipeline.sweep.models import SweepModel
 from pipeline.sweep.scoring import Pass, Task, lost, readings
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import small_config, write_slide
 from tests.pipeline.sweep.made import made_cells, made_cohort
 from tests.pipeline.sweep.small_sweep import write_model
@@ -150,3 +154,23 @@ def test_models_are_packed_into_the_memory_that_there_is() -> None:
     assert [one.models for one in readings(cells, defaultdict(set), 0.5, None)] == [("a",)] * 2 + [("b",)] * 2 + [
         ("c",)
     ] * 2
+
+
+def test_tissue_is_found_by_the_network_that_is_kept_with_the_model(tmp_path: Path) -> None:
+    """Wherever the sweep began, whose scratch is not the worker's, and wherever the model was trained."""
+    write_slide(tmp_path / "s.png", 4)
+    slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, 0.5, {}, {})
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    begun, folder = tmp_path / "scratch", tmp_path / "root"
+    for place in (begun, folder):
+        write_model(place, 1, tiling=small_tiling(network))
+        (place / TISSUE_NETWORK).write_bytes(network.read_bytes())
+    model = SweepModel("m", "m", "m", read_config(begun), str(folder), 100)
+    network.unlink()
+    shutil.rmtree(begun)
+    cohort = SweptCohort("all", "c", (slide,), ("source",), {})
+    (scoring,) = [cell.scoring for cell in expand([model], [cohort], SettingsGrid()).cells]
+    (row,) = Pass((scoring,), None).worker()(Task(slide, "source", (scoring.digest,)))
+    assert (row["message"], row["patches_total"]) == (None, 24)  # the network sees tissue from its margin on
+    (drawn,) = overlays.draw_slides(scoring, str(folder), [slide], None)
+    assert drawn is not None

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ConfigError
+from pipeline.model.folder import MEMBERS, TISSUE_NETWORK
 from pipeline.tracking import package
-from pipeline.tracking.package import REQUIREMENTS, _signature, requirements
-from tests.pipeline.small import small_config
+from pipeline.tracking.package import REQUIREMENTS, _signature, gather_artifacts, gather_members, requirements
+from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
+from tests.pipeline.small import small_config, write_model
 
 ROOT = Path(package.__file__).parents[2]
 
@@ -62,6 +65,24 @@ def test_a_network_for_tissue_that_is_onnx_needs_onnxruntime(tmp_path: Path, mon
     config = small_config(tiling={"mpp": 0.5, "tissue": "model", "tissue_model": network})
     assert "onnxruntime==1.20" in requirements(config)
     assert not any("onnxruntime" in one for one in requirements(small_config()))
+
+
+def test_a_network_for_tissue_is_packed_once_and_only_the_one_that_was_meant(tmp_path: Path) -> None:
+    network = scripted(Toy(), tmp_path / "toy.pt")
+    config, meant = small_config(tiling=small_tiling(network)), network.read_bytes()
+    (folder := tmp_path / "model").mkdir()
+    (scratch := tmp_path / "scratch").mkdir()
+    write_model(folder, config)
+    assert Path(gather_artifacts(folder, config, scratch)["tissue_network"]).read_bytes() == meant
+    members = Path(gather_members([folder, folder], config, scratch)[MEMBERS])
+    assert [path.relative_to(members) for path in members.rglob(TISSUE_NETWORK)] == [Path(TISSUE_NETWORK)]
+    assert (members / TISSUE_NETWORK).read_bytes() == meant
+    assert "tissue_network" not in gather_artifacts(folder, small_config(), scratch)
+    scripted(Toy(limit=30.0), network)
+    with pytest.raises(
+        ConfigError, match=r"tiling\.tissue_model\.sha256: .*toy\.pt has [0-9a-f]{64}: it is another file"
+    ):
+        gather_artifacts(folder, config, scratch)
 
 
 @pytest.mark.parametrize("section", ["model", "embed"])

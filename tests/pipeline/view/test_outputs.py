@@ -145,3 +145,26 @@ def test_what_predict_writes_today_is_shown(tmp_path: Path) -> None:
             route = parse(f"/{site.tag}/0/layer/{number}/0/0/0")
             assert route is not None
             assert site.picture(route).data[1:4] == b"PNG", layers[number]
+
+
+def test_a_class_may_be_called_low_or_high(out: Path) -> None:
+    table = pq.read_table(out / "predictions.parquet")
+    for name in ("risk_low", "risk_high", "grade_a", "grade_a_low"):
+        table = table.append_column(name, pa.array([0.25, None], pa.float64()))
+    pq.write_table(table, out / "predictions.parquet")
+    told = {one.name: (one.low, one.high) for one in Output(str(out)).slides[0].told}
+    assert list(told) == ["tumour_lesion", "risk_low", "risk_high", "grade_a", "grade_a_low"]
+    assert told["tumour_lesion"] == pytest.approx((0.7, 0.9))
+    assert told["risk_low"] == told["grade_a"] == (None, None)
+
+
+def test_attention_of_a_head_is_relative_to_all_slides_of_a_patient(out: Path) -> None:
+    folder = out / "slides" / "a"
+    table, said = pq.read_table(folder / "attention.parquet"), json.loads((folder / "slide.json").read_text())
+    pq.write_table(table.append_column("attention_tumour_0", table["attention"]), folder / "attention.parquet")
+    said |= {"patient": {"n_patches": 3 * len(table)}, "maps": {**said["maps"], "attention_tumour_0": {}}}
+    (folder / "slide.json").write_text(json.dumps(said))
+    patches = Output(str(out)).patches(0)
+    assert patches is not None
+    wanted = 3 * len(table) * table["attention"].to_numpy()
+    np.testing.assert_allclose(patches.values["attention_tumour_0"], wanted, rtol=1e-6)
