@@ -1,4 +1,4 @@
-"""Threads that claim one lease at the same moment."""
+"""What a storage that writes on a condition promises: of files, and of threads that claim one lease at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from pipeline.errors import StageError
-from pipeline.storage import lease
+from pipeline.storage import files, lease
+from pipeline.storage.cloud import ChangedError
 
 
 def six_that_claim(uri: str) -> list[str]:
@@ -36,3 +37,18 @@ def six_that_claim(uri: str) -> list[str]:
         for thread in threads:
             thread.join()
     return sorted(ends)
+
+
+def check_replaced_only_as_it_was_read(uri: str) -> str:
+    """That a file is written only while it is what was read; the tag of its last state."""
+    assert files.read_tagged(uri) is None
+    tag = files.replace(uri, b"1", None)
+    with pytest.raises(ChangedError):
+        files.replace(uri, b"2", None)
+    assert files.read_tagged(uri) == (b"1", tag)
+    later = files.replace(uri, b"3", tag)
+    with pytest.raises(ChangedError):
+        files.replace(uri, b"4", tag)
+    assert files.read_tagged(uri) == (b"3", later)
+    assert later is not None
+    return later

@@ -26,7 +26,7 @@ from pipeline.store.verify import verify_store
 from tests.azure import serve_azure
 from tests.faults import Faults, faulty_s3
 from tests.pipeline.datasets.made import patch_store
-from tests.pipeline.storage.claims import six_that_claim
+from tests.pipeline.storage.claims import check_replaced_only_as_it_was_read, six_that_claim
 from tests.s3 import serve_s3
 
 AZURE = pytest.param("az", marks=pytest.mark.slow)
@@ -161,15 +161,7 @@ def test_a_file_is_replaced_only_while_it_is_what_was_read(place: tuple[str, Fau
     if place[0].startswith("gs"):
         pytest.skip("rclone ignores Google's conditions")
     uri = f"{place[0]}/tagged"
-    assert files.read_tagged(uri) is None
-    tag = files.replace(uri, b"1", None)
-    with pytest.raises(ChangedError):
-        files.replace(uri, b"2", None)
-    assert files.read_tagged(uri) == (b"1", tag)
-    later = files.replace(uri, b"3", tag)
-    with pytest.raises(ChangedError):
-        files.replace(uri, b"4", tag)
-    assert files.read_tagged(uri) == (b"3", later)
+    later = check_replaced_only_as_it_was_read(uri)
     files.delete(uri)
     with pytest.raises(ChangedError):
         files.replace(uri, b"5", later)

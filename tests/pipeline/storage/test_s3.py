@@ -17,7 +17,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import files, lease, s3
 from pipeline.storage.cloud import ChangedError
 from tests.faults import Fault, Faults, faulty_s3
-from tests.pipeline.storage.claims import six_that_claim
+from tests.pipeline.storage.claims import check_replaced_only_as_it_was_read, six_that_claim
 from tests.s3 import S3Server, serve_s3
 
 Call = Callable[[str], object]
@@ -298,15 +298,7 @@ def test_a_server_that_ignores_conditions_replaces_whatever_is_there(
 
 def test_a_file_is_replaced_only_while_it_is_what_was_read(strict: dict[str, bytes]) -> None:
     uri = "s3://b/tagged"
-    assert files.read_tagged(uri) is None
-    tag = files.replace(uri, b"1", None)
-    with pytest.raises(ChangedError):
-        files.replace(uri, b"2", None)
-    assert files.read_tagged(uri) == (b"1", tag)
-    later = files.replace(uri, b"3", tag)
-    with pytest.raises(ChangedError):
-        files.replace(uri, b"4", tag)
-    assert files.read_tagged(uri) == (b"3", later)
+    later = check_replaced_only_as_it_was_read(uri)
     strict.clear()
     with pytest.raises(ChangedError):
         files.replace(uri, b"5", later)
