@@ -26,6 +26,7 @@ from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
 from ips.selection.intake import check_again, check_bags, check_count, check_logits, checked, take
 from ips.selection.pools import Draw, LogitCache, Pool, Sums, ValueCache, Window, won
+from ips.selection.ranking import Rank
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
 from ips.selection.stream import Stream, score_rows
@@ -50,6 +51,7 @@ def select(
     context: Literal["whole", "rest"] | None = None,
     values: bool = False,
     draw: Draw | Sequence[Draw] | None = None,
+    rank: Rank = "mean",
 ) -> Selection:
     """Choose the M best patches of each of B images, without gradient and in evaluation mode.
 
@@ -72,6 +74,8 @@ def select(
             for the rest; M more patches are encoded for it.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
         draw: who wins instead of the best, of all images or of each; alike in all of `group`; exact only.
+        rank: `mean`: the best by the mean over heads and tasks. `heads`: each head for each task takes in turn what it
+            scores highest of the patches left (`ips.selection.ranking.in_turns`), the same in both modes.
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -80,6 +84,7 @@ def select(
     """
     inner = unwrapped(model)
     _check_modes(mode, attention, context, exact_only=certify or group is not None or draw is not None)
+    _check_rank(rank, draw)
     shares = None if group is None else strips(group)
     with nullcontext() if shares is None else shares.together():
         check_bags(bags, memory)
@@ -87,7 +92,7 @@ def select(
         scorer = _scorer(inner, dtype, scorer, certify=certify)
     if shares is not None:
         shares.check_alike(bags, {"logits a patch": scorer.width, "bytes a logit": scorer.logit_dtype.itemsize})
-    taken = _Taken.of(scorer, bags, (memory, chunk, mode), logits=bool(attention), values=values, context=context)
+    taken = _Taken.of(scorer, bags, (memory, chunk, mode, rank), logits=bool(attention), values=values, context=context)
     _score(scorer, bags, chunk, taken, shares)
     certificates = _certificates(inner, scorer, bags, taken.caches, memory, chunk, shares) if certify else None
     each = len(inner.tasks) if attention == "each" else None
@@ -111,15 +116,15 @@ class _Taken:
         cls,
         scorer: Scorer,
         bags: Sequence[Bag],
-        how: tuple[int, int, Mode],
+        how: tuple[int, int, Mode, Rank],
         *,
         logits: bool,
         values: bool,
         context: str | None,
     ) -> _Taken:
-        """Nothing yet; `how` is memory, chunk and mode, `logits` whether they are kept for their own sake."""
-        memory, chunk, mode = how
-        model, kind = scorer.model, (scorer.width, scorer.logit_dtype)
+        """Nothing yet; `how` is memory, chunk, mode and rank, `logits` whether they are kept for their own sake."""
+        memory, chunk, mode, rank = how
+        model, kind = scorer.model, (scorer.width, scorer.logit_dtype, rank)
         caches = [LogitCache(len(bag), *kind) for bag in bags] if logits or values or mode == "exact" else []
         return cls(
             caches,
@@ -225,6 +230,13 @@ def _check_modes(mode: str, attention: object, context: object, *, exact_only: b
         raise ValueError(f"context={context!r} must be None, 'whole' or 'rest'")
     if exact_only and mode != "exact":
         raise ValueError(f"mode={mode!r}: certify, group and draw need mode='exact', whose answer no order can change")
+
+
+def _check_rank(rank: str, draw: object) -> None:
+    if rank not in ("mean", "heads"):
+        raise ValueError(f"rank={rank!r} must be 'mean' or 'heads'")
+    if rank != "mean" and draw is not None:
+        raise ValueError("rank='heads' says who wins, and so does draw; leave one of them out")
 
 
 def _score(scorer: Scorer, bags: Sequence[Bag], chunk: int, taken: _Taken, shares: Strips | None) -> None:
