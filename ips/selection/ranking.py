@@ -65,17 +65,20 @@ def in_turns(logits: Tensor, index: Tensor, memory: int) -> Tensor:
         memory: M.
     """
     count = min(memory, len(logits))
-    wishes = [iter(_firsts(column, index, count)) for column in logits.t().contiguous()]
+    wishes = [iter(column) for column in _firsts(logits, index, count)]
     taken: dict[int, None] = {}
     for turn in range(count):
         taken[next(place for place in wishes[turn % len(wishes)] if place not in taken)] = None
     return torch.tensor(list(taken))
 
 
-def _firsts(column: Tensor, index: Tensor, count: int) -> list[int]:
-    """Places of the `count` best of a column: none of its wishes lies below, as no more are taken before its turn."""
-    likely = (column >= column.topk(count).values[-1]).nonzero().squeeze(1)
-    return likely[best(column[likely], index[likely], count)].tolist()
+def _firsts(logits: Tensor, index: Tensor, count: int) -> list[list[int]]:
+    """Of each column the places of its `count` best, which are all that it may take: no more are gone before."""
+    least = logits.t().contiguous().topk(count).values[:, -1]
+    likely = (logits >= least).any(dim=1).nonzero().squeeze(1)  # sorts J * M rows instead of N, but for ties
+    likely = likely[index[likely].argsort()]
+    order = logits[likely].t().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return likely[order].tolist()
 
 
 def winners(logits: Tensor, index: Tensor, memory: int, rank: Rank) -> tuple[Tensor, Tensor]:
