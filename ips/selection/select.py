@@ -64,18 +64,15 @@ def select(
         mode: `exact` or `window`, see the module.
         attention: also return each image's full attention, on the host: (N,), or with `each` (N, H, T).
         dtype: precision of the encoder in this pass: bfloat16, or the model's own, which None means.
-        scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
-            which keeps a copy of a `ResNet` as long as the model lives.
+        scorer: of this model, for measures of your own, and of a `dtype`. Without, the model keeps one for each dtype.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
         group: split the rows of every bag over these processes, which call with the same bags, weights and statistics
             (`average_statistics`; nobody checks), and all get the whole answer; exact only.
         context: `whole`: also what all N patches put into the pool, for `IPSModel.recall`. `rest`: what those do that
-            are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
-            for the rest; M more patches are encoded for it.
+            are no winners, to train on. J*(D+2) numbers an image; for it J*D*D_v more, and M more patches are encoded.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
         draw: who wins instead of the best, of all images or of each; alike in all of `group`; exact only.
-        rank: `mean`: the best by the mean over heads and tasks. `heads`: each head for each task takes in turn what it
-            scores highest of the patches left (`ips.selection.ranking.in_turns`), the same in both modes.
+        rank: `mean`: the best by the mean over heads and tasks. `heads`: what these take in turn (`ranking.in_turns`).
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -83,8 +80,7 @@ def select(
         RuntimeError: the selection failed on another process of `group`.
     """
     inner = unwrapped(model)
-    _check_modes(mode, attention, context, exact_only=certify or group is not None or draw is not None)
-    _check_rank(rank, draw)
+    _check_modes(mode, attention, context, rank, draw, exact_only=certify or group is not None)
     shares = None if group is None else strips(group)
     with nullcontext() if shares is None else shares.together():
         check_bags(bags, memory)
@@ -221,22 +217,19 @@ def _scorer(
     return scorer
 
 
-def _check_modes(mode: str, attention: object, context: object, *, exact_only: bool) -> None:
+def _check_modes(mode: str, attention: object, context: object, rank: str, draw: object, *, exact_only: bool) -> None:
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if attention not in (False, True, "each"):
         raise ValueError(f"attention={attention!r} must be False, True or 'each'")
     if context not in (None, "whole", "rest"):
         raise ValueError(f"context={context!r} must be None, 'whole' or 'rest'")
-    if exact_only and mode != "exact":
-        raise ValueError(f"mode={mode!r}: certify, group and draw need mode='exact', whose answer no order can change")
-
-
-def _check_rank(rank: str, draw: object) -> None:
     if rank not in ("mean", "heads"):
         raise ValueError(f"rank={rank!r} must be 'mean' or 'heads'")
     if rank != "mean" and draw is not None:
         raise ValueError("rank='heads' says who wins, and so does draw; leave one of them out")
+    if (exact_only or draw is not None) and mode != "exact":
+        raise ValueError(f"mode={mode!r}: certify, group and draw need mode='exact', whose answer no order can change")
 
 
 def _score(scorer: Scorer, bags: Sequence[Bag], chunk: int, taken: _Taken, shares: Strips | None) -> None:
