@@ -5,6 +5,8 @@
 - `window` is the official loop: the softmax runs over the M + I patches at hand, so order and chunk size matter where
   J = H*T > 1. A patch's logits do not depend on others, so the buffer holds logits instead of embeddings.
 
+Either ranks by the mean over heads and tasks, or lets these take patches in turn; then both have the same winners.
+
 In either, the pass can add up what all N patches put into the pool (`ips.network.context`), or all but the winners:
 those are encoded once more by the same scorer, which gives the same numbers bit for bit, and taken off.
 """
