@@ -53,7 +53,7 @@ def test_what_heads_take_in_turn_is_the_same_of_a_window() -> None:
     assert rows != set(winners(logits, torch.arange(90), 7, "mean")[0].tolist())
     for order, chunk in zip(orders, (1, 13), strict=True):
         window = Window(7, chunk, 4, rank="heads")
-        for part in order.split(5):
+        for part in torch.split(order, 5):
             window.add(part, logits[part])
         assert set(window.winners(7)[0].tolist()) == rows
         assert window.scored <= 7 + chunk

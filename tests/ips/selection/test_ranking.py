@@ -141,7 +141,8 @@ def test_what_is_not_taken_of_some_is_not_taken_of_more(N: int, J: int, memory: 
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-4, 4, (N, J), generator=generator).float()
     kept = torch.empty(0, dtype=torch.int64)
-    for part in torch.randperm(N, generator=generator).split(int(torch.randint(1, 9, (), generator=generator))):
+    pieces = int(torch.randint(1, 9, (), generator=generator))
+    for part in torch.split(torch.randperm(N, generator=generator), pieces):
         pool = torch.cat((kept, part))
         kept = pool[in_turns(logits[pool], pool, memory)]
     assert kept.tolist() == taken_in_turns(logits.tolist(), memory)
