@@ -54,6 +54,17 @@ def exact_selection(
     return order[:memory], scores
 
 
+def taken_in_turns(logits: Sequence[Sequence[float]], memory: int) -> list[int]:
+    """Logits of N rows, J each: one column after another, and again, takes its highest row of those left."""
+    left, taken = list(range(len(logits))), list[int]()
+    while left and len(taken) < memory:
+        turn = len(taken) % len(logits[0])
+        first = max(left, key=lambda n: (logits[n][turn], -n))
+        left.remove(first)
+        taken.append(first)
+    return taken
+
+
 def full_attention(model: IPSModel, x: Tensor) -> dict[str, Tensor]:
     """What the network says of one image, pooled over all of x (N, D): keys and values of every patch, head by head.
 

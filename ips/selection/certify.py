@@ -3,17 +3,22 @@
 The largest error of a log score is measured on a sample. A patch further than twice that from the M-th score cannot
 change sides unless its own error is larger than any seen, so only the band within is scored again. Winners, scores and
 attention are those of the logits as they are then. Measured, not proven.
+
+Where heads take in turn (`in_turns`), errors are those of logits, and any patch may be in doubt that a head's last wish
+does not leave twice that behind; what it took before as well, since who takes first decides what is left for others.
+These are scored again until none is new: at the end all that is taken has float32 logits, and so has all that could be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ips.bag import Bag, Certificate
 from ips.selection.pools import LogitCache
-from ips.selection.ranking import best, log_normalisers, log_scores
+from ips.selection.ranking import in_turns, log_normalisers, log_scores
 from ips.selection.scorer import Scorer
 from ips.selection.stream import score_rows
 
@@ -39,12 +44,37 @@ def certified(
     """
     log_z = log_normalisers(cache.logits)
     keys = log_scores(cache.logits, log_z)
-    first = best(keys, torch.arange(len(keys)), memory)
+    first, _ = cache.winners(memory)
     sample = torch.linspace(0, len(keys) - 1, min(SAMPLE, len(keys)), dtype=torch.float64).round().long()
     (found,) = score_rows(reference, bags, [(number, sample)], chunk)
-    error = float((log_scores(found, log_z) - keys[sample]).abs().max())
-    band = ((keys - keys[first[-1]]).abs() <= 2 * error).nonzero().squeeze(1)
-    cache.add(sample, found)
-    cache.add(band, *score_rows(reference, bags, [(number, band)], chunk))
+
+    def again(rows: Tensor) -> int:
+        cache.add(rows, *score_rows(reference, bags, [(number, rows)], chunk))
+        return len(rows)
+
+    if cache.rank == "heads":
+        error = float((found - cache.logits[sample]).abs().max())
+        cache.add(sample, found)
+        count = _settled(cache, memory, error, again)
+    else:
+        error = float((log_scores(found, log_z) - keys[sample]).abs().max())
+        cache.add(sample, found)
+        count = again(((keys - keys[first[-1]]).abs() <= 2 * error).nonzero().squeeze(1))
     second, _ = cache.winners(memory)
-    return Certificate(error, len(band), int((~torch.isin(second, first)).sum()))
+    return Certificate(error, count, int((~torch.isin(second, first)).sum()))
+
+
+def _settled(cache: LogitCache, memory: int, error: float, again: Callable[[Tensor], int]) -> int:
+    """Score again whatever may be taken, until all of it is; how many patches those were."""
+    N, J = cache.logits.shape
+    done = torch.zeros(N, dtype=torch.bool)
+    while True:
+        turns = in_turns(cache.logits, torch.arange(N), memory)
+        wishes = torch.arange(min(J, len(turns)))  # with fewer turns than heads the others take none
+        last = len(turns) - 1 - (len(turns) - 1 - wishes) % J
+        least = cache.logits[turns[last], wishes]
+        doubted = (cache.logits[:, wishes] >= least - 2 * error).any(dim=1) & ~done
+        if not doubted.any():
+            return int(done.sum())
+        again(doubted.nonzero().squeeze(1))
+        done |= doubted

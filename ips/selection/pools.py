@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ips.network.context import empty, merged, summed
 from ips.network.model import IPSModel
-from ips.selection.ranking import best, log_normalisers, log_scores
+from ips.selection.ranking import Rank, log_normalisers, log_scores, winners
 
 Draw = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
 """Log scores of all patches (N,) and M -> the rows (m <= M,) that win, instead of the best; and weights (m,) of their
@@ -44,8 +44,8 @@ class Pool(Protocol):
 class LogitCache:
     """All logits of one image, (N, J) on the host."""
 
-    def __init__(self, N: int, J: int, dtype: torch.dtype = torch.float32) -> None:
-        self.logits = torch.empty(N, J, dtype=dtype)
+    def __init__(self, N: int, J: int, dtype: torch.dtype = torch.float32, rank: Rank = "mean") -> None:
+        self.logits, self.rank = torch.empty(N, J, dtype=dtype), rank
 
     def add(self, index: Tensor, logits: Tensor) -> None:
         """Keep logits (n, J) of rows (n,)."""
@@ -64,9 +64,7 @@ class LogitCache:
 
     def winners(self, memory: int) -> tuple[Tensor, Tensor]:
         """Rows and log scores of the best."""
-        keys = self.log_scores()
-        rows = best(keys, torch.arange(len(keys)), memory)
-        return rows, keys[rows]
+        return winners(self.logits, torch.arange(len(self.logits)), memory, self.rank)
 
     def of(self, rows: Tensor) -> Tensor:
         """Logits of rows (m,)."""
@@ -79,10 +77,15 @@ class LogitCache:
 
 
 class Window:
-    """The official loop: first M rows, then I at a time; the best M of each pool of M + I stay."""
+    """The official loop: first M rows, then I at a time; the best M of each pool of M + I stay.
 
-    def __init__(self, memory: int, chunk: int, J: int, dtype: torch.dtype = torch.float32) -> None:
-        self._memory, self._step = memory, chunk
+    Those that heads take in turn are the same for any order and chunk.
+    """
+
+    def __init__(
+        self, memory: int, chunk: int, J: int, dtype: torch.dtype = torch.float32, rank: Rank = "mean"
+    ) -> None:
+        self._memory, self._step, self._rank = memory, chunk, rank
         self._index, self._logits = torch.empty(0, dtype=torch.int64), torch.empty(0, J, dtype=dtype)
 
     def add(self, index: Tensor, logits: Tensor) -> None:
@@ -91,13 +94,13 @@ class Window:
         self._logits = torch.cat((self._logits, logits))
         full = self._memory + self._step
         while len(self._index) > full:  # the last pool, full or not, is ranked by `winners`
-            keep, _ = self._rank(self._index[:full], self._logits[:full], self._memory)
+            keep, _ = winners(self._logits[:full], self._index[:full], self._memory, self._rank)
             self._index = torch.cat((self._index[keep], self._index[full:]))
             self._logits = torch.cat((self._logits[keep], self._logits[full:]))
 
     def winners(self, memory: int) -> tuple[Tensor, Tensor]:
         """Rows and log scores of the best of the last pool."""
-        keep, keys = self._rank(self._index, self._logits, memory)
+        keep, keys = winners(self._logits, self._index, memory, self._rank)
         return self._index[keep], keys
 
     def of(self, rows: Tensor) -> Tensor:
@@ -108,12 +111,6 @@ class Window:
     def scored(self) -> int:
         """Those of the last pool."""
         return len(self._index)
-
-    @staticmethod
-    def _rank(index: Tensor, logits: Tensor, memory: int) -> tuple[Tensor, Tensor]:
-        keys = log_scores(logits, log_normalisers(logits))
-        keep = best(keys, index, memory)
-        return keep, keys[keep]
 
 
 class Sums:

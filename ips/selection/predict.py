@@ -12,6 +12,7 @@ from ips.bag import Bag, Selection
 from ips.network.heads import probabilities
 from ips.network.model import IPSModel, evaluating, unwrapped
 from ips.selection.intake import take
+from ips.selection.ranking import Rank
 from ips.selection.scorer import Scorer
 from ips.selection.select import Mode, placed, select
 from ips.selection.transfer import arrived
@@ -37,6 +38,7 @@ def predict(
     dtype: torch.dtype | None = None,
     scorer: Scorer | None = None,
     context: bool = False,
+    rank: Rank = "mean",
 ) -> Prediction:
     """Select in each of B images, encode the winners `chunk` at a time, and say what their logits mean.
 
@@ -51,6 +53,7 @@ def predict(
         scorer: as there.
         context: pool all N patches, as a model wants it that was trained so: the winners are not encoded again, and
             the answer does not depend on how many there are. It is of the precision of the selection then.
+        rank: as in `select`.
 
     Raises:
         ValueError: a head that does not say its kind; where `select` raises it.
@@ -60,7 +63,7 @@ def predict(
         raise ValueError(f"model: its heads of {silent} do not say what their logits mean; make them by `linear_head`")
     pooled: Literal["whole"] | None = "whole" if context else None
     selection = select(
-        inner, bags, memory, chunk, mode, attention=attention, dtype=dtype, scorer=scorer, context=pooled
+        inner, bags, memory, chunk, mode, attention=attention, dtype=dtype, scorer=scorer, context=pooled, rank=rank
     )
     with evaluating(inner), torch.autocast(inner.mean.device.type, enabled=False):
         whole = selection.whole

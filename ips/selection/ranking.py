@@ -8,15 +8,23 @@ part of it is in proportion to its attention. The best M alone give a biased par
 with chances pi_n in proportion to s_n, as far as they are below 1, and divides each part by pi_n: the mean over draws
 is the whole sum, and weights are large only where the attention is small (Horvitz and Thompson 1952; drawn
 systematically, in random order, Madow 1949). Where M patches have all the attention, these are certain: the best M.
+
+`in_turns` lets the J logits, which are the heads' for each task, choose instead of their mean: j = 0, 1, ..., J - 1 and
+again take the patch that is their best of those left, until M are taken. Within one j the softmax keeps the order of
+l_nj, so no sum over S is needed, and who is not taken of some patches is not taken of more (proof at `in_turns`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Rank = Literal["mean", "heads"]
+"""Who wins: the best by the mean over heads and tasks, or those that each of them takes in turn."""
 
 _BLOCK = 65_536  # rows at a time: bounds the float64 copy to 8 * J * 64k bytes, and fixes the order of the sums
 
@@ -41,6 +49,47 @@ def best(keys: Tensor, index: Tensor, memory: int) -> Tensor:
     by_index = index.argsort()
     order = by_index[keys[by_index].argsort(descending=True, stable=True)]
     return order[:memory]
+
+
+def in_turns(logits: Tensor, index: Tensor, memory: int) -> Tensor:
+    """Places of the patches that the heads and tasks take in turn, ties to the smaller of `index` -> (<= M,), in turns.
+
+    Taking in turns needs no more than the taken ones of what came before: let t join the patches S. At each turn, what
+    is left of S + t is what is left of S and one more, at first t; whoever takes the one more leaves what it would have
+    taken as the new one more. So all that is taken of S + t is t or was taken of S: M patches are all that has to be
+    kept of a stream, in whatever order and pieces it comes.
+
+    Args:
+        logits: (n, J).
+        index: (n,), all different.
+        memory: M.
+    """
+    count = min(memory, len(logits))
+    wishes = [iter(column) for column in _firsts(logits, index, count)]
+    taken: dict[int, None] = {}
+    for turn in range(count):
+        taken[next(place for place in wishes[turn % len(wishes)] if place not in taken)] = None
+    return torch.tensor(list(taken))
+
+
+def _firsts(logits: Tensor, index: Tensor, count: int) -> list[list[int]]:
+    """Of each column the places of its `count` best, which are all that it may take: no more are gone before."""
+    least = logits.t().contiguous().topk(count).values[:, -1]
+    likely = (logits >= least).any(dim=1).nonzero().squeeze(1)  # sorts J * M rows instead of N, but for ties
+    likely = likely[index[likely].argsort()]
+    order = logits[likely].t().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return likely[order].tolist()
+
+
+def winners(logits: Tensor, index: Tensor, memory: int, rank: Rank) -> tuple[Tensor, Tensor]:
+    """Logits (n, J) of rows `index` (n,) -> places (<= M,), best by the mean score first, and their log scores."""
+    keys = log_scores(logits, log_normalisers(logits))
+    if rank == "mean":
+        keep = best(keys, index, memory)
+    else:
+        keep = in_turns(logits, index, memory)
+        keep = keep[best(keys[keep], index[keep], memory)]
+    return keep, keys[keep]
 
 
 @dataclass(frozen=True)

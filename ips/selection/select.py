@@ -5,6 +5,8 @@
 - `window` is the official loop: the softmax runs over the M + I patches at hand, so order and chunk size matter where
   J = H*T > 1. A patch's logits do not depend on others, so the buffer holds logits instead of embeddings.
 
+Either ranks by the mean over heads and tasks, or lets these take patches in turn; then both have the same winners.
+
 In either, the pass can add up what all N patches put into the pool (`ips.network.context`), or all but the winners:
 those are encoded once more by the same scorer, which gives the same numbers bit for bit, and taken off.
 """
@@ -26,6 +28,7 @@ from ips.network.model import IPSModel, unwrapped
 from ips.selection.certify import certified
 from ips.selection.intake import check_again, check_bags, check_count, check_logits, checked, take
 from ips.selection.pools import Draw, LogitCache, Pool, Sums, ValueCache, Window, won
+from ips.selection.ranking import Rank
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.shards import Strips, strips
 from ips.selection.stream import Stream, score_rows
@@ -50,6 +53,7 @@ def select(
     context: Literal["whole", "rest"] | None = None,
     values: bool = False,
     draw: Draw | Sequence[Draw] | None = None,
+    rank: Rank = "mean",
 ) -> Selection:
     """Choose the M best patches of each of B images, without gradient and in evaluation mode.
 
@@ -62,16 +66,15 @@ def select(
         mode: `exact` or `window`, see the module.
         attention: also return each image's full attention, on the host: (N,), or with `each` (N, H, T).
         dtype: precision of the encoder in this pass: bfloat16, or the model's own, which None means.
-        scorer: of this model, for measures of your own; then `dtype` is its. Without, the model has one for each dtype,
-            which keeps a copy of a `ResNet` as long as the model lives.
+        scorer: of this model, for measures of your own, and of a `dtype`. Without, the model keeps one for each dtype.
         certify: score the patches that bfloat16 leaves in doubt again in float32 (`ips.selection.certify`); exact only.
         group: split the rows of every bag over these processes, which call with the same bags, weights and statistics
             (`average_statistics`; nobody checks), and all get the whole answer; exact only.
         context: `whole`: also what all N patches put into the pool, for `IPSModel.recall`. `rest`: what those do that
-            are no winners, for `gather` or `bounded_backward` to train on. J*(D+2) numbers an image, and J*D*D_v more
-            for the rest; M more patches are encoded for it.
+            are no winners, to train on. J*(D+2) numbers an image; for it J*D*D_v more, and M more patches are encoded.
         values: also return each image's logits and values, on the host, for `effects`: H*D_v numbers a patch.
         draw: who wins instead of the best, of all images or of each; alike in all of `group`; exact only.
+        rank: `mean`: the best by the mean over heads and tasks. `heads`: what these take in turn (`ranking.in_turns`).
 
     Raises:
         ValueError: an argument out of range, an empty bag, patches, positions or logits that are malformed or not
@@ -79,7 +82,7 @@ def select(
         RuntimeError: the selection failed on another process of `group`.
     """
     inner = unwrapped(model)
-    _check_modes(mode, attention, context, exact_only=certify or group is not None or draw is not None)
+    _check_modes(mode, attention, context, rank, draw, exact_only=certify or group is not None)
     shares = None if group is None else strips(group)
     with nullcontext() if shares is None else shares.together():
         check_bags(bags, memory)
@@ -87,7 +90,7 @@ def select(
         scorer = _scorer(inner, dtype, scorer, certify=certify)
     if shares is not None:
         shares.check_alike(bags, {"logits a patch": scorer.width, "bytes a logit": scorer.logit_dtype.itemsize})
-    taken = _Taken.of(scorer, bags, (memory, chunk, mode), logits=bool(attention), values=values, context=context)
+    taken = _Taken.of(scorer, bags, (memory, chunk, mode, rank), logits=bool(attention), values=values, context=context)
     _score(scorer, bags, chunk, taken, shares)
     certificates = _certificates(inner, scorer, bags, taken.caches, memory, chunk, shares) if certify else None
     each = len(inner.tasks) if attention == "each" else None
@@ -111,15 +114,15 @@ class _Taken:
         cls,
         scorer: Scorer,
         bags: Sequence[Bag],
-        how: tuple[int, int, Mode],
+        how: tuple[int, int, Mode, Rank],
         *,
         logits: bool,
         values: bool,
         context: str | None,
     ) -> _Taken:
-        """Nothing yet; `how` is memory, chunk and mode, `logits` whether they are kept for their own sake."""
-        memory, chunk, mode = how
-        model, kind = scorer.model, (scorer.width, scorer.logit_dtype)
+        """Nothing yet; `how` is memory, chunk, mode and rank, `logits` whether they are kept for their own sake."""
+        memory, chunk, mode, rank = how
+        model, kind = scorer.model, (scorer.width, scorer.logit_dtype, rank)
         caches = [LogitCache(len(bag), *kind) for bag in bags] if logits or values or mode == "exact" else []
         return cls(
             caches,
@@ -216,14 +219,18 @@ def _scorer(
     return scorer
 
 
-def _check_modes(mode: str, attention: object, context: object, *, exact_only: bool) -> None:
+def _check_modes(mode: str, attention: object, context: object, rank: str, draw: object, *, exact_only: bool) -> None:
     if mode not in ("exact", "window"):
         raise ValueError(f"mode={mode!r} must be 'exact' or 'window'")
     if attention not in (False, True, "each"):
         raise ValueError(f"attention={attention!r} must be False, True or 'each'")
     if context not in (None, "whole", "rest"):
         raise ValueError(f"context={context!r} must be None, 'whole' or 'rest'")
-    if exact_only and mode != "exact":
+    if rank not in ("mean", "heads"):
+        raise ValueError(f"rank={rank!r} must be 'mean' or 'heads'")
+    if rank != "mean" and draw is not None:
+        raise ValueError("rank='heads' says who wins, and so does draw; leave one of them out")
+    if (exact_only or draw is not None) and mode != "exact":
         raise ValueError(f"mode={mode!r}: certify, group and draw need mode='exact', whose answer no order can change")
 
 

@@ -68,6 +68,11 @@ class SelectConfig(Section):
     """M, patches kept an image; every keeps all."""
     chunk: Positive = 256
     """I, patches read at a time; in window mode it changes the result."""
+    rank: Literal["mean", "heads"] = "mean"
+    """Which M are the best. mean: by the mean attention of all heads and tasks, the paper. heads: each head for each
+    task takes in turn the patch that it attends to most of those left (`ips.selection.ranking.in_turns`), so that one
+    head which has found rare patches is not outvoted; in exact and window, which then agree, without context: all.
+    What is shown, as attention and scores, is the mean of all heads for either."""
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
     without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from
@@ -111,6 +116,15 @@ class ModelConfig(Section):
         if self.select.context == "all" and mode in ("random", "every"):
             why = "every keeps all patches already" if mode == "every" else "random looks at no others"
             raise ValueError(f"select.context: all does not go with select.mode: {mode} ({why}); set context: none")
+        return self
+
+    @model_validator(mode="after")
+    def _rank(self) -> Self:
+        if self.select.rank == "heads" and self.select.context == "all":
+            raise ValueError(
+                "select.rank: heads does not go with select.context: all (which pools all patches, and draws those "
+                "that train the encoder by the mean attention); set rank: mean or context: none"
+            )
         return self
 
     @model_validator(mode="after")

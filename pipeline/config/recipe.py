@@ -280,8 +280,8 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before `train.threads`, `reselect_every` and `model.select.context` keep their names. What
-        training begins with is named by its content.
+        So trainings from before `train.threads`, `reselect_every`, `model.select.context` and `rank` keep their names.
+        What training begins with is named by its content.
         """
         dump = self.model_dump(
             mode="json",
@@ -293,6 +293,8 @@ class Config(Section):
         for name in ("threads", "reselect_every"):
             if getattr(self.train, name) == TrainConfig.model_fields[name].default:
                 del dump["train"][name]
+        if self.model.select.rank == SelectConfig.model_fields["rank"].default:
+            del dump["model"]["select"]["rank"]
         if self.model.select.context == SelectConfig.model_fields["context"].default:
             del dump["model"]["select"]["context"]
         else:

@@ -148,7 +148,10 @@ UNUSED: tuple[Unused, ...] = (
         "choose another mode",
     ),
     Unused(
-        _paths("train", "explore_epochs", "reselect_every", "score_dtype", "score_batch", "compile"),
+        (
+            "model.select.rank",
+            *_paths("train", "explore_epochs", "reselect_every", "score_dtype", "score_batch", "compile"),
+        ),
         lambda c: not _selects(c),
         "with model.select.mode=random and every, which score no patches",
         "set model.select.mode=exact or window",

@@ -198,12 +198,22 @@ def _selection(
     if selecting.mode == "every":
         return every_patch([bag])
     if scores is not None:
-        return selected(scores, selecting.memory, model, heads=heads)
+        return selected(scores, selecting.memory, model, heads=heads, rank=selecting.rank)
     scorer, sizes = scorer or bag_scorer(model, config), (selecting.memory, selecting.chunk)
     context: Literal["whole"] | None = "whole" if selecting.context == "all" else None
     maps: Literal["each"] | bool = "each" if heads else True
     every = pooled and context is not None
-    return select(model, [bag], *sizes, selecting.mode, attention=maps, scorer=scorer, context=context, values=every)
+    return select(
+        model,
+        [bag],
+        *sizes,
+        selecting.mode,
+        attention=maps,
+        scorer=scorer,
+        context=context,
+        values=every,
+        rank=selecting.rank,
+    )
 
 
 def _pool(model: IPSModel, bag: Bag, rows: Tensor, chunk: int) -> tuple[dict[str, Tensor], Tensor, Values | None]:

@@ -24,6 +24,7 @@ from ips.network.context import empty, merged, summed
 from ips.network.model import IPSModel
 from ips.selection.intake import check_logits, checked
 from ips.selection.pools import LogitCache, ValueCache
+from ips.selection.ranking import Rank
 from ips.selection.scorer import Scorer
 from ips.selection.select import assemble
 from ips.selection.shards import strip
@@ -141,7 +142,7 @@ def joined_scores(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def selected(scores: Scores, memory: int, model: IPSModel, *, heads: bool = False) -> Selection:
+def selected(scores: Scores, memory: int, model: IPSModel, *, heads: bool = False, rank: Rank = "mean") -> Selection:
     """The best of all patches of a bag, with the attention of each; as `ips.selection.select.select`, mode exact.
 
     Args:
@@ -149,9 +150,10 @@ def selected(scores: Scores, memory: int, model: IPSModel, *, heads: bool = Fals
         memory: M.
         model: that scored them.
         heads: give the attention of each head and task.
+        rank: which patches are the best, as in `select`.
     """
     N, J = scores.logits.shape
-    cache = LogitCache(N, J, scores.logits.dtype)
+    cache = LogitCache(N, J, scores.logits.dtype, rank)
     cache.add(torch.arange(N), scores.logits)
     maps = (cache.attention(len(model.tasks) if heads else None),)
     found = assemble([cache.winners(memory)], memory, [cache.scored], maps)

@@ -298,20 +298,20 @@ class _Turn:
         self, hand: Sequence[int], bags: Sequence[Bag], epoch: int, group: dist.ProcessGroup | None = None
     ) -> Selection:
         selecting, explores = self.selecting, self.explores(epoch)
-        mode, pools = selecting.mode, selecting.context == "all"
+        mode, pools, sizes = selecting.mode, selecting.context == "all", (selecting.memory, selecting.chunk)
         if mode == "random" or mode == "every" or (explores and not pools):
             return self._drawn(bags)
         with memory_advice(self.settings, selecting, "selection"):
             return select(
                 self.model,
                 bags,
-                selecting.memory,
-                selecting.chunk,
+                *sizes,
                 "exact" if explores else mode,  # drawn ones are the same in both
                 scorer=self.scorer,
                 group=group,
                 context="rest" if pools else None,
                 draw=self._draw(hand, epoch) if pools else None,
+                rank=selecting.rank,
             )
 
     def _draw(self, hand: Sequence[int], epoch: int) -> Draw | Sequence[Draw] | None:

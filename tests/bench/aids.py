@@ -1,7 +1,7 @@
 """Whether aids of end-to-end training help: `python -m tests.bench.aids`, half an hour on one core.
 
-But for `explore` and `drawn` none is in the product; here each is a rule about a network of two layers that learns
-from scratch.
+But for `explore`, `drawn` and `product` none is in the product; here each is a rule about a network of two layers that
+learns from scratch.
 
     few      lesions are few among 5,000 patches and more, and fainter than in `tests.bench.reselect`; M = 16
     burden   the cohort of `tests.bench.context`, M = 8
@@ -11,12 +11,12 @@ each with the winners alone in the pool, and with all patches (`context`).
     plain        the best M by the mean attention of all heads
     explore      random ones in the first third of the epochs
     share S      of the M so many are drawn at random from what is not among the best (half of them: DBPS)
-    heads        the best M / H of each head
     temper T     logits are divided by T
     entropy B    of each head's attention, B times, is taken off the loss
     drawn        with context: M by their attention, as the product draws them (`ips.ByAttention`); alike: the same
                  patches, but none weighs more than another
     full         with context: the encoder learns from all patches
+    product R    without context: in the product's own loop, with `model.select.rank` R; mean is as plain
 
 All patches of a slide are encoded at each step, and the rule says of which the encoder learns, as its gradient does not
 depend on whether others are kept; so a rule is a line, and a training takes seconds.
@@ -26,11 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from ips.learning.schedule import warmup_cosine
 from ips.network.attention import CrossAttention
 from ips.network.model import IPSModel
-from ips.selection.ranking import ByAttention
-from pipeline.config.model import TrainConfig
+from ips.selection.ranking import ByAttention, Rank
+from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.model.build import build_optimizer
-from tests.bench import context
+from tests.bench import context, lesions
 from tests.bench.lesions import DIM, TASK, Cohort, Law, draw, mean_and_spread, network, stamp
 
 FEW = Law(patches=(5000, 5500), lesions=((0.0, 0.0), (0.003, 0.006)), marked=0.02, contrast=2.5, own=4.5)
@@ -57,7 +57,6 @@ class Aid:
     explore: float = 0.0
     """Of the epochs."""
     share: float = 0.0
-    heads: bool = False
     temper: float = 1.0
     entropy: float = 0.0
     drawn: bool = False
@@ -75,20 +74,12 @@ class Aid:
             rows, weights = ByAttention(turn)(attention.double().mean(dim=1).log(), self.memory)
             chosen[rows] = weights if self.weighted else 1.0
         else:
-            order = self.order(attention)
+            order = attention.mean(dim=1).argsort(descending=True, stable=True)
             kept = self.memory - round(self.share * self.memory)
             others = order[kept:]
             chosen[order[:kept]] = 1
             chosen[others[torch.randperm(len(others), generator=generator)[: self.memory - kept]]] = 1
         return chosen
-
-    def order(self, attention: Tensor) -> Tensor:
-        """Rows, the best first."""
-        mean = attention.mean(dim=1)
-        if self.heads:
-            firsts = attention.topk(min(len(attention), max(1, self.memory // attention.shape[1])), dim=0).indices
-            mean = mean.index_fill(0, firsts.flatten(), math.inf)
-        return mean.argsort(descending=True, stable=True)
 
 
 class Tempered(CrossAttention):
@@ -162,13 +153,24 @@ def auc(model: IPSModel, cohort: Cohort, aid: Aid) -> float:
     return float((over > 0).double().mean() + 0.5 * (over == 0).double().mean())
 
 
+def by_rule(aid: Aid, epochs: int, seed: int, train: Cohort, test: Cohort) -> float:
+    """Test AUC of a network that has learned by a rule."""
+    return auc(trained(train, aid, epochs, seed), test, aid)
+
+
+def by_product(rank: Rank, memory: int, epochs: int, seed: int, train: Cohort, test: Cohort) -> float:
+    """Test AUC of a network that the product has trained."""
+    settings = TrainConfig(epochs=epochs, batch_size=BATCH, lr=LR, warmup_epochs=1, augment=False, score_batch=1024)
+    selecting = SelectConfig(memory=memory, chunk=1024, rank=rank)
+    return lesions.auc(lesions.trained(train, settings, selecting, seed), test, selecting)
+
+
 def aids(base: Aid) -> Iterator[tuple[str, Aid]]:
     """What is tried on a cohort."""
     yield "plain", base
     yield "explore", replace(base, explore=0.4)
     for share in (0.25, 0.5):
         yield f"share {share}", replace(base, share=share)
-    yield "heads", replace(base, heads=True)
     for temper in (0.5, 2.0):
         yield f"temper {temper}", replace(base, temper=temper)
     for entropy in (0.01, 0.1):
@@ -189,6 +191,15 @@ SCENES: dict[str, tuple[Law, int, int, Aid]] = {
 """Law, slides, epochs, and what is varied."""
 
 
+def trials(base: Aid, epochs: int) -> Iterator[tuple[str, Callable[[int, Cohort, Cohort], float]]]:
+    """Names, and what makes test AUCs of a seed and two cohorts."""
+    for name, aid in aids(base):
+        yield name, partial(by_rule, aid, epochs)
+    ranks: tuple[Rank, ...] = () if base.context else ("mean", "heads")
+    for rank in ranks:
+        yield f"product {rank}", partial(by_product, rank, base.memory, epochs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -201,11 +212,11 @@ def main() -> int:
         law, slides, epochs, base = SCENES[scene]
         cohorts = {seed: [draw(law, slides, 2 * seed + side) for side in (1, 2)] for seed in options.seeds}
         print(f"| {scene} | test AUC |\n|---|---|", flush=True)
-        for name, aid in aids(base):
+        for name, run in trials(base, epochs):
             if options.only and name not in options.only:
                 continue
             began = time.process_time()
-            aucs = [auc(trained(train, aid, epochs, seed), test, aid) for seed, (train, test) in cohorts.items()]
+            aucs = [run(seed, *both) for seed, both in cohorts.items()]
             found.setdefault(scene, {})[name] = aucs
             print(f"| {name} | {mean_and_spread(aucs)} |", flush=True)
             print(f"{scene}, {name}: {time.process_time() - began:.0f} s", file=sys.stderr, flush=True)

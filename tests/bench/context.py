@@ -3,7 +3,8 @@
     burden   whether a larger share of a slide is lesions (`tests.bench.lesions`), more than M = 8 of them in both
              classes: the M winners alone, all patches as context of the M, and all with gradient; three seeds
     memory   of a process that scores N = 1,000 and 250,000 patches with a stub, to predict and to learn
-    time     of a pass with context over one without, the fastest of some rounds in turns
+    time     of a pass with context over one without, and of one whose heads take patches in turn (`rank`), the fastest
+             of some rounds in turns
 
 Exits 1 where a goal is missed: `all` within 0.01 AUC of the full model and 0.15 above `none`; memory that grows by no
 more than is kept of a patch on the host anyway (100 B); 5% of time beside a ResNet.
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from statistics import mean
 from typing import Literal
 
@@ -108,12 +110,12 @@ def seconds(clock: Clock, rounds: int) -> list[Goal]:
         tasks = {f"t{n}": nn.Linear(encoder.dim, 1) for n in range(aggregator.tasks)}
         model, bag = IPSModel(encoder, aggregator, tasks).eval(), TensorBag(patches)
         runs = {
-            str(context): lambda context=context, model=model, bag=bag: select(model, [bag], 64, 512, context=context)
-            for context in (None, "whole", "rest")
+            str(context): partial(select, model, [bag], 64, 512, context=context) for context in (None, "whole", "rest")
         }
+        runs["heads"] = partial(select, model, [bag], 64, 512, rank="heads")
         best = clock.race(runs, rounds)
-        to_predict, to_learn = (best[use] / best["None"] for use in ("whole", "rest"))
-        print(f"| {name} | {best['None']:.2f} s | {to_predict:.3f} | {to_learn:.3f} |", flush=True)
+        ratios = [best[use] / best["None"] for use in ("whole", "rest", "heads")]
+        print(f"| {name} | {best['None']:.2f} s | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |", flush=True)
         if encoder is resnet:
             goals += [
                 Goal(f"{name}: time without over with, {use}", best["None"] / best[use], 1 / 1.05)

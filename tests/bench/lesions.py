@@ -157,7 +157,14 @@ def auc(model: IPSModel, cohort: Cohort, selecting: SelectConfig) -> float:
             found = every_patch([bag])
         else:
             pools = selecting.context == "all"
-            found = select(model, [bag], selecting.memory, selecting.chunk, context="rest" if pools else None)
+            found = select(
+                model,
+                [bag],
+                selecting.memory,
+                selecting.chunk,
+                context="rest" if pools else None,
+                rank=selecting.rank,
+            )
         scores.append(float(model(gather([bag], found, "cpu"))[TASK]))
     values, labels = torch.tensor(scores), torch.tensor(cohort.labels)
     over = values[labels == 1].unsqueeze(1) - values[labels == 0]

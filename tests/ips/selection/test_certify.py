@@ -5,14 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from ips.bag import Chunk, TensorBag
+from ips.network.attention import CrossAttention
+from ips.network.model import IPSModel
+from ips.selection import certify
 from ips.selection.certify import certified
 from ips.selection.pools import LogitCache
 from ips.selection.scorer import Scorer
 from ips.selection.select import select
-from tests.ips.nets import bag_of, resnet_model, tiny_model
+from tests.ips.nets import bag_of, model_of, resnet_model, tiny_model
+from tests.oracle import taken_in_turns
 
 
 def test_a_noisy_selection_is_repaired() -> None:
@@ -57,6 +63,56 @@ def test_select_certifies_bfloat16_and_reads_only_the_band() -> None:
     exact = select(model, [bag], 10, 32)
     assert set(found.index[0].tolist()) == set(exact.index[0].tolist())
     assert select(model, [bag], 10, 32, dtype=torch.bfloat16).certificates is None
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(4, 40), st.integers(1, 5), st.integers(1, 12), st.integers(0, 10**6))
+def test_what_heads_take_in_turn_is_repaired(
+    monkeypatch: pytest.MonkeyPatch, N: int, J: int, memory: int, seed: int
+) -> None:
+    """Every logit is wrong by as much as on the sample; who takes first decides what is left for the next one."""
+    monkeypatch.setattr(certify, "SAMPLE", 2)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, J, generator=generator, dtype=torch.float64)
+    model, bag = _told(logits)
+    noisy = LogitCache(N, J, torch.float64, rank="heads")
+    noisy.logits[:] = logits + 0.3 * torch.randn(N, J, generator=generator).sign()
+    certificate = certified(noisy, [bag], 0, memory, 7, Scorer(model))
+    assert set(noisy.winners(memory)[0].tolist()) == set(taken_in_turns(logits.tolist(), memory))
+    assert certificate.error == pytest.approx(0.3)
+    assert sum(bag.taken) == 2 + certificate.band
+    assert certificate.band >= min(N, memory)
+
+
+def test_what_another_head_leaves_may_be_in_doubt_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the first head takes row 1 and not row 0, the second takes row 2 or 3, on which it had no eye before."""
+    monkeypatch.setattr(certify, "SAMPLE", 1)
+    logits = torch.tensor([[1.0, -5.0], [1.1, 5.0], [-5.0, 0.0], [-5.0, -0.1], [-5.0, -9.0]], dtype=torch.float64)
+    model, bag = _told(logits)
+    noisy = LogitCache(5, 2, torch.float64, rank="heads")
+    noisy.logits[:] = logits + 0.3 * torch.tensor([[1, 1], [-1, 1], [1, -1], [1, 1], [1, 1]])
+    assert sorted(noisy.winners(2)[0].tolist()) == [0, 1]
+    assert certified(noisy, [bag], 0, 2, 7, Scorer(model)).band == 4
+    assert sorted(noisy.winners(2)[0].tolist()) == [1, 2]
+
+
+def _told(logits: Tensor) -> tuple[IPSModel, _Counting]:
+    """A model, and patches that have logits (N, J) of it."""
+    torch.manual_seed(0)
+    J = logits.shape[1]
+    model = model_of(nn.Identity(), J, tasks=1, heads=J).double()
+    attention = model.aggregator.get_submodule("attention")
+    assert isinstance(attention, CrossAttention)
+    with torch.no_grad():
+        return model, _Counting(torch.linalg.solve(attention.folded(), logits.t()).t().contiguous())
+
+
+def test_of_many_patches_few_are_in_doubt() -> None:
+    model, bag = resnet_model(scale=5.0), _Counting(bag_of(300, h=19, w=23).patches)
+    found = select(model, [bag], 10, 32, dtype=torch.bfloat16, certify=True, rank="heads")
+    assert found.certificates is not None
+    assert 10 <= found.certificates[0].band < 150
+    assert set(found.index[0].tolist()) == set(select(model, [bag], 10, 32, rank="heads").index[0].tolist())
 
 
 def test_the_attention_is_that_of_the_winners() -> None:

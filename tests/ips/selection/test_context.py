@@ -25,7 +25,7 @@ from ips.network.pooling import MeanPool
 from ips.selection.baselines import HalfByScore, RandomDraw, every_patch
 from ips.selection.pools import Draw
 from ips.selection.predict import predict
-from ips.selection.ranking import ByAttention
+from ips.selection.ranking import ByAttention, Rank
 from ips.selection.scorer import Scorer
 from ips.selection.select import Mode, gather, select
 from tests.gloo import one_of_two
@@ -60,6 +60,7 @@ def _close(found: Outputs, wanted: Outputs, tolerance: float) -> None:
     st.integers(1, 45),
     st.integers(1, 30),
     st.sampled_from(["exact", "window"]),
+    st.sampled_from(["mean", "heads"]),
     st.sampled_from([0.1, 20.0, 500.0]),
     st.booleans(),
     st.integers(0, 10**6),
@@ -69,6 +70,7 @@ def test_evaluation_is_full_attention_for_any_memory_order_and_chunking(
     memory: int,
     chunk: int,
     mode: Mode,
+    rank: Rank,
     scale: float,
     grid: bool,  # noqa: FBT001
     seed: int,
@@ -83,7 +85,7 @@ def test_evaluation_is_full_attention_for_any_memory_order_and_chunking(
             found = select(model, bags, memory, chunk, mode, context="whole")
             assert found.whole is not None
             _close(model.recall(found.whole), wanted, tolerance)
-            found = select(model, bags, memory, chunk, mode, context="rest")
+            found = select(model, bags, memory, chunk, mode, context="rest", rank=rank)
             assert found.whole is None
             _close(model(gather(bags, found, "cpu")), wanted, tolerance)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 
 from ips.selection.pools import LogitCache, Window
+from ips.selection.ranking import winners
 
 
 def test_the_cache_ranks_over_the_whole_image_in_any_order() -> None:
@@ -42,3 +43,17 @@ def test_a_short_image_stays_whole() -> None:
     window = Window(10, 3, 2)
     window.add(torch.arange(4), torch.randn(4, 2))
     assert sorted(window.winners(10)[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_what_heads_take_in_turn_is_the_same_of_a_window() -> None:
+    logits, orders = torch.randn(90, 4) * 3, [torch.arange(90), torch.randperm(90)]
+    cache = LogitCache(90, 4, rank="heads")
+    cache.add(torch.arange(90), logits)
+    rows = set(cache.winners(7)[0].tolist())
+    assert rows != set(winners(logits, torch.arange(90), 7, "mean")[0].tolist())
+    for order, chunk in zip(orders, (1, 13), strict=True):
+        window = Window(7, chunk, 4, rank="heads")
+        for part in torch.split(order, 5):
+            window.add(part, logits[part])
+        assert set(window.winners(7)[0].tolist()) == rows
+        assert window.scored <= 7 + chunk

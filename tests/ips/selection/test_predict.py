@@ -34,6 +34,13 @@ def test_it_is_the_selection_the_model_and_what_logits_mean() -> None:
     assert not found.probabilities["er"].requires_grad
 
 
+def test_heads_may_say_which_patches() -> None:
+    model, bags = _model(), [bag_of(83, 1, grid=True)]
+    found = predict(model, bags, 6, 4, rank="heads").selection.index
+    assert torch.equal(found, select(model, bags, 6, 4, rank="heads").index)
+    assert not torch.equal(found, select(model, bags, 6, 4).index)
+
+
 def test_the_callers_autocast_does_not_reach_inside() -> None:
     model, bags = _model(), [bag_of(23, 1, grid=True)]
     alone = predict(model, bags, 6, 4).probabilities

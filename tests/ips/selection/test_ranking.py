@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ips.selection import ranking
-from ips.selection.ranking import ByAttention, best, chances, log_normalisers, log_scores
+from ips.selection.ranking import ByAttention, best, chances, in_turns, log_normalisers, log_scores, winners
+from tests.oracle import taken_in_turns
 
 
 def test_scores_are_the_mean_softmax() -> None:
@@ -103,3 +104,45 @@ def test_a_draw_of_scores_that_differ_by_rounding_is_the_same() -> None:
     keys, noise = torch.randn(2, 20_011, dtype=torch.float64, generator=generator)
     rows, again = (ByAttention(7)(one, 64)[0].tolist() for one in (keys, keys + 1e-7 * noise))
     assert len(set(rows) & set(again)) >= 63
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50), st.sampled_from([1, 3, 1000]), st.integers(0, 10**6))
+def test_heads_take_in_turn_by_the_definition(N: int, J: int, memory: int, levels: int, seed: int) -> None:
+    """Also where many are equal, and rows lie in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-levels, levels, (N, J), generator=generator).float()
+    expected = taken_in_turns(logits.tolist(), memory)
+    assert len(set(expected)) == min(N, memory)
+    assert in_turns(logits, torch.arange(N), memory).tolist() == expected
+    order = torch.randperm(N, generator=generator)
+    assert order[in_turns(logits[order], order, memory)].tolist() == expected
+    rows, keys = winners(logits, torch.arange(N), memory, "heads")
+    assert sorted(rows.tolist()) == sorted(expected)
+    assert torch.equal(keys, log_scores(logits, log_normalisers(logits))[rows])
+    assert (keys.diff() <= 0).all()
+
+
+def test_one_head_is_not_outvoted() -> None:
+    """Of eight heads one has found row 5; the others are loud about rows 0 and 1."""
+    logits = torch.zeros(30, 8)
+    logits[:2, :7], logits[5, 7] = 3.0, 1.0
+    assert winners(logits, torch.arange(30), 8, "heads")[0][:3].tolist() == [0, 1, 5]
+    crowd = logits.clone()
+    crowd[10:16, :7] = 2.0  # by the mean these are all before it
+    assert 5 not in winners(crowd, torch.arange(30), 8, "mean")[0]
+    assert 5 in winners(crowd, torch.arange(30), 8, "heads")[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10**6))
+def test_what_is_not_taken_of_some_is_not_taken_of_more(N: int, J: int, memory: int, seed: int) -> None:
+    """So a stream that keeps M patches loses none, whatever its pieces and their order."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-4, 4, (N, J), generator=generator).float()
+    kept = torch.empty(0, dtype=torch.int64)
+    pieces = int(torch.randint(1, 9, (), generator=generator))
+    for part in torch.split(torch.randperm(N, generator=generator), pieces):
+        pool = torch.cat((kept, part))
+        kept = pool[in_turns(logits[pool], pool, memory)]
+    assert kept.tolist() == taken_in_turns(logits.tolist(), memory)

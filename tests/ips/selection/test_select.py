@@ -25,10 +25,11 @@ from ips.network.model import IPSModel
 from ips.network.official import load_official
 from ips.network.positions import IndexPositions
 from ips.selection.baselines import every_patch
+from ips.selection.ranking import ByAttention
 from ips.selection.scorer import Scorer, kept_scorer
 from ips.selection.select import Mode, gather, select
 from tests.ips.nets import LooseBag, bag_of, model_of, resnet_model, tiny_model
-from tests.oracle import OfficialNet, exact_selection
+from tests.oracle import OfficialNet, exact_selection, taken_in_turns
 
 
 @pytest.mark.parametrize(("n", "memory", "chunk"), [(1, 1, 1), (5, 11, 3), (67, 11, 13), (67, 67, 100), (131, 1, 1)])
@@ -89,6 +90,48 @@ def test_several_ragged_images_are_selected_as_one_by_one() -> None:
             alone = select(model, [bag], 10, 7, mode)
             assert torch.equal(together.index[number], alone.index[0])
             assert torch.equal(together.scores[number], alone.scores[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 100), st.integers(0, 10**6))
+def test_heads_take_in_turn_whatever_order_chunk_mode_and_bag_mates(n: int, memory: int, chunk: int, seed: int) -> None:
+    model, bag = tiny_model(grid=True), bag_of(n, seed, grid=True)
+    dice = random.Random(seed)
+    shuffled = LooseBag(bag, torch.randperm(n), lambda: dice.randint(1, 9))
+    plain = select(model, [bag], memory, chunk, rank="heads", attention=True)
+    loose = select(model, [bag_of(5, 1, grid=True), shuffled], memory, chunk, rank="heads", attention=True)
+    window = select(model, [shuffled], memory, chunk, "window", rank="heads")
+    assert torch.equal(plain.index[0], loose.index[1])
+    assert torch.equal(plain.scores[0], loose.scores[1])
+    assert set(window.index[0].tolist()) == set(plain.index[0].tolist())
+    assert plain.attention is not None
+    rows = plain.index[0][plain.mask[0]]
+    assert torch.equal(plain.scores[0][plain.mask[0]], plain.attention[0][rows])  # the mean over heads, as ever
+
+
+def test_heads_take_in_turn_by_the_definition() -> None:
+    model, bag = tiny_model(grid=True).eval(), bag_of(67, grid=True)
+    with torch.no_grad():
+        logits = model.logits(model.embed(bag.patches), bag.positions)
+    expected = taken_in_turns(logits.tolist(), 11)
+    found = select(model, [bag], 11, 13, rank="heads")
+    assert sorted(found.index[0].tolist()) == sorted(expected)
+    assert found.scores[0].diff().max() <= 0
+    assert set(expected) != set(select(model, [bag], 11, 13).index[0].tolist())
+
+
+def test_equal_patches_and_one_logit_are_ranked_as_by_the_mean() -> None:
+    patches = bag_of(1).patches.repeat(20, 1, 1, 1)
+    assert select(tiny_model(), [TensorBag(patches)], 6, 7, rank="heads").index[0].tolist() == [0, 1, 2, 3, 4, 5]
+    model, bag = tiny_model(tasks=1, heads=1), bag_of(83)
+    assert torch.equal(select(model, [bag], 9, 4, rank="heads").index, select(model, [bag], 9, 4).index)
+
+
+def test_one_rule_says_who_wins() -> None:
+    with pytest.raises(ValueError, match="rank='heads' says who wins, and so does draw; leave one of them out"):
+        select(tiny_model(), [bag_of(9)], 3, 4, rank="heads", draw=ByAttention(), context="rest")
+    with pytest.raises(ValueError, match="rank='each' must be 'mean' or 'heads'"):
+        select(tiny_model(), [bag_of(9)], 3, 4, rank="each")  # type: ignore[arg-type]
 
 
 def test_equal_scores_go_to_the_smaller_row() -> None:

@@ -119,8 +119,10 @@ def _worker(rank: int, folder: str, broken: int) -> None:
         bags[0] = TensorBag(patches, bags[0].positions)
     with _one_of_two(rank, folder):
         for kind in _KINDS:
-            found = select(resnet_model(grid=True).to(kind), bags, 9, 5, attention=True, group=dist.group.WORLD)
-            torch.save((found.index, found.scores, found.attention), f"{folder}/{kind}-{rank}.pt")
+            model, group = resnet_model(grid=True).to(kind), dist.group.WORLD
+            found = select(model, bags, 9, 5, attention=True, group=group)
+            heads = select(model, bags, 9, 5, group=group, rank="heads")
+            torch.save((found.index, found.scores, found.attention, heads.index), f"{folder}/{kind}-{rank}.pt")
 
 
 @pytest.mark.slow
@@ -128,12 +130,15 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
     spawn(_worker, args=(str(tmp_path), -1), nprocs=2)  # type: ignore[no-untyped-call]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    answers = {kind: select(resnet_model(grid=True).to(kind), _bags(), 9, 5, attention=True) for kind in _KINDS}
+    models = {kind: resnet_model(grid=True).to(kind) for kind in _KINDS}
+    answers = {kind: select(model, _bags(), 9, 5, attention=True) for kind, model in models.items()}
+    heads = {kind: select(model, _bags(), 9, 5, rank="heads") for kind, model in models.items()}
     torch.set_num_threads(threads)
     for kind, alone in answers.items():
         assert alone.attention is not None
         for rank in range(2):
-            index, scores, attention = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            index, scores, attention, by_heads = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            assert torch.equal(by_heads, heads[kind].index)
             assert torch.equal(index, alone.index)
             assert torch.equal(scores, alone.scores)
             assert all(torch.equal(a, b) for a, b in zip(attention, alone.attention, strict=True))

@@ -56,7 +56,8 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
     for name in ("threads", "reselect_every"):
         assert name not in _changed().recipe()["train"]
         assert _changed(train={name: 3}).recipe()["train"][name] == 3
-    assert "context" not in _changed().recipe()["model"]["select"]
+    assert not {"context", "rank"} & set(_changed().recipe()["model"]["select"])
+    assert _changed(model={"select": {"rank": "heads"}}).recipe()["model"]["select"]["rank"] == "heads"
     selecting = _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]
     assert (selecting["context"], selecting["context_rule"]) == ("all", 2)
 
@@ -122,6 +123,10 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
         (
             {"model": {"select": {"context": "all"}, "aggregator": {"pool": "mean"}}},
             "aggregator.pool: mean has no attention that could select",
+        ),
+        (
+            {"model": {"select": {"context": "all", "rank": "heads"}}},
+            "select.rank: heads does not go with select.context: all .*; set rank: mean or context: none",
         ),
     ],
 )

@@ -102,6 +102,7 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         (BASELINE, "train.explore_epochs", 3),
         ({"model.select.mode": "every"}, "train.explore_epochs", 3),
         (BASELINE, "train.reselect_every", 2),
+        (BASELINE, "model.select.rank", "heads"),
         (BASELINE, "train.score_dtype", "bfloat16"),
         (BASELINE, "train.score_batch", 64),
         (BASELINE, "train.compile", True),

@@ -12,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ips.bag import Bag
+from ips.selection.ranking import Rank
+from ips.selection.select import select
 from pipeline.bags.shared import together
 from pipeline.bags.sources import open_bag
 from pipeline.inference.prediction import bag_scorer, load_model, predict_bag
 from pipeline.inference.shards import Scores, Strip, borders, joined_scores, strip_logits, strip_scores
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
+
+_RANKS: tuple[Rank, ...] = ("mean", "heads")
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(2, 50))
@@ -43,10 +47,13 @@ def bag(tmp_path_factory: pytest.TempPathFactory) -> Bag:
     return open_bag(source, threads=1, augment=None)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7, 20])
-def test_logits_from_anywhere_give_the_prediction_of_one(bag: Bag, parts: int, tmp_path: Path) -> None:
-    config = small_config()
-    model, _ = load_model(write_model(tmp_path, config))
+@pytest.mark.parametrize(
+    ("parts", "rank"), [(1, "mean"), (2, "mean"), (3, "mean"), (3, "heads"), (7, "mean"), (20, "mean")]
+)
+def test_logits_from_anywhere_give_the_prediction_of_one(bag: Bag, parts: int, rank: Rank, tmp_path: Path) -> None:
+    plain = small_config().model.model_dump()
+    config = small_config(model={**plain, "select": {"memory": 5, "chunk": 7, "rank": rank}})
+    model, config = load_model(write_model(tmp_path, config))
     scorer = bag_scorer(model, config)
     assert scorer is not None
     strips = [Strip(bag, *ends) for ends in borders(len(bag), parts)]
@@ -57,6 +64,9 @@ def test_logits_from_anywhere_give_the_prediction_of_one(bag: Bag, parts: int, t
     np.testing.assert_array_equal(found.values["tumour"], whole.values["tumour"])
     np.testing.assert_array_equal(found.attention, whole.attention)
     np.testing.assert_array_equal(found.selected, whole.selected)
+    best = {kind: set(select(model, [bag], 5, 7, rank=kind).index[0].tolist()) for kind in _RANKS}
+    assert set(found.selected) == best[rank]
+    assert best["mean"] != best["heads"]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

@@ -16,6 +16,7 @@ from ips.bag import Bag, Chunk, Context, TensorBag
 from ips.learning.schedule import parameter_groups
 from ips.network.aggregator import Aggregator
 from ips.network.model import IPSModel
+from ips.selection.select import select
 from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.training.hands import Slides
@@ -155,6 +156,18 @@ def test_baselines_train_without_scores(mode: Literal["random", "every"]) -> Non
     model, loss = _stepped({}, selecting=SelectConfig(mode=mode, memory=3, chunk=7))
     assert math.isfinite(loss)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_heads_may_take_in_turn_what_is_learned_from() -> None:
+    slides, model = _slides(), _model()
+    first, mean = (
+        {index: select(model, [slides.bag(index, 0)], 3, 7, rank=rank).index[0] for index in range(11)}
+        for rank in ("heads", "mean")
+    )
+    selecting, settings = SELECT.model_copy(update={"rank": "heads"}), TrainConfig.model_validate(_STEP)
+    (done,) = train_steps(model, _optimizer(model), slides, settings, selecting, seed=3, start_epoch=0, ranks=Ranks())
+    assert {index: rows.tolist() for index, rows in done.chosen.items()} == {i: r.tolist() for i, r in first.items()}
+    assert any(set(first[index].tolist()) != set(mean[index].tolist()) for index in range(11))
 
 
 def test_the_largest_slides_are_tried_first_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

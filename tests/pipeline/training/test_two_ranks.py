@@ -33,6 +33,7 @@ from tests.pipeline.training.test_loop import TinyEncoder, _open
 LENGTHS = (5, 90, 8, 11, 40, 7, 14, 6, 17, 9, 12)
 SELECT = SelectConfig(memory=3, chunk=7)
 CONTEXT = SelectConfig(memory=3, chunk=7, context="all")
+HEADS = SelectConfig(memory=3, chunk=7, rank="heads")
 # Frozen statistics and no dropout: what a rank computes of a slide then does not depend on the others in its hand.
 SETTINGS = TrainConfig(epochs=7, batch_size=4, lr=1e-2, warmup_epochs=1, bounded=True, norm="frozen", grad_chunk=4)
 
@@ -117,6 +118,7 @@ def _worker(rank: int, folder: str) -> None:
         torch.save((half, state, chosen | more), f"{folder}/{rank}.pt")
         torch.save(_resumed(), f"{folder}/resumed-{rank}.pt")
         torch.save(_train(joined_ranks(), None, 0, 3, CONTEXT), f"{folder}/context-{rank}.pt")
+        torch.save(_train(joined_ranks(), None, 0, 3, HEADS), f"{folder}/heads-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +211,17 @@ def test_two_processes_with_context_train_as_one_does(folder: Path, one: tuple[d
         alone["model"]["aggregator.attention.queries"] - _model().state_dict()["aggregator.attention.queries"]
     ).any()
     assert alone["losses"][0] != pytest.approx(one[0]["losses"][0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_whose_heads_take_in_turn_train_as_one_does(
+    folder: Path, one: tuple[dict[str, Any], Chosen]
+) -> None:
+    alone, selected = _train(Ranks(), None, 0, 3, HEADS)
+    together: Chosen = {}
+    for rank in range(2):
+        state, chosen = torch.load(folder / f"heads-{rank}.pt", weights_only=True)
+        _assert_alike(state["model"], alone["model"])
+        together |= chosen
+    assert together == selected
+    assert any(set(rows) != set(one[1][where]) for where, rows in selected.items())
