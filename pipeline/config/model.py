@@ -71,15 +71,19 @@ class SelectConfig(Section):
     rank: Literal["mean", "heads"] = "mean"
     """Which M are the best. mean: by the mean attention of all heads and tasks, the paper. heads: each head for each
     task takes in turn the patch that it attends to most of those left (`ips.selection.ranking.in_turns`), so that one
-    head which has found rare patches is not outvoted; in exact and window, which then agree, without context: all.
+    head which has found rare patches is not outvoted; in exact and window, which then agree.
     What is shown, as attention and scores, is the mean of all heads for either."""
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,
     without gradient to the encoder; M then does not change what a model says of a slide, and the attention learns from
-    all patches. In exact, the M that train the encoder are drawn by their attention and weighed, so that the mean of
-    its gradient is that of all patches (`ips.ByAttention`). exact and window only: they see all patches anyway. In
-    training, train.norm batch and group normalise the M by their own statistics and the others by the running ones;
-    frozen makes no difference between them. For answers in all patches: where few decide, they are found less often."""
+    all patches. exact and window only: they see all patches anyway. In training, train.norm batch and group normalise
+    the M by their own statistics and the others by the running ones; frozen makes no difference between them. For
+    answers in all patches."""
+    learn_from: Literal["best", "drawn"] = "best"
+    """With context: all, of which M patches the encoder learns. best: those that win. drawn: M drawn by their attention
+    anew each epoch and weighed, so that the mean of the encoder's gradient is that of all patches (`ips.ByAttention`);
+    exact only. drawn where very many patches of a slide decide alike; where it is few, they are hardly ever drawn while
+    the attention is still even."""
 
 
 class ModelConfig(Section):
@@ -119,11 +123,12 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _rank(self) -> Self:
-        if self.select.rank == "heads" and self.select.context == "all":
+    def _learn_from(self) -> Self:
+        select = self.select
+        if select.learn_from == "drawn" and (select.mode, select.rank) != ("exact", "mean"):
             raise ValueError(
-                "select.rank: heads does not go with select.context: all (which pools all patches, and draws those "
-                "that train the encoder by the mean attention); set rank: mean or context: none"
+                f"select.learn_from: drawn, by the mean attention in the whole slide, does not go with select.mode: "
+                f"{select.mode} and rank: {select.rank}; set mode: exact and rank: mean, or learn_from: best"
             )
         return self
 

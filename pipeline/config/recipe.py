@@ -280,8 +280,8 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
-        So trainings from before `train.threads`, `reselect_every`, `model.select.context` and `rank` keep their names.
-        What training begins with is named by its content.
+        So trainings from before `train.threads`, `reselect_every`, `model.select.context`, `learn_from` and `rank` keep
+        their names. What training begins with is named by its content.
         """
         dump = self.model_dump(
             mode="json",
@@ -293,10 +293,10 @@ class Config(Section):
         for name in ("threads", "reselect_every"):
             if getattr(self.train, name) == TrainConfig.model_fields[name].default:
                 del dump["train"][name]
-        if self.model.select.rank == SelectConfig.model_fields["rank"].default:
-            del dump["model"]["select"]["rank"]
-        if self.model.select.context == SelectConfig.model_fields["context"].default:
-            del dump["model"]["select"]["context"]
-        else:
-            dump["model"]["select"]["context_rule"] = 2  # the encoder learns from M drawn by the slide and the epoch
+        select, dumped = self.model.select, dump["model"]["select"]
+        for name in ("rank", "context", "learn_from"):
+            if getattr(select, name) == SelectConfig.model_fields[name].default:
+                del dumped[name]
+        if select.learn_from == "drawn":
+            dumped["context_rule"] = 2  # drawn by the slide and the epoch
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -157,6 +157,12 @@ UNUSED: tuple[Unused, ...] = (
         "set model.select.mode=exact or window",
     ),
     Unused(
+        ("model.select.learn_from",),
+        lambda c: c.model.select.context == "none",
+        "with model.select.context=none: the encoder learns from all patches that are pooled",
+        "set model.select.context=all",
+    ),
+    Unused(
         ("train.shard_above",),
         lambda c: c.model.select.mode != "exact",
         "except with model.select.mode=exact: other selections are not shared",

@@ -277,9 +277,8 @@ class _Turn:
         self.found = {}
         if hands.shared:  # first of all: every rank comes from the same sum of gradients, and none waits for another
             bags = [self._bag(index, epoch) for index in hands.shared]
-            known |= zip(
-                hands.shared, each_image(self._winners(hands.shared, bags, epoch, self.ranks.group)), strict=True
-            )
+            shared = self._winners(hands.shared, bags, epoch, self.ranks.group)
+            known |= zip(hands.shared, each_image(shared), strict=True)
         size = self.settings.micro_batch or max(1, len(mine))
         loss = torch.zeros((), device=self.model.mean.device)
         for start in range(0, len(mine), size):
@@ -301,6 +300,7 @@ class _Turn:
         mode, pools, sizes = selecting.mode, selecting.context == "all", (selecting.memory, selecting.chunk)
         if mode == "random" or mode == "every" or (explores and not pools):
             return self._drawn(bags)
+        draw = self._draw(hand, epoch) if pools else None
         with memory_advice(self.settings, selecting, "selection"):
             return select(
                 self.model,
@@ -310,15 +310,15 @@ class _Turn:
                 scorer=self.scorer,
                 group=group,
                 context="rest" if pools else None,
-                draw=self._draw(hand, epoch) if pools else None,
-                rank=selecting.rank,
+                draw=draw,
+                rank="mean" if draw else selecting.rank,
             )
 
     def _draw(self, hand: Sequence[int], epoch: int) -> Draw | Sequence[Draw] | None:
-        """Of which patches of some slides the encoder learns where all are pooled: alike whoever has them in hand."""
+        """Of which patches of some slides the encoder learns, alike whoever has them in hand; None: of the winners."""
         if self.explores(epoch):
             return RandomDraw(torch.default_generator)
-        if self.selecting.mode != "exact":
+        if self.selecting.learn_from == "best":
             return None
         return [ByAttention(zlib.crc32(f"{self.seed} {epoch} {index}".encode())) for index in hand]
 

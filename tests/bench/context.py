@@ -38,7 +38,7 @@ from tests.bench.scenes import Clock, EndlessBag, Goal
 LAW = Law(patches=(200, 300), lesions=((0.045, 0.075), (0.13, 0.18)), marked=0.2, contrast=2.0, own=6.0)
 METHODS = {
     "none": SelectConfig(memory=8, chunk=256),
-    "all": SelectConfig(memory=8, chunk=256, context="all"),
+    "all": SelectConfig(memory=8, chunk=256, context="all", learn_from="drawn"),
     "full": SelectConfig(mode="every", chunk=256),
 }
 _MIB = 2**20

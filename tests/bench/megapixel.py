@@ -9,6 +9,7 @@ differs:
     full     all patches, the same aggregator
     abmil    all patches, gated attention pooling (Ilse et al. 2018)
     context  as exact, and the other N - M pooled too, without gradient to the encoder (`model.select.context: all`)
+    drawn    as context, and the M that train the encoder are drawn (`model.select.learn_from: drawn`)
     every2   as exact, and winners serve two visits of their image (`train.reselect_every`)
     every4   four visits
     heads    as exact, but heads and tasks take patches in turn (`model.select.rank: heads`); of the 32 the first 12 do,
@@ -76,6 +77,7 @@ RUNS = [(method, seed) for seed in (0, 1, 2) for method in ("exact", "window", "
 RUNS += [("full", 0), ("abmil", 0)]
 RUNS += [(method, seed) for seed in (0, 1, 2) for method in ("context", "every2", "every4")]
 RUNS += [("heads", seed) for seed in (0, 1, 2)]
+RUNS += [("drawn", 0)]
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def choose(method: str, model: IPSModel, bags: Sequence[Bag], settings: Settings
     if scorer is not None:
         mode = _selecting(method, settings)
         kind: Literal["exact", "window"] = "window" if method == "window" else "exact"
-        context: Literal["rest"] | None = "rest" if method == "context" else None
+        context: Literal["rest"] | None = "rest" if method in ("context", "drawn") else None
         return select(model, bags, mode.memory, mode.chunk, kind, scorer=scorer, context=context, rank=mode.rank)
     if method == "random":
         return random_selection(bags, settings.memory, torch.default_generator)
@@ -168,8 +170,9 @@ def choose(method: str, model: IPSModel, bags: Sequence[Bag], settings: Settings
 
 def _selecting(method: str, settings: Settings) -> SelectConfig:
     modes = {"full": "every", "abmil": "every", "window": "window", "random": "random"}
-    chosen = {"mode": modes.get(method, "exact"), "context": "all" if method == "context" else "none"}
-    chosen["rank"] = "heads" if method == "heads" else "mean"
+    chosen = {"mode": modes.get(method, "exact"), "rank": "heads" if method == "heads" else "mean"}
+    if method in ("context", "drawn"):
+        chosen |= {"context": "all", "learn_from": "best" if method == "context" else "drawn"}
     chunk = settings.memory if method == "window" else 256
     return SelectConfig.model_validate({**chosen, "memory": settings.memory, "chunk": chunk})
 
@@ -247,7 +250,7 @@ def table(report: dict[str, Any]) -> str:
     for method in dict.fromkeys(method for method, _ in RUNS):
         runs = [run for run in done if run["method"] == method]
         if runs:
-            seen = cells if method in ("full", "abmil", "context") else settings["memory"]
+            seen = cells if method in ("full", "abmil", "context", "drawn") else settings["memory"]
             figures = [_spread([run["accuracy"][task] for run in runs]) for task in TASKS]
             spent = f"{mean(run['cpu_s'] for run in runs):.0f}"
             lines.append(f"| {' | '.join([method, f'{seen} of {cells}', str(len(runs)), *figures, spent])} |")

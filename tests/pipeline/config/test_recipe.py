@@ -59,7 +59,10 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
     assert not {"context", "rank"} & set(_changed().recipe()["model"]["select"])
     assert _changed(model={"select": {"rank": "heads"}}).recipe()["model"]["select"]["rank"] == "heads"
     selecting = _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]
-    assert (selecting["context"], selecting["context_rule"]) == ("all", 2)
+    assert selecting["context"] == "all"
+    assert not {"learn_from", "context_rule"} & set(selecting)
+    drawn = _changed(model={"select": {"context": "all", "learn_from": "drawn"}}).recipe()["model"]["select"]
+    assert (drawn["learn_from"], drawn["context_rule"]) == ("drawn", 2)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +128,12 @@ def test_what_determines_the_model_enters_its_fingerprint(section: dict[str, Any
             "aggregator.pool: mean has no attention that could select",
         ),
         (
-            {"model": {"select": {"context": "all", "rank": "heads"}}},
-            "select.rank: heads does not go with select.context: all .*; set rank: mean or context: none",
+            {"model": {"select": {"mode": "window", "context": "all", "learn_from": "drawn"}}},
+            "drawn, .* does not go with select.mode: window and rank: mean; set mode: exact and rank: mean, or",
+        ),
+        (
+            {"model": {"select": {"rank": "heads", "context": "all", "learn_from": "drawn"}}},
+            "drawn, .* does not go with select.mode: exact and rank: heads",
         ),
     ],
 )

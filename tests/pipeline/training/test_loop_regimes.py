@@ -310,17 +310,20 @@ def test_with_context_the_loss_is_that_of_all_patches_whatever_the_memory() -> N
     assert _stepped(frozen)[1] != pytest.approx(wanted, rel=1e-3)
 
 
-def test_with_context_patches_are_drawn_by_their_attention_anew_each_epoch() -> None:
-    """Without, the best are taken. (The optimiser is of another model: this one does not learn.)"""
-    for context in ("none", "all"):
-        selecting = SelectConfig.model_validate({"memory": 3, "chunk": 7, "context": context})
+def test_with_context_patches_may_be_drawn_by_their_attention_anew_each_epoch() -> None:
+    """Else the best are taken. (The optimiser is of another model: this one does not learn.)"""
+    taken = []
+    for context, learn_from in (("none", "best"), ("all", "best"), ("all", "drawn")):
+        selecting = SelectConfig.model_validate({"memory": 3, "chunk": 7, "context": context, "learn_from": learn_from})
         settings = TrainConfig.model_validate({**_STEP, "epochs": 3})
         steps = train_steps(
             _still(), _optimizer(_still()), _slides(), settings, selecting, seed=3, start_epoch=0, ranks=Ranks()
         )
         chosen = [{n: rows.tolist() for n, rows in step.chosen.items()} for step in steps]
         assert all(len(set(rows)) == len(rows) for epoch in chosen for rows in epoch.values())
-        assert (chosen[0] == chosen[1] == chosen[2]) == (context == "none")
+        assert (chosen[0] == chosen[1] == chosen[2]) == (learn_from == "best")
+        taken.append(chosen)
+    assert taken[0] == taken[1] != taken[2]
 
 
 def _still() -> IPSModel:

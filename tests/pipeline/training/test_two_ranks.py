@@ -32,7 +32,7 @@ from tests.pipeline.training.test_loop import TinyEncoder, _open
 
 LENGTHS = (5, 90, 8, 11, 40, 7, 14, 6, 17, 9, 12)
 SELECT = SelectConfig(memory=3, chunk=7)
-CONTEXT = SelectConfig(memory=3, chunk=7, context="all")
+CONTEXT = SelectConfig(memory=3, chunk=7, context="all", learn_from="drawn")
 HEADS = SelectConfig(memory=3, chunk=7, rank="heads")
 # Frozen statistics and no dropout: what a rank computes of a slide then does not depend on the others in its hand.
 SETTINGS = TrainConfig(epochs=7, batch_size=4, lr=1e-2, warmup_epochs=1, bounded=True, norm="frozen", grad_chunk=4)
