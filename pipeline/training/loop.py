@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +32,15 @@ from pipeline.config.model import SelectConfig, TrainConfig
 from pipeline.errors import StageError
 from pipeline.training.hands import Slides, Waits, each_image, hand_loss, select_hand
 from pipeline.training.headroom import memory_advice, untouched
-from pipeline.training.plan import ShardAbove, Step, balanced_slides, dealt, epoch_batches, steps_per_epoch
+from pipeline.training.plan import (
+    ShardAbove,
+    Step,
+    balanced_slides,
+    dealt,
+    epoch_batches,
+    longest_hand,
+    steps_per_epoch,
+)
 from pipeline.training.ranks import Ranks, average_statistics, sum_gradients
 from pipeline.training.winners import Turns, Winners
 
@@ -87,7 +95,8 @@ def train_steps(
     warmup, total = round(settings.warmup_epochs * per_epoch), settings.epochs * per_epoch
     turn = _Turn(model, slides, settings, selecting, ranks, winners, seed)
     if start_epoch < settings.epochs:
-        turn.try_largest(start_epoch, _longest_hand(plan for _, plan in turn.plans(start_epoch, start_step)))
+        plans = (plan for _, plan in turn.plans(start_epoch, start_step))
+        turn.try_largest(start_epoch, longest_hand(plans, len(slides.sizes)))
     for epoch, plan in turn.plans(start_epoch, start_step):
         slides.announce(turn.order(plan, epoch))
         for number, hands in enumerate(plan, start=per_epoch - len(plan)):
@@ -104,32 +113,14 @@ def train_steps(
             changed = turn.note(hands, epoch)
             sizes = [slides.sizes[index] for index in taken]
             read = [min(n, selecting.memory) if i in hands.served else n for i, n in zip(taken, sizes, strict=True)]
-            seconds = time.perf_counter() - began
+            patches, seconds = (sum(sizes), sum(read)), time.perf_counter() - began
             last, waited = number + 1 == per_epoch, turn.waits.seconds - waited
-            yield StepDone(
-                epoch,
-                step + 1,
-                last,
-                loss,
-                lr,
-                len(taken),
-                sum(sizes),
-                sum(read),
-                seconds,
-                waited,
-                changed,
-                turn.chosen,
-            )
+            yield StepDone(epoch, step + 1, last, loss, lr, len(taken), *patches, seconds, waited, changed, turn.chosen)
 
 
 def moment(epoch: int, step: int, lr: float) -> str:
     """A step for messages; `epoch` counts from 0, steps from 1."""
     return f"step {step} (epoch {epoch + 1}, lr {lr:g})"
-
-
-def _longest_hand(plans: Iterable[Sequence[Step]]) -> int:
-    """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones."""
-    return max(len(hand) for plan in plans for step in plan for hand in step.hands)
 
 
 class _Turn:

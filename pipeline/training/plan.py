@@ -11,13 +11,15 @@ import heapq
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Literal
 
 MAX_WAIT = 0.1
 """Share of a step that ranks may wait for the slowest one before slides are selected together."""
+
+_AHEAD = 1_000_000  # slides
 
 ShardAbove = int | Literal["auto"] | None
 """Which slides all ranks select together: those of more patches; as few as keep waiting below MAX_WAIT; none."""
@@ -143,6 +145,15 @@ def balanced_slides(classes: Sequence[float], seed: int, epoch: int) -> list[int
 def steps_per_epoch(slides: int, batch_size: int) -> int:
     """Steps of one epoch."""
     return -(-slides // batch_size)
+
+
+def longest_hand(plans: Iterable[Sequence[Step]], slides: int) -> int:
+    """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones.
+
+    Of so many epochs as have a million slides together, which take 10 s to plan; at least of the first.
+    """
+    ahead = islice(plans, max(1, _AHEAD // slides))
+    return max(len(hand) for plan in ahead for step in plan for hand in step.hands)
 
 
 def deal(sizes: Sequence[int], world_size: int) -> tuple[tuple[int, ...], ...]:

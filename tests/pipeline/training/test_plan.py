@@ -19,6 +19,7 @@ from pipeline.training.plan import (
     deal,
     dealt,
     epoch_plan,
+    longest_hand,
     plan_digest,
     steps_per_epoch,
 )
@@ -195,3 +196,10 @@ def test_served_slides_are_not_shared_and_cost_what_is_read() -> None:
     assert step.hands == ((1, 3), (2, 0)) or step.served == {3}
     assert 3 not in step.shared
     assert set(step.shared) == {1, 2, 0}
+
+
+def test_the_longest_hand_is_that_of_as_many_epochs_as_have_a_million_slides() -> None:
+    plans = [[Step(((0,), (1, 2)))], [Step(((0, 1, 2), ()))], [Step(((0, 1, 2, 3), ()))]]
+    assert longest_hand(plans, 3) == 4
+    assert longest_hand(iter(plans), 500_000) == 3
+    assert longest_hand(iter(plans), 3_000_000) == 2
