@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pipeline.inference.operating import Reliability
 
@@ -96,17 +99,11 @@ def png(figure: Figure) -> bytes:
     return sink.getvalue()
 
 
-def photograph_png(figure: Figure, photograph: Image.Image, corner: tuple[int, int]) -> bytes:
-    """As `png`, over a photograph whose upper left px lies at (x, y); px by px as it is."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    figure.patch.set_visible(False)
-    canvas.draw()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    whole = Image.new("RGB", drawn.size, (255, 255, 255))
-    whole.paste(photograph, corner)
-    whole.paste(drawn, mask=drawn.getchannel("A"))
-    return photograph_bytes(whole)
+@cache
+def typeface(px: float) -> ImageFont.FreeTypeFont:
+    """matplotlib's, of which Pillow writes a line in a twentieth of the time; its own has no multiplication sign."""
+    path = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, px, layout_engine=ImageFont.Layout.BASIC)  # the other is not everywhere
 
 
 def photograph_bytes(picture: Image.Image) -> bytes:
