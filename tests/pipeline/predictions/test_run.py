@@ -36,6 +36,7 @@ from pipeline.predictions.run import How, predict
 from pipeline.predictions.slide import Predicting
 from pipeline.storage.files import read_bytes
 from pipeline.storage.tree import upload_tree
+from pipeline.store.catalogue import Catalogue, View
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
 from pipeline.view.outputs import Output
@@ -162,14 +163,23 @@ def test_slides_of_a_batch_share_their_colours_and_heads_and_patches_come_where_
 
 
 def test_a_store_and_a_reading_on_the_way_give_the_same(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What lies in the store is looked up once, however many slides are asked for."""
     config, cohort = small_config(), write_cohort(tmp_path, [None, None])
     store_slides(cohort, tmp_path / "store", config)
     slides = [slide.uri for slide in cohort.slides]
     passed, stored = tmp_path / "passed", tmp_path / "stored"
     predict(str(folder), slides, None, passed, tracking_uri="unused")
+    looks, look = list[str](), Catalogue.read
+
+    def watched(catalogue: Catalogue) -> View:
+        looks.append(catalogue.uri)
+        return look(catalogue)
+
+    monkeypatch.setattr(Catalogue, "read", watched)
     predict(str(folder), slides, None, stored, tracking_uri="unused", how=How(store=str(tmp_path / "store")))
+    assert len([uri for uri in looks if uri.startswith(str(tmp_path / "store"))]) == 1
     assert _files(passed) == _files(stored)
     assert "holds no slides" not in caplog.text
     predict(str(folder), slides, None, passed, tracking_uri="unused", how=How(store=str(tmp_path / "nowhere")))
