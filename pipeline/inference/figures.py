@@ -21,7 +21,6 @@ Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float32] | npt.NDArray[np.float
 
 DPI = 150
 INK = "#1c2733"
-_RUNS = 3  # zlib's Z_RLE, which looks for runs alone: of photographs it finds what a longer search does
 _SHADES = ("#1f5f8b", "#c4622d", "#3c8d5a", "#7d4f9e", "#9a8a2c", "#5b6b7a")
 
 
@@ -107,7 +106,11 @@ def typeface(px: float) -> ImageFont.FreeTypeFont:
 
 
 def photograph_bytes(picture: Image.Image) -> bytes:
-    """A PNG of what is a photograph for the most part, in a third of the time that the closest compression takes."""
-    sink = io.BytesIO()
-    picture.save(sink, "PNG", compress_level=1, compress_type=_RUNS)
-    return sink.getvalue()
+    """A PNG of what is a photograph for the most part, in an eighth of the time that the closest compression takes.
+
+    Runs alone, of differences to the row above: of photographs a longer search and other filters find no more.
+    """
+    import imagecodecs  # 0.1 s, which charts need not pay; Pillow chooses the filter row by row, by trying all
+
+    runs, above = imagecodecs.PNG.STRATEGY.RLE, imagecodecs.PNG.FILTER.UP
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(picture), level=1, strategy=runs, filter=above))
