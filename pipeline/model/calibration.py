@@ -42,7 +42,7 @@ KINDS = {"regression": "95%", "binary": "calibrated", "multiclass": "calibrated"
 """Kind of a task -> what its intervals are called; none of survival."""
 
 _VERSION = 1
-_MOST = 10_000  # cases of a task: 0.2 MB an output, and an interval of 1 ms
+_MOST = 10_000  # cases of a task: 0.3 MB an output, and 1 ms an interval
 _ERROR = 0.05  # of 100 new values, so many may lie outside
 
 Floats = npt.NDArray[np.float64]

@@ -145,9 +145,7 @@ def predict(
         predicting = Predicting(
             kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom, above, max(1, how.workers)
         )
-        told = _predict(asked, predicting, config, how, read_calibration(folder))
-        forget_models(place, digest)
-        return told
+        return _predict(asked, predicting, config, how, read_calibration(folder))
 
 
 def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
@@ -192,7 +190,9 @@ def _predict(
                 if isinstance(failed, StageError):
                     raise failed
     complete = with_intervals(complete, config.tasks, cases)
-    return _report(asked, jobs, complete, predicting, config, left)
+    told = _report(asked, jobs, complete, predicting, config, left)
+    forget_models(out, predicting.digest)
+    return told
 
 
 def _report(
