@@ -325,3 +325,14 @@ def sharpness_by_px(rgb: npt.NDArray[np.uint8]) -> Fraction:
         return Fraction(0)
     mean = Fraction(sum(found), len(found))
     return sum(((value - mean) ** 2 for value in found), Fraction(0)) / len(found)
+
+
+def isotonic_by_means(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Isotonic regression: of each place the largest, over where a block may begin, of the least mean to an end."""
+
+    def mean(first: int, last: int) -> float:
+        own = range(first, last + 1)
+        return sum(values[i] * weights[i] for i in own) / sum(weights[i] for i in own)
+
+    n = len(values)
+    return [max(min(mean(a, b) for b in range(i, n)) for a in range(i + 1)) for i in range(n)]

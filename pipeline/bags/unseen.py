@@ -30,7 +30,10 @@ Made = TypeVar("Made")
 
 
 def read_together(
-    config: Config, slides: Sequence[CohortSlide], use: Callable[[Sequence[Source]], Made], store: str | None = None
+    config: Config,
+    slides: Sequence[CohortSlide],
+    use: Callable[[Sequence[Source]], Made],
+    store: PatchStore | None = None,
 ) -> Made:
     """What is made of slides that are at hand all at once, as the config's model takes them.
 
@@ -38,7 +41,7 @@ def read_together(
         config: of the model.
         slides: that no stage has seen.
         use: makes it; is called again where a patch was found that cannot be decoded, with such left out.
-        store: root of a patch store, whose patches are taken where it has them.
+        store: whose patches are taken where it has them; of the config's `tiling`.
 
     Raises:
         SlideError: one of them cannot be read or used; of several it says which.
@@ -51,12 +54,12 @@ def read_together(
             return use(sources)
 
 
-_Reading = Callable[[Config, CohortSlide, str | None], AbstractContextManager[tuple[Source, str]]]
+_Reading = Callable[[Config, CohortSlide, PatchStore | None], AbstractContextManager[tuple[Source, str]]]
 
 
 @contextmanager
 def _opened(
-    reading: _Reading, config: Config, slides: Sequence[CohortSlide], store: str | None
+    reading: _Reading, config: Config, slides: Sequence[CohortSlide], store: PatchStore | None
 ) -> Iterator[list[Source]]:
     with ExitStack() as stack:
         sources = []
@@ -92,7 +95,7 @@ def rows_of(sources: Sequence[Source]) -> list[slice]:
 
 
 @contextmanager
-def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+def passing(config: Config, slide: CohortSlide, store: PatchStore | None = None) -> Iterator[tuple[Source, str]]:
     """As `tiled`, but a slide that is not in the store is cut while it is read, and nothing of it written.
 
     Errors as `tiled`; and PlanError when a patch cannot be decoded, which `tiled` leaves out.
@@ -110,10 +113,10 @@ def passing(config: Config, slide: CohortSlide, store: str | None = None) -> Ite
 
 
 @contextmanager
-def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Iterator[tuple[Source, str]]:
+def tiled(config: Config, slide: CohortSlide, store: PatchStore | None = None) -> Iterator[tuple[Source, str]]:
     """The slide's pixels for as long as this lasts, and a folder for what is made of them meanwhile.
 
-    Where the patch store with the root `store` has this version of the slide they are that one's.
+    Where `store`, which is of the config's `tiling`, has this version of the slide they are that one's.
 
     Raises:
         SlideError: the slide cannot be read or used.
@@ -122,13 +125,12 @@ def tiled(config: Config, slide: CohortSlide, store: str | None = None) -> Itera
         yield open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri), ""
         return
     with scratch_folder() as folder:
-        scratch, status = str(folder), None
-        if store is not None:
-            status, scratch_store = known(config, slide, store), store
-        if status is None:
+        scratch, plans = str(folder), store
+        status = None if store is None else known(config, slide, store)
+        if plans is None or status is None:
             make = index_slide if config.given_features else store_slide
-            status, scratch_store = make(slide, config.tiling, scratch), scratch
-        key, plans = str(_good(status).key), PatchStore(scratch_store, config.tiling.fingerprint())
+            status, plans = make(slide, config.tiling, scratch), PatchStore(scratch, config.tiling.fingerprint())
+        key = str(_good(status).key)
         if config.given_features:
             given = open_given([slide], look_at([slide], config.tiling), plans, [key])
             try:
@@ -149,9 +151,9 @@ def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
     return status
 
 
-def known(config: Config, slide: CohortSlide, store: str) -> SlideStatus | None:
+def known(config: Config, slide: CohortSlide, store: PatchStore) -> SlideStatus | None:
     """What a patch store says of this version of the slide, where it is committed there."""
-    status = PatchStore(store, config.tiling.fingerprint()).status(slide, version_of(slide, config.tiling))
+    status = store.status(slide, version_of(slide, config.tiling))
     return status if status is not None and status.key is not None else None
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pipeline.inference.operating import Reliability
 
@@ -18,7 +21,6 @@ Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float32] | npt.NDArray[np.float
 
 DPI = 150
 INK = "#1c2733"
-_RUNS = 3  # zlib's Z_RLE, which looks for runs alone: of photographs it finds what a longer search does
 _SHADES = ("#1f5f8b", "#c4622d", "#3c8d5a", "#7d4f9e", "#9a8a2c", "#5b6b7a")
 
 
@@ -96,21 +98,19 @@ def png(figure: Figure) -> bytes:
     return sink.getvalue()
 
 
-def photograph_png(figure: Figure, photograph: Image.Image, corner: tuple[int, int]) -> bytes:
-    """As `png`, over a photograph whose upper left px lies at (x, y); px by px as it is."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    figure.patch.set_visible(False)
-    canvas.draw()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    whole = Image.new("RGB", drawn.size, (255, 255, 255))
-    whole.paste(photograph, corner)
-    whole.paste(drawn, mask=drawn.getchannel("A"))
-    return photograph_bytes(whole)
+@cache
+def typeface(px: float) -> ImageFont.FreeTypeFont:
+    """matplotlib's, of which Pillow writes a line in a twentieth of the time; its own has no multiplication sign."""
+    path = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, px, layout_engine=ImageFont.Layout.BASIC)  # the other is not everywhere
 
 
 def photograph_bytes(picture: Image.Image) -> bytes:
-    """A PNG of what is a photograph for the most part, in a third of the time that the closest compression takes."""
-    sink = io.BytesIO()
-    picture.save(sink, "PNG", compress_level=1, compress_type=_RUNS)
-    return sink.getvalue()
+    """A PNG of what is a photograph for the most part, in an eighth of the time that the closest compression takes.
+
+    Runs alone, of differences to the row above: of photographs a longer search and other filters find no more.
+    """
+    import imagecodecs  # 0.1 s, which charts need not pay; Pillow chooses the filter row by row, by trying all
+
+    runs, above = imagecodecs.PNG.STRATEGY.RLE, imagecodecs.PNG.FILTER.UP
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(picture), level=1, strategy=runs, filter=above))

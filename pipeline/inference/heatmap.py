@@ -9,25 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from pipeline.inference.figures import DPI, INK, Numbers, new_figure, photograph_png
+from pipeline.inference.figures import INK, Numbers, photograph_bytes, typeface
 
 _Ints = npt.NDArray[np.int64]
 
 _PAD, _BAR, _MARGIN, _SCALE_BAR, _LINE = 14, 110, 26, 26, 16
 """px: around everything, the colour bar with its lettering, the numbers of marks, the scale bar, a line of caption."""
 _LEAST = 200  # px of height that the colour bar with its title needs, beside a flat slide too
-_MARK = "#007a82"
-_COLOURS = ListedColormap(colormaps["inferno"](np.linspace(0.15, 1.0, 256)))  # without the near-black end
-_PALETTE = np.rint(_COLOURS(np.arange(256))[:, :3] * 255).astype(np.uint8)
+_SMALL, _MIDDLE, _LARGE = 14.5, 16.5, 18.5
+"""px of lettering: captions, titles and numbers of marks, the scale."""
+_MARK, _FINE = "#007a82", 4  # px of a mark's drawing, along an edge of one px of the picture
+_TITLE, _ARROW, _WIDE = 54, 16, 18  # px: above the colour bar, of its arrow, across it
+_PALETTE = np.rint(colormaps["inferno"](np.linspace(0.15, 1.0, 256))[:, :3] * 255).astype(np.uint8)  # no near-black
 _GREYED = tuple(0.8 / 3 + 0.2 * (place in (0, 5, 10)) if place % 4 < 3 else 0.0 for place in range(12))
 """Matrix of RGB to RGB: most of the colour is taken out of what lies below."""
 
@@ -98,29 +93,25 @@ def overlay_png(
         clipped: more than `top` has the colour of `top`, and the colour bar says so.
     """
     height, width = slide.thumbnail.shape[:2]
-    zoom = map_px / max(height, width)
-    norm = LogNorm(1.0, max(2.0, top))
-    box = overlay_box(slide.thumbnail.shape[:2], marks=bool(marks), map_px=map_px)
+    high = max(2.0, top)
+    box = overlay_box((height, width), marks=bool(marks), map_px=map_px)
     foot = _foot(caption)
-    figure = new_figure(box.left + box.width + 2 * _PAD + _BAR, _PAD + max(box.height, _LEAST) + foot)
-    total_w, total_h = figure.get_size_inches() * DPI
-    below = total_h - box.top - box.height
-    axes = figure.add_axes((box.left / total_w, below / total_h, box.width / total_w, box.height / total_h))
-    axes.set(xlim=(0, width), ylim=(height, 0))
+    size = box.left + box.width + 2 * _PAD + _BAR, _PAD + max(box.height, _LEAST) + foot
     dimensions = slide.dimensions or (width * slide.scale, height * slide.scale)
     scale = dimensions[0] / box.width, dimensions[1] / box.height
     cells = _cells((box.height, box.width), scale, slide.x, slide.y, slide.extent, slide.ratio)
-    _marks(axes, slide, marks, zoom)
-    axes.set_axis_off()
-    axes.set_aspect("auto")
-    bar_height = min(0.66, 360 / total_h)
-    beside = figure.add_axes(((box.left + box.width + _PAD) / total_w, 0.5 - bar_height / 2, 18 / total_w, bar_height))
-    _colour_bar(figure, beside, norm, clipped=clipped)
-    _scale_bar(figure, slide, zoom, box.left, foot)
+    picture = Image.new("RGB", size, "white")
+    picture.paste(_blended(slide.thumbnail, (box.width, box.height), cells, high), (box.left, box.top))
+    if marks:
+        _add_marks(picture, box, [(slide.x[row], slide.y[row]) for row in marks], slide.extent, scale)
+    _add_colour_bar(picture, box.left + box.width + _PAD, high, clipped=clipped)
+    below = size[1] - foot
+    pen = ImageDraw.Draw(picture)
+    _draw_scale_bar(pen, box.left, below + _SCALE_BAR / 2, dimensions[0] / 4, slide.mpp, scale[0])
     for number, line in enumerate(caption):
-        y = (_PAD / 2 + _LINE * (len(caption) - number - 0.5)) / total_h
-        figure.text(box.left / total_w, y, line, fontsize=7, color=INK, va="center", ha="left", parse_math=False)
-    return photograph_png(figure, _blended(slide.thumbnail, (box.width, box.height), cells, norm), (box.left, box.top))
+        y = below + _SCALE_BAR + _LINE * (number + 0.5)
+        pen.text((box.left, y), line, INK, typeface(_SMALL), "lm")
+    return photograph_bytes(picture)
 
 
 def overlay_box(shape: tuple[int, int], *, marks: bool = False, map_px: int = 900) -> Box:
@@ -208,43 +199,56 @@ def patch_ends(low: Numbers, extent: float) -> npt.NDArray[np.float64]:
     return ends
 
 
-def _blended(thumbnail: npt.NDArray[np.uint8], size: tuple[int, int], cells: _Cells, norm: LogNorm) -> Image.Image:
+def _blended(thumbnail: npt.NDArray[np.uint8], size: tuple[int, int], cells: _Cells, high: float) -> Image.Image:
     """The greyed thumbnail, of width and height `size`, below the colours of ratios.
 
     They are clear up to uniform, and from there ever denser, without a step.
     """
     below = Image.fromarray(thumbnail).convert("RGB", _GREYED).resize(size, Image.Resampling.BICUBIC)
-    place = np.asarray(norm(np.maximum(cells.values, 1.0)), np.float64).clip(0, 1)
+    place = _place(np.maximum(cells.values, 1.0), high).clip(0, 1)
     colour = Image.fromarray(cells.spread((len(_PALETTE) * place).clip(0, len(_PALETTE) - 1).astype(np.uint8)))
     colour.putpalette(_PALETTE.tobytes())
     dense = 255 * 0.7 * np.sqrt(place)  # what lies below is to be read everywhere
     return Image.composite(colour.convert("RGB"), below, Image.fromarray(cells.spread(np.rint(dense).astype(np.uint8))))
 
 
-def _colour_bar(figure: Figure, axes: Axes, norm: LogNorm, *, clipped: bool) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), cax=axes, extend="max" if clipped else "neither")
+def _place(ratio: Any, high: float) -> npt.NDArray[np.float64]:
+    """Where in the scale of ratios from 1 to `high` one is: 0 to 1."""
+    return np.asarray(np.log(ratio) / np.log(high), np.float64)
+
+
+def _add_colour_bar(picture: Image.Image, left: int, high: float, *, clipped: bool) -> None:
+    height = min(picture.height * 2 // 3, 360)
+    top, pen = max((picture.height - height) // 2, _TITLE + _ARROW), ImageDraw.Draw(picture)
+    shades = _PALETTE[np.linspace(len(_PALETTE) - 1, 0, height).round().astype(int)]
+    picture.paste(Image.fromarray(shades[:, None]).resize((_WIDE, height)), (left, top))
+    if clipped:
+        corners = [(left, top - 1), (left + _WIDE - 1, top - 1), (left + _WIDE / 2 - 0.5, top - _ARROW)]
+        pen.polygon(corners, fill=tuple(_PALETTE[-1].tolist()))
     steps = [base * 10**power for power in range(7) for base in (1, 2, 5)]
-    bar.ax.yaxis.set_major_locator(FixedLocator([step for step in steps if step <= norm.vmax]))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}\N{MULTIPLICATION SIGN}"))
-    bar.ax.tick_params(labelsize=9, length=2, pad=2, colors=INK)
-    bar.outline.set_visible(False)
-    bar.ax.set_title("attention\nvs uniform", fontsize=8, color=INK, loc="left", pad=11)
+    for step in (step for step in steps if step <= high):
+        y = top + height * (1 - float(_place(step, high)))
+        pen.line([(left + _WIDE, y), (left + _WIDE + 3, y)], INK, 2)
+        pen.text((left + _WIDE + 8, y), f"{step:g}\N{MULTIPLICATION SIGN}", INK, typeface(_LARGE), "lm")
+    for line, words in enumerate(("attention", "vs uniform")):
+        pen.text((left, top - _ARROW - 30 + 20 * line), words, INK, typeface(_MIDDLE), "ls")
 
 
-def _marks(axes: Axes, slide: Heatmap, rows: Sequence[int], zoom: float) -> None:
+def _add_marks(
+    picture: Image.Image, box: Box, corners: Sequence[tuple[float, float]], extent: float, scale: tuple[float, float]
+) -> None:
     """Frames around patches, and their numbers in the margin, each with a line to its patch; nothing is covered."""
-    axes.set_autoscale_on(False)  # what stands in the margin must not move the picture
-    edge = slide.extent / slide.scale
-    corners = [(float(slide.x[row]) / slide.scale, float(slide.y[row]) / slide.scale) for row in rows]
-    gap = 17 / zoom  # between two numbers, in thumbnail px
-    heights = _spread([y + edge / 2 for _, y in corners], gap, slide.thumbnail.shape[0])
-    for number, ((x, y), label) in enumerate(zip(corners, heights, strict=True), start=1):
-        around = 1.5 / zoom
-        frame = (x - around, y - around), edge + 2 * around, edge + 2 * around
-        axes.add_patch(Rectangle(*frame, fill=False, edgecolor=_MARK, linewidth=1.2, clip_on=False))
-        axes.plot([-6 / zoom, x - around], [label, y + edge / 2], color=_MARK, linewidth=0.6, alpha=0.8, clip_on=False)
-        axes.text(-9 / zoom, label, str(number), fontsize=8, color=_MARK, va="center", ha="right", clip_on=False)
+    across, down = (extent / along for along in scale)
+    places = [(box.left + float(x) / scale[0], box.top + float(y) / scale[1]) for x, y in corners]
+    labels = [box.top + y for y in _spread([y + down / 2 - box.top for _, y in places], 17, box.height)]
+    drawn = Image.new("L", (picture.width * _FINE, picture.height * _FINE))
+    fine, pen = ImageDraw.Draw(drawn), ImageDraw.Draw(picture)
+    for (x, y), label in zip(places, labels, strict=True):
+        fine.line([v * _FINE for v in (box.left - 6, label, x - 3, y + down / 2)], 200, 5)
+    for number, ((x, y), label) in enumerate(zip(places, labels, strict=True), start=1):
+        fine.rectangle([v * _FINE for v in (x - 3, y - 3, x + across + 3, y + down + 3)], outline=255, width=10)
+        pen.text((box.left - 9, label), str(number), _MARK, typeface(_MIDDLE), "rm")
+    picture.paste(_MARK, mask=drawn.reduce(_FINE))
 
 
 def _spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
@@ -261,20 +265,15 @@ def _spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
     return found.tolist()
 
 
-def _scale_bar(figure: Figure, slide: Heatmap, zoom: float, left: float, foot: float) -> None:
-    """A bar of a round length, a quarter of the slide's width at most, and what it is long."""
-    total_w, total_h = figure.get_size_inches() * DPI
-    unit = slide.mpp or 1.0
-    length = round_length(slide.thumbnail.shape[1] * slide.scale * unit / 4)
-    px = length / unit / slide.scale * zoom
-    y = (foot - _SCALE_BAR / 2) / total_h
-    figure.add_artist(
-        Line2D([left / total_w, (left + px) / total_w], [y, y], color=INK, linewidth=2.5, solid_capstyle="butt")
-    )
-    name = (
-        f"{length:g} px" if slide.mpp is None else f"{length:g} \u00b5m" if length < 1000 else f"{length / 1000:g} mm"
-    )
-    figure.text((left + px + 8) / total_w, y, name, fontsize=7, color=INK, va="center", ha="left")
+def _draw_scale_bar(
+    pen: ImageDraw.ImageDraw, left: int, y: float, longest: float, mpp: float | None, scale: float
+) -> None:
+    """A bar of a round length, `longest` level-0 px at most, and what it is long; `scale` is level-0 px per px."""
+    length = round_length(longest * (mpp or 1.0))
+    px = length / (mpp or 1.0) / scale
+    pen.rectangle((left, y - 2, left + round(px) - 1, y + 2), INK)
+    name = f"{length:g} px" if mpp is None else f"{length:g} \u00b5m" if length < 1000 else f"{length / 1000:g} mm"
+    pen.text((left + px + 8, y), name, INK, typeface(_SMALL), "lm")
 
 
 def round_length(longest: float) -> float:

@@ -21,6 +21,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
 from pipeline.errors import ConfigError, DamagedError, PlanError, SlideError, StorageError
 from pipeline.inference.shards import Cut, Scores, Strip, borders, joined_scores, strip_scores
+from pipeline.store.patches import PatchStore
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def cut(config: Config, slides: Sequence[CohortSlide], whole: BagSource, above: 
     return Cut(tuple(Shard(tuple(slides), whole.key, *end) for end in ends))
 
 
-def scored(shard: Shard, config: Config, scorer: Scorer, store: str | None) -> Scored | None:
+def scored(shard: Shard, config: Config, scorer: Scorer, store: PatchStore | None) -> Scored | None:
     """What its rows are given.
 
     None where they cannot be read or scored, or are no longer those that were cut: whoever predicts the bag alone will

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,24 @@ import pyarrow as pa
 
 from pipeline.config.data import TaskConfig
 from pipeline.errors import DamagedError, StageError
+from pipeline.model.calibration import KINDS, Cases, intervals
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
 from pipeline.storage.files import delete, join, list_names, parsed_json, read_if_there, write_bytes, write_json
+from pipeline.storage.tree import delete_folder
 
-SLIDES, COMMIT = "slides", "slide.json"
+SLIDES, MODEL, COMMIT = "slides", "model", "slide.json"
+THREADS = 16
+"""That read slides' folders."""
 ATTENTION, THUMBNAIL, OVERLAY, CONTACT = "attention.parquet", "thumbnail.jpg", "overlay.png", "contact.png"
 TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
 
-INTERVALS = b"ips.intervals"
-"""Of the schema of `predictions.parquet`: what its columns `_low` and `_high` are, for people."""
+INTERVALS = b"ips.interval"
+"""Of the fields of `predictions.parquet` that end in `_low` and `_high`: what they are, for people."""
 
 ENDS = ("low", "high")
-"""Of the columns `<output>_low` and `_high`, an ensemble's spread."""
+"""Of the columns `<output>_low` and `_high`: an ensemble's spread, or a model's interval."""
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -65,6 +70,17 @@ def folder_of(out: str, slide_id: str) -> str:
 def begun_names(out: str) -> set[str]:
     """Names of the slides' folders that are there, done or not."""
     return set(list_names(join(out, SLIDES)))
+
+
+def forget_models(out: str, digest: str) -> None:
+    """Remove the models below `model` that no slide's folder names, but for that of this digest."""
+    others = set(list_names(join(out, MODEL))) - {digest}
+    if others:  # else no slide's folder is read
+        with ThreadPoolExecutor(THREADS) as pool:
+            said = pool.map(read_facts, [join(out, SLIDES, name) for name in begun_names(out)])
+            named = {facts["model"]["digest"] for facts in said if facts is not None}
+        for other in sorted(others - named):
+            delete_folder(join(out, MODEL, other))
 
 
 def read_facts(folder: str) -> Facts | None:
@@ -104,6 +120,24 @@ def check_spread(tasks: Sequence[TaskConfig], models: int) -> None:
         )
 
 
+def with_intervals(
+    outcomes: Sequence[Outcome], tasks: Sequence[TaskConfig], cases: Mapping[str, Cases]
+) -> list[Outcome]:
+    """The predictions of a model with the intervals that its test tells (`model.calibration`), by output column."""
+    return [
+        one if isinstance(one, Failure) else {**one, "intervals": intervals(tasks, cases, one["values"])}
+        for one in outcomes
+    ]
+
+
+def ends_of(facts: Facts, task: TaskConfig, column: str) -> tuple[float, float, str] | None:
+    """The ends of a prediction's column, and what they are called; None where it has none."""
+    for name, kind in (("spread", "models"), ("intervals", KINDS.get(task.kind, ""))):
+        if (ends := facts.get(name, {}).get(column)) is not None:
+            return ends[0], ends[1], kind
+    return None
+
+
 def write_tables(
     out: str,
     asked: Sequence[tuple[str, str]],
@@ -138,7 +172,7 @@ def _table(
 ) -> pa.Table:
     good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
     bad = [one if isinstance(one, Failure) else None for one in outcomes]
-    spread = any(one is not None and "spread" in one for one in good)
+    kinds = dict[str, str]()
 
     def column(kind: pa.DataType, *path: str | int) -> pa.Array:
         found = []
@@ -160,10 +194,12 @@ def _table(
     }
     for task in tasks:
         columns |= {name: column(pa.float64(), "values", name) for name in task.output_columns}
-        if spread:
-            for name in task.output_columns:
+        for name in task.output_columns:
+            known = [None if one is None else ends_of(one, task, name) for one in good]
+            if (kind := next((one[2] for one in known if one is not None), None)) is not None:
                 for end, suffix in enumerate(ENDS):
-                    columns[f"{name}_{suffix}"] = column(pa.float64(), "spread", name, end)
+                    ends = [None if one is None else one[end] for one in known]
+                    columns[f"{name}_{suffix}"], kinds[f"{name}_{suffix}"] = pa.array(ends, pa.float64()), kind
         own = [one.get(task.name) for one in labels]
         if any(label is not None for label in own):
             columns[task.result_columns["label"]] = pa.array(own, pa.string())
@@ -178,4 +214,5 @@ def _table(
             "error": pa.array([None if one is None else one.message for one in bad], pa.string()),
         }
     )
-    return table.replace_schema_metadata({INTERVALS: b"models"}) if spread else table
+    fields = [one.with_metadata({INTERVALS: kinds[one.name]}) if one.name in kinds else one for one in table.schema]
+    return table.cast(pa.schema(fields))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,19 +20,24 @@ from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
+from pipeline.model.calibration import Cases, read_calibration
 from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, shared_config, whole_digest
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
 from pipeline.predictions.maps import colours
 from pipeline.predictions.output import (
+    MODEL,
+    THREADS,
     Failure,
     Outcome,
     begun_names,
     check_spread,
     folder_of,
+    forget_models,
     read_facts,
     safe_name,
+    with_intervals,
     write_tables,
 )
 from pipeline.predictions.patients import bags_of, share_outcomes, with_others
@@ -49,7 +54,6 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Of what a slide's folder holds: folders of another one are made again."""
-_THREADS = 16
 SHARD_ABOVE = 16_384
 """Patches: minutes on a core, and to plan a slide once more takes seconds, but for `tiling.min_sharpness`, with which
 it takes as long as to cut it (`large.cut`)."""
@@ -134,14 +138,14 @@ def predict(
         check_environment([one.slide for one in asked], config.tiling)
         _check_store(how.store, config)
         digest = whole_digest(folder)
-        kept = join(place, "model", digest) if how.workers else str(folder)  # apart from what earlier batches kept
+        kept = join(place, MODEL, digest) if how.workers else str(folder)  # apart from what earlier batches kept
         if how.workers:  # whose processes may be elsewhere
             keep_any(folder, kept)
         above = how.shard_above if how.workers > 1 else None
         predicting = Predicting(
             kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom, above, max(1, how.workers)
         )
-        return _predict(asked, predicting, config, how)
+        return _predict(asked, predicting, config, how, read_calibration(folder))
 
 
 def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
@@ -150,7 +154,9 @@ def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
     return [replace(one, slide=slide) for one, slide in zip(asked, slides, strict=True)]
 
 
-def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How) -> dict[str, Any]:
+def _predict(
+    asked: Sequence[Asked], predicting: Predicting, config: Config, how: How, cases: Mapping[str, Cases]
+) -> dict[str, Any]:
     out, looked = predicting.out, _versions(config, asked)
     jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
     bags = bags_of([one.bag(config) for one in asked], config)
@@ -183,7 +189,10 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
             for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
                 if isinstance(failed, StageError):
                     raise failed
-    return _report(asked, jobs, complete, predicting, config, left)
+    complete = with_intervals(complete, config.tasks, cases)
+    told = _report(asked, jobs, complete, predicting, config, left)
+    forget_models(out, predicting.digest)
+    return told
 
 
 def _report(
@@ -289,7 +298,7 @@ def _add_done(outcomes: list[Outcome | None], jobs: Sequence[Job], out: str) -> 
         for place, (found, job) in enumerate(zip(outcomes, jobs, strict=True))
         if found is None and safe_name(job.slide.slide_id) in begun
     ]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         known = pool.map(lambda place: read_facts(folder_of(out, jobs[place].slide.slide_id)), places)
         for place, facts in zip(places, known, strict=True):
             if facts is not None and facts.get("identity") == jobs[place].identity:

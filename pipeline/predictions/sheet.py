@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import simplejpeg
-from matplotlib import get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from pipeline.inference.figures import photograph_bytes
+from pipeline.inference.figures import photograph_bytes, typeface
 
 EACH = 12
 """Patches of either kind at most."""
 _COLUMNS, _PX, _GAP, _LINE = 6, 160, 10, 18
-_FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own has no multiplication sign
 _INK, _SOFT, _WHITE = (28, 39, 51), (91, 107, 122), (255, 255, 255)
 
 
@@ -39,7 +35,7 @@ def sheet_png(heading: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown
     rows = sum(-(-len(patches) // _COLUMNS) for _, patches in groups)
     height = _GAP + _LINE * len(heading) + len(groups) * (_GAP + _LINE) + rows * (_PX + _LINE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), _WHITE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(_FONT, 12)
+    pen, font = ImageDraw.Draw(sheet), typeface(12)
     y = _GAP
     for line in heading:
         pen.text((_GAP, y), line, _SOFT, font)
@@ -51,7 +47,7 @@ def sheet_png(heading: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown
         for number, one in enumerate(patches):
             row, column = divmod(number, _COLUMNS)
             left, top = _GAP + column * (_PX + _GAP), y + row * (_PX + _LINE + _GAP)
-            pixels = np.asarray(simplejpeg.decode_jpeg(one.jpeg, colorspace="RGB"))
+            pixels = simplejpeg.decode_jpeg(one.jpeg, "RGB", min_height=_PX, min_width=_PX)  # by eighths
             sheet.paste(Image.fromarray(pixels).resize((_PX, _PX), Image.Resampling.BICUBIC), (left, top))
             pen.text((left, top + _PX + 1), one.label, _INK, font)
         y += -(-len(patches) // _COLUMNS) * (_PX + _LINE + _GAP)

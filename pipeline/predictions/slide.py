@@ -56,7 +56,7 @@ from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
 from pipeline.predictions.sheet import EACH, Shown, sheet_png
 from pipeline.storage.files import join, parsed_json, upload, write_bytes
 from pipeline.storage.scratch import scratch_folder
-from pipeline.store.patches import StoredSlide
+from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.tiling.geojson import collection
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class Predictor:
         self._members = load_any(self._folder)
         self._model, self._config = self._members[0]
         self._scorers = [bag_scorer(*member) for member in self._members]
+        store = asked.store  # looked at once: its catalogue is of all its slides
+        self._store = None if store is None else PatchStore(store, self._config.tiling.fingerprint())
 
     def check(self) -> None:
         """StageError unless the model is the one that the slides' folders will name."""
@@ -129,7 +131,7 @@ class Predictor:
         if isinstance(item, Shard):
             (scorer,) = self._scorers
             assert scorer is not None  # mode exact
-            return scored(item, self._config, scorer, self._asked.store)
+            return scored(item, self._config, scorer, self._store)
         if isinstance(item, Joined):
             return _each(self._outcome(item.item, partial(self._predict, item.item, item.found)), item.item)
         found: Cut[Shard] | list[Facts] | Failure = self._outcome(item, partial(self._cut_or_predict, item))
@@ -142,7 +144,7 @@ class Predictor:
     def _outcome(self, jobs: Sequence[Job], use: Callable[[Sequence[Source]], Made]) -> Made | Failure:
         slides = [job.slide for job in jobs]
         try:
-            return read_together(self._config, slides, use, self._asked.store)
+            return read_together(self._config, slides, use, self._store)
         except SlideError as error:
             return Failure(error.reason, as_text(unpredicted(error, jobs[0].mpp_remedy)))
         except DamagedError as error:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from pipeline.config.data import TaskConfig
 from pipeline.pages import render_page
-from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome
+from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome, ends_of
 from pipeline.storage.files import join, write_bytes
 
 NAME = "summary.html"
@@ -62,9 +62,7 @@ def _row(
         "uri": uri,
         "error": None,
         "values": [
-            (found["values"][column], found.get("spread", {}).get(column))
-            for task in tasks
-            for column in task.output_columns
+            (found["values"][column], ends_of(found, task, column)) for task in tasks for column in task.output_columns
         ],
         "labels": [labels.get(name) for name in labelled],
         "n_patches": found["n_patches"],

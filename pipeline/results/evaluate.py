@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from pipeline.inference.measured import Measured, measured
 from pipeline.inference.metrics import MEASURES, Floats, Ints, confusion, expected_time, held, roc_points, told_apart
 from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
 from pipeline.inference.resampling import draw_plan
+from pipeline.model.calibration import KINDS, Cases, calibration_json, chosen
 from pipeline.results.strata import Stratum, strata
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,13 @@ class TaskResult:
     strata: tuple[Stratum, ...]
     roc: Mapping[str, tuple[Floats, Floats]]
     """Class or label -> false and true positive rates, against the rest; binary: of the positive class."""
+
+    def cases(self, evaluated: Slides) -> Cases:
+        """What `evaluated`, which `slides` are places of, tell of others."""
+        known = [evaluated[place][0] for place in self.slides]
+        there = chosen([slide.slide_id for slide in known], [slide.patient_id for slide in known])
+        came = self.truth[:, None] if self.task.kind == "regression" else held(self.task, self.truth)
+        return Cases(self.values[there], came[there].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,12 @@ class Evaluation:
             "patients": float(len({slide.patient_id for slide, _ in self.slides})),
         }
         return {f"{self.split}_{name}": value for name, value in values.items()}
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What is kept beside the model, for intervals of its predictions."""
+        own = [result for result in self.tasks if result.task.kind in KINDS]
+        return calibration_json({result.task.name: result.cases(self.slides) for result in own})
 
 
 def evaluate(

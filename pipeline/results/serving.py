@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from pipeline.inference.ensemble import load_members, predict_mean
 from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.metrics import Floats
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_together, unpredicted
+from pipeline.model.calibration import end_columns, intervals, read_calibration
 from pipeline.model.folder import MEMBERS
 from pipeline.results.limits import ROWS, SECONDS, Limits, host_limits
 
@@ -42,10 +44,11 @@ class SlideModel(PythonModel):
     `mpp` is microns per level-0 px, over what a slide's file states; `series` the number of a file's image. A slide
     that cannot be used has None for outputs and its reason in `error`; the others are predicted, and their `error` is
     None. None is JSON's null, where NaN would be no JSON at all. A URI with a credential is refused, and comes back
-    masked. What `params` ask for are further columns (`_maps`). An ensemble gives the mean of its models' outputs, from
-    one reading of each slide, and null in those columns. A model of patients (`cohort.bag`) takes a column `patient`:
-    the rows of one are one bag and have the same outputs, each with the maps of its slide; one slide that cannot be
-    used fails them all. With `cohort.specimen` so do the rows of one patient and one `specimen`, a further column.
+    masked. What `params` ask for are further columns (`_maps`); with `intervals` the outputs' `_low` and `_high`, null
+    where the model has none (`model.calibration`). An ensemble gives the mean of its models' outputs, from one reading
+    of each slide, and null in all of those columns. A model of patients (`cohort.bag`) takes a column `patient`: the
+    rows of one are one bag and have the same outputs, each with the maps of its slide; one slide that cannot be used
+    fails them all. With `cohort.specimen` so do the rows of one patient and one `specimen`, a further column.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -55,9 +58,10 @@ class SlideModel(PythonModel):
         log.setLevel(logging.WARNING)  # else MLFLOW_LOGGING_LEVEL=ERROR would keep what is refused from the filter
         log.addFilter(_refuse_unknown)
         if MEMBERS in context.artifacts:
-            self.members = load_members(Path(context.artifacts[MEMBERS]))
+            self.members, self.cases = load_members(Path(context.artifacts[MEMBERS])), {}
         else:
-            self.members = [load_model(Path(context.artifacts["weights"]).parent)]
+            folder = Path(context.artifacts["weights"]).parent
+            self.members, self.cases = [load_model(folder)], read_calibration(folder)
         self.model, self.config = self.members[0]
 
     def predict(
@@ -76,7 +80,8 @@ class SlideModel(PythonModel):
             own = [given[number] for number in group]
             found = [self._failed(one, _late(limits)) for one in own] if late else self._rows(own, limits, asked)
             rows |= zip(group, found, strict=True)
-        columns = ["uri", *self._outputs(), *asked.columns, "error"]
+        ends = end_columns(self.config.tasks) if asked.intervals else {}
+        columns = ["uri", *self._outputs(), *chain.from_iterable(ends.values()), *asked.columns, "error"]
         ordered = [{**dict.fromkeys(columns), **rows[number]} for number in range(len(given))]
         return pd.DataFrame(ordered, columns=columns, dtype=object)
 
@@ -101,7 +106,15 @@ class SlideModel(PythonModel):
         if isinstance(answer, str):
             return [self._failed(one, answer) for one in given]
         outputs, maps = answer
+        if asked.intervals:
+            outputs |= self._ends(outputs)
         return [{"uri": one.uri, **outputs, **own, "error": None} for one, own in zip(given, maps, strict=True)]
+
+    def _ends(self, outputs: Mapping[str, float]) -> dict[str, float]:
+        """By column, of those outputs that have an interval."""
+        names = end_columns(self.config.tasks)
+        found = intervals(self.config.tasks, self.cases, outputs)
+        return {name: end for column, ends in found.items() for name, end in zip(names[column], ends, strict=True)}
 
     def _answer(
         self, given: Sequence[_Row], limits: Limits, asked: Asked
@@ -186,10 +199,11 @@ class Asked:
     attention: bool
     top_k: int
     explain: bool
+    intervals: bool
 
     @property
     def columns(self) -> list[str]:
-        """That the answer has for them."""
+        """That the answer has for them, beside the ends of intervals."""
         found = [("patches", self.attention), ("top", self.top_k > 0), ("curves", self.explain)]
         names = [name for name, wanted in found if wanted]
         return ["patch", *names] if names else []
@@ -207,13 +221,14 @@ def _refuse_unknown(record: logging.LogRecord) -> bool:
     found = _DROPPED.match(record.getMessage())
     if found is not None and ast.literal_eval(found[2]) == {field.name for field in fields(Asked)}:
         raise MlflowException.invalid_parameter_value(
-            f"params {found[1]} are unknown; there are attention, top_k and explain"
+            f"params {found[1]} are unknown; there are attention, top_k, explain and intervals"
         )
     return True
 
 
 def _asked(params: Mapping[str, Any]) -> Asked:
-    asked = Asked(bool(params.get("attention")), int(params.get("top_k") or 0), bool(params.get("explain")))
+    attention, explained, ends = (bool(params.get(name)) for name in ("attention", "explain", "intervals"))
+    asked = Asked(attention, int(params.get("top_k") or 0), explained, ends)
     if asked.top_k < 0:
         raise MlflowException.invalid_parameter_value(f"top_k is {asked.top_k}; give a number from 0")
     return asked

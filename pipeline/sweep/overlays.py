@@ -18,6 +18,7 @@ from pipeline.inference.heatmap import Heatmap, highest, overlay_png
 from pipeline.inference.prediction import load_model, predict_bag, read_thumbnail
 from pipeline.model.folder import at_hand
 from pipeline.storage.files import join, read_if_there, write_bytes
+from pipeline.store.patches import PatchStore
 from pipeline.sweep.cells import Cell, Scoring
 from pipeline.sweep.scoring import scorer_of
 
@@ -63,10 +64,11 @@ def draw_slides(scoring: Scoring, folder: str, slides: Sequence[CohortSlide], st
     with ExitStack() as stack:
         local = at_hand(folder, stack)
         model, scoring = load_model(local)[0], scoring.at(local)
+        patches = None if store is None else PatchStore(store, scoring.config.tiling.fingerprint())
         pictures: list[bytes | None] = []
         for slide in slides:
             try:
-                with tiled(scoring.config, slide, store) as (pixels, scratch):
+                with tiled(scoring.config, slide, patches) as (pixels, scratch):
                     source = featured(scoring.config, pixels, scratch)
                     bag = open_bag(source, threads=torch.get_num_threads(), augment=None)
                     scorer, seed = scorer_of(model, scoring), scoring.setting.seed or 0

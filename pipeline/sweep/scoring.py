@@ -27,6 +27,7 @@ from pipeline.inference.prediction import BagPrediction, bag_scorer, load_model,
 from pipeline.inference.shards import Cut, Joined, Scores, Strip, borders, strip_logits
 from pipeline.model.folder import at_hand
 from pipeline.schema import SWEEP_ROWS
+from pipeline.store.patches import PatchStore
 from pipeline.sweep.cells import Cell, Scoring
 from pipeline.sweep.rows import Row
 from pipeline.training.headroom import forget_peak, peak_bytes
@@ -60,6 +61,10 @@ class Pass:
         """What scores slides, its models loaded: a `Task` to rows, or to a `Cut` into `Shard`s; see `Panel.work`."""
         return Panel(self).work
 
+    def patches(self) -> PatchStore | None:
+        """Of the one tiling that scorings of one reading have."""
+        return None if self.store is None else PatchStore(self.store, self.scorings[0].config.tiling.fingerprint())
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -86,7 +91,7 @@ class Panel:
     """The models of a pass, loaded; lives as long as its process."""
 
     def __init__(self, asked: Pass) -> None:
-        self._asked, self._store, self._stack = asked, asked.store, ExitStack()
+        self._asked, self._store, self._stack = asked, asked.patches(), ExitStack()
         self._scorings: dict[str, Scoring] = {}
         loaded: dict[str, tuple[IPSModel, Path]] = {}
         self._models: dict[str, IPSModel] = {}

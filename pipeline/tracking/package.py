@@ -18,6 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.config.recipe import Config
+from pipeline.model.calibration import CALIBRATION, end_columns
 from pipeline.model.folder import CONFIG, EMBED_WEIGHTS, MEMBERS, SEEN, TISSUE_NETWORK, WEIGHTS
 from pipeline.segmentation.network import read_network
 from pipeline.storage import files
@@ -41,8 +42,8 @@ def gather_artifacts(folder: Path, config: Config, scratch: Path) -> dict[str, s
         StorageError: one of them cannot be read.
     """
     artifacts = {"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)}
-    if (folder / SEEN).is_file():
-        artifacts["seen"] = str(folder / SEEN)
+    beside = {"seen": folder / SEEN, "calibration": folder / CALIBRATION}
+    artifacts |= {name: str(path) for name, path in beside.items() if path.is_file()}
     if config.model.encoder.name == "features" and config.embed is not None and config.embed.encoder.weights:
         files.download(config.embed.encoder.weights, scratch / EMBED_WEIGHTS)
         artifacts["embed_weights"] = str(scratch / EMBED_WEIGHTS)
@@ -101,6 +102,7 @@ def requirements(config: Config) -> list[str]:
 
 def _signature(config: Config) -> ModelSignature:
     outputs = [column for task in config.tasks for column in task.output_columns]
+    ends = [name for pair in end_columns(config.tasks).values() for name in pair]
     return ModelSignature(
         Schema(
             [
@@ -113,7 +115,7 @@ def _signature(config: Config) -> ModelSignature:
         Schema(
             [
                 ColSpec(DataType.string, "uri"),
-                *(ColSpec(DataType.double, name, required=False) for name in outputs),
+                *(ColSpec(DataType.double, name, required=False) for name in (*outputs, *ends)),
                 ColSpec(DataType.double, "patch", required=False),
                 *(ColSpec(AnyType(), name, required=False) for name in ("patches", "top", "curves")),
                 ColSpec(DataType.string, "error", required=False),
@@ -124,6 +126,7 @@ def _signature(config: Config) -> ModelSignature:
                 ParamSpec("attention", DataType.boolean, default=False),
                 ParamSpec("top_k", DataType.long, default=0),
                 ParamSpec("explain", DataType.boolean, default=False),
+                ParamSpec("intervals", DataType.boolean, default=False),
             ]
         ),
     )

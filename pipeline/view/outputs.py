@@ -21,7 +21,7 @@ PREDICTIONS, ATTENTIONS, SLIDE, TISSUE = "predictions.parquet", "attention.parqu
 MASK_PX = 2048
 _SCORE, _EFFECT, _HEAD, _LABEL = "score", "effect_", "attention_", "_label"
 _FACTS = {"width", "height", "mpp", "attention_in_selected", "n_patches", "n_bad_tiles"}
-_LOW, _HIGH, _INTERVALS = "_low", "_high", b"ips.intervals"
+_LOW, _HIGH, _INTERVAL = "_low", "_high", b"ips.interval"
 _REMEDY = "run predict again, which makes what is not whole"
 _UNIFORM = "\N{MULTIPLICATION SIGN} uniform attention"
 
@@ -49,15 +49,17 @@ class Output(Batch):
         first = next((folder for folder in self._folders if folder is not None), None)
         self._said = {} if first is None else _json(files.join(self.uri, first, SLIDE))
         self.name = str(self._said.get("model", {}).get("source", self.uri))
-        kind = (rows.schema.metadata or {}).get(_INTERVALS, b"95%").decode()
-        self.slides = [self._slide(row, numbers, ends, kind) for row in listed]
+        kinds = {field.name: (field.metadata or {}).get(_INTERVAL, b"interval").decode() for field in rows.schema}
+        self.slides = [self._slide(row, numbers, ends, kinds) for row in listed]
         self.scales = _scales(self._said)
 
-    def _slide(self, row: Mapping[str, Any], numbers: list[str], ends: set[str], interval: str) -> ShownSlide:
+    def _slide(
+        self, row: Mapping[str, Any], numbers: list[str], ends: set[str], kinds: Mapping[str, str]
+    ) -> ShownSlide:
         labels = [str(value) for name, value in row.items() if name.endswith(_LABEL) and value is not None]
         spread = {name: row[name] for name in ends}
         told = tuple(
-            Told(name, row[name], spread.get(name + _LOW), spread.get(name + _HIGH), interval)
+            Told(name, row[name], spread.get(name + _LOW), spread.get(name + _HIGH), kinds.get(name + _LOW, ""))
             for name in numbers
             if row[name] is not None and math.isfinite(row[name]) and not name.endswith(_LABEL)
         )

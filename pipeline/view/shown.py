@@ -26,8 +26,8 @@ class Told:
     low: float | None = None
     """Of its interval."""
     high: float | None = None
-    interval: str = "95%"
-    """What kind that is: 95% confidence, or where the models of an ensemble are."""
+    interval: str = ""
+    """What that is, in a word: `models` of an ensemble, `calibrated`, `95%`."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import TrackingError
 from pipeline.inference.metrics import MEASURES
 from pipeline.inference.operating import THRESHOLD
+from pipeline.model.calibration import CALIBRATION
 from pipeline.model.folder import SEEN
 from pipeline.storage.files import download, exists, join, parent
 from pipeline.tracking.tracker import connect
@@ -131,7 +132,10 @@ def enter(
     found = find_registered(tracker, name, tags)
     if found is not None:
         return found
+    tested = space.records["evaluate"].outputs if "evaluate" in space.records else {}
     with trained_folder(train.outputs["checkpoint"]) as folder:
+        if "calibration" in tested:  # written since predictions have intervals
+            download(tested["calibration"], folder / CALIBRATION)
         return register_model(
             tracker,
             name,

@@ -30,10 +30,11 @@ from pipeline.inference.operating import thresholds
 from pipeline.ingest.statuses import as_columns
 from pipeline.ingest.tiler import TRANSIENT, allows_more
 from pipeline.ingest.versions import known
+from pipeline.model.calibration import CALIBRATION
 from pipeline.model.folder import WEIGHTS
 from pipeline.progress import progress
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import join, read_bytes, source_version, write_bytes
+from pipeline.storage.files import join, read_bytes, source_version, write_bytes, write_json
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import asked_digest
@@ -318,13 +319,13 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     origin = {"evaluated": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "model": str(config.tracking.model)}
     origin |= {"checkpoint": trained.outputs["checkpoint"], "mlflow_run": run_id, "versions": versions()}
     page = render_report(evaluation, config, space.cohort, {**origin, **space.lineage})
-    table = table_csv(evaluation.predictions)
-    write_bytes(join(folder, "predictions.csv"), table)
-    write_bytes(join(folder, "report.html"), page.encode())
+    texts = {"report.html": page, "predictions.csv": table_csv(evaluation.predictions).decode()}
+    for name, text in texts.items():
+        write_bytes(join(folder, name), text.encode())
+        tracker.log_text(run_id, text, name)
+    write_json(join(folder, CALIBRATION), evaluation.calibration)
     tracker.log_metrics(run_id, evaluation.metrics, 0)
-    tracker.log_text(run_id, page, "report.html")
-    tracker.log_text(run_id, table.decode(), "predictions.csv")
-    outputs = {"report": join(folder, "report.html"), "predictions": join(folder, "predictions.csv")}
+    outputs = {name.partition(".")[0]: join(folder, name) for name in (*texts, CALIBRATION)}
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 
 

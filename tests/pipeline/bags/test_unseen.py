@@ -9,7 +9,7 @@ from pipeline.bags.sources import Source, open_bag, slides_of
 from pipeline.bags.streamed import PassingSlide
 from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.errors import PlanError
-from pipeline.store.patches import StoredSlide
+from pipeline.store.patches import PatchStore, StoredSlide
 from tests.pipeline.small import small_config, store_slides, write_cohort
 
 
@@ -17,7 +17,7 @@ def test_slides_that_are_cut_while_they_are_read_have_the_patches_of_the_store(t
     """In one bag, slide after slide; from a store where it has them."""
     config, cohort = small_config(), write_cohort(tmp_path, ["no", "no"])
     stored = [source for _, source in store_slides(cohort, tmp_path / "store", config)]
-    store = str(tmp_path / "store")
+    store = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint())
 
     def payloads(sources: Sequence[Source]) -> tuple[list[type[Source]], list[bytes]]:
         whole = as_one(cohort.slides, sources)

@@ -12,6 +12,7 @@ from pipeline.predictions.output import (
     check_spread,
     commit,
     folder_of,
+    forget_models,
     read_facts,
     safe_name,
     write_tables,
@@ -41,6 +42,16 @@ def test_a_folder_is_done_when_it_says_so(tmp_path: Path) -> None:
     assert begun_names(str(tmp_path)) == {safe_name("a b")}
     (Path(place) / "slide.json").write_text('{"ident')
     assert read_facts(place) is None
+
+
+def test_models_go_that_no_slide_names_any_more(tmp_path: Path) -> None:
+    for digest in ("now", "named", "replaced"):
+        (tmp_path / "model" / digest).mkdir(parents=True)
+        (tmp_path / "model" / digest / "weights").write_bytes(b"")
+    commit(folder_of(str(tmp_path), "a"), {"model": {"digest": "named"}})
+    (tmp_path / "slides" / "begun").mkdir()
+    forget_models(str(tmp_path), "now")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["named", "now"]
 
 
 def test_labels_have_a_column_where_there_are_any(tmp_path: Path) -> None:

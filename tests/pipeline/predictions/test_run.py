@@ -28,6 +28,7 @@ from pipeline.config.recipe import ClusterConfig, Config
 from pipeline.errors import ConfigError, StageError, TrackingError
 from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.model.build import build_model
+from pipeline.model.calibration import CALIBRATION, Cases, calibration_json, venn_abers
 from pipeline.model.folder import TISSUE_NETWORK, save_model
 from pipeline.predictions import run as run_module
 from pipeline.predictions.large import Shard
@@ -36,6 +37,7 @@ from pipeline.predictions.run import How, predict
 from pipeline.predictions.slide import Predicting
 from pipeline.storage.files import read_bytes
 from pipeline.storage.tree import upload_tree
+from pipeline.store.catalogue import Catalogue, View
 from pipeline.tracking.registry import promote, register_model
 from pipeline.tracking.tracker import open_tracking
 from pipeline.view.outputs import Output
@@ -162,14 +164,23 @@ def test_slides_of_a_batch_share_their_colours_and_heads_and_patches_come_where_
 
 
 def test_a_store_and_a_reading_on_the_way_give_the_same(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What lies in the store is looked up once, however many slides are asked for."""
     config, cohort = small_config(), write_cohort(tmp_path, [None, None])
     store_slides(cohort, tmp_path / "store", config)
     slides = [slide.uri for slide in cohort.slides]
     passed, stored = tmp_path / "passed", tmp_path / "stored"
     predict(str(folder), slides, None, passed, tracking_uri="unused")
+    looks, look = list[str](), Catalogue.read
+
+    def watched(catalogue: Catalogue) -> View:
+        looks.append(catalogue.uri)
+        return look(catalogue)
+
+    monkeypatch.setattr(Catalogue, "read", watched)
     predict(str(folder), slides, None, stored, tracking_uri="unused", how=How(store=str(tmp_path / "store")))
+    assert len([uri for uri in looks if uri.startswith(str(tmp_path / "store"))]) == 1
     assert _files(passed) == _files(stored)
     assert "holds no slides" not in caplog.text
     predict(str(folder), slides, None, passed, tracking_uri="unused", how=How(store=str(tmp_path / "nowhere")))
@@ -300,6 +311,32 @@ def test_microns_that_are_missing_are_asked_for_where_they_can_be_given(tmp_path
     assert found["failed"] == {}
 
 
+def test_a_model_with_cases_gives_intervals_and_the_next_without_gives_none(folder: Path, tmp_path: Path) -> None:
+    """They follow from the table's numbers alone, so slides that are done get them too."""
+    model, slides, out = tmp_path / "model", _slides(tmp_path), tmp_path / "out"
+    shutil.copytree(folder, model)
+    predict(str(model), slides, None, out, tracking_uri="unused")
+    assert not [name for name in pq.read_table(out / "predictions.parquet").column_names if name.endswith("_low")]
+    said = np.linspace(0.0, 1.0, 30)
+    cases = {
+        "tumour": Cases(
+            np.stack([1 - said, said], axis=1), np.stack([said < 0.5, said >= 0.5], axis=1).astype(np.float64)
+        )
+    }
+    (model / CALIBRATION).write_text(json.dumps(calibration_json(cases)))
+    found = predict(str(model), slides, None, out, tracking_uri="unused")
+    assert found["predicted_now"] == 1  # which failed before
+    table = pq.read_table(out / "predictions.parquet")
+    good, _, bad = table.to_pylist()
+    low, high = venn_abers(cases["tumour"].said[:, 1], cases["tumour"].came[:, 1], good["tumour_yes"])
+    assert (good["tumour_yes_low"], good["tumour_yes_high"]) == (low, high)
+    assert good["tumour_no_low"] == pytest.approx(1 - high)
+    assert bad["tumour_yes_low"] is None
+    (told,) = [one for one in Output(str(out)).slides[0].told if one.name == "tumour_yes"]
+    assert (told.low, told.high, told.interval) == (low, high, "calibrated")
+    assert f"calibrated: {low:.3f} to {high:.3f}" in (out / "summary.html").read_text()
+
+
 def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folder: Path, tmp_path: Path) -> None:
     config, ensemble, slides = small_config(), tmp_path / "ensemble", _slides(tmp_path)
     for number in range(2):
@@ -318,7 +355,7 @@ def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folder: Path, t
     assert row["tumour_yes"] == pytest.approx(np.mean(alone), rel=1e-12)
     assert (row["tumour_yes_low"], row["tumour_yes_high"]) == (min(alone), max(alone))
     assert table["tumour_yes_low"].to_pylist()[2] is None  # of the slide that failed
-    assert table.schema.metadata[b"ips.intervals"] == b"models"
+    assert table.schema.field("tumour_yes_low").metadata == {b"ips.interval": b"models"}
     maps = pq.read_table(tmp_path / "out" / "slides" / "a" / "attention.parquet")
     both = [maps[f"attention_member_{number}"].to_numpy() for number in range(2)]
     np.testing.assert_allclose(maps["attention"].to_numpy(), np.mean(both, axis=0), rtol=1e-6)

@@ -161,7 +161,15 @@ def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
     assert {f"test_{name}" for name in names | further} <= set(result.metrics)
     assert not {name for name in result.metrics if name.endswith(("_low", "_high"))} - {f"test_{n}" for n in names}
     assert not np.isnan(list(result.metrics.values())).any()
+    kept = result.calibration["tasks"]
+    assert {name: len(own["said"]) for name, own in kept.items()} == {"finds": 4, "age": 4, "tumour": 3}  # patients
     table = result.predictions.to_pydict()
+    values = dict(zip(table["age_value"], table["age_label"], strict=True))
+    assert [values[said] for (said,) in kept["age"]["said"]] == [came for (came,) in kept["age"]["came"]]
+    finds = {(x, y): label for x, y, label in zip(*(table[f"finds_{n}"] for n in ("x", "y", "label")), strict=True)}
+    for said, came in zip(kept["finds"]["said"], kept["finds"]["came"], strict=True):
+        assert [name in finds[tuple(said)] for name in "xy"] == [one == 1 for one in came]
+    assert all(sum(came) == 1 for came in kept["tumour"]["came"])
     assert table["age_label"] == [61.5, 40.0, None, 70.0, 55.0, 81.0, 33.0]
     assert table["age_predicted"] == table["age_value"]
     assert 30 < table["age_value"][0] < 90

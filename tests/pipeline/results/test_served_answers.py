@@ -129,7 +129,7 @@ def test_what_params_ask_for_comes_as_columns_and_from_allowed_places_alone(url:
 def test_bad_params_are_refused_by_name(url: str, folder: Path) -> None:
     rows = [{"uri": str(folder / "slides" / "good.png")}]
     for params, said in (
-        ({"topk": 3, "attention": True}, "params ['topk'] are unknown; there are attention, top_k and explain"),
+        ({"topk": 3, "attention": True}, "['topk'] are unknown; there are attention, top_k, explain and intervals"),
         ({"top_k": "many"}, "'top_k'"),
         ({"top_k": 1.5}, "'top_k'"),
         ({"attention": "yes"}, "'attention'"),

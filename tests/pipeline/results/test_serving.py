@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.bags import patch_bag
 from pipeline.cohort.table import CohortSlide
 from pipeline.inference.prediction import load_model, predict_slide, predict_together
 from pipeline.model.build import build_model
+from pipeline.model.calibration import CALIBRATION, Cases, calibration_json
 from pipeline.model.folder import MEMBERS, TISSUE_NETWORK, save_model
 from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import small_config, write_model, write_sections, write_slide
@@ -241,6 +243,23 @@ def test_what_params_ask_for_are_columns(context: PythonModelContext, model: Sli
         model.predict(context, rows, {"top_k": -1})
 
 
+def test_intervals_are_null_where_the_model_has_none(
+    context: PythonModelContext, model: SlideModel, tmp_path: Path
+) -> None:
+    write_slide(tmp_path / "a.png", 2)
+    rows, ends = pd.DataFrame({"uri": [str(tmp_path / "a.png"), "none.png"]}), ["tumour_yes_low", "tumour_yes_high"]
+    assert model.predict(context, rows, {"intervals": True})[ends].isna().all(axis=None)
+    folder = write_model(tmp_path, small_config())
+    cases = {"tumour": Cases(np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[1.0, 0.0], [0.0, 1.0]]))}
+    (folder / CALIBRATION).write_text(json.dumps(calibration_json(cases)))
+    other = SlideModel()
+    other.load_context(PythonModelContext(gather_artifacts(folder, small_config(), tmp_path), None))
+    answer = other.predict(context, rows, {"intervals": True})
+    assert list(answer.columns) == ["uri", "tumour_no", "tumour_yes", "tumour_no_low", "tumour_no_high", *ends, "error"]
+    assert set(answer.columns) <= set(_signature(small_config()).outputs.input_names())
+    assert answer[ends].to_numpy().tolist() == [[0.0, 1.0], [None, None]]  # of two cases
+
+
 def test_a_patch_is_decoded_once_whatever_is_asked_for(
     context: PythonModelContext, model: SlideModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,8 +285,11 @@ def test_params_that_are_no_param_are_refused_where_mlflow_drops_them(
 ) -> None:
     """Those of other models in the same process are MLflow's own matter."""
     schema = _signature(small_config()).params
-    assert _enforce_params_schema({"top_k": 2}, schema) == {"top_k": 2, "attention": False, "explain": False}
-    said = r"params \['topk'\] are unknown; there are attention, top_k and explain"
+    assert _enforce_params_schema({"top_k": 2}, schema) == {
+        **dict.fromkeys(["attention", "explain", "intervals"], False),
+        "top_k": 2,
+    }
+    said = r"params \['topk'\] are unknown; there are attention, top_k, explain and intervals"
     with caplog.at_level(logging.ERROR, "mlflow"), pytest.raises(MlflowException, match=said):
         _enforce_params_schema({"topk": 3, "explain": True}, schema)
     other = ParamSchema([ParamSpec("temperature", DataType.double, default=0.0)])

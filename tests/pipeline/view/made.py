@@ -75,7 +75,11 @@ def write_output(out: Path, slides: Mapping[str, Mapping[str, Any]], *, model: s
         )
         if not failed:
             _write_slide(out / "slides" / slide_id, slide_id, slide, model)
-    pq.write_table(pa.Table.from_pylist(rows), out / "predictions.parquet")
+    table = pa.Table.from_pylist(rows)
+    fields = [
+        one.with_metadata({"ips.interval": "calibrated"}) if one.name.endswith("_low") else one for one in table.schema
+    ]
+    pq.write_table(table.cast(pa.schema(fields)), out / "predictions.parquet")
     return out
 
 

@@ -97,7 +97,7 @@ def test_a_slide_is_shown_with_what_is_known_of_it(browser: webdriver.Chrome, vi
     _open(browser, viewer)
     names = [item.text.splitlines() for item in browser.find_elements(By.CSS_SELECTOR, "#list button")]
     assert [lines[0] for lines in names] == ["tissue", "places", "gone"]
-    assert names[0][1:] == ["label tumour", "tumour_lesion 0.700 (95%: 0.600 to 0.800)"]
+    assert names[0][1:] == ["label tumour", "tumour_lesion 0.700 (calibrated: 0.600 to 0.800)"]
     assert names[2][1:] == ["gone.tiff: no such file"]
     panel = browser.find_element(By.ID, "panel").text
     for told in (

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.cohort.table import Cohort
 from pipeline.config.recipe import Config
 from pipeline.model.build import build_model, build_optimizer
+from pipeline.model.calibration import Cases, calibration_json, read_calibration
 from pipeline.model.checkpoint import Progress, take_snapshot
-from pipeline.tracking.registry import champion
+from pipeline.tracking.registry import champion, fetch
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.training.saver import Saver
 from pipeline.workflow import register
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 Made = Callable[[str], tuple[Workspace, str]]
 
+CASES = {"tumour": Cases(np.array([[0.2, 0.8]]), np.array([[0.0, 1.0]]))}
 TRAINED = {"train_slides": 5, "val_slides": 2}
 MEASURED = {"test_auc": 0.5, "test_slides": 3.0}
 
@@ -39,6 +43,7 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
     with Saver(str(tmp_path / "run")) as saver:
         saver.save(take_snapshot(model, build_optimizer(model, config.train), config, Progress(1, 1, "plan")))
     folder = str(tmp_path / "run" / "step-00000001")
+    (tmp_path / "cases.json").write_text(json.dumps(calibration_json(CASES)))
 
     def make(recipe: str) -> tuple[Workspace, str]:
         space = Workspace(config, cohort, lambda: tracker, lambda: None, {"git_sha": "abc"})
@@ -50,7 +55,9 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
             "evaluate": Record(
                 "evaluate",
                 f"evaluate-{recipe}",
-                {"report": "r.html"},
+                {"report": "r.html", "calibration": str(tmp_path / "cases.json")}
+                if recipe == "a"
+                else {"report": "r.html"},
                 {"test_auc": 0.5, "test_slides": 3.0},
                 {"slides": 3},
                 "e",
@@ -61,7 +68,9 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
     return make
 
 
-def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(made: Made, tracker: Tracker) -> None:
+def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(
+    made: Made, tracker: Tracker, tmp_path: Path
+) -> None:
     (a, run_a), (b, run_b) = made("a"), made("b")
     name = str(a.config.tracking.model)
     first = register.register(a, "fa", run_a)
@@ -71,6 +80,9 @@ def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(made: Made
         "trained on 5 slides, validated on 2. On 3 slides of the test split: test_auc 0.500.\n\nReport: r.html" in said
     )
     second = register.register(b, "fb", run_b)
+    for version, expected in (("1", ["tumour"]), ("2", [])):  # that of b was evaluated before there were any
+        _, folder = fetch(tracker, f"models:/{name}/{version}", tmp_path / version)
+        assert list(read_calibration(folder)) == expected
     assert (first.facts["version"], second.facts["version"], second.facts["previous"]) == ("1", "2", "1")
     assert register.outdated(b, second) is None
     assert register.outdated(a, first) == f"version 1 of {name} is registered, but the champion is 2"
