@@ -17,6 +17,7 @@ from pipeline.inference.prediction import load_model, predict_bag
 from pipeline.inference.shards import Joined
 from pipeline.ingest.tiler import store_slide
 from pipeline.model.folder import TISSUE_NETWORK, read_config
+from pipeline.store.patches import PatchStore
 from pipeline.sweep import overlays
 from pipeline.sweep.cells import Scoring, expand
 from pipeline.sweep.cohorts import SweptCohort
@@ -101,10 +102,11 @@ def test_what_the_store_has_is_taken_from_there(tmp_path: Path) -> None:
     slide = CohortSlide("s", str(tmp_path / "s.png"), "p", None, None, {}, {})
     config = small_config()
     status = store_slide(slide, config.tiling, str(tmp_path / "store"))
-    with tiled(config, slide, str(tmp_path / "store")) as (source, _):
+    full, empty = (PatchStore(str(tmp_path / name), config.tiling.fingerprint()) for name in ("store", "empty"))
+    with tiled(config, slide, full) as (source, _):
         assert getattr(source, "uri", "").startswith(str(tmp_path / "store"))
         assert source.key == status.key
-    with tiled(config, slide, str(tmp_path / "empty")) as (source, scratch):
+    with tiled(config, slide, empty) as (source, scratch):
         assert getattr(source, "uri", "").startswith(scratch)
     assert not (tmp_path / "empty").exists()
 
