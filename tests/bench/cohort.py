@@ -12,7 +12,8 @@ cloned, as of a million small images. Then, each in a process of its own:
 With --first the cohort is of as many small images of different content and an empty store: *first* tiles all of them.
 
 CPU seconds and largest memory of that process and those that it starts; with --s3 also requests by kind, counted at a
-proxy before a real server. A straight line is fitted through the sizes: what a slide costs. JSON as the last line.
+proxy before a real server, but for listings, which the proxy answers (`tests.listings`). A straight line is fitted
+through the sizes: what a slide costs. JSON as the last line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from pipeline.store.catalogue import Catalogue, Row
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import slide_row, source_row
 from tests.faults import faulty_s3
+from tests.listings import Listings
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb
 
@@ -57,6 +59,8 @@ FILE_ROWS = 50_000  # rows of a file of the cloned catalogue
 REAL = 1000  # slides at both ends whose whole folder is cloned; of the others what tells that they are there
 BUCKET = "bench"
 STEPS = ("known", "nothing", "plan", "one more")
+Fresh = Callable[[], list[Any]]
+"""Forgets the requests that came, and gives the list of those to come."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +168,10 @@ def write_cohort(place: Place, count: int) -> None:
     (place.folder / "cohort.csv").write_text("\n".join(["slide_id,uri,patient_id,label", *lines]) + "\n")
 
 
-def measured(step: str, count: int, place: Place, env: Mapping[str, str], seen: list[Any]) -> Cost:
+def measured(step: str, count: int, place: Place, env: Mapping[str, str], fresh: Fresh) -> Cost:
     """Run one command in a process of its own."""
     command = [sys.executable, "-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
-    seen.clear()
+    seen = fresh()
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     wrapped = [sys.executable, "-c", _PEAK, *command]
     done = subprocess.run(wrapped, env=dict(env), capture_output=True, text=True, check=False)
@@ -195,39 +199,42 @@ def _kind(method: str, path: str) -> str:
 
 def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
     """All commands on one cohort."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, fresh):
         write_study(place, count, packed=packed)
-        costs = [measured(step, count, place, env, seen) for step in STEPS[:-1]]
+        costs = [measured(step, count, place, env, fresh) for step in STEPS[:-1]]
         Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
         write_cohort(place, count + 1)
-        return [*costs, measured(STEPS[-1], count, place, env, seen)]
+        return [*costs, measured(STEPS[-1], count, place, env, fresh)]
 
 
 def first_study(count: int, *, s3: bool) -> list[Cost]:
     """The whole command on images that no store knows; they differ in a comment, so in content."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, fresh):
         (place.folder / "slides").mkdir(parents=True)
         picture = Image.fromarray(tissue_rgb(EDGE, EDGE))
         for number in range(count):
             picture.save(place.folder / "slides" / f"{number:07d}.jpg", quality=85, comment=f"{number}".encode())
         write_cohort(place, count)
-        cost = measured("first", count, place, env, seen)
+        cost = measured("first", count, place, env, fresh)
         return [replace(cost, objects=sum(path.is_file() for path in (place.folder / "root").rglob("*")))]
 
 
 @contextmanager
-def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], list[Any]]]:
+def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], Fresh]]:
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
     if not s3:
-        yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, []
+        yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, list
         return
     with serve_s3(scratch / "s3") as server, faulty_s3(server.endpoint) as faults:
         server.bucket(BUCKET)
-        yield (
-            Place(scratch / "s3" / BUCKET, f"s3://{BUCKET}"),
-            {**env, **server.env, "AWS_ENDPOINT_URL": faults.endpoint},
-            faults.seen,
-        )
+
+        def fresh() -> list[Any]:
+            faults.instead = Listings(server.folder).answer  # what lies there was written past the server
+            faults.seen.clear()
+            return faults.seen
+
+        env |= {**server.env, "AWS_ENDPOINT_URL": faults.endpoint}
+        yield Place(scratch / "s3" / BUCKET, f"s3://{BUCKET}"), env, fresh
 
 
 def report(costs: Sequence[Cost]) -> str:
