@@ -131,7 +131,8 @@ def _files_of(store: PatchStore, entries: pa.Table) -> Iterator[pa.Table]:
 def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
     """The packs that slides are in, with the patches of those slides."""
     chosen = store.view.slides.select(["pack", "n_patches"]).take(store.view.slide_places(keys).drop_null())
-    counts = chosen.filter(pc.is_valid(chosen["pack"])).group_by("pack").aggregate([("n_patches", "sum")])
+    packed = chosen.filter(pc.is_valid(chosen["pack"])).unify_dictionaries()
+    counts = packed.group_by("pack").aggregate([("n_patches", "sum")])
     sizes = {name: version.size for name, version in files.list_versions(files.join(store.uri, PACKS)).items()}
     rows = [
         {
@@ -141,7 +142,7 @@ def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
             "sha256": pack_sha256(row["pack"]),
             "patches": row["n_patches_sum"],
         }
-        for row in counts.sort_by("pack").to_pylist()
+        for row in sorted(counts.to_pylist(), key=lambda row: str(row["pack"]))
     ]
     return pa.Table.from_pylist(rows, schema=FILE_LEDGER)
 

@@ -170,10 +170,15 @@ def write_cohort(place: Place, count: int) -> None:
 
 def measured(step: str, count: int, place: Place, env: Mapping[str, str], fresh: Fresh) -> Cost:
     """Run one command in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
+    command = ["-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
+    return cost_of(command, step, count, env, fresh)
+
+
+def cost_of(arguments: Sequence[str], step: str, count: int, env: Mapping[str, str], fresh: Fresh) -> Cost:
+    """Of a Python with these arguments, in a process of its own."""
     seen = fresh()
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    wrapped = [sys.executable, "-c", _PEAK, *command]
+    wrapped = [sys.executable, "-c", _PEAK, sys.executable, *arguments]
     done = subprocess.run(wrapped, env=dict(env), capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
@@ -199,7 +204,7 @@ def _kind(method: str, path: str) -> str:
 
 def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
     """All commands on one cohort."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, fresh):
+    with tempfile.TemporaryDirectory() as scratch, placed(Path(scratch), s3=s3) as (place, env, fresh):
         write_study(place, count, packed=packed)
         costs = [measured(step, count, place, env, fresh) for step in STEPS[:-1]]
         Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
@@ -209,7 +214,7 @@ def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
 
 def first_study(count: int, *, s3: bool) -> list[Cost]:
     """The whole command on images that no store knows; they differ in a comment, so in content."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, fresh):
+    with tempfile.TemporaryDirectory() as scratch, placed(Path(scratch), s3=s3) as (place, env, fresh):
         (place.folder / "slides").mkdir(parents=True)
         picture = Image.fromarray(tissue_rgb(EDGE, EDGE))
         for number in range(count):
@@ -220,7 +225,8 @@ def first_study(count: int, *, s3: bool) -> list[Cost]:
 
 
 @contextmanager
-def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], Fresh]]:
+def placed(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], Fresh]]:
+    """Where a study lies, the environment of its commands, and their requests."""
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
     if not s3:
         yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, list

@@ -51,7 +51,7 @@ def unaligned(slide: Path, kind: str) -> float:
         with open_slide(slide) as reader:
             cutter: Any = Cutter(reader, planned.grid, tiling.UNALIGNED)
             if hasattr(cutter, "each"):
-                list(cutter.each(origins))
+                deque(cutter.each(origins), maxlen=0)
             else:  # before 2026-11-28
                 cutter.expect(origins)
                 for x, y in origins.tolist():
