@@ -180,11 +180,13 @@ def _sources(
 def _corruption(
     slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], torn: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    for slide, status in zip(slides, statuses, strict=True):
-        known = {"slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
+    for number, status in enumerate(statuses):
+        facts = torn.get(status.key or "")
+        if status.reason is None and facts is None:
+            continue
+        known = {"slide_id": slides[number].slide_id, "uri": slides[number].uri, "key": status.key}
         if _category(status) in BROKEN:
             yield {**known, "kind": _category(status), "message": status.reason}
-        facts = torn.get(status.key or "")
         if facts is not None:
             edge = round(facts["downsample"] * facts["patch_px"])
             for x, y in facts["bad_tiles"]:
