@@ -202,11 +202,13 @@ def _kind(method: str, path: str) -> str:
     return "LIST" if method == "GET" and "list-type=2" in urlsplit(path).query else method
 
 
-def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
-    """All commands on one cohort."""
+def study(count: int, steps: Sequence[str], *, s3: bool, packed: bool) -> list[Cost]:
+    """These commands on one cohort, in their order."""
     with tempfile.TemporaryDirectory() as scratch, placed(Path(scratch), s3=s3) as (place, env, fresh):
         write_study(place, count, packed=packed)
-        costs = [measured(step, count, place, env, fresh) for step in STEPS[:-1]]
+        costs = [measured(step, count, place, env, fresh) for step in STEPS[:-1] if step in steps]
+        if STEPS[-1] not in steps:
+            return costs
         Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
         write_cohort(place, count + 1)
         return [*costs, measured(STEPS[-1], count, place, env, fresh)]
@@ -272,12 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--s3", action="store_true", help="on a real S3 server behind a counting proxy")
     parser.add_argument("--first", action="store_true", help="tile small images that no store knows")
     parser.add_argument("--packed", action="store_true", help="small images in packs")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="nothing and plan come after known")
     chosen = parser.parse_args(arguments)
     costs = [
         cost
         for size in chosen.sizes
         for cost in (
-            first_study(size, s3=chosen.s3) if chosen.first else study(size, s3=chosen.s3, packed=chosen.packed)
+            first_study(size, s3=chosen.s3)
+            if chosen.first
+            else study(size, chosen.steps, s3=chosen.s3, packed=chosen.packed)
         )
     ]
     print(report(costs))
