@@ -29,6 +29,8 @@ class Faults:
     upstream: str
     """The server's own; may be changed while requests come."""
     choose: Callable[[str, str], Fault | None] = lambda method, path: None
+    instead: Callable[[str, str], bytes | None] = lambda method, path: None
+    """A body that is answered in the server's stead, or None: it is asked."""
     seen: list[tuple[str, str, Fault | None]] = field(default_factory=list)
     sent: list[tuple[str, int]] = field(default_factory=list)
     """Path and length of each body that answered a GET."""
@@ -99,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "silent":
             time.sleep(faults.hold_s)
             self.close_connection = True
+        elif (known := faults.instead(self.command, self.path)) is not None:
+            self._answer(200, "OK", [("Content-Type", "application/xml")], known)
         else:
             self._forward(faults, body, short=fault == "short")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.store.index import Ints
 from pipeline.store.patches import OnPatches, PatchStore, StoredSlide
 
 _ABOUT = pa.schema([("uri", pa.string()), ("dim", pa.int64()), ("dtype", pa.string())])
+_About = tuple[int, Dtype]
 _TILE_PX = 96  # of what stands for a patch without pixels
 _TILE = (214, 176, 200)
 
@@ -83,13 +84,15 @@ def open_given(
         StorageError: a plan is gone.
         SlideError: a file is; "changed", it is not the one that was indexed.
     """
-    plan, facts, current = plans.slides(keys), _features(plans, keys), plans.statuses(slides, known(versions))
+    plan, current = plans.slides(keys), plans.statuses(slides, known(versions))
+    kinds: dict[_About, _About] = {}  # few, where the cohort is large
+    about = {key: kinds.setdefault(kind, kind) for key, _, kind in _features(plans, keys)}
     for slide, version, status, key in zip(slides, versions, current, keys, strict=True):
         if isinstance(version, SlideError):
             raise version
         if status is None or status.key != key:
             raise SlideError("changed", f"{slide.uri}: the file was replaced after it was indexed; run again")
-    rows = ((slide.uri, facts[key]["dim"], facts[key]["dtype"]) for slide, key in zip(slides, keys, strict=True))
+    rows = ((slide.uri, *about[key]) for slide, key in zip(slides, keys, strict=True))
     return plan.paired(Columnar.of(rows, _ABOUT, _about)).map(_given)
 
 
@@ -107,8 +110,7 @@ def check_alike(plans: PatchStore, keys: Collection[str]) -> None:
     Raises:
         StageError: they differ in it, or in the width or the kind of their numbers.
     """
-    facts = _features(plans, sorted(set(keys)))
-    kinds = Counter((about["encoder"], about["dim"], about["dtype"]) for about in facts.values())
+    kinds = Counter((encoder, *about) for _, encoder, about in _features(plans, sorted(set(keys))))
     named = {encoder for encoder, _, _ in kinds if encoder is not None}
     if len(named) > 1 or len({kind[1:] for kind in kinds}) > 1:
         told = "; ".join(
@@ -118,8 +120,11 @@ def check_alike(plans: PatchStore, keys: Collection[str]) -> None:
         raise StageError(f"features of several encoders in one cohort: {told}; keep those of one")
 
 
-def _features(plans: PatchStore, keys: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-    return {key: facts["features"] for key, facts in plans.all_facts(keys)}
+def _features(plans: PatchStore, keys: Sequence[str]) -> Iterator[tuple[str, str | None, _About]]:
+    """Key, encoder where the file names one, width and kind of numbers; of each slide, in no order."""
+    for key, facts in plans.all_facts(keys):
+        found = facts["features"]
+        yield key, found["encoder"], (found["dim"], found["dtype"])
 
 
 def _tile(row: int) -> bytes:

@@ -191,11 +191,16 @@ def patch_root(config: Config) -> str:
 
 
 def open_sources(
-    config: Config, slides: Sequence[CohortSlide], keys: Mapping[str, str], versions: Sequence[Looked] | None = None
+    config: Config,
+    slides: Sequence[CohortSlide],
+    keys: Mapping[str, str],
+    versions: Sequence[Looked] | None = None,
+    store: PatchStore | None = None,
 ) -> Sequence[LabelledSource]:
     """The sources of slides that the tile stage has committed under `keys` (slide id -> key).
 
-    `versions` are those of the slides' files, where they were looked at already; only those of plans are.
+    `versions` are those of the slides' files, where they were looked at already; only those of plans are. `store` is
+    `patch_store(config)`, where it was looked at already.
 
     Raises:
         StorageError: one is gone.
@@ -203,7 +208,7 @@ def open_sources(
     """
     if config.cohort.megapixel_mnist is not None:
         return [(slide, open_image(config.cohort.megapixel_mnist, config.tiling, slide.uri)) for slide in slides]
-    store, wanted = patch_store(config), [keys[slide.slide_id] for slide in slides]
+    store, wanted = store or patch_store(config), [keys[slide.slide_id] for slide in slides]
     if config.planned:
         looked = look_at(slides, config.tiling) if versions is None else versions
         if config.given_features:

@@ -146,10 +146,10 @@ def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     places = {task.name: f"tasks.{place}" for place, task in enumerate(tasks)}
     tasks = [task for task in tasks if not set(task.columns) & set(missing)]
     found = _Problems()
-    folder = files.parent(uri)
-    numbers = array("q")
-    checked = (_slide(number, row, folder, tasks, found) for number, row in _counted(rows, numbers))
-    slides = _as_columns(checked, tuple(column for column in dict.fromkeys(columns) if column not in _used(tasks)))
+    folder, numbers, used = files.parent(uri), array("q"), _used(tasks)
+    extra = [column for column in dict.fromkeys(columns) if column not in used]
+    checked = (_slide(number, row, folder, tasks, extra, found) for number, row in _counted(rows, numbers))
+    slides = _as_columns(checked, tuple(extra))
     _check_rows(numbers, slides, found)
     for task in tasks:
         found.add_other_classes(task, places[task.name], (slide.labels[task.name] for slide in slides))
@@ -243,7 +243,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _slide(
-    number: int, row: Mapping[str, str], folder: str, tasks: Sequence[TaskConfig], problems: _Problems
+    number: int, row: Mapping[str, str], folder: str, tasks: Sequence[TaskConfig], extra: list[str], problems: _Problems
 ) -> CohortSlide:
     features = _beside("features", row, folder, number, problems)
     for column, text in (("slide_id", row["slide_id"]), ("uri", row.get("uri", "") or features)):
@@ -267,7 +267,7 @@ def _slide(
         split=split or None,
         mpp=_mpp(number, row.get("mpp", ""), problems),
         labels=labels,
-        extra={name: value for name, value in row.items() if name not in _used(tasks)},
+        extra={name: row[name] for name in extra},
         mask=_beside("mask", row, folder, number, problems),
         coords=_beside("coords", row, folder, number, problems),
         series=_series(number, row.get("series", ""), problems),

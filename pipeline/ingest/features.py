@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,13 +20,12 @@ from PIL import Image, ImageDraw
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import SlideError
 from pipeline.formats.feature_files import FeatureFile, read_features
 from pipeline.ingest.placing import Placed, place
-from pipeline.ingest.source import unchanged, version_of
-from pipeline.ingest.tiler import known_status, outcome_of, quarantined
+from pipeline.ingest.source import unchanged
+from pipeline.ingest.statuses import in_order, look_up, numbered
+from pipeline.ingest.tiler import by_itself, outcome_of
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.ingest.versions import known as known_versions
 from pipeline.schema import INDEX, SCHEMA_VERSION
 from pipeline.slides.identity import reading_source
 from pipeline.storage import files
@@ -51,7 +51,7 @@ def index_cohort(
     *,
     on_status: Callable[[SlideStatus], None],
     versions: Sequence[Looked] | None = None,
-) -> list[SlideStatus]:
+) -> Sequence[SlideStatus]:
     """Index the files that the store does not know yet; statuses come back in the order of `slides`.
 
     Each file is read once, in threads here: what that takes is the storage's speed. Arguments and errors as
@@ -59,45 +59,37 @@ def index_cohort(
     """
     versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
-    statuses: list[SlideStatus] = []
-    rows: list[Row] = []
-    known = list(patches.statuses(slides, known_versions(versions)))
-    if None in known:
-        patches.forget_gone()  # what is made in their place may be otherwise
+    fresh = array("q")
+    known = numbered(look_up(slides, versions, spec, patches, fresh))
+    for status in known:
+        on_status(status)
+    if not fresh:
+        return in_order(known)
+    patches.forget_gone()  # what is made in their place may be otherwise
 
     def work(number: int) -> tuple[SlideStatus, list[Row]]:
-        slide, version, before = slides[number], versions[number], known[number]
-        if isinstance(version, SlideError):
-            return quarantined(slide, version.reason, version), []
-        return (before, []) if before is not None else _indexed(slide, version, spec, patches)
+        slide, version = slides[number], versions[number]
+        assert isinstance(version, SourceVersion)
+        return _indexed(slide, version, spec, patches)
 
-    try:
+    def indexed() -> Iterator[tuple[int, SlideStatus]]:
         with ThreadPoolExecutor(THREADS) as pool:
-            for status, added in pool.map(work, range(len(slides))):
-                statuses.append(status)
-                rows += added
-                on_status(status)
-                if len(rows) >= 2 * TOGETHER:
+            for first in range(0, len(fresh), TOGETHER):
+                some, rows = fresh[first : first + TOGETHER], list[Row]()
+                try:
+                    for number, (status, added) in zip(some, pool.map(work, some), strict=True):
+                        rows += added
+                        on_status(status)
+                        yield number, status
+                finally:
                     patches.append(rows)
-                    rows = []
-    finally:
-        patches.append(rows)
-    return statuses
+
+    return in_order(known, numbered(indexed()))
 
 
 def index_slide(slide: CohortSlide, spec: TilingConfig, store: str) -> SlideStatus:
     """Index one file into the store, here and now; whatever is wrong with it becomes its status."""
-    patches = PatchStore(store, spec.fingerprint())
-    try:
-        version = version_of(slide, spec)
-    except SlideError as error:
-        return quarantined(slide, error.reason, error)
-    known = known_status(patches, slide, version, spec)
-    if known is not None:
-        return known
-    status, rows = _indexed(slide, version, spec, patches)
-    patches.append(rows)
-    return status
+    return by_itself(slide, spec, store, lambda version, patches: _indexed(slide, version, spec, patches))
 
 
 def _indexed(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
@@ -22,14 +22,13 @@ import pyarrow.compute as pc
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
-from pipeline.errors import ConfigError, SlideError, StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.ingest.balance import group_slides, share_count, shares
 from pipeline.ingest.group import Group, Keys
 from pipeline.ingest.isolated import read_slide, store_share
-from pipeline.ingest.statuses import in_order, numbered
-from pipeline.ingest.tiler import LargeSlide, ReadSlide, finished, may_go_further, quarantined
+from pipeline.ingest.statuses import in_order, look_up, numbered
+from pipeline.ingest.tiler import LargeSlide, ReadSlide, finished, quarantined
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.ingest.versions import known as known_versions
 from pipeline.progress import progress
 from pipeline.storage.attempts import MAX_ATTEMPTS, attempt
 from pipeline.storage.files import SourceVersion
@@ -93,7 +92,7 @@ def tile_cohort(
     versions = look_at(slides, spec) if versions is None else versions
     patches = PatchStore(store, spec.fingerprint())
     fresh = array("q")
-    known = numbered(_look_up(slides, versions, spec, patches, fresh))
+    known = numbered(look_up(slides, versions, spec, patches, fresh))
     unreachable = known.filter(pc.starts_with(known.table["reason"], "source: "))
     if unreachable and len(unreachable) == len(slides):
         raise StorageError(f"no slide can be reached; the first one: {unreachable[0].reason}")
@@ -112,24 +111,6 @@ def tile_cohort(
             yield number, status
 
     return in_order(known, numbered(tiled()))
-
-
-def _look_up(
-    slides: Sequence[CohortSlide],
-    versions: Sequence[Looked],
-    spec: TilingConfig,
-    patches: PatchStore,
-    fresh: MutableSequence[int],
-) -> Iterator[tuple[int, SlideStatus]]:
-    """Numbers and statuses of the slides that need no work, done before or out of reach; of the others into `fresh`."""
-    found = patches.statuses(slides, known_versions(versions))
-    for number, (slide, version, status) in enumerate(zip(slides, versions, found, strict=True)):
-        if isinstance(version, SlideError):
-            yield number, quarantined(slide, version.reason, version)
-        elif status is None or may_go_further(status, spec):
-            fresh.append(number)
-        else:
-            yield number, status
 
 
 def _shared_keys(patches: PatchStore) -> Callable[[], Keys]:

@@ -1,15 +1,20 @@
-"""What became of a cohort's slides, as columns."""
+"""What became of a cohort's slides, as columns: of those that the store knows, and of others as they are done."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.cohort.table import CohortSlide
 from pipeline.columnar import Columnar, joined
+from pipeline.config.data import TilingConfig
+from pipeline.errors import SlideError
+from pipeline.ingest.tiler import may_go_further, quarantined
+from pipeline.ingest.versions import Looked, known
 from pipeline.storage.files import SourceVersion
-from pipeline.store.patches import SlideStatus
+from pipeline.store.patches import PatchStore, SlideStatus
 
 _COLUMNS = pa.schema(
     [
@@ -30,6 +35,24 @@ _COLUMNS = pa.schema(
         ("mtime", pa.float64()),
     ]
 )
+
+
+def look_up(
+    slides: Sequence[CohortSlide],
+    versions: Sequence[Looked],
+    spec: TilingConfig,
+    patches: PatchStore,
+    fresh: MutableSequence[int],
+) -> Iterator[tuple[int, SlideStatus]]:
+    """Numbers and statuses of the slides that need no work, done before or out of reach; of the others into `fresh`."""
+    found = patches.statuses(slides, known(versions))
+    for number, (slide, version, status) in enumerate(zip(slides, versions, found, strict=True)):
+        if isinstance(version, SlideError):
+            yield number, quarantined(slide, version.reason, version)
+        elif status is None or may_go_further(status, spec):
+            fresh.append(number)
+        else:
+            yield number, status
 
 
 def numbered(statuses: Iterable[tuple[int, SlideStatus]]) -> Columnar[SlideStatus]:

@@ -98,6 +98,20 @@ def begin_slide(
 
     Without `pixels` the plan is committed instead of the patches, to a store of plans.
     """
+
+    def work(version: SourceVersion, _patches: PatchStore) -> tuple[SlideStatus | LargeSlide, list[Row]]:
+        return _begun(slide, version.size, spec, store, partial(_stored, whole=whole, pixels=pixels))
+
+    return by_itself(slide, spec, store, work)
+
+
+def by_itself(
+    slide: CohortSlide,
+    spec: TilingConfig,
+    store: str,
+    work: Callable[[SourceVersion, PatchStore], tuple[Result | SlideStatus, list[Row]]],
+) -> Result | SlideStatus:
+    """What the store knows of a slide, or what the work gives, whose rows are committed at once."""
     patches = PatchStore(store, spec.fingerprint())
     try:
         version = version_of(slide, spec)
@@ -106,7 +120,7 @@ def begin_slide(
     known = known_status(patches, slide, version, spec)
     if known is not None:
         return known
-    found, rows = _begun(slide, version.size, spec, store, partial(_stored, whole=whole, pixels=pixels))
+    found, rows = work(version, patches)
     patches.append(rows)
     return found
 

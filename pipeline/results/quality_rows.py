@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -119,6 +119,7 @@ _OF_FACTS = (
     "rejected_tissue", "rejected_artefact", "rejected_outside", "rejected_twice", "rejected_blurred", "sharpness",
     "saturations", "sharp",
 )  # fmt: skip
+_UNKNOWN = {field.name: field.default for field in fields(QualityRow) if field.name in _OF_FACTS}
 _COUNTED = {"rejected_tissue", "rejected_artefact", "rejected_outside", "rejected_twice"}
 """Fields that are 0 of a slide without a commit."""
 _OF_STATUS = {"patches": "n_patches", "bad_tiles": "n_bad_tiles"}
@@ -147,8 +148,9 @@ def _known(store: PatchStore, keys: pa.ChunkedArray, seen: Collection[str | None
 
     def cells() -> Iterator[Sequence[object]]:
         for key, facts in store.all_facts(pc.unique(keys.drop_null())):
-            row = QualityRow("", "", "", None, **_facts(facts, with_histogram=key in seen))
-            yield [key, *(getattr(row, name) for name in _OF_FACTS)]
+            row = _UNKNOWN | _facts(facts, with_histogram=key in seen)
+            assert len(row) == len(_UNKNOWN), sorted(row)  # a reason without a column
+            yield [key, *(row[name] for name in _OF_FACTS)]
 
     found = Columnar.of(cells(), schema, QualityRow).table
     places = pc.index_in(keys, value_set=found["key"].combine_chunks())

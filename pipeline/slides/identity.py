@@ -116,9 +116,7 @@ def slide_version(uri: str, ask: Ask = files.source_version) -> SourceVersion:
         StorageError: the main file is absent or denied.
         SlideError: as `folders.main_file`.
     """
-    if folders.is_folder(uri):
-        uri, ask = folders.main_file(uri), files.source_version
-    main = ask(uri)
+    uri, main = _main_version(uri, ask)
     if not is_several(uri):
         return main
     versions = _companion_versions(uri)
@@ -126,6 +124,19 @@ def slide_version(uri: str, ask: Ask = files.source_version) -> SourceVersion:
     size = main.size + sum(found.size for found in versions.values())
     digest = hashlib.sha256(json.dumps([astuple(main), rows]).encode()).hexdigest()
     return SourceVersion(size, digest, None)
+
+
+def _main_version(uri: str, ask: Ask) -> tuple[str, SourceVersion]:
+    """The slide's main file, and its version; a file on a disk is looked at once."""
+    if not files.is_remote(uri):
+        try:
+            return uri, ask(uri)
+        except StorageError as error:
+            if not isinstance(error.__cause__, IsADirectoryError):
+                raise
+    if folders.is_folder(uri):
+        uri, ask = folders.main_file(uri), files.source_version
+    return uri, ask(uri)
 
 
 @contextmanager

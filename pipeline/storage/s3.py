@@ -6,10 +6,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from xml.etree import ElementTree
 
 from pipeline.errors import StorageError
 from pipeline.storage.cloud import ChangedError, Found, SourceVersion
@@ -195,6 +197,7 @@ def _endpoint() -> str:
 @lru_cache(maxsize=4)
 def _connect(pid: int, settings: tuple[tuple[str, str], ...], anonymous: bool) -> Any:  # noqa: FBT001, a cache's key
     import s3fs  # 0.7 s, which processes that work on local files need not pay
+    from aiobotocore.session import AioSession
 
     environment = dict(settings)
     config = {
@@ -205,14 +208,38 @@ def _connect(pid: int, settings: tuple[tuple[str, str], ...], anonymous: bool) -
         "request_checksum_calculation": _checksums(environment, "AWS_REQUEST_CHECKSUM_CALCULATION"),
         "response_checksum_validation": _checksums(environment, "AWS_RESPONSE_CHECKSUM_VALIDATION"),
     }
+    session = AioSession()
+    session.register("before-parse.s3.ListObjectsV2", read_page)
     filesystem = s3fs.S3FileSystem(
-        anon=anonymous, skip_instance_cache=True, use_listings_cache=False, config_kwargs=config
+        anon=anonymous, skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, session=session
     )
     filesystem.retries = 2  # of requests with their bodies; with s3fs's own 5 a silent endpoint would cost 150 s
     if "AWS_MAX_ATTEMPTS" in environment:  # s3fs pauses 0.1 s * 1.7^n between them, 15 s at most
         filesystem.retries = int(environment["AWS_MAX_ATTEMPTS"])
         s3fs.core.set_custom_error_handler(_passes)
     return filesystem
+
+
+_READ: dict[str, Callable[[str], Any]] = {"Key": str, "Size": int, "ETag": str, "StorageClass": str}
+_READ["LastModified"] = datetime.fromisoformat
+
+
+def read_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_event: Any) -> None:
+    """Read the objects of a listing before botocore does, whose parser takes 60 us for each, a minute for a million."""
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        page = ElementTree.fromstring(response_dict["body"])
+        objects = [
+            {name: _READ[name](part.text or "") for part in node if (name := part.tag.rpartition("}")[2]) in _READ}
+            for node in page.iterfind("{*}Contents")
+        ]
+    except (ElementTree.ParseError, ValueError):  # of a time as S3 does not write it
+        return  # to botocore, which reads it, or says why it cannot
+    if objects:
+        page[:] = [node for node in page if not node.tag.endswith("Contents")]
+        response_dict["body"] = ElementTree.tostring(page)
+        customized_response_dict["Contents"] = objects
 
 
 def _passes(error: Exception) -> bool:

@@ -131,7 +131,8 @@ def _files_of(store: PatchStore, entries: pa.Table) -> Iterator[pa.Table]:
 def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
     """The packs that slides are in, with the patches of those slides."""
     chosen = store.view.slides.select(["pack", "n_patches"]).take(store.view.slide_places(keys).drop_null())
-    counts = chosen.filter(pc.is_valid(chosen["pack"])).group_by("pack").aggregate([("n_patches", "sum")])
+    packed = chosen.filter(pc.is_valid(chosen["pack"])).unify_dictionaries()
+    counts = packed.group_by("pack").aggregate([("n_patches", "sum")])
     sizes = {name: version.size for name, version in files.list_versions(files.join(store.uri, PACKS)).items()}
     rows = [
         {
@@ -141,7 +142,7 @@ def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
             "sha256": pack_sha256(row["pack"]),
             "patches": row["n_patches_sum"],
         }
-        for row in counts.sort_by("pack").to_pylist()
+        for row in sorted(counts.to_pylist(), key=lambda row: str(row["pack"]))
     ]
     return pa.Table.from_pylist(rows, schema=FILE_LEDGER)
 
@@ -179,11 +180,13 @@ def _sources(
 def _corruption(
     slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], torn: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    for slide, status in zip(slides, statuses, strict=True):
-        known = {"slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
+    for number, status in enumerate(statuses):
+        facts = torn.get(status.key or "")
+        if status.reason is None and facts is None:
+            continue
+        known = {"slide_id": slides[number].slide_id, "uri": slides[number].uri, "key": status.key}
         if _category(status) in BROKEN:
             yield {**known, "kind": _category(status), "message": status.reason}
-        facts = torn.get(status.key or "")
         if facts is not None:
             edge = round(facts["downsample"] * facts["patch_px"])
             for x, y in facts["bad_tiles"]:

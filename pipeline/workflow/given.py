@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.bags.given import check_alike
 from pipeline.bags.sources import patch_root, patch_store
 from pipeline.ingest.features import index_cohort
@@ -10,7 +12,7 @@ from pipeline.store.patches import SlideStatus
 from pipeline.workflow.stage import Workspace
 
 
-def index_features(space: Workspace) -> list[SlideStatus]:
+def index_features(space: Workspace) -> Sequence[SlideStatus]:
     """Say where the vectors are in the cohort's files of features, which no later stage reads whole.
 
     Raises:

@@ -257,6 +257,7 @@ def _bring_up(stage: Stage, space: Workspace, tracking: Tracking, last: str) -> 
     ):
         telemetry.drain()
         record = stage.work(space, stage_fingerprint, run_id)
+        space.look_again()
         record = _timed(record, run_id, began)
         space.tracker().log_metrics(run_id, {f"{kind}_s": s for kind, s in record.facts["work"].items()}, 0)
         if record.facts.get("try_again"):  # slides that could not be reached: not done, so the next run tries them

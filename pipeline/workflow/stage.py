@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.bags.patients import OneSlide, by_patient
-from pipeline.bags.sources import LabelledSource, open_sources, slides_of
+from pipeline.bags.sources import LabelledSource, open_sources, patch_store, slides_of
 from pipeline.cohort.table import Cohort
 from pipeline.columnar import selected
 from pipeline.config.base import fingerprint
@@ -22,6 +22,7 @@ from pipeline.errors import StorageError
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.storage.files import read_bytes
 from pipeline.storage.lease import Lease
+from pipeline.store.patches import PatchStore
 from pipeline.tracking.tracker import Tracker
 
 
@@ -89,13 +90,22 @@ class Workspace:
         """The state of each slide's files when this invocation first asked."""
         return look_at(self.cohort.slides, self.config.tiling)
 
+    @cached_property
+    def store(self) -> PatchStore:
+        """The store as it was when a stage first looked at it since one did any work (`look_again`)."""
+        return patch_store(self.config)
+
+    def look_again(self) -> None:
+        """Forget what the store was: a stage has worked, for hours perhaps."""
+        self.__dict__.pop("store", None)
+
     def stored(self, split: str | None = None) -> Sequence[LabelledSource]:
         """The committed slides of a split, in the cohort's order; by `cohort.bag` those of a patient together."""
         keys, planned = self.records["tile"].keys, self.config.planned
         slides = self.cohort.slides
         mask = [slide.slide_id in keys and (split is None or slide.split == split) for slide in slides]
         versions = selected(self.versions, mask) if planned else None
-        found = open_sources(self.config, selected(slides, mask), keys, versions)
+        found = open_sources(self.config, selected(slides, mask), keys, versions, self.store)
         if self.config.cohort.bag == "slide":
             return found
         pairs = [(slide, source) for slide, source in found if isinstance(source, OneSlide)]

@@ -166,9 +166,8 @@ def _tiles_outdated(space: Workspace, record: Record) -> str | None:
         return None
     if any(allows_more(config.tiling, limits) for limits in record.facts.get("too_expensive", ())):
         return "slides that were too expensive may take more now"
-    store = patch_store(config)
-    gone = gone_from("store", record.tiled, store.gone)
-    return _plans_outdated(space, store, record) if gone is None and config.planned else gone
+    gone = gone_from("store", record.tiled, space.store.gone)
+    return _plans_outdated(space, space.store, record) if gone is None and config.planned else gone
 
 
 def _plans_outdated(space: Workspace, plans: PatchStore, record: Record) -> str | None:

@@ -12,7 +12,8 @@ cloned, as of a million small images. Then, each in a process of its own:
 With --first the cohort is of as many small images of different content and an empty store: *first* tiles all of them.
 
 CPU seconds and largest memory of that process and those that it starts; with --s3 also requests by kind, counted at a
-proxy before a real server. A straight line is fitted through the sizes: what a slide costs. JSON as the last line.
+proxy before a real server, but for listings, which the proxy answers (`tests.listings`). A straight line is fitted
+through the sizes: what a slide costs. JSON as the last line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from pipeline.store.catalogue import Catalogue, Row
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import slide_row, source_row
 from tests.faults import faulty_s3
+from tests.listings import Listings
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb
 
@@ -57,6 +59,8 @@ FILE_ROWS = 50_000  # rows of a file of the cloned catalogue
 REAL = 1000  # slides at both ends whose whole folder is cloned; of the others what tells that they are there
 BUCKET = "bench"
 STEPS = ("known", "nothing", "plan", "one more")
+Fresh = Callable[[], list[Any]]
+"""Forgets the requests that came, and gives the list of those to come."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,17 @@ def write_cohort(place: Place, count: int) -> None:
     (place.folder / "cohort.csv").write_text("\n".join(["slide_id,uri,patient_id,label", *lines]) + "\n")
 
 
-def measured(step: str, count: int, place: Place, env: Mapping[str, str], seen: list[Any]) -> Cost:
+def measured(step: str, count: int, place: Place, env: Mapping[str, str], fresh: Fresh) -> Cost:
     """Run one command in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
-    seen.clear()
+    command = ["-m", "pipeline", "plan" if step == "plan" else "tile", *place.overrides(), "--json"]
+    return cost_of(command, step, count, env, fresh)
+
+
+def cost_of(arguments: Sequence[str], step: str, count: int, env: Mapping[str, str], fresh: Fresh) -> Cost:
+    """Of a Python with these arguments, in a process of its own."""
+    seen = fresh()
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    wrapped = [sys.executable, "-c", _PEAK, *command]
+    wrapped = [sys.executable, "-c", _PEAK, sys.executable, *arguments]
     done = subprocess.run(wrapped, env=dict(env), capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
@@ -193,41 +202,47 @@ def _kind(method: str, path: str) -> str:
     return "LIST" if method == "GET" and "list-type=2" in urlsplit(path).query else method
 
 
-def study(count: int, *, s3: bool, packed: bool) -> list[Cost]:
-    """All commands on one cohort."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+def study(count: int, steps: Sequence[str], *, s3: bool, packed: bool) -> list[Cost]:
+    """These commands on one cohort, in their order."""
+    with tempfile.TemporaryDirectory() as scratch, placed(Path(scratch), s3=s3) as (place, env, fresh):
         write_study(place, count, packed=packed)
-        costs = [measured(step, count, place, env, seen) for step in STEPS[:-1]]
+        costs = [measured(step, count, place, env, fresh) for step in STEPS[:-1] if step in steps]
+        if STEPS[-1] not in steps:
+            return costs
         Image.fromarray(tissue_rgb(EDGE, EDGE, seed=9)).save(place.folder / "slides" / f"{count:07d}.jpg")
         write_cohort(place, count + 1)
-        return [*costs, measured(STEPS[-1], count, place, env, seen)]
+        return [*costs, measured(STEPS[-1], count, place, env, fresh)]
 
 
 def first_study(count: int, *, s3: bool) -> list[Cost]:
     """The whole command on images that no store knows; they differ in a comment, so in content."""
-    with tempfile.TemporaryDirectory() as scratch, _place(Path(scratch), s3=s3) as (place, env, seen):
+    with tempfile.TemporaryDirectory() as scratch, placed(Path(scratch), s3=s3) as (place, env, fresh):
         (place.folder / "slides").mkdir(parents=True)
         picture = Image.fromarray(tissue_rgb(EDGE, EDGE))
         for number in range(count):
             picture.save(place.folder / "slides" / f"{number:07d}.jpg", quality=85, comment=f"{number}".encode())
         write_cohort(place, count)
-        cost = measured("first", count, place, env, seen)
+        cost = measured("first", count, place, env, fresh)
         return [replace(cost, objects=sum(path.is_file() for path in (place.folder / "root").rglob("*")))]
 
 
 @contextmanager
-def _place(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], list[Any]]]:
+def placed(scratch: Path, *, s3: bool) -> Iterator[tuple[Place, dict[str, str], Fresh]]:
+    """Where a study lies, the environment of its commands, and their requests."""
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
     if not s3:
-        yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, []
+        yield Place(scratch / BUCKET, str(scratch / BUCKET)), env, list
         return
     with serve_s3(scratch / "s3") as server, faulty_s3(server.endpoint) as faults:
         server.bucket(BUCKET)
-        yield (
-            Place(scratch / "s3" / BUCKET, f"s3://{BUCKET}"),
-            {**env, **server.env, "AWS_ENDPOINT_URL": faults.endpoint},
-            faults.seen,
-        )
+
+        def fresh() -> list[Any]:
+            faults.instead = Listings(server.folder).answer  # what lies there was written past the server
+            faults.seen.clear()
+            return faults.seen
+
+        env |= {**server.env, "AWS_ENDPOINT_URL": faults.endpoint}
+        yield Place(scratch / "s3" / BUCKET, f"s3://{BUCKET}"), env, fresh
 
 
 def report(costs: Sequence[Cost]) -> str:
@@ -259,12 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--s3", action="store_true", help="on a real S3 server behind a counting proxy")
     parser.add_argument("--first", action="store_true", help="tile small images that no store knows")
     parser.add_argument("--packed", action="store_true", help="small images in packs")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="nothing and plan come after known")
     chosen = parser.parse_args(arguments)
     costs = [
         cost
         for size in chosen.sizes
         for cost in (
-            first_study(size, s3=chosen.s3) if chosen.first else study(size, s3=chosen.s3, packed=chosen.packed)
+            first_study(size, s3=chosen.s3)
+            if chosen.first
+            else study(size, chosen.steps, s3=chosen.s3, packed=chosen.packed)
         )
     ]
     print(report(costs))

@@ -28,7 +28,7 @@ import simplejpeg
 from pipeline.config.data import TilingConfig
 from pipeline.slides.open import open_slide
 from pipeline.store.commit import plan_slide, write_slide
-from pipeline.store.patches import PatchStore, StoredSlide
+from pipeline.store.patches import PatchStore, StoredSlide, stored_slide
 from pipeline.tiling.cutting import Cutter, encode
 from pipeline.tiling.slide import tile_slide
 from tests.bench.canvas import repeat, write_canvas
@@ -293,7 +293,8 @@ def measure(folder: Path, *, quick: bool, rival: Path | None) -> list[Line]:
 
 def iter_slides(root: Path) -> Iterator[StoredSlide]:
     for commit in root.glob("*/*/slide.json"):
-        yield PatchStore(str(root), commit.parent.parent.name).slide(commit.parent.name)
+        store = PatchStore(str(root), commit.parent.parent.name)
+        yield stored_slide(store.uri, json.loads(commit.read_text()))  # no task committed it to the catalogue
 
 
 if __name__ == "__main__":

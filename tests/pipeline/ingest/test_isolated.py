@@ -13,8 +13,8 @@ from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest import child, isolated, tiler
 from pipeline.ingest.child import DiedError, LimitError
-from pipeline.ingest.graph import _look_up
 from pipeline.ingest.isolated import store_slide
+from pipeline.ingest.statuses import look_up
 from pipeline.ingest.versions import look_at
 from pipeline.store.patches import PatchStore, SlideStatus
 from tests.pipeline.tiled import RGB, SPEC, contents, row
@@ -54,7 +54,7 @@ def test_a_slide_that_is_too_expensive_is_tried_again_where_it_may_cost_more(cos
 
     def found(given: TilingConfig) -> tuple[list[tuple[int, SlideStatus]], list[int]]:
         fresh: list[int] = []
-        return list(_look_up(slides, versions, given, patches, fresh)), fresh
+        return list(look_up(slides, versions, given, patches, fresh)), fresh
 
     assert found(spec) == ([(0, first)], [])  # free where nothing changed
     less = spec.model_copy(update={"max_seconds": 0.1})

@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
+from xml.sax.saxutils import escape
 
 import pytest
+from botocore.parsers import create_parser
+from botocore.session import get_session
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import StorageError
 from pipeline.storage import files, lease, s3
 from pipeline.storage.cloud import ChangedError
+from pipeline.storage.s3 import read_page
 from tests.faults import Fault, Faults, faulty_s3
 from tests.pipeline.storage.claims import check_replaced_only_as_it_was_read, six_that_claim
 from tests.s3 import S3Server, serve_s3
@@ -333,3 +340,39 @@ def test_beats_go_on_where_an_answer_was_lost_or_conditions_are_refused(
             assert time.monotonic() < given_up
             time.sleep(0.01)
         mine.check()
+
+
+@given(
+    names=st.lists(
+        st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1), max_size=4
+    ),
+    digest=st.sampled_from(['"a1"', "&quot;a1-2&quot;", None]),
+    owner=st.sampled_from(["", "<Owner><ID>o</ID></Owner>"]),
+    namespace=st.sampled_from(["", ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"']),
+)
+def test_a_page_says_what_botocore_reads_in_it(
+    names: list[str], digest: str | None, owner: str, namespace: str
+) -> None:
+    entries = [
+        f"<Contents><Key>{escape(name)}</Key><LastModified>2026-11-29T13:54:0{place}.585Z</LastModified>"
+        + ("" if digest is None else f"<ETag>{digest}</ETag>")
+        + f"<Size>{place}</Size>{owner}<StorageClass>STANDARD</StorageClass></Contents>"
+        for place, name in enumerate(names)
+    ]
+    folders = "<CommonPrefixes><Prefix>a/</Prefix></CommonPrefixes>"
+    body = f"<ListBucketResult{namespace}><IsTruncated>true</IsTruncated>{''.join(entries)}{folders}</ListBucketResult>"
+    operation = get_session().get_service_model("s3").operation_model("ListObjectsV2")
+    answer = {"status_code": 200, "headers": {}, "context": {}, "body": body.encode()}
+    theirs = create_parser("rest-xml").parse(answer, operation.output_shape)
+    for entry in theirs.get("Contents", ()):
+        entry.pop("Owner", None)
+    own: dict[str, Any] = {}
+    read_page(answer, own)
+    assert {**create_parser("rest-xml").parse(answer, operation.output_shape), **own} == theirs
+
+
+@pytest.mark.parametrize("body", [b"<half", b"<L><Contents><LastModified>yesterday</LastModified></Contents></L>"])
+def test_a_page_that_is_not_understood_is_left_to_botocore(body: bytes) -> None:
+    answer, own = {"status_code": 200, "body": body}, dict[str, Any]()
+    read_page(answer, own)
+    assert (answer["body"], own) == (body, {})

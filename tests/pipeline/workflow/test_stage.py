@@ -33,6 +33,14 @@ def test_a_workspace_opens_the_committed_slides_of_a_split_in_the_cohorts_order(
     assert space.stored("train") == []
     assert len(slide_tags(space)["slide_keys_digest"]) == 16
 
+    shutil.move(Path(pairs[1][1].uri).parent / "catalogue", tmp_path / "aside")
+    assert len(space.stored("test")) == 2, "stages that are not to work share one look at the catalogue"
+    space.look_again()
+    with pytest.raises(StorageError, match="no committed slide"):
+        space.stored()
+    shutil.move(tmp_path / "aside", Path(pairs[1][1].uri).parent / "catalogue")
+    space.look_again()
+
     (Path(pairs[1][1].uri) / "slide.json").unlink()
     with pytest.raises(StorageError, match="no committed slide"):
         space.stored()

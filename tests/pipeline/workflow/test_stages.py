@@ -133,6 +133,7 @@ def test_a_slide_that_lost_patches_since_is_another_recipe_for_training_and_test
     facts = json.loads(commit.read_text())
     commit.write_text(json.dumps({**facts, "n_patches": facts["n_patches"] - 1}))
     repair_store(str(tmp_path / "patches"))
+    space.look_again()
     assert not set(before) & {fingerprint(stage.identity(space)) for stage in stages}
 
 
