@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.pipeline.tiled import row
 SPEC = TilingConfig(patch_px=512, mpp=0.5)
 
 
-def indexed(folder: Path, files: dict[str, bytes], spec: TilingConfig = SPEC) -> list[SlideStatus]:
+def indexed(folder: Path, files: dict[str, bytes], spec: TilingConfig = SPEC) -> Sequence[SlideStatus]:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     slides = [row(folder / name) for name in files]
