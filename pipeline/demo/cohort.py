@@ -24,6 +24,7 @@ from pipeline.errors import StorageError
 from pipeline.storage.files import join, write_bytes
 
 MPP = 0.5
+SPLITS = ("train", "test", "train", "val", "train", "train", "test", "train")  # of patients, in turn
 BURDEN = 0.06  # share of the tissue; no slide lies between 5.1% and 8.4%
 
 
@@ -34,6 +35,7 @@ class DemoSlide:
     number: int
     patient_id: str
     site: str
+    split: str
     extent: Extent
 
     @property
@@ -80,8 +82,8 @@ def write_demo(folder: str, config: DemoConfig, on_progress: Callable[[int, int]
             raise
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(("slide_id", "uri", "patient_id", "site", "label", "burden"))
-    table.writerows((s.slide_id, s.uri, s.patient_id, s.site, s.label, s.burden) for s in cohort)
+    table.writerow(("slide_id", "uri", "patient_id", "site", "split", "label", "burden"))
+    table.writerows((s.slide_id, s.uri, s.patient_id, s.site, s.split, s.label, s.burden) for s in cohort)
     uri = join(folder, "cohort.csv")
     write_bytes(uri, text.getvalue().encode())
     return uri
@@ -90,8 +92,8 @@ def write_demo(folder: str, config: DemoConfig, on_progress: Callable[[int, int]
 def plan_cohort(config: DemoConfig) -> list[DemoSlide]:
     """Who is in the cohort: patients with one slide or two in turn, one extent of lesions a patient.
 
-    Half of the slides have none, a quarter few, a quarter many. Sites go round within each extent, so that they say
-    nothing about it; the order of slides and of patients is shuffled by the seed.
+    Half of the slides have none, a quarter few, a quarter many. Sites and splits go round within each extent, so that
+    they say nothing about it and every test has all three; the order of slides and of patients is shuffled by the seed.
     """
     half = config.slides // 2
     counts = {Extent.NONE: config.slides - half, Extent.FEW: half - half // 2, Extent.MANY: half // 2}
@@ -107,7 +109,13 @@ def plan_cohort(config: DemoConfig) -> list[DemoSlide]:
     names, order = rng.permutation(len(extents)), rng.permutation(len(owners))
     nth = [extents[:patient].count(extent) for patient, extent in enumerate(extents)]  # within the extent
     return [
-        DemoSlide(number, f"P{names[owner]:04d}", SITES[nth[owner] % len(SITES)], extents[owner])
+        DemoSlide(
+            number,
+            f"P{names[owner]:04d}",
+            SITES[nth[owner] % len(SITES)],
+            SPLITS[nth[owner] % len(SPLITS)],
+            extents[owner],
+        )
         for number, owner in enumerate(owners[row] for row in order)
     ]
 

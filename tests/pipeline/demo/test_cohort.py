@@ -46,10 +46,21 @@ def test_the_answers_follow_from_how_much_there_is_of_lesions() -> None:
     assert SHARES[Extent.FEW][1] + 0.005 < BURDEN < SHARES[Extent.MANY][0] - 0.005  # half a nest is 0.5% of the tissue
 
 
+@pytest.mark.parametrize("slides", [12, 24, 160])
+def test_trainings_and_tests_have_all_extents(slides: int) -> None:
+    cohort = plan_cohort(DemoConfig(slides=slides))
+    assert len({(slide.patient_id, slide.split) for slide in cohort}) == len({slide.patient_id for slide in cohort})
+    for split in ("train", "test"):
+        assert {slide.extent for slide in cohort if slide.split == split} == set(Extent)
+    assert any(slide.split == "val" for slide in cohort)
+
+
 def test_the_default_cohort_leaves_enough_for_a_test() -> None:
     cohort = plan_cohort(DemoConfig())
-    assert len(cohort) / 4 >= 24
-    assert len({slide.patient_id for slide in cohort}) / 4 >= 20
+    test = [slide for slide in cohort if slide.split == "test"]
+    assert len(test) >= 36
+    assert len({slide.patient_id for slide in test}) >= 24
+    assert min(Counter(slide.extent for slide in test).values()) >= 8
 
 
 def test_the_seed_changes_the_order() -> None:
@@ -64,7 +75,7 @@ def test_the_cohort_on_disk(tmp_path: Path) -> None:
     assert uri == str(tmp_path / "co hort" / "cohort.csv")
     with Path(uri).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["slide_id", "uri", "patient_id", "site", "label", "burden"]
+    assert list(rows[0]) == ["slide_id", "uri", "patient_id", "site", "split", "label", "burden"]
     answers = [(str(slide.label), str(slide.burden)) for slide in plan_cohort(DemoConfig(slides=12))]
     assert [(row["label"], row["burden"]) for row in rows] == answers
     for row in rows:
