@@ -3,9 +3,9 @@
 Its cells stand in nests of three kinds: clear cells, dark nuclei, and lesions, whose cells are both. Every slide has
 clear cells on 11.5% to 13.5% of its tissue and dark nuclei on as much; a lesion counts for either, so what it holds is
 found elsewhere in a slide without lesions, and no mean over the slide tells how many there are. Nests are mixed: of a
-lesion's cells some are only clear or only dark, and of the others a few are lesion cells. By one law for all slides
-come lymphoid aggregates, glands, folds and pen, the stain, the nuclear density and the tissue. Level 0 has 0.5 microns
-per px.
+lesion's cells some are only clear or only dark, and of the others a few are lesion cells; two nests of every slide are
+halfway between. By one law for all slides come lymphoid aggregates, glands, folds and pen, the stain, the nuclear
+density and the tissue. Level 0 has 0.5 microns per px.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COARSE = 16  # px of a cell of the coarse maps (tissue, density)
 NESTS = (0.115, 0.135)  # share of the tissue with clear cells, and with dark nuclei; lesions are both
 LESION_MIX = (0.8, 1.0)  # share of a lesion's cells that are clear and dark
 BENIGN_MIX = (0.0, 0.1)  # the same of other nests
+ATYPICAL, ATYPICAL_MIX = 2, (0.4, 0.6)  # nests of every slide that are neither, so that a model is sometimes in doubt
 RADIUS = (46.0, 58.0)  # px, of a nest
 CLEAR_CELL = 14.5  # px, radius
 LESION_CELL = 16.3  # larger, as its nucleus: within one cell light and dark cancel, and the deviation would tell
@@ -191,7 +192,8 @@ def _nests(canvas: Canvas, extent: Extent) -> tuple[tuple[int, int, float], ...]
         _nest(canvas, (x, y), radius, rng.uniform(*LESION_MIX), share=0.5)
         found.append((x, y, radius))
     for number in range(2 * (each - lesions)):
-        _nest(canvas, canvas.place(radius), radius, rng.uniform(*BENIGN_MIX), share=number % 2)
+        mix = ATYPICAL_MIX if number < ATYPICAL else BENIGN_MIX
+        _nest(canvas, canvas.place(radius), radius, rng.uniform(*mix), share=number % 2)
     return tuple(found)
 
 
