@@ -67,7 +67,8 @@ def test_from_nothing_to_a_champion_that_predicts(tmp_path: Path) -> None:
     assert {name: stage["outcome"] for name, stage in stages.items()} == dict.fromkeys(
         ("tile", "train", "evaluate", "register"), "done"
     )
-    assert 0 <= stages["evaluate"]["metrics"]["test_auc"] <= 1
+    measured = stages["evaluate"]["metrics"]
+    assert 2 * measured["test_auc"] == pytest.approx(measured["test_auc_lesion"] + measured["test_auc_burden"])
     page = Path(stages["evaluate"]["outputs"]["report"]).read_text()
     assert page.lstrip().lower().startswith("<!doctype html")
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -113,7 +114,8 @@ def test_a_first_cohort_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
         row[place] = {"0": "No", "1": "Yes"}[row[place]]
     text = "".join(";".join([*row, ""]) + "\r\n" for row in rows)
     (tmp_path / "d" / "mine.csv").write_bytes(text.encode("utf-16"))
-    given = ["cohort.uri=d/mine.csv", "cohort.demo=null", "name=2024", "tasks.0.classes=[no, yes]"]
+    task = "tasks=[{name: lesion, column: label, classes: [no, yes]}]"
+    given = ["cohort.uri=d/mine.csv", "cohort.demo=null", "name=2024", task]
     quick = [setting for setting in QUICK if not setting.startswith("cohort.")]
     done = _ips("run", "--config", "demo", *given, *quick, cwd=tmp_path)
     assert Path(done["root"]) == tmp_path / "runs" / "2024"

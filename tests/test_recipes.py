@@ -55,8 +55,8 @@ def _tissue(folder: Path) -> None:
     rows = []
     for number, split in enumerate(("train", "train", "val", "val", "test", "test")):
         (folder / f"{number}.tif").write_bytes(b"")
-        rows.append(f"{number},{number}.tif,{split},{number % 2}")
-    (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,split,label", *rows]) + "\n")
+        rows.append(f"{number},{number}.tif,{split},{number % 2},{number % 2}")
+    (folder / "cohort.csv").write_text("\n".join(["slide_id,uri,split,label,burden", *rows]) + "\n")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))

@@ -77,7 +77,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of what is drawn: same seed, same bytes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Write slides to try things on: synthetic tissue, half of it with small lesions, and their cohort file."""
+    """Write slides to try things on: synthetic tissue, half of it with lesions, and their cohort file."""
     with errors(as_json=as_json):
         from pipeline.demo.cohort import write_demo
 

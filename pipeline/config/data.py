@@ -27,7 +27,7 @@ _LATER = frozenset({"min_sharpness", "context_mpp", "tissue_model"})
 class DemoConfig(Section):
     """The synthetic cohort that `pipeline demo` writes. Read when it is written; a cohort that is there stays."""
 
-    slides: Annotated[int, Field(ge=12)] = 120
+    slides: Annotated[int, Field(ge=12)] = 160
     seed: Seed = 0
 
 

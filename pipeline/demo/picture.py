@@ -1,25 +1,46 @@
 """The picture of a synthetic slide, drawn in stains: eosin for fibres, haematoxylin for nuclei.
 
-A positive slide holds two small lesions: nests of clear cells with dark nuclei, on 1.3% to 1.8% of its tissue.
-Every slide of either class draws by one law its benign look-alikes (fat: clear cells without nuclei; lymphoid
-aggregates: nuclei without clear cells; glands, folds, pen), its stain, its nuclear density and its tissue, so that
-no mean over the slide tells the classes apart. Level 0 has 0.5 microns per px.
+Its cells stand in nests of three kinds: clear cells, dark nuclei, and lesions, whose cells are both. Every slide has
+clear cells on 11.5% to 13.5% of its tissue and dark nuclei on as much; a lesion counts for either, so what it holds is
+found elsewhere in a slide without lesions, and no mean over the slide tells how many there are. Nests are mixed: of a
+lesion's cells some are only clear or only dark, and of the others a few are lesion cells; two nests of every slide are
+halfway between. By one law for all slides come lymphoid aggregates, glands, folds and pen, the stain, the nuclear
+density and the tissue. Level 0 has 0.5 microns per px.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.demo.texture import MARGIN, TEXTURE, U8, Rng, clouds, fibres, sprites
+from pipeline.demo.texture import MARGIN, U8, Rng, clouds, fibres, sprites, wide_clouds
 
 SITES = ("north", "east", "south")  # laboratories; each has its tint
 COARSE = 16  # px of a cell of the coarse maps (tissue, density)
+NESTS = (0.115, 0.135)  # share of the tissue with clear cells, and with dark nuclei; lesions are both
+LESION_MIX = (0.8, 1.0)  # share of a lesion's cells that are clear and dark
+BENIGN_MIX = (0.0, 0.1)  # the same of other nests
+ATYPICAL, ATYPICAL_MIX = 2, (0.4, 0.6)  # nests of every slide that are neither, so that a model is sometimes in doubt
+RADIUS = (46.0, 58.0)  # px, of a nest
+CLEAR_CELL = 14.5  # px, radius
+LESION_CELL = 16.3  # larger, as its nucleus: within one cell light and dark cancel, and the deviation would tell
+SPACING = 33.0  # px between cells of a nest
+
+
+class Extent(IntEnum):
+    """How much of a slide's tissue lesions cover; `SHARES` has the bounds."""
+
+    NONE = 0
+    FEW = 1
+    MANY = 2
+
+
+SHARES = {Extent.NONE: (0.0, 0.0), Extent.FEW: (0.035, 0.045), Extent.MANY: (0.09, 0.115)}
 
 
 @dataclass
@@ -40,7 +61,10 @@ class Canvas:
         pick = self.rng.integers(len(rows))
         row, column = int(rows[pick]), int(columns[pick])
         cells = math.ceil(2 * reach / COARSE)
-        self.room[max(row - cells, 0) : row + cells + 1, max(column - cells, 0) : column + cells + 1] = False
+        top, left = max(row - cells, 0), max(column - cells, 0)
+        window = self.room[top : row + cells + 1, left : column + cells + 1]
+        y, x = np.ogrid[top - row : top - row + window.shape[0], left - column : left - column + window.shape[1]]
+        window[np.hypot(y, x) * COARSE < 2 * reach] = False
         return column * COARSE + COARSE // 2, row * COARSE + COARSE // 2
 
     def stamp(self, name: str, x: npt.NDArray[np.int64], y: npt.NDArray[np.int64]) -> None:
@@ -74,22 +98,22 @@ class Picture:
         return sum(math.pi * radius**2 for _, _, radius in self.lesions) / self.tissue_px
 
 
-def draw_slide(seed: tuple[int, ...], label: int, site: int) -> Picture:
-    """A slide of class `label` from laboratory `site`: a pure function of the arguments."""
+def draw_slide(seed: tuple[int, ...], extent: int, site: int) -> Picture:
+    """A slide of an `Extent` of lesions from laboratory `site`: a pure function of the arguments."""
     rng = np.random.default_rng(seed)
     canvas = _tissue(rng)
     _stroma_nuclei(canvas)
-    lesions = tuple(_lesions(canvas) if label else ())
     aggregates = _lookalikes(canvas)
+    lesions = _nests(canvas, Extent(extent))
     image = _stained(canvas, site)
     _pen(rng, image)
     return Picture(image, canvas.tissue_px, lesions, aggregates)
 
 
 def _tissue(rng: Rng) -> Canvas:
-    """Two to four ragged pieces on 20% to 28% of the glass, filled with two kinds of fibres."""
-    width = int(2000 * (2.5 ** rng.uniform()))
-    height = int(np.clip(rng.uniform(8.0e6, 11.0e6) / width, 2000, 6000))
+    """Two to four ragged pieces on 28% to 34% of the glass, filled with two kinds of fibres."""
+    width = int(1300 * (2.0 ** rng.uniform()))
+    height = int(rng.uniform(3.2e6, 4.2e6) / width)
     if rng.uniform() < 0.5:
         width, height = height, width
     rows, columns = math.ceil(height / COARSE), math.ceil(width / COARSE)
@@ -104,21 +128,20 @@ def _tissue(rng: Rng) -> Canvas:
     border = np.minimum(np.minimum(x, columns - 1 - x), np.minimum(y, rows - 1 - y))
     field -= 0.9 * np.clip(1 - border / 24, 0, 1)  # pieces end before the slide does
     field[border < 4] = -9
-    field -= np.quantile(field, 1 - rng.uniform(0.20, 0.28))
+    field -= np.quantile(field, 1 - rng.uniform(0.28, 0.34))
     soft = Image.fromarray(np.clip(128 + 900 * field, 0, 255).astype(np.uint8))
     shape = (height, width)
     edge = np.asarray(soft.resize((columns * COARSE, rows * COARSE), Image.Resampling.BILINEAR))[:height, :width]
     first, second = _tiled(rng, fibres(0), shape), _tiled(rng, fibres(1), shape)
     ragged = _tiled(rng, clouds(6), shape) >> 1
     alpha = (edge.astype(np.int16) + ragged > 128 + 64).astype(np.uint8)
-    mix = np.asarray(Image.fromarray(clouds(60)).resize((2 * TEXTURE, 2 * TEXTURE)))
-    share = _tiled(rng, mix, shape).astype(np.uint16)
+    share = _tiled(rng, wide_clouds(), shape).astype(np.uint16)
     mixed = (first * share + second * (255 - share)) >> 8
     tone = np.arange(256) * rng.uniform(0.2, 0.7) + rng.uniform(20, 90)
     eosin = tone.clip(0, 255).astype(np.uint8)[mixed] * alpha
     tone = np.arange(256) * rng.uniform(0.0, 0.22)
     haze = tone.astype(np.uint8)[_tiled(rng, clouds(60), shape)] * alpha
-    deep = _shrunk(alpha[COARSE // 2 :: COARSE, COARSE // 2 :: COARSE] > 0, cells=5)
+    deep = _shrunk(alpha[COARSE // 2 :: COARSE, COARSE // 2 :: COARSE] > 0, cells=3)
     return Canvas(rng, eosin, haze, deep, int(np.count_nonzero(alpha)))
 
 
@@ -156,47 +179,61 @@ def _stroma_nuclei(canvas: Canvas) -> None:
         canvas.stamp(name, column * COARSE + jitter[0], row * COARSE + jitter[1])
 
 
-def _lesions(canvas: Canvas) -> Iterator[tuple[int, int, float]]:
-    """Two nests of clear cells on 1.3% to 1.8% of the tissue: (x, y, radius) of each."""
-    wanted = canvas.rng.uniform(0.013, 0.018) * canvas.tissue_px
-    count = 2
-    radius = math.sqrt(wanted / count / math.pi)
-    for _ in range(count):
+def _nests(canvas: Canvas, extent: Extent) -> tuple[tuple[int, int, float], ...]:
+    """Lesions, nests of clear cells and nests of dark nuclei, all of one radius; (x, y, radius) of each lesion."""
+    rng = canvas.rng
+    radius = rng.uniform(*RADIUS)
+    share = math.pi * radius**2 / canvas.tissue_px  # of the tissue, on one nest
+    each = round(rng.uniform(*NESTS) / share)  # nests with clear cells, and as many with dark nuclei
+    lesions = round(rng.uniform(*SHARES[extent]) / share)
+    found = []
+    for _ in range(lesions):
         x, y = canvas.place(radius)
-        _clear_cells(canvas, (x, y), radius, nucleus="lesion")
-        yield x, y, radius
+        _nest(canvas, (x, y), radius, rng.uniform(*LESION_MIX), share=0.5)
+        found.append((x, y, radius))
+    for number in range(2 * (each - lesions)):
+        mix = ATYPICAL_MIX if number < ATYPICAL else BENIGN_MIX
+        _nest(canvas, canvas.place(radius), radius, rng.uniform(*mix), share=number % 2)
+    return tuple(found)
+
+
+def _nest(canvas: Canvas, centre: tuple[int, int], radius: float, mix: float, share: float) -> None:
+    """Cells in a ragged disc: of them `mix` are clear and dark, and of the others `share` are clear, the rest dark."""
+    x, y = _lattice(canvas.rng, centre, radius, SPACING)
+    both = canvas.rng.uniform(size=len(x)) < mix
+    first = canvas.rng.uniform(size=len(x)) < share
+    clear, dark = first & ~both, ~first & ~both
+    _clear(canvas, x[both], y[both], LESION_CELL)
+    canvas.stamp("lesion", x[both], y[both])
+    _clear(canvas, x[clear], y[clear], CLEAR_CELL)
+    canvas.stamp("dark", x[dark], y[dark])
 
 
 def _lookalikes(canvas: Canvas) -> int:
-    """Aggregates, nests, fat, glands and folds, by one law for both classes; returns the number of aggregates."""
+    """Aggregates, crowds of regular nuclei, glands and folds, by one law; returns the number of aggregates."""
     rng = canvas.rng
-    aggregates, nests = rng.integers(0, 4), rng.integers(0, 2)
-    for name, count, spacing in (("lymphocyte", aggregates, 13.0), ("gland", nests, 15.5)):
+    aggregates, crowds = rng.integers(0, 3), rng.integers(0, 2)
+    for name, count, spacing in (("lymphocyte", aggregates, 13.0), ("gland", crowds, 15.5)):
         for _ in range(count):
-            radius = rng.uniform(50, 90)
+            radius = rng.uniform(35, 55)
             _crowd(canvas, name, canvas.place(radius), radius, spacing)
     for _ in range(rng.integers(0, 3)):
-        radius = rng.uniform(60, 100)
-        _clear_cells(canvas, canvas.place(radius), radius, nucleus=None)
-    for _ in range(rng.integers(0, 4)):
-        _gland(canvas, int(rng.integers(35, 70)))
+        _gland(canvas, int(rng.integers(35, 60)))
     for _ in range(rng.integers(0, 2)):
         _fold(canvas)
     return int(aggregates)
 
 
-def _clear_cells(canvas: Canvas, centre: tuple[int, int], radius: float, nucleus: str | None) -> None:
-    """Cells with clear cytoplasm and thin walls in a ragged disc: with a dark nucleus a lesion, without one fat."""
-    x, y = _lattice(canvas.rng, centre, radius, 33.0)
+def _clear(canvas: Canvas, x: npt.NDArray[np.int64], y: npt.NDArray[np.int64], outer: float) -> None:
+    """Rings of clear cytoplasm, `outer` px in radius, around x, y; what they surround stays."""
     v, u = np.mgrid[-16:17, -16:17]
-    inside = np.hypot(u, v) < 14.5
+    distance = np.hypot(u, v)
+    ring = (distance > 9.5) & (distance < outer)
     height, width = canvas.eosin.shape
     for cx, cy in zip(x.tolist(), y.tolist(), strict=True):
         if MARGIN <= cx < width - MARGIN and MARGIN <= cy < height - MARGIN:
             for field in (canvas.eosin, canvas.haematoxylin):
-                field[cy - 16 : cy + 17, cx - 16 : cx + 17][inside] //= 8
-    if nucleus is not None:
-        canvas.stamp(nucleus, x, y)
+                field[cy - 16 : cy + 17, cx - 16 : cx + 17][ring] //= 8
 
 
 def _crowd(canvas: Canvas, name: str, centre: tuple[int, int], radius: float, spacing: float) -> None:

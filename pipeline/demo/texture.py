@@ -34,6 +34,12 @@ def clouds(scale: int) -> U8:
 
 
 @cache
+def wide_clouds() -> U8:
+    """(2 * TEXTURE, 2 * TEXTURE) tileable clouds, features of about 120 px."""
+    return np.asarray(Image.fromarray(clouds(60)).resize((2 * TEXTURE, 2 * TEXTURE)))
+
+
+@cache
 def fibres(kind: int) -> U8:
     """(TEXTURE, TEXTURE) tileable wavy fibres; kind 0 runs across and is fine, kind 1 runs down and is coarse."""
     rng = np.random.default_rng((102, kind))
@@ -77,7 +83,8 @@ NUCLEI = {
     "gland": NucleusKind((7.0, 8.5), (1.0, 1.3), 0.03, (125, 185), 14),
     "lymphocyte": NucleusKind((6.0, 7.2), (1.0, 1.15), 0.03, (200, 240), 12),
     "pale": NucleusKind((13.0, 18.0), (1.0, 1.3), 0.03, (75, 110), 10),
-    "lesion": NucleusKind((8.0, 10.5), (1.0, 1.4), 0.08, (215, 250), 20),
+    "dark": NucleusKind((8.0, 10.5), (1.0, 1.4), 0.08, (215, 250), 20),
+    "lesion": NucleusKind((9.2, 11.9), (1.0, 1.4), 0.08, (215, 250), 20),
 }
 
 

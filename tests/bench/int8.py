@@ -206,7 +206,7 @@ def learned(slides: int) -> IPSModel:
 
 def windows(number: int, size: int, step: int) -> Tensor:
     """Windows of `size` px of a slide of the demo at 1 micron a px, of which half is tissue -> (N, 3, size, size)."""
-    picture = draw_slide((0, 7, number), number % 2, number % 3).rgbx
+    picture = draw_slide((0, 7, number), 2 * (number % 2), number % 3).rgbx
     height, width = (edge // 2 * 2 for edge in picture.shape[:2])
     halved = picture[:height, :width, :3].reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
     pixels = torch.from_numpy(halved.round().astype("uint8")).permute(2, 0, 1)

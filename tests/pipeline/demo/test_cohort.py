@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.config.data import DemoConfig
-from pipeline.demo.cohort import DemoSlide, plan_cohort, write_demo
-from pipeline.demo.picture import SITES, draw_slide
+from pipeline.demo.cohort import BURDEN, DemoSlide, plan_cohort, write_demo
+from pipeline.demo.picture import SHARES, SITES, Extent, draw_slide
 from pipeline.errors import StorageError
 from pipeline.slides.open import open_slide
 from pipeline.tiling.tissue import find_tissue
@@ -27,17 +27,40 @@ def test_labels_patients_and_sites_are_balanced(slides: int) -> None:
     assert abs(slides - 2 * sum(slide.label for slide in cohort)) <= 1
     owned = Counter(slide.patient_id for slide in cohort)
     assert set(owned.values()) == {1, 2}
-    assert len({(slide.patient_id, slide.label, slide.site) for slide in cohort}) == len(owned)
-    for label in (0, 1):
-        patients = {slide.patient_id: slide.site for slide in cohort if slide.label == label}
+    assert len({(slide.patient_id, slide.extent, slide.site) for slide in cohort}) == len(owned)
+    few, many = (sum(slide.extent is extent for slide in cohort) for extent in (Extent.FEW, Extent.MANY))
+    assert few - many in (0, 1)
+    for extent in Extent:
+        patients = {slide.patient_id: slide.site for slide in cohort if slide.extent is extent}
         counts = Counter(patients.values())
         assert max(counts.values()) - min(counts[site] for site in SITES) <= 1
 
 
+def test_the_answers_follow_from_how_much_there_is_of_lesions() -> None:
+    cohort = plan_cohort(DemoConfig(slides=12))
+    assert {(slide.extent, slide.label, slide.burden) for slide in cohort} == {
+        (Extent.NONE, 0, 0),
+        (Extent.FEW, 1, 0),
+        (Extent.MANY, 1, 1),
+    }
+    assert SHARES[Extent.FEW][1] + 0.005 < BURDEN < SHARES[Extent.MANY][0] - 0.005  # half a nest is 0.5% of the tissue
+
+
+@pytest.mark.parametrize("slides", [12, 24, 160])
+def test_trainings_and_tests_have_all_extents(slides: int) -> None:
+    cohort = plan_cohort(DemoConfig(slides=slides))
+    assert len({(slide.patient_id, slide.split) for slide in cohort}) == len({slide.patient_id for slide in cohort})
+    for split in ("train", "test"):
+        assert {slide.extent for slide in cohort if slide.split == split} == set(Extent)
+    assert any(slide.split == "val" for slide in cohort)
+
+
 def test_the_default_cohort_leaves_enough_for_a_test() -> None:
     cohort = plan_cohort(DemoConfig())
-    assert len(cohort) / 4 >= 24
-    assert len({slide.patient_id for slide in cohort}) / 4 >= 20
+    test = [slide for slide in cohort if slide.split == "test"]
+    assert len(test) >= 36
+    assert len({slide.patient_id for slide in test}) >= 24
+    assert min(Counter(slide.extent for slide in test).values()) >= 8
 
 
 def test_the_seed_changes_the_order() -> None:
@@ -52,8 +75,9 @@ def test_the_cohort_on_disk(tmp_path: Path) -> None:
     assert uri == str(tmp_path / "co hort" / "cohort.csv")
     with Path(uri).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["slide_id", "uri", "patient_id", "site", "label"]
-    assert [row["label"] for row in rows] == [str(slide.label) for slide in plan_cohort(DemoConfig(slides=12))]
+    assert list(rows[0]) == ["slide_id", "uri", "patient_id", "site", "split", "label", "burden"]
+    answers = [(str(slide.label), str(slide.burden)) for slide in plan_cohort(DemoConfig(slides=12))]
+    assert [(row["label"], row["burden"]) for row in rows] == answers
     for row in rows:
         path = Path(uri).parent / row["uri"]
         assert path.stat().st_size < 3_000_000
@@ -61,8 +85,8 @@ def test_the_cohort_on_disk(tmp_path: Path) -> None:
             width, height = slide.dimensions
             assert (slide.vendor, slide.mpp) == ("generic-tiff", (0.5, 0.5))
             assert width != height
-            assert 2000 <= min(width, height) <= max(width, height) <= 6000
-            assert len(slide.levels) >= 4
+            assert 1200 <= min(width, height) <= max(width, height) <= 3400
+            assert len(slide.levels) >= 3
 
 
 def test_a_cohort_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -78,16 +102,17 @@ def test_colours_do_not_tell_the_classes_apart(seed: int) -> None:
     cohort = plan_cohort(DemoConfig(seed=seed))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         features = np.stack(list(pool.map(lambda slide: _colours(slide, seed), cohort)))
-    labels = np.array([slide.label for slide in cohort], np.float64)
+    answers = [[slide.label for slide in cohort], [slide.burden for slide in cohort]]
     patients = np.array([slide.patient_id for slide in cohort])
-    for columns in (slice(0, 6), slice(6, 12), slice(0, 12)):
-        scores = [_cross_validated_auc(features[:, columns], labels, patients, fold_seed) for fold_seed in range(5)]
-        assert np.mean(scores) <= 0.65
+    for labels in np.array(answers, np.float64):
+        for columns in (slice(0, 6), slice(6, 12), slice(0, 12)):
+            x = features[:, columns]
+            assert np.mean([_cross_validated_auc(x, labels, patients, fold) for fold in range(5)]) <= 0.65
 
 
 def _colours(slide: DemoSlide, seed: int) -> F64:
     """(12,): mean and deviation of R, G, B over the thumbnail, and over its tissue."""
-    picture = draw_slide((seed, 1, slide.number), slide.label, SITES.index(slide.site))
+    picture = draw_slide((seed, 1, slide.number), slide.extent, SITES.index(slide.site))
     height, width = (edge // 8 * 8 for edge in picture.rgbx.shape[:2])
     blocks = picture.rgbx[:height, :width, :3].reshape(height // 8, 8, width // 8, 8, 3)
     thumbnail = blocks.mean((1, 3), dtype=np.float32).astype(np.uint8)

@@ -43,7 +43,8 @@ def _overrides(folder: Path, root: str) -> list[str]:
     models = ", ".join(f"{name}: {folder}/{name}" for name in RECIPES)
     cohorts = ", ".join(f"{name}: {folder}/{name}/cohort.csv" for name in ("north", "south"))
     return [
-        "tiling=demo", "model=demo", "name=killed", f"cohort.uri={folder}/north/cohort.csv",
+        "tiling=demo", "model=demo", "model.select.context=none", "name=killed",
+        f"cohort.uri={folder}/north/cohort.csv",
         f"storage.root={folder}/{root}", "cluster.workers=2", "cluster.cpus_per_worker=1", "sweep.overlays=0",
         f"sweep.models={{{models}}}", f"sweep.cohorts={{{cohorts}}}", "sweep.grid.memory=[4,8,12]",
         "tasks.0.name=lesion", "sweep.resamples=200", f"tracking.uri=sqlite:///{folder}/{root}.db",
