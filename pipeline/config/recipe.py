@@ -283,6 +283,7 @@ class Config(Section):
         So trainings from before `train.threads`, `reselect_every`, `model.select.context`, `learn_from` and `rank` keep
         their names. `context_rule` says of which patches the encoder learns: 2, those of the release before
         `learn_from`, which drew them in exact mode and took the winners in window mode; 3, the winners in exact mode.
+        A frozen encoder learns of none, so that either gives the same training but for rounding: 2.
         What training begins with is named by its content.
         """
         dump = self.model_dump(
@@ -301,5 +302,6 @@ class Config(Section):
                 del dumped[name]
         del dumped["learn_from"]
         if select.context == "all":
-            dumped["context_rule"] = 3 if (select.mode, select.learn_from) == ("exact", "best") else 2
+            taken = (select.mode, select.learn_from) == ("exact", "best") and not self.train.freeze_encoder
+            dumped["context_rule"] = 3 if taken else 2
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

@@ -70,6 +70,8 @@ def test_trainings_of_the_last_release_keep_their_names() -> None:
     assert training() == plain
     assert training(context="all", learn_from="drawn") == exact
     assert training(context="all", mode="window") == window
+    kept = {"train": {"freeze_encoder": True}, "model": {"select": {"context": "all"}}}
+    assert _changed(**kept).recipe()["model"]["select"]["context_rule"] == 2
     best, heads = training(context="all"), training(context="all", mode="window", rank="heads")
     assert len({plain, exact, window, best, heads}) == 5
 
