@@ -116,10 +116,11 @@ class Certificate:
     """How one image's low-precision selection compares with float32 (measured on a sample, not proven)."""
 
     error: float
-    """Largest difference of a log score between the two precisions, seen on the sample; of a logit, for rank heads."""
+    """Largest difference of a log score between the two precisions, seen on the sample; for rank heads of any
+    head's logit."""
     band: int
     """Patches within 2 * error of the M-th log score; all of them were scored again in float32. For rank heads, what a
-    head would take by a logit higher by that."""
+    head would take by a logit higher by twice its own error."""
     changed: int
     """Winners that the second scoring replaced."""
 

@@ -4,8 +4,9 @@ The largest error of a log score is measured on a sample. A patch further than t
 change sides unless its own error is larger than any seen, so only the band within is scored again. Winners, scores and
 attention are those of the logits as they are then. Measured, not proven.
 
-Where heads take in turn (`in_turns`), errors are those of logits, and any patch may be in doubt that a head's last wish
-does not leave twice that behind; what it took before as well, since who takes first decides what is left for others.
+Where heads take in turn (`in_turns`), errors are those of logits, each head's own, and any patch may be in doubt that a
+head's last wish does not leave twice that behind; what it took before as well, since who takes first decides what is
+left for others. The last wish has a float32 logit at the end, so once its error would do: the other is a margin.
 These are scored again until none is new: at the end all that is taken has float32 logits, and so has all that could be.
 """
 
@@ -53,9 +54,10 @@ def certified(
         return len(rows)
 
     if cache.rank == "heads":
-        error = float((found - cache.logits[sample]).abs().max())
+        errors = (found - cache.logits[sample]).abs().amax(dim=0)
+        error = float(errors.max())
         cache.add(sample, found)
-        count = _settled(cache, memory, error, again)
+        count = _settled(cache, memory, errors, again)
     else:
         error = float((log_scores(found, log_z) - keys[sample]).abs().max())
         cache.add(sample, found)
@@ -64,8 +66,8 @@ def certified(
     return Certificate(error, count, int((~torch.isin(second, first)).sum()))
 
 
-def _settled(cache: LogitCache, memory: int, error: float, again: Callable[[Tensor], int]) -> int:
-    """Score again whatever may be taken, until all of it is; how many patches those were."""
+def _settled(cache: LogitCache, memory: int, errors: Tensor, again: Callable[[Tensor], int]) -> int:
+    """Score again whatever may be taken, by errors (J,) of the logits, until all of it is; how many patches."""
     N, J = cache.logits.shape
     done = torch.zeros(N, dtype=torch.bool)
     while True:
@@ -73,7 +75,7 @@ def _settled(cache: LogitCache, memory: int, error: float, again: Callable[[Tens
         wishes = torch.arange(min(J, len(turns)))  # with fewer turns than heads the others take none
         last = len(turns) - 1 - (len(turns) - 1 - wishes) % J
         least = cache.logits[turns[last], wishes]
-        doubted = (cache.logits[:, wishes] >= least - 2 * error).any(dim=1) & ~done
+        doubted = (cache.logits[:, wishes] >= least - 2 * errors[wishes]).any(dim=1) & ~done
         if not doubted.any():
             return int(done.sum())
         again(doubted.nonzero().squeeze(1))

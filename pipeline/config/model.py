@@ -71,7 +71,8 @@ class SelectConfig(Section):
     rank: Literal["mean", "heads"] = "mean"
     """Which M are the best. mean: by the mean attention of all heads and tasks, the paper. heads: each head for each
     task takes in turn the patch that it attends to most of those left (`ips.selection.ranking.in_turns`), so that one
-    head which has found rare patches is not outvoted; in exact and window, which then agree.
+    head which has found rare patches is not outvoted; exact and window then keep the same ones, each in its own order.
+    The last of heads x tasks have no turn where M is smaller.
     What is shown, as attention and scores, is the mean of all heads for either."""
     context: Literal["none", "all"] = "none"
     """What is pooled beside the M patches (`ips.network.context`). none: nothing, the paper. all: the other N - M,

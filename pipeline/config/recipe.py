@@ -281,7 +281,10 @@ class Config(Section):
         """What determines the trained model, as plain data; settings that are new where they are not their default.
 
         So trainings from before `train.threads`, `reselect_every`, `model.select.context`, `learn_from` and `rank` keep
-        their names. What training begins with is named by its content.
+        their names. `context_rule` says of which patches the encoder learns: 2, those of the release before
+        `learn_from`, which drew them in exact mode and took the winners in window mode; 3, the winners in exact mode.
+        A frozen encoder learns of none, so that either gives the same training but for rounding: 2.
+        What training begins with is named by its content.
         """
         dump = self.model_dump(
             mode="json",
@@ -294,9 +297,11 @@ class Config(Section):
             if getattr(self.train, name) == TrainConfig.model_fields[name].default:
                 del dump["train"][name]
         select, dumped = self.model.select, dump["model"]["select"]
-        for name in ("rank", "context", "learn_from"):
+        for name in ("rank", "context"):
             if getattr(select, name) == SelectConfig.model_fields[name].default:
                 del dumped[name]
-        if select.learn_from == "drawn":
-            dumped["context_rule"] = 2  # drawn by the slide and the epoch
+        del dumped["learn_from"]
+        if select.context == "all":
+            taken = (select.mode, select.learn_from) == ("exact", "best") and not self.train.freeze_encoder
+            dumped["context_rule"] = 3 if taken else 2
         return {**dump, "workers": self.cluster.workers, "split": self.cohort.split.model_dump()}

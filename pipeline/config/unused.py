@@ -41,6 +41,11 @@ def _given(config: Config) -> bool:
     return config.model.encoder.name == "features" and config.embed is None
 
 
+def _one_logit(config: Config) -> bool:
+    tasks = vars(config).get("tasks")  # not validated yet
+    return config.model.aggregator.heads == 1 and isinstance(tasks, list | tuple) and len(tasks) == 1
+
+
 def _is_resnet(name: str) -> bool:
     return str(name).startswith("resnet")
 
@@ -155,6 +160,18 @@ UNUSED: tuple[Unused, ...] = (
         lambda c: not _selects(c),
         "with model.select.mode=random and every, which score no patches",
         "set model.select.mode=exact or window",
+    ),
+    Unused(
+        ("model.select.rank",),
+        _one_logit,
+        "with one head and one task, whose order is that of the mean",
+        "set model.aggregator.heads=8",
+    ),
+    Unused(
+        ("model.select.learn_from",),
+        lambda c: c.train.freeze_encoder is True,
+        "with train.freeze_encoder=true: the encoder learns of none",
+        "set train.freeze_encoder=false",
     ),
     Unused(
         ("model.select.learn_from",),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ips.network.model import IPSModel
 from pipeline.config.base import fingerprint
+from pipeline.config.model import ModelConfig, SelectConfig
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.storage.files import download, exists, is_remote, join, list_names, upload
@@ -136,7 +137,7 @@ def model_digest(config: Config, weights: Sequence[Path]) -> str:
     images = config.cohort.megapixel_mnist
     decides = {
         "tasks": config.model_dump(mode="json", include={"tasks"}),
-        "model": config.model.model_dump(mode="json", exclude={"encoder": {"weights"}}),
+        "model": _deciding(config.model),
         "tiling": config.tiling.identity(),
         "embed": None
         if config.embed is None
@@ -149,6 +150,17 @@ def model_digest(config: Config, weights: Sequence[Path]) -> str:
         with path.open("rb") as file:
             hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()[:32]
+
+
+def _deciding(model: ModelConfig) -> dict[str, Any]:
+    """Of a network's fields those that decide a prediction; newer ones where they are not their default.
+
+    So models of before keep their digests, and what is finished by them is not made again.
+    """
+    dump = model.model_dump(mode="json", exclude={"encoder": {"weights"}, "select": {"learn_from"}})
+    if model.select.rank == SelectConfig.model_fields["rank"].default:
+        del dump["select"]["rank"]
+    return dump
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -157,7 +157,9 @@ def _scoring(model: SweepModel, setting: Setting) -> Scoring:
         if config.tiling.min_sharpness:
             limit = f"tiling.min_sharpness={config.tiling.min_sharpness:g}"
             raise ValueError(f"its {limit} was chosen at tiling.mpp={config.tiling.mpp:g} and holds at no other")
-    select = {"mode": setting.mode, **({} if setting.memory is None else {"memory": setting.memory})}
+    select: dict[str, object] = {"mode": setting.mode, "learn_from": "best"}  # which goes with every mode
+    if setting.memory is not None:
+        select["memory"] = setting.memory
     dump = config.model.model_dump()
     changed = ModelConfig.model_validate({**dump, "select": {**dump["select"], **select}})
     tiling = config.tiling if setting.mpp is None else _zoomed(config.tiling, setting.mpp)

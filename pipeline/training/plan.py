@@ -150,9 +150,10 @@ def steps_per_epoch(slides: int, batch_size: int) -> int:
 def longest_hand(plans: Iterable[Sequence[Step]], slides: int) -> int:
     """Slides that a rank trains on in one step at most: beside a huge one the others share many small ones.
 
-    Of so many epochs as have a million slides together, which take 10 s to plan; at least of the first.
+    Of so many epochs as have a million slides together, which take 10 s to plan; at least of two, since the first may
+    be the rest of one that was begun.
     """
-    ahead = islice(plans, max(1, _AHEAD // slides))
+    ahead = islice(plans, max(2, _AHEAD // slides))
     return max(len(hand) for plan in ahead for step in plan for hand in step.hands)
 
 

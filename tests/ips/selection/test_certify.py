@@ -96,6 +96,23 @@ def test_what_another_head_leaves_may_be_in_doubt_after_all(monkeypatch: pytest.
     assert sorted(noisy.winners(2)[0].tolist()) == [1, 2]
 
 
+def test_a_loud_head_puts_no_more_of_the_others_in_doubt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(600, 4, generator=generator, dtype=torch.float64)
+    noise = 0.01 * torch.randn(600, 4, generator=generator).sign()
+
+    def band(loud: float) -> int:
+        scale = torch.tensor([1.0, 1.0, 1.0, loud])
+        model, bag = _told(logits * scale)
+        noisy = LogitCache(600, 4, torch.float64, rank="heads")
+        noisy.logits[:] = (logits + noise) * scale
+        found = certified(noisy, [bag], 0, 16, 64, Scorer(model))
+        assert set(noisy.winners(16)[0].tolist()) == set(taken_in_turns((logits * scale).tolist(), 16))
+        return found.band
+
+    assert band(100.0) == band(1.0) < 60
+
+
 def _told(logits: Tensor) -> tuple[IPSModel, _Counting]:
     """A model, and patches that have logits (N, J) of it."""
     torch.manual_seed(0)

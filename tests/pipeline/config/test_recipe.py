@@ -58,11 +58,22 @@ def test_a_setting_that_is_new_leaves_the_recipes_of_before_as_they_were() -> No
         assert _changed(train={name: 3}).recipe()["train"][name] == 3
     assert not {"context", "rank"} & set(_changed().recipe()["model"]["select"])
     assert _changed(model={"select": {"rank": "heads"}}).recipe()["model"]["select"]["rank"] == "heads"
-    selecting = _changed(model={"select": {"context": "all"}}).recipe()["model"]["select"]
-    assert selecting["context"] == "all"
-    assert not {"learn_from", "context_rule"} & set(selecting)
-    drawn = _changed(model={"select": {"context": "all", "learn_from": "drawn"}}).recipe()["model"]["select"]
-    assert (drawn["learn_from"], drawn["context_rule"]) == ("drawn", 2)
+
+
+def test_trainings_of_the_last_release_keep_their_names() -> None:
+    """Fingerprints that its code gave. With all patches as context it drew those that teach in exact mode alone."""
+
+    def training(**select: object) -> str:
+        return fingerprint(_changed(model={"select": select}).recipe())
+
+    plain, exact, window = "13353530b1fc7977", "d1c2fb4aa3487d81", "9cd38869fb4acb1a"
+    assert training() == plain
+    assert training(context="all", learn_from="drawn") == exact
+    assert training(context="all", mode="window") == window
+    kept = {"train": {"freeze_encoder": True}, "model": {"select": {"context": "all"}}}
+    assert _changed(**kept).recipe()["model"]["select"]["context_rule"] == 2
+    best, heads = training(context="all"), training(context="all", mode="window", rank="heads")
+    assert len({plain, exact, window, best, heads}) == 5
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ def test_every_field_is_either_read_or_said_to_be_unused_somewhere() -> None:
         ({"model.select.mode": "every"}, "train.explore_epochs", 3),
         (BASELINE, "train.reselect_every", 2),
         (BASELINE, "model.select.rank", "heads"),
+        ({"model.aggregator.heads": 1}, "model.select.rank", "heads"),
+        ({}, "model.select.learn_from", "drawn"),
+        ({"model.select.context": "all", "train.freeze_encoder": True}, "model.select.learn_from", "drawn"),
         (BASELINE, "train.score_dtype", "bfloat16"),
         (BASELINE, "train.score_batch", 64),
         (BASELINE, "train.compile", True),
@@ -146,6 +149,10 @@ def test_what_has_an_effect_is_no_fault() -> None:
     assert unused(_given({**used, "train.monitor": "score", "train.score_dtype": "bfloat16"})) == []
     assert unused(_given({**BASELINE, "train.shard_above": None})) == []  # as it is anyway
     assert unused(_given({"model.aggregator.pool": "gated", "model.aggregator.hidden_dim": 9})) == []
+    assert unused(_given({"model.select.context": "all", "model.select.learn_from": "drawn"})) == []
+    assert unused(_given({"model.select.rank": "heads"})) == []
+    tasks = [{"name": name, "column": name} for name in ("a", "b")]
+    assert unused({**_given({"model.select.rank": "heads", "model.aggregator.heads": 1}), "tasks": tasks}) == []
 
 
 def test_a_config_dumped_whole_has_no_fault() -> None:
@@ -174,4 +181,4 @@ def test_they_are_told_together_with_all_other_problems() -> None:
 @pytest.mark.parametrize("broken", [{"train": 5}, {"cohort": None}, {"embed": None}, {"model": {"encoder": "x"}}])
 def test_a_section_that_is_none_is_left_to_its_own_check(broken: dict[str, Any]) -> None:
     assert unused({**_given({}), **broken}) == []
-    assert unused({}) == []
+    assert unused({}) == unused({"model": {"aggregator": {"heads": 1}}}) == []

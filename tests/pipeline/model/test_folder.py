@@ -132,6 +132,20 @@ def test_an_ensemble_is_kept_in_a_bucket_and_at_hand_from_there(
     assert whole_digest(one) == model_digest(small_config(), weight_files(one))
 
 
+def test_models_of_the_last_release_keep_their_digests() -> None:
+    """Those that its code gave; by another one finished predictions and sweep cells would be made again."""
+
+    def digest(**select: object) -> str:
+        plain = small_config().model.model_dump()
+        return model_digest(small_config(model={**plain, "select": {"memory": 5, "chunk": 7, **select}}), [])
+
+    whole = "e0b26373fe8cd13dfbf720b8f69a5a6f"
+    assert digest() == "83cbabd298aaf82b9d9a4429224e41b7"
+    assert digest(context="all") == digest(context="all", learn_from="drawn") == whole  # nothing is learned any more
+    assert digest(context="all", mode="window") == "47b95125fe0d0bcfc23dcd7c7b4d6f61"
+    assert digest(rank="heads") != digest()
+
+
 def test_what_is_no_model_of_an_ensemble_is_named(tmp_path: Path) -> None:
     (members := tmp_path / MEMBERS).mkdir()
     with pytest.raises(StageError, match=r"members: no model is in it; it holds a folder with weights.safetensors"):

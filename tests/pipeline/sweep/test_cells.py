@@ -107,6 +107,14 @@ def test_what_a_pool_cannot_do_is_left_out_and_told() -> None:
         expand([_model(model=gated)], [COHORT], SettingsGrid(mode=("exact",)))
 
 
+def test_what_the_encoder_learned_from_keeps_no_mode_out() -> None:
+    select = {"memory": 5, "context": "all", "learn_from": "drawn"}
+    model = {"encoder": {"stages": 2}, "aggregator": {"heads": 2, "key_dim": 4, "hidden_dim": 16}, "select": select}
+    found = expand([_model(model=model)], [COHORT], SettingsGrid(mode=("exact", "window")))
+    assert [cell.scoring.setting.mode for cell in found.cells] == ["exact", "window"]
+    assert found.left_out == ()
+
+
 def test_every_model_meets_every_cohort() -> None:
     other = SweptCohort("other", "c", (SLIDE,), ("b",), {})
     cells = expand([_model(), _model("e")], [COHORT, other], SettingsGrid(memory=(3, 4))).cells

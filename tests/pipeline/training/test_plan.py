@@ -202,4 +202,4 @@ def test_the_longest_hand_is_that_of_as_many_epochs_as_have_a_million_slides() -
     plans = [[Step(((0,), (1, 2)))], [Step(((0, 1, 2), ()))], [Step(((0, 1, 2, 3), ()))]]
     assert longest_hand(plans, 3) == 4
     assert longest_hand(iter(plans), 500_000) == 3
-    assert longest_hand(iter(plans), 3_000_000) == 2
+    assert longest_hand(iter(plans), 3_000_000) == 3  # the first may be the rest of an epoch
