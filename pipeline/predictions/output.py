@@ -7,10 +7,12 @@ slides, as the colours, comes into it at the end.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +20,24 @@ import pyarrow as pa
 from pipeline.config.data import TaskConfig
 from pipeline.errors import DamagedError, StageError
 from pipeline.model.calibration import KINDS, Cases, intervals
+from pipeline.model.folder import is_kept
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import delete, join, list_names, parsed_json, read_if_there, write_bytes, write_json
+from pipeline.storage.files import (
+    delete,
+    is_remote,
+    join,
+    list_names,
+    local_path,
+    parsed_json,
+    read_if_there,
+    write_bytes,
+    write_json,
+)
 from pipeline.storage.tree import delete_folder
+
+log = logging.getLogger(__name__)
 
 SLIDES, MODEL, COMMIT = "slides", "model", "slide.json"
 THREADS = 16
@@ -72,15 +87,41 @@ def begun_names(out: str) -> set[str]:
     return set(list_names(join(out, SLIDES)))
 
 
-def forget_models(out: str, digest: str) -> None:
-    """Remove the models below `model` that no slide's folder names, but for that of this digest."""
-    others = set(list_names(join(out, MODEL))) - {digest}
-    if others:  # else no slide's folder is read
-        with ThreadPoolExecutor(THREADS) as pool:
-            said = pool.map(read_facts, [join(out, SLIDES, name) for name in begun_names(out)])
-            named = {facts["model"]["digest"] for facts in said if facts is not None}
-        for other in sorted(others - named):
-            delete_folder(join(out, MODEL, other))
+def forget_models(out: str, digest: str, used: Path) -> None:
+    """Remove copies of models that earlier batches kept below `model` and no slide's folder names any more.
+
+    Whatever else lies there is the user's and stays (`is_kept`), as do the model of this digest and the folder `used`
+    that the batch took its model from, with all around and in it. Where a slide's folder does not tell its model, none
+    is removed.
+    """
+    places = [join(out, MODEL, name) for name in list_names(join(out, MODEL)) if name != digest]
+    kept = [place for place in places if is_kept(place) and not _meet(place, used)]
+    if not kept:
+        return  # no slide's folder is read
+    with ThreadPoolExecutor(THREADS) as pool:
+        said = list(pool.map(read_facts, [join(out, SLIDES, name) for name in begun_names(out)]))
+    named = {_model_of(facts) for facts in said if facts is not None}
+    if None in named:
+        log.warning("predict: slides below %s do not tell of which model they are, so the models kept there stay", out)
+        return
+    for place in kept:
+        if place.rpartition("/")[2] not in named:
+            log.info("predict: %s is removed, a copy of a model of which no slide here is any more", place)
+            delete_folder(place)
+
+
+def _model_of(facts: Facts) -> str | None:
+    """Digest of the model that a slide was predicted with; None where its facts have another shape."""
+    model = facts.get("model")
+    return str(model["digest"]) if isinstance(model, dict) and "digest" in model else None
+
+
+def _meet(uri: str, folder: Path) -> bool:
+    """Whether one of both lies within the other."""
+    if is_remote(uri):
+        return False
+    one, other = local_path(uri).resolve(), folder.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def read_facts(folder: str) -> Facts | None:
@@ -90,10 +131,10 @@ def read_facts(folder: str) -> Facts | None:
     if data is None:
         return None
     try:
-        facts: Facts = parsed_json(uri, data)
+        facts = parsed_json(uri, data)
     except DamagedError:
         return None  # it is made again
-    return facts
+    return facts if isinstance(facts, dict) else None
 
 
 def commit(folder: str, facts: Facts) -> None:
