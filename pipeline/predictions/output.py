@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.config.data import TaskConfig
 from pipeline.errors import DamagedError, StageError
 from pipeline.model.calibration import KINDS, Cases, intervals
-from pipeline.model.folder import is_kept
+from pipeline.model.folder import Seen, is_kept
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
@@ -47,6 +47,9 @@ TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
 
 INTERVALS = b"ips.interval"
 """Of the fields of `predictions.parquet` that end in `_low` and `_high`: what they are, for people."""
+
+TESTED = b"ips.tested"
+"""Of the same, where a test told them: patients that it had."""
 
 ENDS = ("low", "high")
 """Of the columns `<output>_low` and `_high`: an ensemble's spread, or a model's interval."""
@@ -162,13 +165,27 @@ def check_spread(tasks: Sequence[TaskConfig], models: int) -> None:
 
 
 def with_intervals(
-    outcomes: Sequence[Outcome], tasks: Sequence[TaskConfig], cases: Mapping[str, Cases]
+    outcomes: Sequence[Outcome],
+    patients: Sequence[str],
+    tasks: Sequence[TaskConfig],
+    cases: Mapping[str, Cases],
+    seen: Seen | None,
 ) -> list[Outcome]:
-    """The predictions of a model with the intervals that its test tells (`model.calibration`), by output column."""
-    return [
-        one if isinstance(one, Failure) else {**one, "intervals": intervals(tasks, cases, one["values"])}
-        for one in outcomes
-    ]
+    """The predictions of a model with the intervals that its test tells (`model.calibration`), by output column.
+
+    Without the case that a slide, or its patient, is itself; none of those that the model has learned from.
+    """
+    learned = frozenset[str]() if seen is None else seen.slides | seen.patients
+    most = max((len(own.said) for own in cases.values()), default=0)
+    found = list[Outcome]()
+    for one, patient in zip(outcomes, patients, strict=True):
+        if isinstance(one, Failure):
+            found.append(one)
+            continue
+        digests = {Seen.patient(patient), *([one["key"]] if "key" in one else [])}  # folders of before tell no key
+        ends = intervals(tasks, cases, one["values"], digests) if learned.isdisjoint(digests) else {}
+        found.append({**one, "intervals": ends, "tested": most})
+    return found
 
 
 def ends_of(facts: Facts, task: TaskConfig, column: str) -> tuple[float, float, str] | None:
@@ -213,7 +230,8 @@ def _table(
 ) -> pa.Table:
     good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
     bad = [one if isinstance(one, Failure) else None for one in outcomes]
-    kinds = dict[str, str]()
+    said = dict[str, dict[bytes, str]]()
+    tested = {TESTED: str(next((one["tested"] for one in good if one is not None and "tested" in one), 0))}
 
     def column(kind: pa.DataType, *path: str | int) -> pa.Array:
         found = []
@@ -240,7 +258,8 @@ def _table(
             if (kind := next((one[2] for one in known if one is not None), None)) is not None:
                 for end, suffix in enumerate(ENDS):
                     ends = [None if one is None else one[end] for one in known]
-                    columns[f"{name}_{suffix}"], kinds[f"{name}_{suffix}"] = pa.array(ends, pa.float64()), kind
+                    columns[f"{name}_{suffix}"] = pa.array(ends, pa.float64())
+                    said[f"{name}_{suffix}"] = {INTERVALS: kind, **({} if kind == "models" else tested)}
         own = [one.get(task.name) for one in labels]
         if any(label is not None for label in own):
             columns[task.result_columns["label"]] = pa.array(own, pa.string())
@@ -255,5 +274,5 @@ def _table(
             "error": pa.array([None if one is None else one.message for one in bad], pa.string()),
         }
     )
-    fields = [one.with_metadata({INTERVALS: kinds[one.name]}) if one.name in kinds else one for one in table.schema]
+    fields = [one.with_metadata(said[one.name]) if one.name in said else one for one in table.schema]
     return table.cast(pa.schema(fields))

@@ -21,7 +21,7 @@ from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
 from pipeline.model.calibration import read_calibration
-from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, shared_config, whole_digest
+from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, read_seen, shared_config, whole_digest
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
@@ -59,7 +59,7 @@ SHARD_ABOVE = 16_384
 it takes as long as to cut it (`large.cut`)."""
 _KEPT = (
     "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
-    "histograms", "sentences", "selected", "model", "spread",
+    "histograms", "sentences", "selected", "model", "spread", "key",
 )  # fmt: skip
 
 Item = TypeVar("Item")
@@ -156,7 +156,8 @@ def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
 
 def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How, folder: Path) -> dict[str, Any]:
     """Of the model in `folder`."""
-    cases, out, looked = read_calibration(folder), predicting.out, _versions(config, asked)
+    cases, seen = read_calibration(folder, config.tasks), read_seen(folder)
+    out, looked = predicting.out, _versions(config, asked)
     jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
     bags = bags_of([one.bag(config) for one in asked], config)
     jobs = with_others(jobs, bags)
@@ -188,7 +189,7 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
             for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
                 if isinstance(failed, StageError):
                     raise failed
-    complete = with_intervals(complete, config.tasks, cases)
+    complete = with_intervals(complete, [one.slide.patient_id for one in asked], config.tasks, cases, seen)
     told = _report(asked, jobs, complete, predicting, config, left)
     forget_models(out, predicting.digest, folder)
     return told

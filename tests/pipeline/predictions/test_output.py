@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config.data import TaskConfig
 from pipeline.errors import StageError
-from pipeline.model.folder import keep_any, whole_digest
+from pipeline.model.calibration import Cases, intervals
+from pipeline.model.folder import Seen, keep_any, whole_digest
 from pipeline.predictions.output import (
     Failure,
+    Outcome,
     begun_names,
     check_spread,
     commit,
@@ -16,6 +20,7 @@ from pipeline.predictions.output import (
     forget_models,
     read_facts,
     safe_name,
+    with_intervals,
     write_tables,
 )
 from tests.pipeline.small import small_config, write_model
@@ -100,6 +105,26 @@ def test_labels_have_a_column_where_there_are_any(tmp_path: Path) -> None:
         write_tables(str(tmp_path), [("a", "a.svs"), ("b", "b.svs")], [Failure("x", "y")] * 2, labels, tasks)
         head = (tmp_path / "predictions.csv").read_text().splitlines()[0]
         assert ('"t_label"' in head) == expected
+
+
+def test_a_slide_of_the_test_is_told_without_itself_and_one_of_the_training_not_at_all() -> None:
+    task, n = TaskConfig(name="t", column="label", classes=("no", "yes")), 20
+    said, came = np.linspace(0.0, 1.0, n), np.arange(n) % 2.0
+    names = tuple((Seen.patient(f"p{number}"), f"key{number}") for number in range(n))
+    cases = {"t": Cases(np.stack([1 - said, said], axis=1), np.stack([1 - came, came], axis=1), names)}
+    facts: dict[str, Any] = {"values": {"t_no": 1 - said[3], "t_yes": said[3]}}
+    of_test = {**facts, "key": "key3"}
+    whose = ["x", "x", "p3", "learned", "x", "x"]
+    outcomes: list[Outcome] = [facts, of_test, facts, facts, {**facts, "key": "learned key"}, Failure("a", "b")]
+    seen = Seen(frozenset({"learned key"}), frozenset({Seen.patient("learned")}))
+    found = [
+        one if isinstance(one, Failure) else one["intervals"]
+        for one in with_intervals(outcomes, whose, [task], cases, seen)
+    ]
+    new = intervals([task], cases, facts["values"])
+    own = intervals([task], {"t": cases["t"].without([names[3][0]])}, facts["values"])
+    assert own != new
+    assert found == [new, own, own, {}, {}, Failure("a", "b")]
 
 
 def test_a_spread_never_takes_the_place_of_an_output() -> None:
