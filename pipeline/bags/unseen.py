@@ -24,9 +24,13 @@ from pipeline.ingest.source import version_of
 from pipeline.ingest.tiler import LargeSlide
 from pipeline.ingest.versions import look_at
 from pipeline.storage.scratch import scratch_folder
+from pipeline.store.catalogue import GRACE_S
 from pipeline.store.patches import PatchStore, SlideStatus, StoredSlide
+from pipeline.store.rows import asked_digest
 
 Made = TypeVar("Made")
+
+_LOOK_S = GRACE_S / 6  # files that a look has seen are there for `GRACE_S`
 
 
 def read_together(
@@ -126,20 +130,20 @@ def tiled(config: Config, slide: CohortSlide, store: PatchStore | None = None) -
         return
     with scratch_folder() as folder:
         scratch, plans = str(folder), store
-        status = None if store is None else known(config, slide, store)
-        if plans is None or status is None:
+        stored = None if store is None else known(config, slide, store)
+        if plans is None or stored is None:
             make = index_slide if config.given_features else store_slide
             status, plans = make(slide, config.tiling, scratch), PatchStore(scratch, config.tiling.fingerprint())
-        key = str(_good(status).key)
+            stored = plans.slide(str(_good(status).key))
         if config.given_features:
-            given = open_given([slide], look_at([slide], config.tiling), plans, [key])
+            given = open_given([slide], look_at([slide], config.tiling), plans, [stored.key])
             try:
                 check_width(config, given)
             except ConfigError as error:  # of this file, where the others may be right
                 raise SlideError("features", error.problems[0]) from error
             yield given[0], scratch
         else:
-            yield plans.slide(key), scratch
+            yield stored, scratch
 
 
 def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
@@ -151,10 +155,11 @@ def _good(status: SlideStatus | LargeSlide) -> SlideStatus:
     return status
 
 
-def known(config: Config, slide: CohortSlide, store: PatchStore) -> SlideStatus | None:
-    """What a patch store says of this version of the slide, where it is committed there."""
-    status = store.status(slide, version_of(slide, config.tiling))
-    return status if status is not None and status.key is not None else None
+def known(config: Config, slide: CohortSlide, store: PatchStore) -> StoredSlide | None:
+    """This version of the slide as it is committed in a patch store, of which the look is at most `_LOOK_S` old."""
+    store.look_again_after(_LOOK_S)
+    key = store.key_of(asked_digest(slide, version_of(slide, config.tiling)))
+    return None if key is None else store.slide(key)
 
 
 def featured(config: Config, source: Source, scratch: str) -> Source:

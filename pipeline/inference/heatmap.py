@@ -270,7 +270,7 @@ def _draw_scale_bar(
 ) -> None:
     """A bar of a round length, `longest` level-0 px at most, and what it is long; `scale` is level-0 px per px."""
     length = round_length(longest * (mpp or 1.0))
-    px = length / (mpp or 1.0) / scale
+    px = max(1.0, length / (mpp or 1.0) / scale)  # of a slide of 1:500 and narrower less
     pen.rectangle((left, y - 2, left + round(px) - 1, y + 2), INK)
     name = f"{length:g} px" if mpp is None else f"{length:g} \u00b5m" if length < 1000 else f"{length / 1000:g} mm"
     pen.text((left + px + 8, y), name, INK, typeface(_SMALL), "lm")

@@ -24,8 +24,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ from pipeline.config.data import TaskConfig
 from pipeline.errors import StageError
 
 CALIBRATION = "calibration.json"
-"""Beside a registered model: outputs and labels of slides that it was tested on; no name of a slide or patient."""
+"""Beside a registered model: outputs and labels of slides that it was tested on; no names, but digests."""
 KINDS = {"regression": "95%", "binary": "calibrated", "multiclass": "calibrated", "multilabel": "calibrated"}
 """Kind of a task -> what its intervals are called; none of survival."""
 
 _VERSION = 1
-_MOST = 10_000  # cases of a task: 0.3 MB an output, and 1 ms an interval
+_MOST = 10_000  # cases of a task: 0.3 MB an output, and 1 ms for each place of an output
 _ERROR = 0.05  # of 100 new values, so many may lie outside
 
 Floats = npt.NDArray[np.float64]
@@ -56,6 +57,52 @@ class Cases:
     """(n, K) the outputs."""
     came: Floats
     """(n, K) 1 where the slide has the class or label, else 0; of a regression the label's value."""
+    names: tuple[tuple[str, ...], ...] = ()
+    """(n,) digests by which a slide that is one of them is known, as `Seen` has them; none: nobody noted them."""
+
+    @cached_property
+    def steps(self) -> tuple[Steps, ...]:
+        """(K,) of probabilities."""
+        return tuple(Steps(said, came) for said, came in zip(self.said.T, self.came.T, strict=True))
+
+    @cached_property
+    def _named(self) -> dict[str, int]:
+        return {digest: place for place, names in enumerate(self.names) for digest in names}
+
+    def without(self, digests: Collection[str]) -> Cases:
+        """All but those that are known by one of these: a slide's own label must not tell of it."""
+        own = {self._named[digest] for digest in digests if digest in self._named}
+        if not own:
+            return self
+        left = [place for place in range(len(self.said)) if place not in own]
+        return Cases(self.said[left], self.came[left], tuple(self.names[place] for place in left))
+
+
+class Steps:
+    """What outputs of one class or label mean, as `venn_abers`.
+
+    It follows from an output's place among the n known ones alone, so each of 2n + 1 places is looked at once at most.
+    """
+
+    def __init__(self, said: Floats, came: Floats) -> None:
+        """(n,) outputs, and (n,) truths, 0 or 1."""
+        self._known, places = np.unique(said, return_inverse=True)
+        self._many = np.bincount(places, minlength=len(self._known)).astype(np.float64)
+        self._had = np.bincount(places, came, minlength=len(self._known))
+        self._found: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def at(self, value: float) -> tuple[float, float]:
+        """The ends, low and high, of an output."""
+        first, last = (int(np.searchsorted(self._known, value, side)) for side in ("left", "right"))
+        if (first, last) not in self._found:
+            many, had = (
+                column.copy() if first < last else np.insert(column, first, 0.0) for column in (self._many, self._had)
+            )
+            many[first] += 1
+            low = float(isotonic_regression(had / many, weights=many).x[first])
+            had[first] += 1
+            self._found[first, last] = low, float(isotonic_regression(had / many, weights=many).x[first])
+        return self._found[first, last]
 
 
 def chosen(slide_ids: Sequence[str], patients: Sequence[str]) -> list[int]:
@@ -67,17 +114,20 @@ def chosen(slide_ids: Sequence[str], patients: Sequence[str]) -> list[int]:
     return list(first.values())[:_MOST]
 
 
-def calibration_json(cases: Mapping[str, Cases]) -> dict[str, Any]:
-    """What `CALIBRATION` holds of tasks."""
-    tasks = {name: {"said": own.said.tolist(), "came": own.came.tolist()} for name, own in cases.items()}
-    return {"version": _VERSION, "tasks": tasks}
+def calibration_json(cases: Mapping[str, Cases], split: str = "test") -> dict[str, Any]:
+    """What `CALIBRATION` holds of tasks, by the slides of a split."""
+    tasks = {
+        name: {"patients": len(own.said), "said": own.said.tolist(), "came": own.came.tolist(), "names": own.names}
+        for name, own in cases.items()
+    }
+    return {"version": _VERSION, "split": split, "tasks": tasks}
 
 
-def read_calibration(folder: Path) -> dict[str, Cases]:
-    """What stands beside a model; nothing beside one of earlier releases, or an ensemble.
+def read_calibration(folder: Path, tasks: Sequence[TaskConfig]) -> dict[str, Cases]:
+    """What stands beside a model of these tasks; nothing beside one of earlier releases, or an ensemble.
 
     Raises:
-        StageError: it is damaged, or of a newer release.
+        StageError: it is damaged, of other tasks, or of a newer release.
     """
     path = folder / CALIBRATION
     if not path.is_file():
@@ -86,12 +136,23 @@ def read_calibration(folder: Path) -> dict[str, Cases]:
         found = json.loads(path.read_bytes())
         if found["version"] != _VERSION:
             raise StageError(f"{path}: is of version {found['version']}, and this release knows {_VERSION}; update it")
-        return {
-            name: Cases(np.array(own["said"], np.float64), np.array(own["came"], np.float64))
-            for name, own in found["tasks"].items()
-        }
+        widths = {task.name: len(task.output_columns) for task in tasks}
+        return {name: _cases(name, own, widths[name]) for name, own in found["tasks"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(f"{path}: cannot be read ({error}); restore it, or remove it for no intervals") from error
+
+
+def _cases(name: str, own: Mapping[str, Any], width: int) -> Cases:
+    """Of a task of so many outputs; ValueError where they are not."""
+    said, came = (np.array(own[column], np.float64).reshape(len(own[column]), -1) for column in ("said", "came"))
+    names = tuple(map(tuple, own["names"]))
+    if not len(said) == len(came) == own["patients"] or len(names) not in (0, len(said)):
+        raise ValueError(f"{name}: {own['patients']} patients, {len(said)} said, {len(came)} came, {len(names)} names")
+    if len(said) and not said.shape[1] == came.shape[1] == width:
+        raise ValueError(f"{name}: {said.shape[1]} outputs and {came.shape[1]} truths, the model has {width}")
+    if not (np.isfinite(said).all() and np.isfinite(came).all()):
+        raise ValueError(f"{name}: values that are no finite numbers")
+    return Cases(said.reshape(-1, width), came.reshape(-1, width), names)
 
 
 def end_columns(tasks: Sequence[TaskConfig]) -> dict[str, tuple[str, str]]:
@@ -110,7 +171,10 @@ def end_columns(tasks: Sequence[TaskConfig]) -> dict[str, tuple[str, str]]:
 
 
 def intervals(
-    tasks: Sequence[TaskConfig], cases: Mapping[str, Cases], values: Mapping[str, float]
+    tasks: Sequence[TaskConfig],
+    cases: Mapping[str, Cases],
+    values: Mapping[str, float],
+    digests: Collection[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """Output column -> the ends of its interval, of those that have one.
 
@@ -118,29 +182,25 @@ def intervals(
         tasks: of the model.
         cases: task -> what is known of it.
         values: output column -> what the model says.
+        digests: by which the slide is known, where it is a case itself (`Cases.names`).
     """
     found, named = dict[str, tuple[float, float]](), end_columns(tasks)
     for task in (task for task in tasks if task.name in cases):
-        own = cases[task.name]
-        for column, said, came in zip(task.output_columns, own.said.T, own.came.T, strict=True):
-            if column not in named:
-                continue
-            if task.kind != "regression":
-                found[column] = venn_abers(said, came, values[column])
-            elif (reach := conformal_reach(np.abs(said - came))) is not None:
-                found[column] = values[column] - reach, values[column] + reach
-    return found
+        own, columns = cases[task.name].without(digests), task.output_columns
+        if task.kind == "regression":
+            if (reach := conformal_reach(np.abs(own.said - own.came)[:, 0])) is not None:
+                found |= {column: (values[column] - reach, values[column] + reach) for column in columns}
+        elif task.kind == "binary":  # one output is what the other leaves of 1
+            low, high = own.steps[1].at(values[columns[1]])
+            found |= {columns[0]: (1 - high, 1 - low), columns[1]: (low, high)}
+        else:
+            found |= {column: steps.at(values[column]) for column, steps in zip(columns, own.steps, strict=True)}
+    return {column: ends for column, ends in found.items() if column in named}
 
 
 def venn_abers(said: Floats, came: Floats, value: float) -> tuple[float, float]:
     """What an output `value` means, by cases of which (n,) outputs and (n,) truths (0 or 1) are known: low, high."""
-    _, places = np.unique(np.append(said, value), return_inverse=True)
-    many, place = np.bincount(places), places[-1]
-    low, high = (
-        float(isotonic_regression(np.bincount(places, np.append(came, truth)) / many, weights=many).x[place])
-        for truth in (0.0, 1.0)
-    )
-    return low, high
+    return Steps(said, came).at(value)
 
 
 def conformal_reach(errors: Floats) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.storage.files import download, exists, is_remote, join, list_names, upload
 from pipeline.storage.scratch import scratch_folder
+from pipeline.storage.tree import walk
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
@@ -34,6 +36,12 @@ SEEN = "seen.json"
 
 MEMBERS = "members"
 """Of a registered ensemble: a folder for each of its models, and what they share: `EMBED_WEIGHTS`, `TISSUE_NETWORK`."""
+
+_DIGEST = re.compile(r"[0-9a-f]{16}|[0-9a-f]{32}")  # of an ensemble, of a model
+_KEPT = re.compile(
+    rf"({MEMBERS}/([0-9]{{4}}/)?)?({'|'.join(map(re.escape, (WEIGHTS, CONFIG, EMBED_WEIGHTS, TISSUE_NETWORK)))})"
+)
+"""Files of `keep_any`."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,19 @@ def keep_any(folder: Path, uri: str) -> None:
         keep_model(one, join(uri, MEMBERS, f"{number:04d}"))
     for path in _packed_files(folder / MEMBERS):
         upload(path, join(uri, MEMBERS, path.name))
+
+
+def is_kept(uri: str) -> bool:
+    """Whether a place named by a digest holds what `keep_any` writes of that model, all of it and nothing else."""
+    place = uri.rstrip("/") + "/"
+    names = [str(file.uri).removeprefix(place) for file in walk(uri)]
+    if not _DIGEST.fullmatch(place.split("/")[-2]) or not all(map(_KEPT.fullmatch, names)):
+        return False
+    with ExitStack() as stack:
+        try:
+            return whole_digest(at_hand(uri, stack)) == place.split("/")[-2]
+        except (StageError, OSError):  # a file is missing, or another release wrote it
+            return False
 
 
 def keep_model(folder: Path, uri: str) -> None:

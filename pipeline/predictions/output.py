@@ -7,10 +7,12 @@ slides, as the colours, comes into it at the end.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +20,24 @@ import pyarrow as pa
 from pipeline.config.data import TaskConfig
 from pipeline.errors import DamagedError, StageError
 from pipeline.model.calibration import KINDS, Cases, intervals
+from pipeline.model.folder import Seen, is_kept
 from pipeline.predictions.asked import as_text
 from pipeline.predictions.maps import as_parquet
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import delete, join, list_names, parsed_json, read_if_there, write_bytes, write_json
+from pipeline.storage.files import (
+    delete,
+    is_remote,
+    join,
+    list_names,
+    local_path,
+    parsed_json,
+    read_if_there,
+    write_bytes,
+    write_json,
+)
 from pipeline.storage.tree import delete_folder
+
+log = logging.getLogger(__name__)
 
 SLIDES, MODEL, COMMIT = "slides", "model", "slide.json"
 THREADS = 16
@@ -32,6 +47,9 @@ TOP, TISSUE, ALL = "top.geojson", "tissue.geojson", "all.geojson.gz"
 
 INTERVALS = b"ips.interval"
 """Of the fields of `predictions.parquet` that end in `_low` and `_high`: what they are, for people."""
+
+TESTED = b"ips.tested"
+"""Of the same, where a test told them: patients that it had."""
 
 ENDS = ("low", "high")
 """Of the columns `<output>_low` and `_high`: an ensemble's spread, or a model's interval."""
@@ -72,15 +90,41 @@ def begun_names(out: str) -> set[str]:
     return set(list_names(join(out, SLIDES)))
 
 
-def forget_models(out: str, digest: str) -> None:
-    """Remove the models below `model` that no slide's folder names, but for that of this digest."""
-    others = set(list_names(join(out, MODEL))) - {digest}
-    if others:  # else no slide's folder is read
-        with ThreadPoolExecutor(THREADS) as pool:
-            said = pool.map(read_facts, [join(out, SLIDES, name) for name in begun_names(out)])
-            named = {facts["model"]["digest"] for facts in said if facts is not None}
-        for other in sorted(others - named):
-            delete_folder(join(out, MODEL, other))
+def forget_models(out: str, digest: str, used: Path) -> None:
+    """Remove copies of models that earlier batches kept below `model` and no slide's folder names any more.
+
+    Whatever else lies there is the user's and stays (`is_kept`), as do the model of this digest and the folder `used`
+    that the batch took its model from, with all around and in it. Where a slide's folder does not tell its model, none
+    is removed.
+    """
+    places = [join(out, MODEL, name) for name in list_names(join(out, MODEL)) if name != digest]
+    kept = [place for place in places if is_kept(place) and not _meet(place, used)]
+    if not kept:
+        return  # no slide's folder is read
+    with ThreadPoolExecutor(THREADS) as pool:
+        said = list(pool.map(read_facts, [join(out, SLIDES, name) for name in begun_names(out)]))
+    named = {_model_of(facts) for facts in said if facts is not None}
+    if None in named:
+        log.warning("predict: slides below %s do not tell of which model they are, so the models kept there stay", out)
+        return
+    for place in kept:
+        if place.rpartition("/")[2] not in named:
+            log.info("predict: %s is removed, a copy of a model of which no slide here is any more", place)
+            delete_folder(place)
+
+
+def _model_of(facts: Facts) -> str | None:
+    """Digest of the model that a slide was predicted with; None where its facts have another shape."""
+    model = facts.get("model")
+    return str(model["digest"]) if isinstance(model, dict) and "digest" in model else None
+
+
+def _meet(uri: str, folder: Path) -> bool:
+    """Whether one of both lies within the other."""
+    if is_remote(uri):
+        return False
+    one, other = local_path(uri).resolve(), folder.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def read_facts(folder: str) -> Facts | None:
@@ -90,10 +134,10 @@ def read_facts(folder: str) -> Facts | None:
     if data is None:
         return None
     try:
-        facts: Facts = parsed_json(uri, data)
+        facts = parsed_json(uri, data)
     except DamagedError:
         return None  # it is made again
-    return facts
+    return facts if isinstance(facts, dict) else None
 
 
 def commit(folder: str, facts: Facts) -> None:
@@ -121,13 +165,27 @@ def check_spread(tasks: Sequence[TaskConfig], models: int) -> None:
 
 
 def with_intervals(
-    outcomes: Sequence[Outcome], tasks: Sequence[TaskConfig], cases: Mapping[str, Cases]
+    outcomes: Sequence[Outcome],
+    patients: Sequence[str],
+    tasks: Sequence[TaskConfig],
+    cases: Mapping[str, Cases],
+    seen: Seen | None,
 ) -> list[Outcome]:
-    """The predictions of a model with the intervals that its test tells (`model.calibration`), by output column."""
-    return [
-        one if isinstance(one, Failure) else {**one, "intervals": intervals(tasks, cases, one["values"])}
-        for one in outcomes
-    ]
+    """The predictions of a model with the intervals that its test tells (`model.calibration`), by output column.
+
+    Without the case that a slide, or its patient, is itself; none of those that the model has learned from.
+    """
+    learned = frozenset[str]() if seen is None else seen.slides | seen.patients
+    most = max((len(own.said) for own in cases.values()), default=0)
+    found = list[Outcome]()
+    for one, patient in zip(outcomes, patients, strict=True):
+        if isinstance(one, Failure):
+            found.append(one)
+            continue
+        digests = {Seen.patient(patient), *([one["key"]] if "key" in one else [])}  # folders of before tell no key
+        ends = intervals(tasks, cases, one["values"], digests) if learned.isdisjoint(digests) else {}
+        found.append({**one, "intervals": ends, "tested": most})
+    return found
 
 
 def ends_of(facts: Facts, task: TaskConfig, column: str) -> tuple[float, float, str] | None:
@@ -172,7 +230,8 @@ def _table(
 ) -> pa.Table:
     good: list[Facts | None] = [None if isinstance(one, Failure) else one for one in outcomes]
     bad = [one if isinstance(one, Failure) else None for one in outcomes]
-    kinds = dict[str, str]()
+    said = dict[str, dict[bytes, str]]()
+    tested = {TESTED: str(next((one["tested"] for one in good if one is not None and "tested" in one), 0))}
 
     def column(kind: pa.DataType, *path: str | int) -> pa.Array:
         found = []
@@ -199,7 +258,8 @@ def _table(
             if (kind := next((one[2] for one in known if one is not None), None)) is not None:
                 for end, suffix in enumerate(ENDS):
                     ends = [None if one is None else one[end] for one in known]
-                    columns[f"{name}_{suffix}"], kinds[f"{name}_{suffix}"] = pa.array(ends, pa.float64()), kind
+                    columns[f"{name}_{suffix}"] = pa.array(ends, pa.float64())
+                    said[f"{name}_{suffix}"] = {INTERVALS: kind, **({} if kind == "models" else tested)}
         own = [one.get(task.name) for one in labels]
         if any(label is not None for label in own):
             columns[task.result_columns["label"]] = pa.array(own, pa.string())
@@ -214,5 +274,5 @@ def _table(
             "error": pa.array([None if one is None else one.message for one in bad], pa.string()),
         }
     )
-    fields = [one.with_metadata({INTERVALS: kinds[one.name]}) if one.name in kinds else one for one in table.schema]
+    fields = [one.with_metadata(said[one.name]) if one.name in said else one for one in table.schema]
     return table.cast(pa.schema(fields))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,8 @@ from pipeline.inference.prediction import unpredicted
 from pipeline.ingest import child
 from pipeline.ingest.cohorts import located
 from pipeline.ingest.versions import Looked, look_at
-from pipeline.model.calibration import Cases, read_calibration
-from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, shared_config, whole_digest
+from pipeline.model.calibration import read_calibration
+from pipeline.model.folder import MEMBERS, WEIGHTS, keep_any, model_folders, read_seen, shared_config, whole_digest
 from pipeline.predictions.asked import Asked, as_text, asked_slides, check_bags
 from pipeline.predictions.dicom import load_highdicom
 from pipeline.predictions.finish import Finishing
@@ -59,7 +59,7 @@ SHARD_ABOVE = 16_384
 it takes as long as to cut it (`large.cut`)."""
 _KEPT = (
     "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
-    "histograms", "sentences", "selected", "model", "spread",
+    "histograms", "sentences", "selected", "model", "spread", "key",
 )  # fmt: skip
 
 Item = TypeVar("Item")
@@ -145,7 +145,7 @@ def predict(
         predicting = Predicting(
             kept, source, digest, place, how.store, how.heads, how.all_patches, how.dicom, above, max(1, how.workers)
         )
-        return _predict(asked, predicting, config, how, read_calibration(folder))
+        return _predict(asked, predicting, config, how, folder)
 
 
 def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
@@ -154,9 +154,9 @@ def _in_their_files(asked: Sequence[Asked]) -> list[Asked]:
     return [replace(one, slide=slide) for one, slide in zip(asked, slides, strict=True)]
 
 
-def _predict(
-    asked: Sequence[Asked], predicting: Predicting, config: Config, how: How, cases: Mapping[str, Cases]
-) -> dict[str, Any]:
+def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how: How, folder: Path) -> dict[str, Any]:
+    """Of the model in `folder`."""
+    cases, seen = read_calibration(folder, config.tasks), read_seen(folder)
     out, looked = predicting.out, _versions(config, asked)
     jobs = [_job(one, version, predicting, config) for one, version in zip(asked, looked, strict=True)]
     bags = bags_of([one.bag(config) for one in asked], config)
@@ -189,9 +189,9 @@ def _predict(
             for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
                 if isinstance(failed, StageError):
                     raise failed
-    complete = with_intervals(complete, config.tasks, cases)
+    complete = with_intervals(complete, [one.slide.patient_id for one in asked], config.tasks, cases, seen)
     told = _report(asked, jobs, complete, predicting, config, left)
-    forget_models(out, predicting.digest)
+    forget_models(out, predicting.digest, folder)
     return told
 
 

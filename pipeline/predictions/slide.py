@@ -218,6 +218,7 @@ class Predictor:
             "folder": join(SLIDES, safe_name(slide.slide_id)),
             "dimensions": list(size),
             "mpp": source.mpp,
+            "key": source.key,
             "origin": list(origin),
             "patch": source.extent,
             "stride": source.extent if stored is None else stored.stride,

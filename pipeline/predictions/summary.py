@@ -12,6 +12,13 @@ from pipeline.predictions.output import CONTACT, OVERLAY, TOP, Failure, Outcome,
 from pipeline.storage.files import join, write_bytes
 
 NAME = "summary.html"
+MEANT = {
+    "calibrated": "calibrated: of slides with such an output, the share that has the class lies there, by the test "
+    "of {patients} patients. It tells of the output and is no confidence interval around it: that may lie outside.",
+    "95%": "95%: of 100 new slides like those of the test, of {patients} patients, the label lies there for 95. It "
+    "is as wide for every slide.",
+}
+"""Kind of an interval -> what it means, for people."""
 
 
 def write_summary(
@@ -39,11 +46,25 @@ def write_summary(
         labelled=labelled,
         good=good,
         bad=[row for row in rows if row["error"] is not None],
+        meant=_meant(outcomes, tasks),
         patches=sum(row["n_patches"] for row in good),
     )
     place = join(out, NAME)
     write_bytes(place, text.encode(errors="backslashreplace"))
     return place
+
+
+def _meant(outcomes: Sequence[Outcome], tasks: Sequence[TaskConfig]) -> list[str]:
+    """What the intervals that there are mean."""
+    good = [one for one in outcomes if not isinstance(one, Failure)]
+    kinds = {
+        ends[2]
+        for one in good
+        for task in tasks
+        for column in task.output_columns
+        if (ends := ends_of(one, task, column))
+    }
+    return [words.format(patients=good[0].get("tested")) for kind, words in MEANT.items() if kind in kinds]
 
 
 def _row(

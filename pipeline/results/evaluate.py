@@ -23,8 +23,10 @@ from pipeline.inference.measured import Measured, measured
 from pipeline.inference.metrics import MEASURES, Floats, Ints, confusion, expected_time, held, roc_points, told_apart
 from pipeline.inference.prediction import BagPrediction, bag_scorer, predict_bag
 from pipeline.inference.resampling import draw_plan
-from pipeline.model.calibration import KINDS, Cases, calibration_json, chosen
+from pipeline.model.calibration import CALIBRATION, KINDS, Cases, calibration_json, chosen
+from pipeline.model.folder import Seen
 from pipeline.results.strata import Stratum, strata
+from pipeline.storage.files import join, write_json
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class TaskResult:
         known = [evaluated[place][0] for place in self.slides]
         there = chosen([slide.slide_id for slide in known], [slide.patient_id for slide in known])
         came = self.truth[:, None] if self.task.kind == "regression" else held(self.task, self.truth)
-        return Cases(self.values[there], came[there].astype(np.float64))
+        names = tuple((Seen.patient(known[place].patient_id), evaluated[self.slides[place]][1].key) for place in there)
+        return Cases(self.values[there], came[there].astype(np.float64), names)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,21 @@ class Evaluation:
     def calibration(self) -> dict[str, Any]:
         """What is kept beside the model, for intervals of its predictions."""
         own = [result for result in self.tasks if result.task.kind in KINDS]
-        return calibration_json({result.task.name: result.cases(self.slides) for result in own})
+        return calibration_json({result.task.name: result.cases(self.slides) for result in own}, self.split)
+
+
+def write_cases(evaluation: Evaluation, folder: str) -> dict[str, str]:
+    """Write what intervals follow from, where it was the test: name of the output -> its place."""
+    if evaluation.split != "test":
+        log.warning(
+            "evaluate: predictions of this model will have no intervals: they follow from slides that it neither "
+            "learned from nor was chosen by, and evaluate.split is %s, not test",
+            evaluation.split,
+        )
+        return {}
+    place = join(folder, CALIBRATION)
+    write_json(place, evaluation.calibration)
+    return {"calibration": place}
 
 
 def evaluate(

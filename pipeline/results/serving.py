@@ -31,7 +31,7 @@ from pipeline.inference.explain import Explanation, explain
 from pipeline.inference.metrics import Floats
 from pipeline.inference.prediction import SlidePrediction, load_model, predict_together, unpredicted
 from pipeline.model.calibration import end_columns, intervals, read_calibration
-from pipeline.model.folder import MEMBERS
+from pipeline.model.folder import MEMBERS, Seen, read_seen
 from pipeline.results.limits import ROWS, SECONDS, Limits, host_limits
 
 _MLFLOW_LOG = "mlflow.models.utils"
@@ -58,10 +58,11 @@ class SlideModel(PythonModel):
         log.setLevel(logging.WARNING)  # else MLFLOW_LOGGING_LEVEL=ERROR would keep what is refused from the filter
         log.addFilter(_refuse_unknown)
         if MEMBERS in context.artifacts:
-            self.members, self.cases = load_members(Path(context.artifacts[MEMBERS])), {}
+            self.members, self.cases, self.seen = load_members(Path(context.artifacts[MEMBERS])), {}, None
         else:
             folder = Path(context.artifacts["weights"]).parent
-            self.members, self.cases = [load_model(folder)], read_calibration(folder)
+            self.members, self.seen = [load_model(folder)], read_seen(folder)
+            self.cases = read_calibration(folder, self.members[0][1].tasks)
         self.model, self.config = self.members[0]
 
     def predict(
@@ -107,13 +108,16 @@ class SlideModel(PythonModel):
             return [self._failed(one, answer) for one in given]
         outputs, maps = answer
         if asked.intervals:
-            outputs |= self._ends(outputs)
+            outputs |= self._ends(outputs, given)
         return [{"uri": one.uri, **outputs, **own, "error": None} for one, own in zip(given, maps, strict=True)]
 
-    def _ends(self, outputs: Mapping[str, float]) -> dict[str, float]:
-        """By column, of those outputs that have an interval."""
+    def _ends(self, outputs: Mapping[str, float], given: Sequence[_Row]) -> dict[str, float]:
+        """By column, of those outputs that have an interval; none of a patient that the model has learned from."""
         names = end_columns(self.config.tasks)
-        found = intervals(self.config.tasks, self.cases, outputs)
+        patients = {Seen.patient(str(row.patient)) for row in given if not pd.isna(row.patient)}
+        if self.seen is not None and not self.seen.patients.isdisjoint(patients):
+            return {}
+        found = intervals(self.config.tasks, self.cases, outputs, patients)
         return {name: end for column, ends in found.items() for name, end in zip(names[column], ends, strict=True)}
 
     def _answer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Shelf:
         self.uri = uri
         self.catalogue = Catalogue(uri)
         self._view: View | None = None
+        self._looked = 0.0
         self._names: frozenset[str] | None = None
         self._local = "" if files.is_remote(uri) else str(files.local_path(uri))
         self._packs: frozenset[str] | None = None
@@ -35,12 +37,26 @@ class Shelf:
     def view(self) -> View:
         """What the catalogue says."""
         if self._view is None:
+            self._looked = time.monotonic()
             self._view = self.catalogue.read()
         return self._view
 
     def look_again(self) -> None:
         """Forget what was seen: others may have written."""
         self._view = self._names = self._packs = None
+
+    def look_again_after(self, seconds: float) -> None:
+        """As `look_again`, where the look is older: for whoever is at work on slide after slide for hours."""
+        if time.monotonic() - self._looked > seconds:
+            self.look_again()
+
+    def key_of(self, asked: str) -> str | None:
+        """Key of the slide that a version of a source (`asked_digest`) became; None where it did not, or it is gone.
+
+        Unlike `PatchStore.status` it tells nothing of why, and reads no file of the catalogue again for that.
+        """
+        (key,) = self.view.sources["key"].take(self.view.source_places([asked])).to_pylist()
+        return key if key is not None and self.has(key) else None
 
     def append(self, rows: Sequence[Row]) -> None:
         """Commit these rows (`rows`), all or none."""

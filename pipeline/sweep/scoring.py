@@ -153,12 +153,12 @@ class Panel:
         if above is None or self._store is None or config.cohort.megapixel_mnist is not None or not self._split(task):
             return None
         try:
-            status = known(config, task.slide, self._store)
+            stored = known(config, task.slide, self._store)
         except SlideError:
             return None  # told by whoever scores it
-        if status is None or status.n_patches <= above:
+        if stored is None or stored.n_patches <= above:
             return None
-        n = status.n_patches
+        n = stored.n_patches
         return Cut(tuple(Shard(task, n, start, stop) for start, stop in borders(n, self._asked.shards)))
 
     def _shard(self, shard: Shard) -> Scored:

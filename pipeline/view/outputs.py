@@ -22,6 +22,7 @@ MASK_PX = 2048
 _SCORE, _EFFECT, _HEAD, _LABEL = "score", "effect_", "attention_", "_label"
 _FACTS = {"width", "height", "mpp", "attention_in_selected", "n_patches", "n_bad_tiles"}
 _LOW, _HIGH, _INTERVAL = "_low", "_high", b"ips.interval"
+_TESTED = b"ips.tested"
 _REMEDY = "run predict again, which makes what is not whole"
 _UNIFORM = "\N{MULTIPLICATION SIGN} uniform attention"
 
@@ -43,13 +44,15 @@ class Output(Batch):
             raise DamagedError(f"{self.uri}/{PREDICTIONS}: it has no column {', '.join(missing)}; {_REMEDY}")
         listed = rows.to_pylist()
         floats = [field.name for field in rows.schema if pa.types.is_floating(field.type) and field.name not in _FACTS]
-        ends = _ends(floats)
+        marked = {field.name for field in rows.schema if _INTERVAL in (field.metadata or {})}
+        ends = marked or _ends(floats)
         numbers = [name for name in floats if name not in ends]
         self._folders = [row["folder"] for row in listed]
         first = next((folder for folder in self._folders if folder is not None), None)
         self._said = {} if first is None else _json(files.join(self.uri, first, SLIDE))
         self.name = str(self._said.get("model", {}).get("source", self.uri))
         kinds = {field.name: (field.metadata or {}).get(_INTERVAL, b"interval").decode() for field in rows.schema}
+        self._tested = {f.name: int(found) for f in rows.schema if (found := (f.metadata or {}).get(_TESTED))}
         self.slides = [self._slide(row, numbers, ends, kinds) for row in listed]
         self.scales = _scales(self._said)
 
@@ -59,7 +62,14 @@ class Output(Batch):
         labels = [str(value) for name, value in row.items() if name.endswith(_LABEL) and value is not None]
         spread = {name: row[name] for name in ends}
         told = tuple(
-            Told(name, row[name], spread.get(name + _LOW), spread.get(name + _HIGH), kinds.get(name + _LOW, ""))
+            Told(
+                name,
+                row[name],
+                spread.get(name + _LOW),
+                spread.get(name + _HIGH),
+                kinds.get(name + _LOW, ""),
+                self._tested.get(name + _LOW),
+            )
             for name in numbers
             if row[name] is not None and math.isfinite(row[name]) and not name.endswith(_LABEL)
         )
@@ -121,7 +131,10 @@ class Output(Batch):
 
 
 def _ends(columns: Sequence[str]) -> set[str]:
-    """Those that are the ends of another's interval; classes too may be called low and high."""
+    """Those that are the ends of another's interval, where the file does not say so: as before it did.
+
+    Classes too may be called low and high.
+    """
     there = set(columns)
     pairs = [(name + _LOW, name + _HIGH) for name in columns]
     return {end for pair in pairs if there.issuperset(pair) for end in pair}

@@ -28,6 +28,8 @@ class Told:
     high: float | None = None
     interval: str = ""
     """What that is, in a word: `models` of an ensemble, `calibrated`, `95%`."""
+    tested: int | None = None
+    """Patients of the test that it follows from."""
 
 
 @dataclass(frozen=True)

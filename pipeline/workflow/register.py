@@ -136,6 +136,12 @@ def enter(
     with trained_folder(train.outputs["checkpoint"]) as folder:
         if "calibration" in tested:  # written since predictions have intervals
             download(tested["calibration"], folder / CALIBRATION)
+        elif tested:
+            log.warning(
+                "register: predictions of this version will have no intervals, as its evaluation kept no cases of the "
+                "test split: it was another split's, or an earlier release's, and runs anew with another "
+                "evaluate.bootstrap"
+            )
         return register_model(
             tracker,
             name,

@@ -30,11 +30,10 @@ from pipeline.inference.operating import thresholds
 from pipeline.ingest.statuses import as_columns
 from pipeline.ingest.tiler import TRANSIENT, allows_more
 from pipeline.ingest.versions import known
-from pipeline.model.calibration import CALIBRATION
 from pipeline.model.folder import WEIGHTS
 from pipeline.progress import progress
 from pipeline.results.tables import table_csv
-from pipeline.storage.files import join, read_bytes, source_version, write_bytes, write_json
+from pipeline.storage.files import join, read_bytes, source_version, write_bytes
 from pipeline.store.ledger import write_ledger
 from pipeline.store.patches import PatchStore, SlideStatus
 from pipeline.store.rows import asked_digest
@@ -297,6 +296,7 @@ def _evaluate_identity(space: Workspace) -> Mapping[str, Any]:
 
 
 def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
+    from pipeline.results.evaluate import write_cases
     from pipeline.results.report import render_report
 
     config, tracker = space.config, space.tracker()
@@ -322,9 +322,8 @@ def _evaluate(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
     for name, text in texts.items():
         write_bytes(join(folder, name), text.encode())
         tracker.log_text(run_id, text, name)
-    write_json(join(folder, CALIBRATION), evaluation.calibration)
+    outputs = {name.partition(".")[0]: join(folder, name) for name in texts} | write_cases(evaluation, folder)
     tracker.log_metrics(run_id, evaluation.metrics, 0)
-    outputs = {name.partition(".")[0]: join(folder, name) for name in (*texts, CALIBRATION)}
     return Record("evaluate", stage_fingerprint, outputs, evaluation.metrics, {"slides": len(slides)})
 
 

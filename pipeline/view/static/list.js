@@ -5,6 +5,18 @@ export const number = (value) => (Math.abs(value) >= 0.001 || value === 0 ? valu
 const interval = ({ low, high, interval: kind }) =>
   low === null || high === null ? "" : ` (${kind}: ${number(low)} to ${number(high)})`;
 
+const meant = {
+  calibrated: (tested) =>
+    `calibrated: of slides with such an output, the share that has the class lies there, by the test of ${tested} ` +
+    "patients. It tells of the output and is no confidence interval around it: that may lie outside.",
+  "95%": (tested) =>
+    `95%: of 100 new slides like those of the test, of ${tested} patients, the label lies there for 95. ` +
+    "It is as wide for every slide.",
+};
+
+export const meaning = ({ low, interval: kind, tested }) =>
+  low === null || !tested || !(kind in meant) ? "" : meant[kind](tested);
+
 export const toldText = (told) => `${told.name} ${number(told.value)}${interval(told)}`;
 
 function item(slide, index, onChoose) {
@@ -14,7 +26,11 @@ function item(slide, index, onChoose) {
   button.dataset.slide = index;
   button.append(text("span", slide.id, "name"));
   if (slide.label !== null) button.append(text("span", `label ${slide.label}`, "line"));
-  for (const told of slide.told) button.append(text("span", toldText(told), "line"));
+  for (const told of slide.told) {
+    const line = text("span", toldText(told), "line");
+    line.title = meaning(told);
+    button.append(line);
+  }
   if (slide.reason !== null) button.append(text("span", slide.reason, "line bad"));
   button.addEventListener("click", () => onChoose(index));
   row.append(button);

@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.inference.heatmap import Heatmap, attention_map, highest, overlay_png, round_length
+from pipeline.inference.heatmap import Heatmap, attention_map, highest, overlay_box, overlay_png, round_length
 
 
 def _pixels(png: bytes) -> np.ndarray:
@@ -80,6 +82,24 @@ def test_the_scale_bar_is_as_long_as_it_says() -> None:
     for mpp, length in ((0.5, 40), (None, 50)):
         below = _pixels(overlay_png(_slide([0.5, 0.5], mpp), 2.0))[int(PAD + 157 * ZOOM) :]
         assert abs(_longest(below.sum(axis=2) < 250) - length * ZOOM) < 3
+
+
+@given(
+    st.integers(1, 1000),
+    st.sampled_from(["tall", "wide"]),
+    st.sampled_from([None, 0.25, 1e5]),
+    st.sampled_from([60, 900]),
+)
+def test_slides_of_any_shape_have_a_picture(ratio: int, way: str, mpp: float | None, map_px: int) -> None:
+    """Up to 1:1000, of which a thumbnail has one px across."""
+    across = max(1, round(512 / ratio))
+    shape = (512, across) if way == "tall" else (across, 512)
+    dimensions = (51_200 // ratio, 51_200) if way == "tall" else (51_200, 51_200 // ratio)
+    slide = Heatmap(
+        np.full((*shape, 3), 200, np.uint8), 100.0, np.array([0]), np.array([0]), 32.0, np.array([1.0]), mpp, dimensions
+    )
+    picture = _pixels(overlay_png(slide, 10.0, caption=["a"], marks=(0,), map_px=map_px))
+    assert picture.shape[0] > max(200, overlay_box(shape, map_px=map_px).height)
 
 
 def _longest(dark: np.ndarray) -> int:

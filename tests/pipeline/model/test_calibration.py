@@ -13,6 +13,7 @@ from pipeline.errors import StageError
 from pipeline.model.calibration import (
     CALIBRATION,
     Cases,
+    Steps,
     calibration_json,
     chosen,
     conformal_reach,
@@ -40,6 +41,11 @@ def test_the_ends_are_two_isotonic_regressions_at_the_new_slide(
         fitted = isotonic_by_means([sum(own) / len(own) for own in groups], [float(len(own)) for own in groups])
         ends.append(fitted[outputs.index(new[0])])
     assert venn_abers(said, came, new[0]) == pytest.approx(tuple(ends), abs=1e-12)
+    steps = Steps(said, came)  # asked of other outputs before, among them those between two known ones
+    for other in (-1.0, 0.3, 0.5, 2.0, new[0], new[0]):
+        assert steps.at(other) == venn_abers(said, came, other)
+    low, high = venn_abers(1 - said, 1 - came, 1 - new[0])
+    assert (1 - high, 1 - low) == pytest.approx(tuple(ends), abs=1e-12)
     assert 0 <= ends[0] < ends[1] <= 1
 
 
@@ -95,7 +101,7 @@ def test_intervals_are_by_column_and_survive_the_file(tmp_path: Path) -> None:
     }
     (tmp_path / CALIBRATION).write_text(json.dumps(calibration_json(cases)))
     values = {"t_no": 0.25, "t_yes": 0.75, "age_value": 50.0}
-    found = intervals([BINARY, NUMBER], read_calibration(tmp_path), values)
+    found = intervals([BINARY, NUMBER], read_calibration(tmp_path, [BINARY, NUMBER]), values)
     assert found == intervals([BINARY, NUMBER], cases, values)
     assert found["age_value"] == pytest.approx((48.0, 52.0))
     low, high = found["t_yes"]
@@ -112,8 +118,41 @@ def test_a_patient_is_one_case_and_the_order_tells_nothing() -> None:
 
 
 def test_a_model_without_cases_has_none_and_a_broken_file_is_named(tmp_path: Path) -> None:
-    assert read_calibration(tmp_path) == {}
+    assert read_calibration(tmp_path, [BINARY]) == {}
     for text, why in (("{", "cannot be read"), ('{"version": 2}', "is of version 2, and this release knows 1")):
         (tmp_path / CALIBRATION).write_text(text)
         with pytest.raises(StageError, match=why):
-            read_calibration(tmp_path)
+            read_calibration(tmp_path, [BINARY])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"said": [[0.5], [0.5]]}, "1 outputs and 2 truths, the model has 2"),
+        ({"said": [[0.5, 0.5]]}, "2 patients, 1 said, 2 came, 2 names"),
+        ({"came": [[0.0, 1.0], [float("nan"), 1.0]]}, "values that are no finite numbers"),
+        ({"names": [["a"]]}, "2 patients, 2 said, 2 came, 1 names"),
+        ({"said": "x"}, "could not convert"),
+    ],
+)
+def test_cases_that_do_not_fit_together_are_refused(change: dict[str, object], why: str, tmp_path: Path) -> None:
+    ends = np.array([[0.0, 1.0], [1.0, 0.0]])
+    whole = calibration_json({"t": Cases(ends, ends, (("a",), ("b",)))})
+    assert (whole["split"], whole["tasks"]["t"]["patients"]) == ("test", 2)
+    (tmp_path / CALIBRATION).write_text(json.dumps(whole))
+    assert read_calibration(tmp_path, [BINARY])["t"].names == (("a",), ("b",))
+    (tmp_path / CALIBRATION).write_text(json.dumps({**whole, "tasks": {"t": {**whole["tasks"]["t"], **change}}}))
+    with pytest.raises(StageError, match=why):
+        read_calibration(tmp_path, [BINARY])
+
+
+def test_a_slide_of_the_cases_does_not_tell_of_itself() -> None:
+    said = np.linspace(0.0, 1.0, 40)
+    truth = (np.arange(40) % 2).astype(float)
+    ends = np.stack([1 - said, said], axis=1), np.stack([1 - truth, truth], axis=1)
+    cases = {"t": Cases(*ends, tuple((f"patient{n}", f"slide{n}") for n in range(40)))}
+    values, left = {"t_no": 1 - said[7], "t_yes": said[7]}, np.arange(40) != 7
+    without = intervals([BINARY], {"t": Cases(ends[0][left], ends[1][left])}, values)
+    assert without != intervals([BINARY], cases, values) == intervals([BINARY], cases, values, {"other"})
+    for digests in ({"patient7", "x"}, {"slide7"}, {"patient7", "slide7"}):
+        assert intervals([BINARY], cases, values, digests) == without

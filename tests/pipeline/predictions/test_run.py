@@ -334,7 +334,9 @@ def test_a_model_with_cases_gives_intervals_and_the_next_without_gives_none(fold
     assert bad["tumour_yes_low"] is None
     (told,) = [one for one in Output(str(out)).slides[0].told if one.name == "tumour_yes"]
     assert (told.low, told.high, told.interval) == (low, high, "calibrated")
-    assert f"calibrated: {low:.3f} to {high:.3f}" in (out / "summary.html").read_text()
+    page = (out / "summary.html").read_text()
+    assert f"calibrated: {low:.3f} to {high:.3f}" in page
+    assert "by the test of 30 patients" in page
 
 
 def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folder: Path, tmp_path: Path) -> None:

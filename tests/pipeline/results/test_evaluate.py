@@ -14,7 +14,7 @@ from pipeline.errors import StageError
 from pipeline.inference.measured import measured
 from pipeline.inference.prediction import load_model
 from pipeline.inference.resampling import draw_plan
-from pipeline.results.evaluate import Evaluation, evaluate
+from pipeline.results.evaluate import Evaluation, evaluate, write_cases
 from pipeline.results.report import render_report
 from tests.pipeline.small import small_config, store_slides, write_cohort, write_model
 
@@ -162,6 +162,11 @@ def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
     assert not {name for name in result.metrics if name.endswith(("_low", "_high"))} - {f"test_{n}" for n in names}
     assert not np.isnan(list(result.metrics.values())).any()
     kept = result.calibration["tasks"]
+    assert write_cases(replace(result, split="val"), str(tmp_path / "none")) == {}
+    assert not (tmp_path / "none").exists()
+    wrote = json.loads(Path(write_cases(result, str(tmp_path / "cases"))["calibration"]).read_text())
+    assert (wrote["split"], wrote["tasks"]["tumour"]["patients"]) == ("test", 3)
+    assert all(len(set(names)) == 2 for names in wrote["tasks"]["age"]["names"])
     assert {name: len(own["said"]) for name, own in kept.items()} == {"finds": 4, "age": 4, "tumour": 3}  # patients
     table = result.predictions.to_pydict()
     values = dict(zip(table["age_value"], table["age_label"], strict=True))

@@ -77,7 +77,10 @@ def write_output(out: Path, slides: Mapping[str, Mapping[str, Any]], *, model: s
             _write_slide(out / "slides" / slide_id, slide_id, slide, model)
     table = pa.Table.from_pylist(rows)
     fields = [
-        one.with_metadata({"ips.interval": "calibrated"}) if one.name.endswith("_low") else one for one in table.schema
+        one.with_metadata({"ips.interval": "calibrated", "ips.tested": "40"})
+        if one.name.endswith(("_low", "_high"))
+        else one
+        for one in table.schema
     ]
     pq.write_table(table.cast(pa.schema(fields)), out / "predictions.parquet")
     return out

@@ -147,8 +147,21 @@ def test_what_predict_writes_today_is_shown(tmp_path: Path) -> None:
             assert site.picture(route).data[1:4] == b"PNG", layers[number]
 
 
-def test_a_class_may_be_called_low_or_high(out: Path) -> None:
+def test_columns_that_are_marked_are_the_ends(out: Path) -> None:
+    """Whatever others are called, as classes `a`, `a_low` and `a_high` beside a task with intervals."""
     table = pq.read_table(out / "predictions.parquet")
+    for name in ("grade_a", "grade_a_low", "grade_a_high"):
+        table = table.append_column(name, pa.array([0.25, None], pa.float64()))
+    pq.write_table(table, out / "predictions.parquet")
+    told = {one.name: one for one in Output(str(out)).slides[0].told}
+    assert list(told) == ["tumour_lesion", "grade_a", "grade_a_low", "grade_a_high"]
+    assert (told["tumour_lesion"].interval, told["tumour_lesion"].tested) == ("calibrated", 40)
+
+
+def test_a_class_may_be_called_low_or_high(out: Path) -> None:
+    """Also in a file of before, which marks none."""
+    table = pq.read_table(out / "predictions.parquet").replace_schema_metadata()
+    table = table.cast(pa.schema([one.remove_metadata() for one in table.schema]))
     for name in ("risk_low", "risk_high", "grade_a", "grade_a_low"):
         table = table.append_column(name, pa.array([0.25, None], pa.float64()))
     pq.write_table(table, out / "predictions.parquet")

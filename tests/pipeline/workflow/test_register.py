@@ -69,7 +69,7 @@ def made(tracker: Tracker, tmp_path: Path) -> Made:
 
 
 def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(
-    made: Made, tracker: Tracker, tmp_path: Path
+    made: Made, tracker: Tracker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (a, run_a), (b, run_b) = made("a"), made("b")
     name = str(a.config.tracking.model)
@@ -79,10 +79,13 @@ def test_the_recipe_run_last_is_champion_and_no_version_is_made_twice(
     assert (
         "trained on 5 slides, validated on 2. On 3 slides of the test split: test_auc 0.500.\n\nReport: r.html" in said
     )
+    assert "no intervals" not in caplog.text
     second = register.register(b, "fb", run_b)
+    assert "will have no intervals" in caplog.text
+    assert "runs anew with another evaluate.bootstrap" in caplog.text
     for version, expected in (("1", ["tumour"]), ("2", [])):  # that of b was evaluated before there were any
         _, folder = fetch(tracker, f"models:/{name}/{version}", tmp_path / version)
-        assert list(read_calibration(folder)) == expected
+        assert list(read_calibration(folder, small_config().tasks)) == expected
     assert (first.facts["version"], second.facts["version"], second.facts["previous"]) == ("1", "2", "1")
     assert register.outdated(b, second) is None
     assert register.outdated(a, first) == f"version 1 of {name} is registered, but the champion is 2"
