@@ -28,7 +28,7 @@ BENIGN_MIX = (0.0, 0.1)  # the same of other nests
 ATYPICAL, ATYPICAL_MIX = 2, (0.4, 0.6)  # nests of every slide that are neither, so that a model is sometimes in doubt
 RADIUS = (46.0, 58.0)  # px, of a nest
 CLEAR_CELL = 14.5  # px, radius
-LESION_CELL = 16.3  # larger, as its nucleus: within one cell light and dark cancel, and the deviation would tell
+LESION_CELL = 16.8  # larger, as its nucleus: within one cell light and dark cancel, and the deviation would tell
 SPACING = 33.0  # px between cells of a nest
 
 

@@ -110,7 +110,7 @@ _WORK = """
 import time, ray
 from pipeline.telemetry import METRICS, count, level
 ray.init(address="auto", log_to_driver=False)
-for number in range(300):
+for number in range(1000):  # until it is killed
     for name, metric in METRICS.items():
         tags = dict.fromkeys(metric.tags, "x")
         count(name, 2.0, **tags) if metric.form == "Counter" else level(name, float(number), **tags)

@@ -142,7 +142,8 @@ def test_without_the_cluster_s_token_nothing_is_begun(head: Head, tmp_path: Path
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_sigterm_stops_the_job_and_with_detach_leaves_it(head: Head, tmp_path: Path) -> None:
-    arguments = ("tile", "--config", "demo", f"storage.root={tmp_path / 'root'}")
+    slides = "cohort.demo.slides=800"  # a minute to write, for as long as both commands take to begin
+    arguments = ("tile", "--config", "demo", f"storage.root={tmp_path / 'root'}", slides)
     codes: list[int] = []
     for options, told in ((("--json", "--detach"), "submitted as"), (("--json",), "follows the running")):
         command = _submit(head, *options, *arguments)
