@@ -226,6 +226,7 @@ def _command_line(process: psutil.Process) -> list[str]:
     return line
 
 
+@pytest.mark.nightly  # three minutes: jobs, killed workers and champions have shorter tests of their own
 def test_a_ray_job_of_two_workers_outlives_one_and_its_champion_predicts_outside(
     ray_head: dict[str, str], tmp_path: Path
 ) -> None:

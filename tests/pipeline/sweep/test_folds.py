@@ -60,6 +60,7 @@ def test_without_folds_it_says_what_to_set(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)  # three trainings
 def test_no_label_of_the_fold_that_is_reported_reaches_its_training(ray_session: None, tmp_path: Path) -> None:
     """Its labels are turned over: the training is the same to the last bit, with its best checkpoint and threshold."""

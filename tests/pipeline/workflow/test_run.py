@@ -224,7 +224,7 @@ def test_a_run_goes_by_the_splits_that_were_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("source", ["store", "stream"])
+@pytest.mark.parametrize("source", ["store", pytest.param("stream", marks=pytest.mark.nightly)])
 def test_patches_with_surroundings_go_the_whole_way(ray_session: None, tmp_path: Path, source: str) -> None:
     """From slides to a model whose test is what it says of each slide alone."""
     lines = ["slide_id,uri,split,label"]
