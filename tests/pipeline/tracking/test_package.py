@@ -22,7 +22,7 @@ def test_every_package_that_serving_imports_is_a_requirement() -> None:
     """Lazy imports too: tiles in JPEG 2000 need one of these alone."""
     optional = {"timm", "onnxruntime"}  # of models that need it
     # Of patch coordinates, of the embed stage, s3fs's own, and of gs:// and az://, which a host may have.
-    others = {"h5py", "ray", "aiohttp", "botocore", "obstore"}
+    others = {"h5py", "ray", "aiobotocore", "aiohttp", "botocore", "obstore"}
     wanted, seen, rest = set(), set(), {"pipeline.results.serving"}
     while rest:
         seen.add(name := rest.pop())

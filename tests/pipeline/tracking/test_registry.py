@@ -175,11 +175,12 @@ def test_the_signature_and_the_requirements_are_what_a_host_can_install(
     assert model.signature is not None
     assert [spec.name for spec in model.signature.inputs.inputs] == ["uri", "mpp", "series"]
     asked_for = ["patch", "patches", "top", "curves"]
+    ends = ["tumour_no_low", "tumour_no_high", "tumour_yes_low", "tumour_yes_high"]
     assert [spec.name for spec in model.signature.outputs.inputs] == [
-        "uri", "tumour_no", "tumour_yes", *asked_for, "error",
+        "uri", "tumour_no", "tumour_yes", *ends, *asked_for, "error",
     ]  # fmt: skip
     defaults = {spec.name: spec.default for spec in model.signature.params.params}
-    assert defaults == {"attention": False, "top_k": 0, "explain": False}
+    assert defaults == {"attention": False, "top_k": 0, "explain": False, "intervals": False}
     requirements = (local / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") for line in requirements)
     assert yaml.safe_load((local / "conda.yaml").read_text())["dependencies"][-1]["pip"] == requirements
