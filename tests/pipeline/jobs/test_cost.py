@@ -101,7 +101,9 @@ def test_a_large_cohort_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def _demo(folder: Path, seed: int) -> tuple[Config, Cohort]:
-    config = load_config("demo", [f"storage.root={folder}", "cohort.demo.slides=48", f"cohort.demo.seed={seed}"])
+    overrides = [f"storage.root={folder}", "cohort.demo.slides=12", f"cohort.demo.seed={seed}"]
+    overrides += ["tiling.mpp=0.5", "tiling.patch_px=64"]  # so much to cut that what a slide costs beside it is little
+    config = load_config("demo", overrides)
     assert config.cohort.demo is not None
     write_demo(str(Path(config.cohort.uri).parent), config.cohort.demo)
     return config, load_cohort(config, needs_labels=True)
