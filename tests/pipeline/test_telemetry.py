@@ -109,7 +109,7 @@ _DASHBOARD = Path(__file__).resolve().parents[2] / "conf" / "deploy" / "grafana.
 _WORK = """
 import time, ray
 from pipeline.telemetry import METRICS, count, level
-ray.init(address="auto", log_to_driver=False)
+ray.init(log_to_driver=False)  # where RAY_ADDRESS says
 for number in range(1000):  # until it is killed
     for name, metric in METRICS.items():
         tags = dict.fromkeys(metric.tags, "x")
@@ -135,7 +135,7 @@ def test_prometheus_answers_the_dashboard_s_queries(tmp_path: Path) -> None:
     with serve_head() as head:
         exporter = f"127.0.0.1:{head.metrics_port}"
         wait_for(f"http://{exporter}/metrics", 60)  # a process that comes before its node's agent offers nothing at all
-        work = subprocess.Popen([sys.executable, "-c", _WORK], env=head.env)
+        work = subprocess.Popen([sys.executable, "-c", _WORK], env={**head.env, "RAY_ADDRESS": head.gcs})
         try:
             with _prometheus(exporter, tmp_path) as address:
                 offered: set[str] = set()

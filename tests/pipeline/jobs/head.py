@@ -30,6 +30,8 @@ class Head:
 
     address: str
     """Of its job server."""
+    gcs: str
+    """Address of the cluster: `auto` may find another one of this machine."""
     metrics_port: int
     process: subprocess.Popen[bytes]
     env: dict[str, str]
@@ -70,7 +72,7 @@ def serve_head(begin: Sequence[str] = ("ray", "start", "--head", "--block"), **m
     ]
     log = (Path(short) / "log").open("wb")
     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    made = Head(f"http://127.0.0.1:{dashboard}", metrics, process, env)
+    made = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{head}", metrics, process, env)
     try:
         wait_for(f"{made.address}/api/version", 90, env.get("RAY_AUTH_TOKEN"))
         yield made
