@@ -197,16 +197,21 @@ def test_a_run_goes_on_at_another_world_size(
     _assert_alike(state["model"], one[0]["model"])
 
 
+def _assert_both_did(folder: Path, name: str, alone: Mapping[str, Any], selected: Chosen) -> None:
+    """Two processes have the weights of one, and took together what it took."""
+    together: Chosen = {}
+    for rank in range(2):
+        state, chosen = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+        _assert_alike(state["model"], alone["model"])
+        together |= chosen
+    assert together == selected
+
+
 @pytest.mark.slow
 def test_two_processes_with_context_train_as_one_does(folder: Path, one: tuple[dict[str, Any], Chosen]) -> None:
     """Shared slides' sums come from both; the weights are those of one process, and not those without context."""
     alone, selected = _train(Ranks(), None, 0, 3, CONTEXT)
-    together: Chosen = {}
-    for rank in range(2):
-        state, chosen = torch.load(folder / f"context-{rank}.pt", weights_only=True)
-        _assert_alike(state["model"], alone["model"])
-        together |= chosen
-    assert together == selected
+    _assert_both_did(folder, "context", alone, selected)
     assert (
         alone["model"]["aggregator.attention.queries"] - _model().state_dict()["aggregator.attention.queries"]
     ).any()
@@ -218,10 +223,5 @@ def test_two_processes_whose_heads_take_in_turn_train_as_one_does(
     folder: Path, one: tuple[dict[str, Any], Chosen]
 ) -> None:
     alone, selected = _train(Ranks(), None, 0, 3, HEADS)
-    together: Chosen = {}
-    for rank in range(2):
-        state, chosen = torch.load(folder / f"heads-{rank}.pt", weights_only=True)
-        _assert_alike(state["model"], alone["model"])
-        together |= chosen
-    assert together == selected
+    _assert_both_did(folder, "heads", alone, selected)
     assert any(set(rows) != set(one[1][where]) for where, rows in selected.items())
