@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline import cluster
@@ -23,9 +24,11 @@ from pipeline.release.history import Act, acts
 from pipeline.release.promotion import challenge, decision_folder
 from pipeline.release.scoring import Scored, Unscorable, own_config, score, test_sources, try_score
 from pipeline.release.trained import Trained, together, write_trained
+from pipeline.results.evaluate import write_cases
 from pipeline.results.strata import MOST
 from pipeline.storage.files import join
-from pipeline.tracking.registry import RegisteredVersion, has_version
+from pipeline.storage.scratch import scratch_folder
+from pipeline.tracking.registry import RegisteredVersion, add_file, has_version
 from pipeline.tracking.tracker import connect
 from pipeline.workflow.changes import Labels
 from pipeline.workflow.register import enter
@@ -142,12 +145,14 @@ class _Judgement:
         scored = score(tracker, candidate, own, test_sources(own, slides, keys))
         if same:
             return self._same(stage_fingerprint, scored, manifest)
+        seen = self._learned(train)
+        self._keep_cases(scored, cases, seen)
         other = None
         if question.champion is not None:
             other = try_score(tracker, question.champion, self.config, slides, keys)
         sides = self._sides(other)
         drift = None if sides is None else find_drift(sides, self.config.tasks, self.config.seed)
-        evidence = self._evidence(manifest, cases, scored, other, self._learned(train), drift)
+        evidence = self._evidence(manifest, cases, scored, other, seen, drift)
         champion = other if isinstance(other, Scored) else None
         case = Case(evidence, decide(evidence), scored, champion, sides, self._told())
         pages = keep(case, space, self.run_id)
@@ -176,6 +181,17 @@ class _Judgement:
         known = Trained(seen, slides, question.arrivals.rows, contents(self.keys))
         write_trained(self.config.storage.root, train, known)
         return seen
+
+    def _keep_cases(self, scored: Scored, cases: Sequence[Present], seen: Mapping[str, Sequence[str]] | None) -> None:
+        """Put beside the candidate what its intervals follow from: the test's slides that it has not learned from."""
+        if seen is None:
+            log.warning("retrain: predictions of this version will have no intervals: what it has seen is not known")
+            return
+        known = set(contaminated(cases, seen))
+        ids = {one.slide.slide_id for one in cases if one.case.slide in known}
+        with scratch_folder() as scratch:
+            for place in write_cases(scored.evaluation, str(scratch), ids).values():
+                add_file(self.space.tracker(), scored.version, Path(place))
 
     def _same(self, stage_fingerprint: str, scored: Scored, manifest: Manifest) -> Record:
         """Nothing was learned anew; what the champion measures on the test is kept, for the test may be a new one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,14 @@ class TaskResult:
     roc: Mapping[str, tuple[Floats, Floats]]
     """Class or label -> false and true positive rates, against the rest; binary: of the positive class."""
 
-    def cases(self, evaluated: Slides) -> Cases:
-        """What `evaluated`, which `slides` are places of, tell of others."""
-        known = [evaluated[place][0] for place in self.slides]
-        there = chosen([slide.slide_id for slide in known], [slide.patient_id for slide in known])
+    def cases(self, evaluated: Slides, without: Collection[str] = ()) -> Cases:
+        """What `evaluated`, which `slides` are places of, tell of others, but for slides `without` by their ids."""
+        left = [at for at, place in enumerate(self.slides) if evaluated[place][0].slide_id not in without]
+        known = [evaluated[self.slides[at]][0] for at in left]
+        picked = chosen([slide.slide_id for slide in known], [slide.patient_id for slide in known])
+        there = [left[at] for at in picked]
         came = self.truth[:, None] if self.task.kind == "regression" else held(self.task, self.truth)
-        names = tuple((Seen.patient(known[place].patient_id), evaluated[self.slides[place]][1].key) for place in there)
+        names = tuple((Seen.patient(known[at].patient_id), evaluated[self.slides[left[at]]][1].key) for at in picked)
         return Cases(self.values[there], came[there].astype(np.float64), names)
 
 
@@ -109,15 +111,20 @@ class Evaluation:
         }
         return {f"{self.split}_{name}": value for name, value in values.items()}
 
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """What is kept beside the model, for intervals of its predictions."""
+    def calibration(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """What is kept beside the model, for intervals of its predictions, but for slides `without` by their ids."""
         own = [result for result in self.tasks if result.task.kind in KINDS]
-        return calibration_json({result.task.name: result.cases(self.slides) for result in own}, self.split)
+        return calibration_json({result.task.name: result.cases(self.slides, without) for result in own}, self.split)
 
 
-def write_cases(evaluation: Evaluation, folder: str) -> dict[str, str]:
-    """Write what intervals follow from, where it was the test: name of the output -> its place."""
+def write_cases(evaluation: Evaluation, folder: str, without: Collection[str] = ()) -> dict[str, str]:
+    """Write what intervals follow from, where it was the test: name of the output -> its place.
+
+    Args:
+        evaluation: of any split.
+        folder: URI; nothing is written there where it was another split.
+        without: ids of slides that the model has learned from.
+    """
     if evaluation.split != "test":
         log.warning(
             "evaluate: predictions of this model will have no intervals: they follow from slides that it neither "
@@ -126,7 +133,7 @@ def write_cases(evaluation: Evaluation, folder: str) -> dict[str, str]:
         )
         return {}
     place = join(folder, CALIBRATION)
-    write_json(place, evaluation.calibration)
+    write_json(place, evaluation.calibration(without))
     return {"calibration": place}
 
 

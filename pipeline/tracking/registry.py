@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,20 @@ def alias_version(store: Store, name: str, alias: str) -> str | None:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None
+
+
+def add_file(store: Store, version: RegisteredVersion, file: Path) -> None:
+    """Put a file beside a version's weights, where loading it finds it; one of the same name is replaced.
+
+    Raises:
+        TrackingError: the artifact store cannot be reached or refuses.
+    """
+    with reported(store.uri):
+        source = store.client.get_model_version(version.name, version.version).source
+        logged = store.client.get_logged_model(source.removeprefix("models:/"))  # as `register_model` has it
+    with _place_reported(store.uri, "written to", logged.artifact_location), tempfile.TemporaryDirectory() as scratch:
+        shutil.copy(file, scratch)
+        store.client.log_model_artifacts(logged.model_id, scratch, "artifacts")
 
 
 def has_version(store: Store, name: str, version: str) -> bool:

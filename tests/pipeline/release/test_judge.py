@@ -11,11 +11,12 @@ from pipeline.cohort.frozen import newest
 from pipeline.config.base import fingerprint
 from pipeline.errors import StageError
 from pipeline.gate.decision import replay
+from pipeline.model.calibration import Cases, read_calibration
 from pipeline.release.arrivals import Arrivals, Row
 from pipeline.release.history import Act, append
 from pipeline.release.judge import SAME, Question, judging
 from pipeline.release.trained import read_trained
-from pipeline.tracking.registry import RegisteredVersion, alias_version, champion, find_version
+from pipeline.tracking.registry import RegisteredVersion, alias_version, champion, fetch, find_version
 from pipeline.tracking.tracker import Tracker, open_tracking
 from pipeline.workflow.stage import Record, Workspace
 from tests.pipeline.release.space import Study, small_study
@@ -55,7 +56,13 @@ def _first(study: Study, **gate: Any) -> tuple[Record, RegisteredVersion]:
     return record, find_version(study.tracker, f"models:/{name}/{record.facts['version']}")
 
 
-def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Study) -> None:
+def _cases(study: Study, version: RegisteredVersion, folder: Path) -> Cases:
+    """What intervals of a registered version follow from."""
+    _, artifacts = fetch(study.tracker, version.uri, folder / f"version{version.version}")
+    return read_calibration(artifacts, study.config.tasks)["tumour"]
+
+
+def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Study, tmp_path: Path) -> None:
     record, version = _first(study, first="floors", floors=[{"measure": "accuracy", "bound": 0.0, "least": 1}])
     assert record.facts["verdict"] == "promote"
     data, difference = replay(record.outputs["decision"])
@@ -78,6 +85,9 @@ def test_a_first_model_is_judged_and_all_that_was_decided_by_is_kept(study: Stud
     trained = read_trained(study.config.storage.root, "train1")
     assert trained is not None
     assert len(trained.learned["keys"]) == len(trained.slides) == 6
+    cases = _cases(study, version, tmp_path)
+    assert len(cases.said) == 6
+    assert {name for names in cases.names for name in names} > {study.keys[f"test{n}"] for n in range(6)}
     text = (folder / "evidence.json").read_text()
     assert "test0" not in text
     assert "p-test" not in text
@@ -125,7 +135,17 @@ def test_a_champion_that_has_learned_from_the_test_is_found(study: Study) -> Non
     assert evidence["champion"]["seen"] == [fingerprint("test3")]
 
 
-def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: Study) -> None:
+def test_a_candidate_is_no_witness_of_slides_it_has_learned_from(study: Study, tmp_path: Path) -> None:
+    slides = [replace(s, patient_id="p-train0") if s.slide_id == "test3" else s for s in study.cohort.slides]
+    mixed = replace(study, cohort=replace(study.cohort, slides=tuple(slides)))
+    record, version = _first(mixed)
+    evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
+    assert evidence["candidate"]["seen"] == [fingerprint("test3")]
+    cases = _cases(study, version, tmp_path)
+    assert {key for _, key in cases.names} == {study.keys[f"test{n}"] for n in range(6) if n != 3}
+
+
+def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: Study, tmp_path: Path) -> None:
     other = study.space(5).records["train"].outputs["checkpoint"]
     train = {**study.config.train.model_dump(), "begins_with": f"{other}/weights.safetensors"}
     gate = {"first": "floors", "floors": [{"measure": "accuracy", "bound": 0.0, "least": 1}]}
@@ -133,6 +153,9 @@ def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: S
     assert record.facts["verdict"] == "hold"
     evidence = json.loads((Path(record.outputs["decision"]).parent / "evidence.json").read_text())
     assert evidence["candidate"]["seen"] is None
+    version = find_version(study.tracker, f"models:/{study.config.tracking.model}/{record.facts['version']}")
+    with pytest.raises(KeyError):
+        _cases(study, version, tmp_path)
     assert read_trained(study.config.storage.root, "train1") is None  # nor is it known of the champion that it may be
 
 

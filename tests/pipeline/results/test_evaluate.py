@@ -161,7 +161,12 @@ def test_every_kind_of_task_at_once(cohort: Cohort, tmp_path: Path) -> None:
     assert {f"test_{name}" for name in names | further} <= set(result.metrics)
     assert not {name for name in result.metrics if name.endswith(("_low", "_high"))} - {f"test_{n}" for n in names}
     assert not np.isnan(list(result.metrics.values())).any()
-    kept = result.calibration["tasks"]
+    kept = result.calibration()["tasks"]
+    ids = {source.key: slide.slide_id for slide, source in result.slides}
+    witness = kept["age"]["names"][0][1]
+    less = result.calibration({ids[witness]})["tasks"]
+    assert witness not in {key for own in less.values() for _, key in own["names"]}
+    assert len(less["age"]["said"]) in (3, 4)  # where the patient has another slide, that one tells
     assert write_cases(replace(result, split="val"), str(tmp_path / "none")) == {}
     assert not (tmp_path / "none").exists()
     wrote = json.loads(Path(write_cases(result, str(tmp_path / "cases"))["calibration"]).read_text())
