@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ _Ints = npt.NDArray[np.int64]
 
 _PAD, _BAR, _MARGIN, _SCALE_BAR, _LINE = 14, 110, 26, 26, 16
 """px: around everything, the colour bar with its lettering, the numbers of marks, the scale bar, a line of caption."""
+_CAPTION = 480  # px of width that a caption gets, below a narrow slide too
 _LEAST = 200  # px of height that the colour bar with its title needs, beside a flat slide too
 _SMALL, _MIDDLE, _LARGE = 14.5, 16.5, 18.5
 """px of lettering: captions, titles and numbers of marks, the scale."""
@@ -95,8 +98,11 @@ def overlay_png(
     height, width = slide.thumbnail.shape[:2]
     high = max(2.0, top)
     box = overlay_box((height, width), marks=bool(marks), map_px=map_px)
-    foot = _foot(caption)
-    size = box.left + box.width + 2 * _PAD + _BAR, _PAD + max(box.height, _LEAST) + foot
+    across = box.left + box.width + 2 * _PAD + _BAR
+    across = max(across, _CAPTION) if caption else across
+    lines = wrapped(caption, across - box.left - _PAD)
+    foot = _foot(lines)
+    size = across, _PAD + max(box.height, _LEAST) + foot
     dimensions = slide.dimensions or (width * slide.scale, height * slide.scale)
     scale = dimensions[0] / box.width, dimensions[1] / box.height
     cells = _cells((box.height, box.width), scale, slide.x, slide.y, slide.extent, slide.ratio)
@@ -108,7 +114,7 @@ def overlay_png(
     below = size[1] - foot
     pen = ImageDraw.Draw(picture)
     _draw_scale_bar(pen, box.left, below + _SCALE_BAR / 2, dimensions[0] / 4, slide.mpp, scale[0])
-    for number, line in enumerate(caption):
+    for number, line in enumerate(lines):
         y = below + _SCALE_BAR + _LINE * (number + 0.5)
         pen.text((box.left, y), line, INK, typeface(_SMALL), "lm")
     return photograph_bytes(picture)
@@ -120,9 +126,36 @@ def overlay_box(shape: tuple[int, int], *, marks: bool = False, map_px: int = 90
     return Box((_MARGIN if marks else 0) + _PAD, _PAD + max(0, _LEAST - height), width, height)
 
 
-def _foot(caption: Sequence[str]) -> int:
+def _foot(lines: Sequence[str]) -> int:
     """Px below the slide."""
-    return _PAD // 2 + _SCALE_BAR + _LINE * len(caption)
+    return _PAD // 2 + _SCALE_BAR + _LINE * len(lines)
+
+
+def wrapped(caption: Sequence[str], px: float) -> list[str]:
+    """Lines of a caption, none wider than `px`: broken between words, and within one that is wider itself."""
+    found: list[str] = []
+    for line in caption:
+        row, *words = line.split(" ")
+        for word in words:
+            whole = f"{row} {word}"
+            if typeface(_SMALL).getlength(whole) <= px:
+                row = whole
+            else:
+                found += _cut(row, px)
+                row = word
+        found += _cut(row, px)
+    return found
+
+
+def _cut(word: str, px: float) -> list[str]:
+    """Pieces of a word, each as wide as `px` allows, or of one letter."""
+    pieces = []
+    while typeface(_SMALL).getlength(word) > px and len(word) > 1:
+        widths = [typeface(_SMALL).getlength(word[:many]) for many in range(2, len(word))]
+        fits = 1 + bisect_right(widths, px)
+        pieces.append(word[:fits])
+        word = word[fits:]
+    return [*pieces, word]
 
 
 def attention_map(
@@ -225,13 +258,21 @@ def _add_colour_bar(picture: Image.Image, left: int, high: float, *, clipped: bo
     if clipped:
         corners = [(left, top - 1), (left + _WIDE - 1, top - 1), (left + _WIDE / 2 - 0.5, top - _ARROW)]
         pen.polygon(corners, fill=tuple(_PALETTE[-1].tolist()))
-    steps = [base * 10**power for power in range(7) for base in (1, 2, 5)]
-    for step in (step for step in steps if step <= high):
+    for step in _ticks(high, height):
         y = top + height * (1 - float(_place(step, high)))
         pen.line([(left + _WIDE, y), (left + _WIDE + 3, y)], INK, 2)
         pen.text((left + _WIDE + 8, y), f"{step:g}\N{MULTIPLICATION SIGN}", INK, typeface(_LARGE), "lm")
     for line, words in enumerate(("attention", "vs uniform")):
         pen.text((left, top - _ARROW - 30 + 20 * line), words, INK, typeface(_MIDDLE), "ls")
+
+
+def _ticks(high: float, height: int) -> list[int]:
+    """Ratios up to `high` that are lettered along a bar: 1, 2, 5, 10 ..., or of those the powers of ten that fit."""
+    letters = _LARGE + 2
+    bases = (1, 2, 5) if height * float(_place(2, high)) >= letters else (1,)
+    every = math.ceil(letters / (height * float(_place(10, high))))
+    steps = [base * 10**power for power in range(0, 7, every) for base in bases]
+    return [step for step in steps if step <= high]
 
 
 def _add_marks(

@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.inference.heatmap import Heatmap, attention_map, highest, overlay_box, overlay_png, round_length
+from pipeline.inference.figures import typeface
+from pipeline.inference.heatmap import Heatmap, attention_map, highest, overlay_box, overlay_png, round_length, wrapped
 
 
 def _pixels(png: bytes) -> np.ndarray:
@@ -118,6 +120,34 @@ def test_captions_stand_below_and_equal_inputs_give_equal_bytes() -> None:
     more = _pixels(first).shape[0] - _pixels(plain).shape[0]
     assert more == 32
     assert (_pixels(first)[-more:] < 128).any()
+
+
+@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "Zs"]), max_size=60), max_size=3))
+def test_captions_are_broken_where_they_are_too_wide(caption: list[str]) -> None:
+    lines = wrapped(caption, 90.0)
+    assert all(typeface(14.5).getlength(line) <= 90 for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(caption).replace(" ", "")
+    assert wrapped(caption, 1e6) == caption
+
+
+def test_a_long_caption_is_whole_below_a_narrow_slide() -> None:
+    slide = Heatmap(np.full((512, 8, 3), 220, np.uint8), 1.0, np.array([0]), np.array([0]), 8.0, np.array([1.0]), None)
+    plain, told = (_pixels(overlay_png(slide, 2.0, caption=caption)) for caption in (["a"], ["word " * 60]))
+    assert told.shape[0] > plain.shape[0] + 16
+    assert told.shape[1] == plain.shape[1] == 480
+    assert (told[:, -14:] == 255).all()
+
+
+@pytest.mark.parametrize("high", [2.0, 9.0, 120.0, 5e3, 1e6])
+def test_lettering_of_the_scale_does_not_overlap_beside_a_flat_slide(high: float) -> None:
+    slide = Heatmap(
+        np.full((40, 500, 3), 220, np.uint8), 1.0, np.array([0]), np.array([0]), 32.0, np.array([1.0]), None
+    )
+    pixels = _pixels(overlay_png(slide, high, map_px=560))
+    right = pixels[71:, 14 + 560 + 14 + 18 + 8 :].min(axis=2) < 128
+    begins = np.flatnonzero(np.diff(np.append(False, right.any(axis=1)).astype(int)) == 1)
+    assert len(begins) >= 2
+    assert (np.diff(begins) > 15).all()
 
 
 def test_many_marks_of_one_place_keep_their_numbers_apart() -> None:

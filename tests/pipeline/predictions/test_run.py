@@ -335,7 +335,7 @@ def test_a_model_with_cases_gives_intervals_and_the_next_without_gives_none(fold
     (told,) = [one for one in Output(str(out)).slides[0].told if one.name == "tumour_yes"]
     assert (told.low, told.high, told.interval) == (low, high, "calibrated")
     page = (out / "summary.html").read_text()
-    assert f"calibrated: {low:.3f} to {high:.3f}" in page
+    assert f"calibrated:<br>{low:.3f} to {high:.3f}" in page
     assert "by the test of 30 patients" in page
 
 
