@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.cohort.table import CohortSlide
+from pipeline.cohort.table import CohortSlide, patients_of
 from pipeline.columnar import Columnar, joined
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest.tiler import may_go_further, quarantined
-from pipeline.ingest.versions import Looked, known
+from pipeline.ingest.versions import Looked, known, version_columns
 from pipeline.storage.files import SourceVersion
 from pipeline.store.patches import PatchStore, SlideStatus
 
@@ -75,6 +76,20 @@ def in_order(*parts: Columnar[SlideStatus]) -> Columnar[SlideStatus]:
 def as_columns(statuses: Iterable[SlideStatus]) -> Columnar[SlideStatus]:
     """The same in columns, which have the names of the fields but for `limits`."""
     return statuses if isinstance(statuses, Columnar) else numbered(enumerate(statuses))
+
+
+def outcomes(slides: Sequence[CohortSlide], statuses: Iterable[SlideStatus], versions: Sequence[Looked]) -> pa.Table:
+    """What the ledgers are of: a row a slide, its status in columns named as the fields, and its `patient_id`.
+
+    `size`, `etag` and `mtime` are of its files as they were read, else as they were in `versions`; null where they
+    could not be reached.
+    """
+    held, looked = as_columns(statuses).table, version_columns(versions)
+    read = pc.is_valid(held["size"])
+    for place, name in enumerate(held.column_names):
+        if name in looked.column_names:
+            held = held.set_column(place, name, pc.if_else(read, held[name], looked[name]))
+    return held.append_column("patient_id", patients_of(slides))
 
 
 def _status(*values: Any) -> SlideStatus:

@@ -74,6 +74,14 @@ def known(versions: Iterable[Looked]) -> Iterator[SourceVersion | None]:
     return (None if isinstance(version, SlideError) else version for version in versions)
 
 
+def version_columns(versions: Sequence[Looked]) -> pa.Table:
+    """`size`, `etag` and `mtime` of each, null of one that cannot be reached."""
+    if not isinstance(versions, Columnar):
+        make = _Maker()
+        versions = Columnar.of(map(make.cells, versions), _COLUMNS, make)
+    return versions.table.drop_columns(["error"])
+
+
 def _warn_unreachable(found: Sequence[SlideError], slides: int) -> None:
     by_reason: defaultdict[str, list[SlideError]] = defaultdict(list)
     for error in found:

@@ -6,7 +6,6 @@ The page needs nothing else and stays below some 10 MB whatever the cohort's siz
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from pipeline.config.recipe import Config
 from pipeline.errors import StageError
 from pipeline.pages import render_page
 from pipeline.results.quality_pictures import SlidePicture, figure, picture
-from pipeline.results.quality_rows import ROWS, QualityRow, as_columns_of_rows, look_up, order, quality_csv
+from pipeline.results.quality_rows import ROWS, QualityRow, as_columns_of_rows, listed, look_up, quality_csv
 from pipeline.results.quality_sharpness import sharp_groups
 from pipeline.storage import files
 from pipeline.store.patches import PatchStore, StoredSlide
@@ -107,7 +106,7 @@ def quality_page(
         {"count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.3g}%", "figure": figure},
         name=name,
         fingerprint=fingerprint,
-        rows=heapq.nsmallest(ROWS, held, key=order),
+        rows=[held[place] for place in listed(held.table).to_pylist()],
         total=len(held),
         tiled=_totals(committed.table),
         quarantined=list(quarantined[:ROWS]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
@@ -134,7 +133,7 @@ def quality_rows(store: PatchStore, statuses: Sequence[SlideStatus]) -> Columnar
     """
     table = as_columns(statuses).table
     keys = table["key"]
-    places, facts = _known(store, keys, {status.key for status in heapq.nsmallest(ROWS, statuses, key=order)})
+    places, facts = _known(store, keys, frozenset(keys.take(listed(table, "n_patches")).to_pylist()))
     columns = {name: table[_OF_STATUS.get(name, name)] for name in _COLUMNS.names if name not in _OF_FACTS}
     for name in _OF_FACTS:
         column = facts[name].take(places)
@@ -175,10 +174,16 @@ def quality_csv(rows: Sequence[QualityRow]) -> bytes:
     return table_csv(as_columns_of_rows(rows).table.select(_COLUMNS.names[:-3]))
 
 
-def order(row: QualityRow | SlideStatus) -> tuple[bool, int, str]:
-    """In which the page lists slides: what was refused first, then those with the fewest patches."""
-    patches = row.patches if isinstance(row, QualityRow) else row.n_patches
-    return row.status == "committed", patches, row.slide_id
+def listed(slides: pa.Table, patches: str = "patches") -> pa.Array:
+    """Places of those that the page lists, in its order: what was refused first, then those with the fewest patches.
+
+    Args:
+        slides: with columns `status`, `slide_id`, and one of how many patches each has.
+        patches: what that one is called.
+    """
+    committed = pc.equal(slides["status"], "committed").cast(pa.int8())
+    keyed = pa.table({"committed": committed, "patches": slides[patches], "slide_id": slides["slide_id"]})
+    return pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in keyed.column_names])[:ROWS]
 
 
 def look_up(store: PatchStore, slides: Sequence[CohortSlide], spec: TilingConfig) -> list[QualityRow]:

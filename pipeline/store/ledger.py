@@ -15,49 +15,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cohort.table import CohortSlide
 from pipeline.columnar import Columnar
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
 from pipeline.storage import files
-from pipeline.storage.files import SourceVersion
 from pipeline.store.packs import PACKS, pack_sha256, pack_uri
-from pipeline.store.patches import PatchStore, SlideStatus
+from pipeline.store.patches import PatchStore
 
 BATCH = 16_384  # rows that are Python objects at a time; a million of them would take gigabytes
 _OF_COMMITS = ("key", "content", "vendor", "mpp", "width", "height", "level", "rejects", "tissue", "tissue_beyond")
 _COMMITS = pa.schema([SLIDE_LEDGER.field(name) for name in _OF_COMMITS])
-_OUTCOMES = pa.schema([field for field in SLIDE_LEDGER if field.name not in _OF_COMMITS[1:]])
 _ENTRIES = pa.schema([("name", pa.string()), *(FILE_LEDGER.field(n) for n in ("key", "bytes", "sha256", "patches"))])
 BROKEN = frozenset({"bad-tiles", "empty-file", "not-a-slide", "truncated", "unopenable", "unreadable"})
 """Reasons that say that a slide's file is damaged, where the others are about what it shows or how it is asked for."""
 
 
-def write_ledger(
-    store: PatchStore,
-    slides: Sequence[CohortSlide],
-    versions: Iterable[SourceVersion | None],
-    statuses: Sequence[SlideStatus],
-    folder: str,
-) -> dict[str, str]:
+def write_ledger(store: PatchStore, outcomes: pa.Table, folder: str) -> dict[str, str]:
     """Write the three ledgers into a folder; their URIs by name.
 
     Args:
         store: where the slides are.
-        slides: all rows of the cohort.
-        versions: of their files when they were asked for; None of one that could not be reached.
-        statuses: of each one, in that order.
+        outcomes: a row for each row of the cohort (`ingest.statuses.outcomes`).
         folder: URI.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    keys = pc.unique(pa.array((status.key for status in statuses), pa.string())).drop_null()
+    keys = pc.unique(outcomes["key"]).drop_null()
     commits, stored, torn = _stored(store, keys)
-    sources = _tables(_sources(slides, versions, statuses), FILE_LEDGER)
     tables = {
-        "slides": (SLIDE_LEDGER, _slides(slides, statuses, commits)),
-        "files": (FILE_LEDGER, chain(sources, _files_of(store, stored), [_packs(store, keys)])),
-        "corruption": (CORRUPTION_LEDGER, _tables(_corruption(slides, statuses, torn), CORRUPTION_LEDGER)),
+        "slides": (SLIDE_LEDGER, _slides(outcomes, commits)),
+        "files": (FILE_LEDGER, chain(_sources(outcomes), _files_of(store, stored), [_packs(store, keys)])),
+        "corruption": (CORRUPTION_LEDGER, _tables(_corruption(outcomes, torn), CORRUPTION_LEDGER)),
     }
     uris = {f"ledger_{name}": files.join(folder, f"{name}.parquet") for name in tables}
     for uri, (schema, some) in zip(uris.values(), tables.values(), strict=True):
@@ -121,11 +109,15 @@ def _files_of(store: PatchStore, entries: pa.Table) -> Iterator[pa.Table]:
     for start in range(0, len(order), BATCH):
         some = entries.take(order[start : start + BATCH])
         uris = pc.binary_join_element_wise(store.uri, some["key"], some["name"], "/")
-        columns: dict[str, Any] = {**{name: some[name] for name in some.column_names}, "uri": uris}
-        columns["role"] = pa.repeat("stored", len(some))
-        absent = (pa.nulls(len(some), field.type) for field in FILE_LEDGER)
-        arrays = [columns.get(field.name, none) for field, none in zip(FILE_LEDGER, absent, strict=True)]
-        yield pa.table(arrays, schema=FILE_LEDGER)
+        yield _of_files("stored", some.append_column("uri", uris))
+
+
+def _of_files(role: str, some: pa.Table) -> pa.Table:
+    """Rows of the ledger of files, of which some columns are known."""
+    columns = {name: some[name] for name in some.column_names} | {"role": pa.repeat(role, len(some))}
+    absent = (pa.nulls(len(some), field.type) for field in FILE_LEDGER)
+    arrays = [columns.get(field.name, none) for field, none in zip(FILE_LEDGER, absent, strict=True)]
+    return pa.table(arrays, names=FILE_LEDGER.names).cast(FILE_LEDGER)
 
 
 def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
@@ -147,46 +139,38 @@ def _packs(store: PatchStore, keys: pa.Array) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=FILE_LEDGER)
 
 
-def _slides(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], commits: pa.Table) -> Iterator[pa.Table]:
+def _slides(outcomes: pa.Table, commits: pa.Table) -> Iterator[pa.Table]:
     keys = commits["key"].combine_chunks()
-    for rows in _tables(_outcomes(slides, statuses), _OUTCOMES):
+    for start in range(0, len(outcomes), BATCH):
+        rows = outcomes.slice(start, BATCH)
         found = commits.take(pc.index_in(rows["key"], value_set=keys))
         columns = {name: found[name] for name in _OF_COMMITS[1:]} | {name: rows[name] for name in rows.column_names}
         columns["rejects"] = pc.fill_null(columns["rejects"], "{}")
+        columns |= {"reason": _categories(rows), "message": rows["reason"], "traceback": rows["error"]}
         yield pa.table([columns[name] for name in SLIDE_LEDGER.names], names=SLIDE_LEDGER.names).cast(SLIDE_LEDGER)
 
 
-def _outcomes(slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus]) -> Iterator[dict[str, Any]]:
-    for slide, status in zip(slides, statuses, strict=True):
-        row = {name: getattr(slide, name) for name in ("slide_id", "patient_id", "uri")}
-        row |= {name: getattr(status, name) for name in ("status", "key", "n_patches", "n_bad_tiles")}
-        yield {**row, "reason": _category(status), "message": status.reason, "traceback": status.error}
+def _categories(outcomes: pa.Table) -> pa.ChunkedArray:
+    """What stands before the first colon of the reasons."""
+    return pc.replace_substring_regex(outcomes["reason"], "(?s):.*", "")
 
 
-def _category(status: SlideStatus) -> str | None:
-    return None if status.reason is None else status.reason.partition(":")[0]
+def _sources(outcomes: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, len(outcomes), BATCH):
+        some = outcomes.slice(start, BATCH).select(["slide_id", "uri", "key", "size", "etag", "mtime"])
+        yield _of_files("source", some.rename_columns(["slide_id", "uri", "key", "bytes", "etag", "mtime"]))
 
 
-def _sources(
-    slides: Sequence[CohortSlide], versions: Iterable[SourceVersion | None], statuses: Sequence[SlideStatus]
-) -> Iterator[dict[str, Any]]:
-    for slide, version, status in zip(slides, versions, statuses, strict=True):
-        row: dict[str, Any] = {"role": "source", "slide_id": slide.slide_id, "uri": slide.uri, "key": status.key}
-        if (read := status.version or version) is not None:
-            row |= {"bytes": read.size, "etag": read.etag, "mtime": read.mtime}
-        yield row
-
-
-def _corruption(
-    slides: Sequence[CohortSlide], statuses: Sequence[SlideStatus], torn: Mapping[str, Mapping[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    for number, status in enumerate(statuses):
-        facts = torn.get(status.key or "")
-        if status.reason is None and facts is None:
-            continue
-        known = {"slide_id": slides[number].slide_id, "uri": slides[number].uri, "key": status.key}
-        if _category(status) in BROKEN:
-            yield {**known, "kind": _category(status), "message": status.reason}
+def _corruption(outcomes: pa.Table, torn: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    lost = pc.is_in(outcomes["key"], value_set=pa.array(torn, pa.string()))
+    worse = outcomes.append_column("category", _categories(outcomes)).filter(
+        pc.or_(lost, pc.is_valid(outcomes["reason"]))
+    )
+    for row in worse.to_pylist():
+        facts = torn.get(row["key"] or "")
+        known = {name: row[name] for name in ("slide_id", "uri", "key")}
+        if row["category"] in BROKEN:
+            yield {**known, "kind": row["category"], "message": row["reason"]}
         if facts is not None:
             edge = round(facts["downsample"] * facts["patch_px"])
             for x, y in facts["bad_tiles"]:

@@ -27,7 +27,7 @@ from pipeline.columnar import Columnar
 from pipeline.config.recipe import Config
 from pipeline.errors import DataBudgetError, PlanError, StageError
 from pipeline.inference.operating import thresholds
-from pipeline.ingest.statuses import as_columns
+from pipeline.ingest.statuses import as_columns, outcomes
 from pipeline.ingest.tiler import TRANSIENT, allows_more
 from pipeline.ingest.versions import known
 from pipeline.model.folder import WEIGHTS
@@ -78,7 +78,7 @@ def _tile(space: Workspace, stage_fingerprint: str, run_id: str) -> Record:
         outputs["store"] = store.uri
         outputs |= _review(space, store, statuses, stage_fingerprint)
         folder = join(config.storage.root, "ledger", f"tile-{stage_fingerprint}")
-        outputs |= write_ledger(store, slides, known(space.versions), statuses, folder)
+        outputs |= write_ledger(store, outcomes(slides, statuses, space.versions), folder)
     listed = ledger_csv(statuses)
     write_bytes(outputs["ledger"], listed)
     tracker = space.tracker()

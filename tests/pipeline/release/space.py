@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.bags.sources import patch_store
 from pipeline.cohort.table import Cohort, CohortSlide
 from pipeline.config.recipe import Config
+from pipeline.ingest.statuses import outcomes
 from pipeline.ingest.versions import known, look_at
 from pipeline.model.build import build_model, build_optimizer
 from pipeline.model.checkpoint import Progress, take_snapshot
@@ -96,5 +97,5 @@ def small_study(folder: Path, tracker: Tracker, splits: Mapping[str, int]) -> St
     versions = look_at(cohort.slides, config.tiling)
     store = patch_store(config)
     statuses = [status for status in store.statuses(cohort.slides, known(versions)) if status is not None]
-    ledger = write_ledger(store, cohort.slides, known(versions), statuses, str(folder / "root" / "ledger" / "tile"))
+    ledger = write_ledger(store, outcomes(cohort.slides, statuses, versions), str(folder / "root" / "ledger" / "tile"))
     return Study(config, cohort, {slide.slide_id: stored.key for slide, stored in pairs}, ledger, tracker)

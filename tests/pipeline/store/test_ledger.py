@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SlideError
 from pipeline.ingest.group import Group
 from pipeline.ingest.isolated import read_slide
-from pipeline.ingest.statuses import numbered
+from pipeline.ingest.statuses import numbered, outcomes
 from pipeline.ingest.tiler import ReadSlide, store_slide
 from pipeline.ingest.versions import look_at
 from pipeline.schema import CORRUPTION_LEDGER, FILE_LEDGER, SLIDE_LEDGER
@@ -41,9 +40,9 @@ def ledgers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pa.Table]:
     slides = [row(path) for path in paths]
     statuses = [store_slide(slide, spec, str(folder / "store")) for slide in slides]
     store = PatchStore(str(folder / "store"), spec.fingerprint())
-    versions = [None if isinstance(found, SlideError) else found for found in look_at(slides, spec)]
-    uris = write_ledger(store, slides, versions, statuses, str(folder / "ledger"))
-    again = write_ledger(store, slides, versions, statuses, str(folder / "again"))
+    versions = look_at(slides, spec)
+    uris = write_ledger(store, outcomes(slides, statuses, versions), str(folder / "ledger"))
+    again = write_ledger(store, outcomes(slides, numbered(enumerate(statuses)), list(versions)), str(folder / "again"))
     for name, uri in uris.items():
         assert Path(uri).read_bytes() == Path(again[name]).read_bytes()
     return {name.removeprefix("ledger_"): pq.read_table(uri) for name, uri in uris.items()}
@@ -116,7 +115,7 @@ def test_packs_are_files_too(tmp_path: Path) -> None:
     store = PatchStore(str(tmp_path / "store"), config.tiling.fingerprint())
     slides = [slide for slide, _ in pairs]
     statuses = [SlideStatus(slide.slide_id, slide.uri, stored.key, "committed") for slide, stored in pairs]
-    uris = write_ledger(store, slides, [None, None], statuses, str(tmp_path / "ledger"))
+    uris = write_ledger(store, outcomes(slides, statuses, look_at(slides, config.tiling)), str(tmp_path / "ledger"))
     rows = pq.read_table(uris["ledger_files"]).to_pylist()
     (pack,) = (line for line in rows if line["role"] == "stored")
     data = Path(pack["uri"]).read_bytes()
@@ -137,6 +136,6 @@ def test_a_file_that_was_replaced_meanwhile_has_the_version_that_was_read(tmp_pa
     assert isinstance(found, ReadSlide), rows
     group.add(0, found)
     statuses = numbered(group.commit())
-    uris = write_ledger(store, [slide], [asked], statuses, str(tmp_path / "ledger"))
+    uris = write_ledger(store, outcomes([slide], statuses, [asked]), str(tmp_path / "ledger"))
     source = pq.read_table(uris["ledger_files"]).to_pylist()[0]
     assert SourceVersion(source["bytes"], source["etag"], source["mtime"]) == now != asked
