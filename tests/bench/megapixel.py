@@ -12,6 +12,7 @@ differs:
     drawn    as context, and the M that train the encoder are drawn (`model.select.learn_from: drawn`)
     every2   as exact, and winners serve two visits of their image (`train.reselect_every`)
     every4   four visits
+    every8   eight
     heads    as exact, but heads and tasks take patches in turn (`model.select.rank: heads`); of the 32 the first 12 do,
              three heads of each task
 
@@ -75,7 +76,7 @@ LIMIT_S = 360.0  # a run of it
 DIM, HEADS, HIDDEN = 128, 8, 512  # the paper's aggregator
 RUNS = [(method, seed) for seed in (0, 1, 2) for method in ("exact", "window", "random")]
 RUNS += [("full", 0), ("abmil", 0)]
-RUNS += [(method, seed) for seed in (0, 1, 2) for method in ("context", "every2", "every4")]
+RUNS += [(method, seed) for seed in (0, 1, 2) for method in ("context", "every2", "every4", "every8")]
 RUNS += [("heads", seed) for seed in (0, 1, 2)]
 RUNS += [("drawn", 0)]
 
@@ -199,7 +200,7 @@ def run_one(method: str, seed: int, settings: Settings, folder: Path) -> dict[st
     wall, cpu, losses = time.perf_counter(), time.process_time(), []
     train, test = Images(settings, folder, "train"), Images(settings, folder, "test")
     torch.manual_seed(seed)
-    every = {"every2": 2, "every4": 4}.get(method, 1)
+    every = int(method.removeprefix("every")) if method.startswith("every") else 1
     model, training = network(method), settings.training(every)
     slides = Slides(
         sizes=[handle.n_patches for handle in train.handles],

@@ -82,7 +82,7 @@ def _memory() -> Iterator[list[float]]:
 def _config() -> Config:
     aggregator = {"heads": 8, "key_dim": 64, "hidden_dim": 2048}
     return small_config(
-        tiling={"patch_px": 224, "mpp": None, "min_tissue": 0.1, "edge": "drop"},
+        tiling={"patch_px": 224, "mpp": None, "min_tissue": 0.1, "edge": "drop", "artefacts": "keep"},
         model={
             "encoder": {"stages": 4},
             "aggregator": aggregator,
