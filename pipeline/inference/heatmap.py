@@ -110,8 +110,8 @@ def overlay_png(
     picture.paste(_blended(slide.thumbnail, (box.width, box.height), cells, high), (box.left, box.top))
     if marks:
         _add_marks(picture, box, [(slide.x[row], slide.y[row]) for row in marks], slide.extent, scale)
-    _add_colour_bar(picture, box.left + box.width + _PAD, high, clipped=clipped)
     below = size[1] - foot
+    _add_colour_bar(picture, (box.left + box.width + _PAD, below), high, clipped=clipped)
     pen = ImageDraw.Draw(picture)
     _draw_scale_bar(pen, box.left, below + _SCALE_BAR / 2, dimensions[0] / 4, slide.mpp, scale[0])
     for number, line in enumerate(lines):
@@ -250,9 +250,11 @@ def _place(ratio: Any, high: float) -> npt.NDArray[np.float64]:
     return np.asarray(np.log(ratio) / np.log(high), np.float64)
 
 
-def _add_colour_bar(picture: Image.Image, left: int, high: float, *, clipped: bool) -> None:
-    height = min(picture.height * 2 // 3, 360)
-    top, pen = max((picture.height - height) // 2, _TITLE + _ARROW), ImageDraw.Draw(picture)
+def _add_colour_bar(picture: Image.Image, corner: tuple[int, int], high: float, *, clipped: bool) -> None:
+    """Right of `corner` and above it, where captions begin, in the picture's middle where there is room."""
+    (left, below), least = corner, _TITLE + _ARROW
+    height = min(picture.height * 2 // 3, 360, below - least)
+    top, pen = min(max((picture.height - height) // 2, least), below - height), ImageDraw.Draw(picture)
     shades = _PALETTE[np.linspace(len(_PALETTE) - 1, 0, height).round().astype(int)]
     picture.paste(Image.fromarray(shades[:, None]).resize((_WIDE, height)), (left, top))
     if clipped:
