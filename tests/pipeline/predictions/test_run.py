@@ -364,7 +364,7 @@ def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folder: Path, t
     facts = json.loads((tmp_path / "out" / "slides" / "a" / "slide.json").read_text())
     assert "mean over 2 models" in facts["maps"]["attention"]["definition"]
     assert facts["curves"] is None
-    assert f"models: {min(alone):.3f} to {max(alone):.3f}" in (tmp_path / "out" / "summary.html").read_text()
+    assert f"models:<br>{min(alone):.3f} to {max(alone):.3f}" in (tmp_path / "out" / "summary.html").read_text()
     shown = Output(str(tmp_path / "out")).slides[0].told
     assert [(one.name, one.interval) for one in shown] == [("tumour_no", "models"), ("tumour_yes", "models")]
     again = predict(str(ensemble), slides[:2], None, tmp_path / "out", tracking_uri="unused", how=How(heads=True))
