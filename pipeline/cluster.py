@@ -77,6 +77,12 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         over.set()
 
 
+def is_here(cluster: ClusterConfig) -> bool:
+    """Whether `connected` would start a Ray on this machine."""
+    given = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    return not ray.is_initialized() and given == "local"
+
+
 def _start(over: threading.Event, seconds: float) -> None:
     """A Ray on this machine. Ray gives up after 30 s of its own, so on a busy machine it is begun anew."""
     deadline = time.monotonic() + seconds

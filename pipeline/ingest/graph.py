@@ -3,7 +3,8 @@
 A row is a reference to slides, or to parts of one; pixels never pass through Ray's object store. First, groups of
 slides: each task tiles its small ones and plans its large ones. Then shares of the large ones, whose parts tasks
 write straight to the store from any node; the driver commits a slide when its last share is done. A bad slide costs
-that slide. The tasks load no torch.
+that slide. The tasks load no torch. What is little work, as a few new slides beside many known ones, may be done in the
+driver's process, which costs less than starting Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.ingest.balance import group_slides, share_count, shares
+from pipeline.ingest.balance import SLIDE_BYTES, group_slides, share_count, shares
 from pipeline.ingest.group import Group, Keys
 from pipeline.ingest.isolated import read_slide, store_share
 from pipeline.ingest.statuses import in_order, look_up, numbered
@@ -39,10 +40,13 @@ from pipeline.telemetry import add, drain
 from pipeline.tiling.guide import check_network
 
 TOGETHER = 64  # large slides committed by one file of the catalogue; after a kill the next run finds their folders
+LITTLE = 2**24  # bytes of slides, with `SLIDE_BYTES` each: up to some three seconds of work, and Ray takes thirteen
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
 Result = TypeVar("Result")
+Work = Callable[[Any, "_Job"], Iterator[tuple[int, Outcome]]]
+"""What is done for one item."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class _Job:
     pixels: bool
     known: Callable[[], Keys]
     """Gives the keys of the slides that were committed before."""
+    here: bool = False
+    """In this process, not on Ray."""
 
 
 def tile_cohort(
@@ -68,6 +74,7 @@ def tile_cohort(
     pixels: bool = True,
     versions: Sequence[Looked] | None = None,
     start: Callable[[], None] = lambda: None,
+    here: bool = False,
 ) -> Sequence[SlideStatus]:
     """Tile the slides that the store does not know yet; statuses come back in the order of `slides`.
 
@@ -82,7 +89,8 @@ def tile_cohort(
         on_status: called once for every slide, known ones first, then as they are finished.
         pixels: False commits where the patches of each slide are, and none of them (`streamed.plan_root`).
         versions: of the slides' files, where they were looked at already.
-        start: called before the first slide is tiled, where there is one; Ray is initialised then at the latest.
+        start: called before the first slide is tiled on Ray, where there is one; Ray is initialised then at the latest.
+        here: do it in this process where it is less work than Ray's start (`LITTLE`).
 
     Raises:
         StorageError: the store itself cannot be read or written, no slide at all can be reached (wrong credentials,
@@ -102,8 +110,14 @@ def tile_cohort(
         return in_order(known)
     check_network((slides[number] for number in fresh), spec)
     patches.forget_gone()  # what is tiled in their place may be otherwise
-    start()
-    job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared_keys(patches))
+    here = here and len(fresh) * SLIDE_BYTES <= LITTLE
+    here = here and sum(SLIDE_BYTES + _size(versions[number]) for number in fresh) <= LITTLE
+    keys = np.sort(patches.view.slides["key"].to_numpy().astype("S32"))
+    if here:
+        job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, lambda: keys, here)
+    else:
+        start()
+        job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared(keys), here)
 
     def tiled() -> Iterator[tuple[int, SlideStatus]]:
         for number, status in _tile(slides, versions, fresh, job):
@@ -113,12 +127,15 @@ def tile_cohort(
     return in_order(known, numbered(tiled()))
 
 
-def _shared_keys(patches: PatchStore) -> Callable[[], Keys]:
+def _size(version: Looked) -> int:
+    return version.size if isinstance(version, SourceVersion) else 0
+
+
+def _shared(keys: Keys) -> Callable[[], Keys]:
     """Gives tasks the keys of all committed slides, 32 bytes each, once a node."""
     import ray
 
-    keys = patches.view.slides["key"].to_numpy()
-    return partial(ray.get, ray.put(np.sort(keys.astype("S32"))))
+    return partial(ray.get, ray.put(keys))
 
 
 def _tile(
@@ -127,11 +144,12 @@ def _tile(
     """Tile the slides of these numbers; statuses come as they are final."""
     wanted = np.zeros(len(slides), bool)
     wanted[fresh] = True
-    sizes = [version.size for version in compress(versions, wanted) if isinstance(version, SourceVersion)]
-    named = ([fresh[place] for place in group] for group in group_slides(sizes, _slots(job.cpus)))
+    sizes = [_size(version) for version in compress(versions, wanted)]
+    groups = [list(range(len(sizes)))] if job.here else group_slides(sizes, _slots(job.cpus))
+    named = ([fresh[place] for place in group] for group in groups)
     items = (pickle.dumps([(number, slides[number], versions[number]) for number in group]) for group in named)
     large: dict[int, LargeSlide] = {}
-    for number, outcome in _run(_tile_group, items, job):
+    for number, outcome in _run(_grouped, items, job):
         if isinstance(outcome, LargeSlide):
             large[number] = outcome
         else:
@@ -154,7 +172,7 @@ def _tile_large(large: dict[int, LargeSlide], job: _Job) -> Iterator[tuple[int, 
     group = Group(PatchStore(job.store, job.spec.fingerprint()), np.empty(0, "S32"))
     with progress("tile", sum(patches.values()), "patches of large slides") as done:
         try:
-            for number, outcome in _run(_tile_share, items, job):
+            for number, outcome in _run(_cut, items, job):
                 assert not isinstance(outcome, LargeSlide)
                 open_shares[number] -= 1
                 total, count, ended = patches[number], len(cut[number]), len(cut[number]) - open_shares[number]
@@ -179,29 +197,29 @@ def _slots(cpus: float) -> float:
     return max(1.0, float(ray.cluster_resources().get("CPU", 1.0)) / cpus)
 
 
-def _run(
-    task: Callable[[dict[str, bytes], _Job], Iterator[dict[str, Any]]], items: Iterable[bytes], job: _Job
-) -> Iterator[tuple[int, Outcome]]:
-    """Run one task for each item on Ray, in waves; results come as tasks end."""
+def _run(work: Work, items: Iterable[bytes], job: _Job) -> Iterator[tuple[int, Outcome]]:
+    """Do the work for each item: here, or in a task of Ray's, in waves; results come as tasks end."""
+    if job.here:
+        for item in items:
+            yield from work(pickle.loads(item), job)
+        return
     import ray.data  # loads for seconds, and a complete store needs none of it
 
     rest = iter(items)
     while wave := [{"item": item} for item in islice(rest, WAVE)]:
         dataset = ray.data.from_items(wave, override_num_blocks=len(wave))
-        for row in dataset.flat_map(task, fn_kwargs={"job": job}, num_cpus=job.cpus).iter_rows():
+        for row in dataset.flat_map(_tile_task, fn_kwargs={"work": work, "job": job}, num_cpus=job.cpus).iter_rows():
             add(pickle.loads(row["sums"]))
             if row["failure"] is not None:
                 raise pickle.loads(row["failure"])
             yield row["number"], pickle.loads(row["outcome"])
 
 
-def _tile_group(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
-    """Small slides to statuses, large ones to plans."""
-    yield from _rows(_grouped(pickle.loads(row["item"]), job))
-
-
 def _grouped(work: Sequence[tuple[int, CohortSlide, SourceVersion]], job: _Job) -> Iterator[tuple[int, Outcome]]:
-    """Slides with a final status are committed together, also those that were done before the store or node failed."""
+    """Small slides to statuses, large ones to plans.
+
+    Slides with a final status are committed together, also those that were done before the store or node failed.
+    """
     group = Group(PatchStore(job.store, job.spec.fingerprint()), job.known())
     try:
         for number, slide, version in work:
@@ -221,12 +239,8 @@ def _grouped(work: Sequence[tuple[int, CohortSlide, SourceVersion]], job: _Job) 
     yield from group.commit()
 
 
-def _tile_share(row: dict[str, bytes], job: _Job) -> Iterator[dict[str, Any]]:
+def _cut(work: tuple[int, LargeSlide, range], job: _Job) -> Iterator[tuple[int, Outcome]]:
     """Some parts of a large slide."""
-    yield from _rows(_shared(pickle.loads(row["item"]), job))
-
-
-def _shared(work: tuple[int, LargeSlide, range], job: _Job) -> Iterator[tuple[int, Outcome]]:
     number, large, parts = work
     share = partial(store_share, large, parts, job.spec, job.store)
     yield number, _attempted(f"{job.run}-{number}-{parts.start}", share, lambda: _killed(large.slide))
@@ -260,10 +274,10 @@ def _killed_alone(slide: CohortSlide) -> tuple[SlideStatus, list[Row]]:
     return _killed(slide), []
 
 
-def _rows(outcomes: Iterator[tuple[int, Outcome]]) -> Iterator[dict[str, Any]]:
-    """As rows; a failing store or node is one of them, so that Ray neither retries nor wraps it."""
+def _tile_task(row: dict[str, bytes], work: Work, job: _Job) -> Iterator[dict[str, Any]]:
+    """Outcomes as rows; a failing store or node is one of them, so that Ray neither retries nor wraps it."""
     try:
-        for number, outcome in outcomes:
+        for number, outcome in work(pickle.loads(row["item"]), job):
             yield {"number": number, "outcome": pickle.dumps(outcome), "failure": None, "sums": pickle.dumps(drain())}
     except (StorageError, ConfigError) as error:
         yield {"number": -1, "outcome": b"", "failure": pickle.dumps(error), "sums": pickle.dumps(drain())}

@@ -152,6 +152,7 @@ def _tile_slides(space: Workspace, ledger: str) -> Sequence[SlideStatus]:
             pixels=config.train.source == "store",
             versions=space.versions,
             start=start,
+            here=cluster.is_here(config.cluster),
         )
     if bad:
         log.warning("tile: quarantined: %s", ", ".join(f"{count:,} {kind}" for kind, count in bad.most_common()))

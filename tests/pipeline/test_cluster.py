@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
-from pipeline.cluster import Bundle, abreast, call, connected, of_training, prepare_environment, require
+from pipeline.cluster import Bundle, abreast, call, connected, is_here, of_training, prepare_environment, require
 from pipeline.config.recipe import ClusterConfig
 from pipeline.errors import ResourceError, SlideError, StageError
 from tests.pipeline.small import small_config
@@ -119,6 +120,25 @@ def test_a_session_that_is_up_is_used_and_left_up(ray_session: None) -> None:
     with connected(ClusterConfig(address="ray://127.0.0.1:1")):
         pass
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "where"),
+    [
+        (None, None, "here"), ("local", None, "here"), ("local", "10.0.0.1:6379", "here"), (None, "local", "here"),
+        (None, "10.0.0.1:6379", "there"), ("auto", None, "there"), ("ray://head:10001", None, "there"),
+    ],
+)  # fmt: skip
+def test_whether_ray_would_run_here(
+    given: str | None, found: str | None, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if found is not None:
+        monkeypatch.setenv("RAY_ADDRESS", found)
+    assert is_here(ClusterConfig(address=given)) == (where == "here")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert not is_here(ClusterConfig(address=given))
 
 
 def test_the_user_s_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:

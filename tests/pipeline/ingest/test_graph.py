@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -24,6 +22,7 @@ from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.errors import StorageError
 from pipeline.ingest import graph
+from pipeline.ingest.balance import SLIDE_BYTES
 from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.tiler import LargeSlide, begin_slide, store_slide
 from pipeline.storage import files
@@ -33,7 +32,6 @@ from tests.pipeline.tiled import RGB, SPEC, row, small_tasks, spoilt, what_is_st
 from tests.s3 import serve_s3
 from tests.synth import tissue_rgb, write_pyramid
 
-Task = Callable[[dict[str, bytes], graph._Job], Iterator[dict[str, Any]]]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
 
@@ -52,7 +50,7 @@ def kill_a_tiler(store: Path, ended: threading.Event) -> bool:
             continue
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "_tile_group" in " ".join(process.cmdline()):
+                if "_tile_task" in " ".join(process.cmdline()):
                     process.kill()
                     return True
     return False
@@ -114,14 +112,32 @@ def test_a_cohort_on_ray(good: Path, tmp_path: Path, store: Path, ray_session: N
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_large_slides_are_committed_together(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(task: Task, items: Iterable[bytes], job: graph._Job) -> Iterator[tuple[int, object]]:
-        for item in items:
-            for found in task({"item": item}, job):
-                assert found["failure"] is None
-                yield found["number"], pickle.loads(found["outcome"])
+def test_little_work_is_done_without_ray_and_gives_the_same(
+    good: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_pyramid(tmp_path / "other.tiff", tissue_rgb(613, 487, seed=3), levels=2)
+    slides = [row(spoilt("blank", good, tmp_path)), row(good), row(tmp_path / "gone.tiff"), row(other)]
 
-    monkeypatch.setattr(graph, "_run", here)
+    def started() -> None:
+        raise AssertionError("Ray")
+
+    def tiled(some: list[CohortSlide], into: Path) -> Sequence[SlideStatus]:
+        return tile_cohort(some, SPEC, str(into), cpus=1, on_status=lambda _: None, start=started, here=True)
+
+    statuses = tiled(slides, store)
+    alone = [store_slide(slide, SPEC, str(tmp_path / "alone")) for slide in slides]
+    assert [(s.status, s.key, s.reason) for s in statuses] == [(s.status, s.key, s.reason) for s in alone]
+    assert what_is_stored(store) == what_is_stored(tmp_path / "alone")
+    assert len(list(store.glob("*/catalogue/*"))) == 1  # committed together
+    small_tasks(monkeypatch.setattr)  # what turns out to be large is cut here, too
+    assert what_is_stored(store) == (tiled(slides, tmp_path / "large") and what_is_stored(tmp_path / "large"))
+    monkeypatch.setattr(graph, "LITTLE", sum(Path(s.uri).stat().st_size for s in slides[:2]) + 2 * SLIDE_BYTES - 1)
+    assert tiled(slides, store) == statuses  # nothing is fresh
+    with pytest.raises(AssertionError, match="Ray"):
+        tiled(slides[:2], tmp_path / "more")
+
+
+def test_large_slides_are_committed_together(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tasks(monkeypatch.setattr)
     paths = [write_pyramid(tmp_path / f"{seed}.tiff", tissue_rgb(613, 487, seed=seed), levels=2) for seed in range(3)]
     begun = {number: begin_slide(row(path), SPEC, str(store), whole=False) for number, path in enumerate(paths)}
@@ -129,9 +145,8 @@ def test_large_slides_are_committed_together(store: Path, tmp_path: Path, monkey
     assert len(large) == 3
     for together, names in ((2, 2), (64, 3)):  # those of the first round are found, and recorded again
         monkeypatch.setattr(graph, "TOGETHER", together)
-        statuses = dict(
-            graph._tile_large(large, graph._Job("run", SPEC, str(store), 1, True, lambda: np.empty(0, "S32")))
-        )
+        job = graph._Job("run", SPEC, str(store), 1, True, lambda: np.empty(0, "S32"), here=True)
+        statuses = dict(graph._tile_large(large, job))
         assert [statuses[number].status for number in range(3)] == ["committed"] * 3
         assert len(list(store.glob("*/catalogue/*"))) == names
     assert {row(path).slide_id for path in paths} == {status.slide_id for status in statuses.values()}
@@ -163,7 +178,8 @@ from pipeline.config.data import TilingConfig
 from pipeline.storage.files import SourceVersion
 graph.read_slide = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 work = [(7, CohortSlide("s", "/data/s.svs", "p", None, None, {}, {}), SourceVersion(1, None, 1.0))]
-rows = graph._tile_group({"item": pickle.dumps(work)}, graph._Job("run", TilingConfig(), "store", 1, True, list))
+job = graph._Job("run", TilingConfig(), "store", 1, True, list)
+rows = graph._tile_task({"item": pickle.dumps(work)}, graph._grouped, job)
 status = pickle.loads(next(rows)["outcome"])
 print(status.status, status.reason)
 """
@@ -196,7 +212,7 @@ with Path(folder, "fill").open("wb", buffering=0) as file:
 from pipeline.storage.files import source_version
 work = [(0, CohortSlide("s", slide, "p", None, None, {}, {}), source_version(slide))]
 job = graph._Job("run", TilingConfig(patch_px=64, mpp=None), store, 1, True, list)
-(row,) = graph._tile_group({"item": pickle.dumps(work)}, job)
+(row,) = graph._tile_task({"item": pickle.dumps(work)}, graph._grouped, job)
 assert row["failure"] is not None, row
 error = pickle.loads(row["failure"])
 assert isinstance(error, NodeError)
@@ -245,6 +261,7 @@ from pathlib import Path
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
 from pipeline.ingest import graph
+from pipeline.ingest.balance import SLIDE_BYTES
 from pipeline.ingest.graph import tile_cohort
 from pipeline.ingest.tiler import store_slide
 path, store = sys.argv[1:]
