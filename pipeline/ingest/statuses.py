@@ -84,7 +84,7 @@ def outcomes(slides: Sequence[CohortSlide], statuses: Iterable[SlideStatus], ver
     `size`, `etag` and `mtime` are of its files as they were read, else as they were in `versions`; null where they
     could not be reached.
     """
-    held, looked = as_columns(statuses).table, version_columns(versions)
+    held, looked = as_columns(statuses).table.drop_columns(["picture"]), version_columns(versions)
     read = pc.is_valid(held["size"])
     for place, name in enumerate(held.column_names):
         if name in looked.column_names:

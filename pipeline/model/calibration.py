@@ -115,10 +115,11 @@ def chosen(slide_ids: Sequence[str], patients: Sequence[str]) -> list[int]:
 
 
 def calibration_json(cases: Mapping[str, Cases], split: str = "test") -> dict[str, Any]:
-    """What `CALIBRATION` holds of tasks, by the slides of a split."""
+    """What `CALIBRATION` holds of tasks that have cases, by the slides of a split."""
     tasks = {
         name: {"patients": len(own.said), "said": own.said.tolist(), "came": own.came.tolist(), "names": own.names}
         for name, own in cases.items()
+        if len(own.said)
     }
     return {"version": _VERSION, "split": split, "tasks": tasks}
 
@@ -144,15 +145,18 @@ def read_calibration(folder: Path, tasks: Sequence[TaskConfig]) -> dict[str, Cas
 
 def _cases(name: str, own: Mapping[str, Any], width: int) -> Cases:
     """Of a task of so many outputs; ValueError where they are not."""
-    said, came = (np.array(own[column], np.float64).reshape(len(own[column]), -1) for column in ("said", "came"))
+    said, came = (
+        np.array(own[column], np.float64).reshape(len(own[column]), -1 if own[column] else width)
+        for column in ("said", "came")
+    )
     names = tuple(map(tuple, own["names"]))
     if not len(said) == len(came) == own["patients"] or len(names) not in (0, len(said)):
         raise ValueError(f"{name}: {own['patients']} patients, {len(said)} said, {len(came)} came, {len(names)} names")
-    if len(said) and not said.shape[1] == came.shape[1] == width:
+    if not said.shape[1] == came.shape[1] == width:
         raise ValueError(f"{name}: {said.shape[1]} outputs and {came.shape[1]} truths, the model has {width}")
     if not (np.isfinite(said).all() and np.isfinite(came).all()):
         raise ValueError(f"{name}: values that are no finite numbers")
-    return Cases(said.reshape(-1, width), came.reshape(-1, width), names)
+    return Cases(said, came, names)
 
 
 def end_columns(tasks: Sequence[TaskConfig]) -> dict[str, tuple[str, str]]:

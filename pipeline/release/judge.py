@@ -14,7 +14,7 @@ from pipeline.cohort.frozen import Manifest, Present, contaminated, draw_up, fre
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.base import fingerprint
 from pipeline.config.recipe import Config
-from pipeline.errors import StageError
+from pipeline.errors import StageError, TrackingError
 from pipeline.gate.decision import DECISION, decide, software
 from pipeline.gate.evidence import Evidence, Finding, TestSlide
 from pipeline.release.archive import Case, keep
@@ -184,14 +184,21 @@ class _Judgement:
 
     def _keep_cases(self, scored: Scored, cases: Sequence[Present], seen: Mapping[str, Sequence[str]] | None) -> None:
         """Put beside the candidate what its intervals follow from: the test's slides that it has not learned from."""
+        without = "retrain: predictions of this version get no intervals by the frozen test: %s"
         if seen is None:
-            log.warning("retrain: predictions of this version will have no intervals: what it has seen is not known")
+            log.warning(without, "what it has learned from is not known")
             return
         known = set(contaminated(cases, seen))
         ids = {one.slide.slide_id for one in cases if one.case.slide in known}
+        if len(ids) == len(cases):
+            log.warning(without, "it has learned from all of its slides")
+            return
         with scratch_folder() as scratch:
             for place in write_cases(scored.evaluation, str(scratch), ids).values():
-                add_file(self.space.tracker(), scored.version, Path(place))
+                try:
+                    add_file(self.space.tracker(), scored.version, Path(place))
+                except TrackingError as error:
+                    log.warning(without, error)
 
     def _same(self, stage_fingerprint: str, scored: Scored, manifest: Manifest) -> Record:
         """Nothing was learned anew; what the champion measures on the test is kept, for the test may be a new one."""

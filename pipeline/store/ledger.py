@@ -162,11 +162,12 @@ def _sources(outcomes: pa.Table) -> Iterator[pa.Table]:
 
 
 def _corruption(outcomes: pa.Table, torn: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    categories = _categories(outcomes)
+    listed = outcomes.select(["slide_id", "uri", "key", "reason"]).append_column("category", categories)
     lost = pc.is_in(outcomes["key"], value_set=pa.array(torn, pa.string()))
-    worse = outcomes.append_column("category", _categories(outcomes)).filter(
-        pc.or_(lost, pc.is_valid(outcomes["reason"]))
-    )
-    for row in worse.to_pylist():
+    broken = pc.is_in(categories, value_set=pa.array(sorted(BROKEN)))
+    batches = listed.filter(pc.or_(lost, broken)).to_batches(BATCH)
+    for row in chain.from_iterable(batch.to_pylist() for batch in batches):
         facts = torn.get(row["key"] or "")
         known = {name: row[name] for name in ("slide_id", "uri", "key")}
         if row["category"] in BROKEN:

@@ -178,11 +178,15 @@ def add_file(store: Store, version: RegisteredVersion, file: Path) -> None:
     """Put a file beside a version's weights, where loading it finds it; one of the same name is replaced.
 
     Raises:
-        TrackingError: the artifact store cannot be reached or refuses.
+        TrackingError: the artifact store cannot be reached or refuses, or the version is a copy of another one.
     """
     with reported(store.uri):
         source = store.client.get_model_version(version.name, version.version).source
-        logged = store.client.get_logged_model(source.removeprefix("models:/"))  # as `register_model` has it
+    kind, _, model_id = source.partition("models:/")
+    if kind or "/" in model_id or "@" in model_id:  # `register_model` makes it of a logged model
+        raise TrackingError(f"{version.uri}: its files belong to {source}, where nothing is put beside them")
+    with reported(store.uri):
+        logged = store.client.get_logged_model(model_id)
     with _place_reported(store.uri, "written to", logged.artifact_location), tempfile.TemporaryDirectory() as scratch:
         shutil.copy(file, scratch)
         store.client.log_model_artifacts(logged.model_id, scratch, "artifacts")

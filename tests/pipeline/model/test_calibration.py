@@ -125,6 +125,18 @@ def test_a_model_without_cases_has_none_and_a_broken_file_is_named(tmp_path: Pat
             read_calibration(tmp_path, [BINARY])
 
 
+def test_a_task_without_cases_says_nothing_and_is_not_written(tmp_path: Path) -> None:
+    none, one = Cases(np.empty((0, 2)), np.empty((0, 2))), Cases(np.array([[70.0]]), np.array([[71.0]]))
+    whole = calibration_json({"t": none, "age": one})
+    assert list(whole["tasks"]) == ["age"]
+    empty = {"patients": 0, "said": [], "came": [], "names": []}
+    (tmp_path / CALIBRATION).write_text(json.dumps({**whole, "tasks": {**whole["tasks"], "t": empty}}))
+    found = read_calibration(tmp_path, [BINARY, NUMBER])
+    assert found["t"].said.shape == (0, 2)
+    values = {"t_no": 0.25, "t_yes": 0.75, "age_value": 70.0}
+    assert intervals([BINARY, NUMBER], found, values) == {"t_no": (0.0, 1.0), "t_yes": (0.0, 1.0)}
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

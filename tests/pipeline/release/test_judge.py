@@ -11,7 +11,7 @@ from pipeline.cohort.frozen import newest
 from pipeline.config.base import fingerprint
 from pipeline.errors import StageError
 from pipeline.gate.decision import replay
-from pipeline.model.calibration import Cases, read_calibration
+from pipeline.model.calibration import CALIBRATION, Cases, read_calibration
 from pipeline.release.arrivals import Arrivals, Row
 from pipeline.release.history import Act, append
 from pipeline.release.judge import SAME, Question, judging
@@ -143,6 +143,17 @@ def test_a_candidate_is_no_witness_of_slides_it_has_learned_from(study: Study, t
     assert evidence["candidate"]["seen"] == [fingerprint("test3")]
     cases = _cases(study, version, tmp_path)
     assert {key for _, key in cases.names} == {study.keys[f"test{n}"] for n in range(6) if n != 3}
+
+
+def test_a_candidate_that_has_learned_from_all_of_the_test_has_no_witness(
+    study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slides = [replace(s, patient_id="p-train0") if s.split == "test" else s for s in study.cohort.slides]
+    mixed = replace(study, cohort=replace(study.cohort, slides=tuple(slides)))
+    _, version = _first(mixed)
+    _, artifacts = fetch(study.tracker, version.uri, tmp_path)
+    assert not (artifacts / CALIBRATION).exists()
+    assert "no intervals by the frozen test: it has learned from all of its slides" in caplog.text
 
 
 def test_weights_of_which_the_past_is_not_known_make_no_clean_candidate(study: Study, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from pipeline.model.build import build_encoder
 from pipeline.predictions.run import predict
 from pipeline.tracking.registry import (
     RegisteredVersion,
+    add_file,
     fetch,
     find_version,
     promote,
@@ -85,6 +87,22 @@ def test_fetch_brings_back_the_same_weights(
     assert config == small_config()
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_file_is_put_beside_the_weights_but_not_beside_those_of_a_copy(
+    tracker: Tracker, registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    for text in ("first", "second"):
+        (tmp_path / "told.json").write_text(text)
+        add_file(tracker, registered, tmp_path / "told.json")
+        _, folder = fetch(tracker, registered.uri, tmp_path / text)
+        assert (folder / "told.json").read_text() == text
+        assert (folder / "weights.safetensors").is_file()
+    mlflow.set_tracking_uri(tracker.uri)
+    made = tracker.client.copy_model_version(f"models:/{registered.name}/{registered.version}", "copies")
+    copied = find_version(tracker, f"models:/copies/{made.version}")
+    with pytest.raises(TrackingError, match=rf"models:/copies/1: its files belong to models:/{registered.name}/1"):
+        add_file(tracker, copied, tmp_path / "told.json")
 
 
 def test_aliases_move_and_the_former_champion_stays_reachable(tracker: Tracker, model_folder: Path) -> None:
