@@ -11,7 +11,7 @@ gradient pass takes again what the selection has scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, assert_never
 
 import numpy as np
@@ -141,16 +141,19 @@ def content_of(source: Source) -> str:
     return source.key if stored is None else str(stored.facts()["content"])
 
 
-def contents(config: Config, sources: Sequence[Source]) -> set[str]:
-    """Digests of the content of slides of a run of the config, as `content_of`; one look at the catalogue.
+def contents(config: Config, sources: Iterable[Source]) -> set[str]:
+    """Keys of slides of a run of the config, and digests of their content, as `content_of`; one look at the catalogue.
 
     Raises:
         StorageError: the catalogue cannot be read.
     """
-    keys = list({source.key if (stored := stored_of(source)) is None else stored.key for source in sources})
+    keys, stored = set[str](), set[str]()
+    for source in sources:  # one after another: a million of them at a time take a gigabyte
+        keys.add(source.key)
+        stored.add(source.key if (below := stored_of(source)) is None else below.key)
     if config.cohort.megapixel_mnist is not None:
-        return set(keys)
-    return {str(facts["content"]) for _, facts in patch_store(config).all_facts(keys)}
+        return keys | stored
+    return keys | {str(facts["content"]) for _, facts in patch_store(config).all_facts(list(stored))}
 
 
 def stored_of(source: Source) -> StoredSlide | None:

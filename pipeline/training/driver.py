@@ -102,8 +102,7 @@ def _note_seen(config: Config, folder: str, slides: Sequence[LabelledSource]) ->
     """
     if config.train.begins_with is not None:
         return
-    sources = [one for _, source in slides for one in slides_of(source)]
-    keys = contents(config, sources) | {source.key for source in sources}
+    keys = contents(config, (one for _, source in slides for one in slides_of(source)))
     patients = {Seen.patient(slide.patient_id) for slide, _ in slides}
     write_json(join(folder, SEEN), Seen(frozenset(keys), frozenset(patients)).as_json())
 

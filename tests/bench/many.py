@@ -159,7 +159,7 @@ def parts(folder: Path, count: int) -> list[Part]:
         fingerprint([[s.slide_id, s.patient_id, one.key, one.n_patches, s.labels] for s, one in found])
     with clock.part("seen"):  # what is told with the model
         learned(found)
-        contents(settings, [source for _, source in found if isinstance(source, StoredSlide)])
+        contents(settings, (source for _, source in found if isinstance(source, StoredSlide)))
     with clock.part("digest"):
         digest = plan_digest([s.key for _, s in found], [s.n_patches for _, s in found], "recipe")
     with clock.part("sent"):
