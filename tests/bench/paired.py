@@ -1,8 +1,9 @@
 """Two commits by turns on the lines of `tests.bench.tiling` that cost: `python -m tests.bench.paired OTHER_WORKTREE`.
 
 Each part runs in processes of its own, one of the other tree, one of this, and again the other way round; of each side
-the best round counts, in CPU time, of which busy neighbours lengthen every round a little and the best one least. A
-table as Markdown.
+the best round counts, in CPU time, of which busy neighbours lengthen every round a little and the best one least.
+Memory is allocated as the processes that tile do it (`child.MALLOC`), else how often the heap is given back and asked for
+again, by where a tree's modules happen to lie, decides some lines. A table as Markdown.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.ingest.child import MALLOC
 from pipeline.slides.open import open_slide
 from pipeline.store.commit import plan_slide, write_slide
 from pipeline.store.patches import PatchStore
@@ -117,7 +119,7 @@ def run(tree: Path, part: str, slides: Path) -> float:
     """One part by one tree, in a process of its own."""
     with tempfile.TemporaryDirectory(dir=slides) as folder:
         command = [sys.executable, "-P", __file__, "--part", part, str(slides), folder]
-        env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(slides / "bytecode")}
+        env = {**os.environ, **MALLOC, "PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(slides / "bytecode")}
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process would compile all modules, as no installed one does
         done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=True)
         return float(json.loads(done.stdout.splitlines()[-1]))
