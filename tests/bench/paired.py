@@ -2,8 +2,8 @@
 
 Each part runs in processes of its own, one of the other tree, one of this, and again the other way round; of each side
 the best round counts, in CPU time, of which busy neighbours lengthen every round a little and the best one least.
-Memory is allocated as the processes that tile do it (`child.MALLOC`), else how often the heap is given back and asked for
-again, by where a tree's modules happen to lie, decides some lines. A table as Markdown.
+Memory is allocated as the processes that tile do it (`child.MALLOC`); else how often the heap is given back and asked
+for again, by where a tree's modules happen to lie, decides some lines. A table as Markdown.
 """
 
 from __future__ import annotations
