@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.ingest.child import MALLOC
 from pipeline.slides.open import open_slide
 from pipeline.store.commit import plan_slide, write_slide
 from pipeline.store.patches import PatchStore
@@ -117,6 +116,8 @@ PARTS: dict[str, tuple[str, Callable[[Path, list[Path], Path], float]]] = {
 
 def run(tree: Path, part: str, slides: Path) -> float:
     """One part by one tree, in a process of its own."""
+    from pipeline.ingest.child import MALLOC  # the part's process may have another tree, before it was there
+
     with tempfile.TemporaryDirectory(dir=slides) as folder:
         command = [sys.executable, "-P", __file__, "--part", part, str(slides), folder]
         env = {**os.environ, **MALLOC, "PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(slides / "bytecode")}
