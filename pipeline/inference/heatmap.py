@@ -131,27 +131,35 @@ def _foot(lines: Sequence[str]) -> int:
     return _PAD // 2 + _SCALE_BAR + _LINE * len(lines)
 
 
-def wrapped(caption: Sequence[str], px: float) -> list[str]:
-    """Lines of a caption, none wider than `px`: broken between words, and within one that is wider itself."""
+def wrapped(caption: Sequence[str], px: float, size: float = _SMALL) -> list[str]:
+    """Lines of a caption, none wider than `px`: broken between words, and within one that is wider itself.
+
+    Args:
+        caption: lines.
+        px: width that they have.
+        size: px of the typeface.
+    """
     found: list[str] = []
     for line in caption:
-        row, *words = line.split(" ")
+        first, *words = line.split(" ")
+        *above, row = _cut(first, px, size)
         for word in words:
             whole = f"{row} {word}"
-            if typeface(_SMALL).getlength(whole) <= px:
+            if typeface(size).getlength(whole) <= px:
                 row = whole
             else:
-                found += _cut(row, px)
-                row = word
-        found += _cut(row, px)
+                above.append(row)
+                *pieces, row = _cut(word, px, size)
+                above += pieces
+        found += [*above, row]
     return found
 
 
-def _cut(word: str, px: float) -> list[str]:
+def _cut(word: str, px: float, size: float) -> list[str]:
     """Pieces of a word, each as wide as `px` allows, or of one letter."""
-    pieces = []
-    while typeface(_SMALL).getlength(word) > px and len(word) > 1:
-        widths = [typeface(_SMALL).getlength(word[:many]) for many in range(2, len(word))]
+    face, pieces = typeface(size), []
+    while face.getlength(word) > px and len(word) > 1:
+        widths = [face.getlength(word[:many]) for many in range(2, len(word))]
         fits = 1 + bisect_right(widths, px)
         pieces.append(word[:fits])
         word = word[fits:]

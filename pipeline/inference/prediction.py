@@ -83,6 +83,8 @@ class SlidePrediction:
     """Schema ATTENTION, of this slide; over all slides of the bag it sums to 1."""
     key: str
     """Of the bag's patches."""
+    own_key: str
+    """Of the slide's."""
     extent: float
     """Edge of a patch, in level-0 px."""
     mpp: float | None
@@ -268,6 +270,7 @@ def predict_together(
                 rows=rows,
                 attention=attention_table(slide.slide_id, source, part_of(found, rows)),
                 key=whole.key,
+                own_key=source.key,
                 extent=source.extent,
                 mpp=source.mpp,
                 n_bad_tiles=source.n_bad_tiles,

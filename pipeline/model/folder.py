@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,10 @@ class Seen:
     def patient(patient_id: str) -> str:
         """As `patients` has it."""
         return hashlib.sha256(patient_id.encode()).hexdigest()
+
+    def has(self, digests: Collection[str]) -> bool:
+        """Whether a slide was shown, by its key and its patient's digest."""
+        return not (self.slides.isdisjoint(digests) and self.patients.isdisjoint(digests))
 
     def as_json(self) -> dict[str, list[str]]:
         """Sorted, so that equal ones give equal bytes."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
-from pathlib import PurePosixPath
+from itertools import chain
 
 from pipeline.cohort.patients import bag_name, check_specimens
 from pipeline.cohort.table import CohortSlide, read_cohort
 from pipeline.config.recipe import Config
 from pipeline.errors import StageError, StorageError
 from pipeline.slides.folders import SUFFIX, is_folder, place_of, slides_in
+from pipeline.slides.names import apart, name_of
 from pipeline.storage.files import is_remote, is_temporary, join, parent
 from pipeline.storage.tree import walk
 
@@ -113,13 +113,8 @@ def _suffix(uri: str) -> str:
 
 def _named(uris: Sequence[str], mpp: float | None, series: int | None, taken: set[str]) -> Iterator[CohortSlide]:
     """Slides under their file's name, with the first number that makes it another than those `taken`."""
-    following: dict[str, Iterator[int]] = {}
-    for uri in uris:
-        path = PurePosixPath(uri)
-        stem = as_text(path.name if _is_folder(uri, _place(uri)) else path.stem)  # that of a folder may hold dots
-        numbers = following.setdefault(stem, count(2))
-        slide_id = stem if stem not in taken else next(name for n in numbers if (name := f"{stem}-{n}") not in taken)
-        taken.add(slide_id)
+    names = (as_text(name_of(uri, folder=_is_folder(uri, _place(uri)))) for uri in uris)
+    for uri, slide_id in zip(uris, apart(names, taken), strict=True):
         yield CohortSlide(slide_id, _place(uri), slide_id, None, mpp, {}, {}, series=series)
 
 

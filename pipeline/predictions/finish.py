@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.inference.heatmap import Heatmap, overlay_box, overlay_png
 from pipeline.predictions.maps import read_maps
 from pipeline.predictions.output import ATTENTION, OVERLAY, THUMBNAIL, commit, read_facts
+from pipeline.predictions.sentences import outputs_line
 from pipeline.storage.files import join, read_bytes, write_bytes
 
 
@@ -21,6 +22,8 @@ class Finishing:
     """How folders are finished. Picklable."""
 
     colours: Mapping[str, Mapping[str, float]]
+    columns: Sequence[str]
+    """Of the outputs, in the model's order, which JSON does not keep."""
 
     def worker(self) -> Callable[[str], None]:
         """What finishes a slide's folder."""
@@ -40,14 +43,14 @@ class Finishing:
         among = facts["patient"]["n_patches"] if "patient" in facts else None
         slide = Heatmap(thumbnail, scale, x, y, facts["patch"], attention, facts["mpp"], tuple(dimensions), among)
         top = self.colours["score"]["high"]
-        picture = overlay_png(slide, top, caption=caption(facts), clipped=True)
+        picture = overlay_png(slide, top, caption=caption(facts, self.columns), clipped=True)
         write_bytes(join(folder, OVERLAY), picture)
         box = overlay_box(thumbnail.shape[:2])
         commit(folder, {**facts, "colours": dict(self.colours), "overlay": box._asdict()})
 
 
-def caption(facts: Mapping[str, Any]) -> list[str]:
-    """What stands below an overlay."""
+def caption(facts: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """What stands below an overlay, with the outputs in this order."""
     score = facts["maps"]["score"]
-    values = ", ".join(f"{name} {value:.3f}" for name, value in facts["values"].items())
+    values = outputs_line(facts["values"], columns)
     return [facts["slide_id"], values, f"{facts['model']['source']}; {score['version']}", facts["sentences"][0]]

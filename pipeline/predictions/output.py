@@ -175,7 +175,6 @@ def with_intervals(
 
     Without the case that a slide, or its patient, is itself; none of those that the model has learned from.
     """
-    learned = frozenset[str]() if seen is None else seen.slides | seen.patients
     most = max((len(own.said) for own in cases.values()), default=0)
     found = list[Outcome]()
     for one, patient in zip(outcomes, patients, strict=True):
@@ -183,7 +182,7 @@ def with_intervals(
             found.append(one)
             continue
         digests = {Seen.patient(patient), *([one["key"]] if "key" in one else [])}  # folders of before tell no key
-        ends = intervals(tasks, cases, one["values"], digests) if learned.isdisjoint(digests) else {}
+        ends = {} if seen is not None and seen.has(digests) else intervals(tasks, cases, one["values"], digests)
         found.append({**one, "intervals": ends, "tested": most})
     return found
 

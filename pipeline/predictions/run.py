@@ -186,7 +186,8 @@ def _predict(asked: Sequence[Asked], predicting: Predicting, config: Config, how
         good = [found for found in complete if not isinstance(found, Failure)]
         if good:
             scales = colours([found["histograms"] for found in good])
-            for _, failed in work(Finishing(scales).worker, [join(out, found["folder"]) for found in good]):
+            finishing = Finishing(scales, [name for task in config.tasks for name in task.output_columns])
+            for _, failed in work(finishing.worker, [join(out, found["folder"]) for found in good]):
                 if isinstance(failed, StageError):
                     raise failed
     complete = with_intervals(complete, [one.slide.patient_id for one in asked], config.tasks, cases, seen)

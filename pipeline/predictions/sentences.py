@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config.recipe import Config
@@ -42,6 +43,11 @@ def sentences(
         told.append("This model's pool does not tell what each patch does, so there is no effect of patches.")
         return told
     return [*told, *_deletion(config, explanation.curves)]
+
+
+def outputs_line(values: Mapping[str, float], columns: Sequence[str]) -> str:
+    """The outputs, in the order of `columns`."""
+    return ", ".join(f"{column} {values[column]:.3f}" for column in columns)
 
 
 def of_one(whole: str, slides: int, share: float, selected: int, among: int) -> str:

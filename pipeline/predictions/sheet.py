@@ -9,10 +9,12 @@ import simplejpeg
 from PIL import Image, ImageDraw
 
 from pipeline.inference.figures import photograph_bytes, typeface
+from pipeline.inference.heatmap import wrapped
 
 EACH = 12
 """Patches of either kind at most."""
 _COLUMNS, _PX, _GAP, _LINE = 6, 160, 10, 18
+_LETTERS = 12  # px
 _INK, _SOFT, _WHITE = (28, 39, 51), (91, 107, 122), (255, 255, 255)
 
 
@@ -28,16 +30,17 @@ def sheet_png(heading: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown
     """A PNG; equal arguments give equal bytes.
 
     Args:
-        heading: lines above all.
+        heading: lines above all, broken where they are wider than the sheet.
         groups: a title, and its patches in rows of six.
     """
     width = _COLUMNS * (_PX + _GAP) + _GAP
+    lines = wrapped(heading, width - 2 * _GAP, _LETTERS)
     rows = sum(-(-len(patches) // _COLUMNS) for _, patches in groups)
-    height = _GAP + _LINE * len(heading) + len(groups) * (_GAP + _LINE) + rows * (_PX + _LINE + _GAP) + _GAP
+    height = _GAP + _LINE * len(lines) + len(groups) * (_GAP + _LINE) + rows * (_PX + _LINE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), _WHITE)
-    pen, font = ImageDraw.Draw(sheet), typeface(12)
+    pen, font = ImageDraw.Draw(sheet), typeface(_LETTERS)
     y = _GAP
-    for line in heading:
+    for line in lines:
         pen.text((_GAP, y), line, _SOFT, font)
         y += _LINE
     for title, patches in groups:

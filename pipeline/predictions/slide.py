@@ -51,7 +51,7 @@ from pipeline.predictions.output import (
     folder_of,
     safe_name,
 )
-from pipeline.predictions.sentences import of_one, sentences
+from pipeline.predictions.sentences import of_one, outputs_line, sentences
 from pipeline.predictions.shapes import LEVELS, top_geojson, top_rows, write_all
 from pipeline.predictions.sheet import EACH, Shown, sheet_png
 from pipeline.storage.files import join, parsed_json, upload, write_bytes
@@ -327,10 +327,5 @@ def _sheet(facts: Facts, source: Source, table: pa.Table, config: Config) -> byt
     if len(least):
         groups.append(("Least attended", shown[len(most) :]))
     edge = "" if facts["mpp"] is None else f", each {facts['patch'] * facts['mpp']:.3g} \N{MICRO SIGN}m wide"
-    return sheet_png([f"{facts['slide_id']}{edge}", facts["model"]["source"], *told(facts["values"], config)], groups)
-
-
-def told(values: dict[str, Any], config: Config) -> Sequence[str]:
-    """The outputs in a line."""
-    columns = [column for task in config.tasks for column in task.output_columns]
-    return [", ".join(f"{column} {values[column]:.3f}" for column in columns)]
+    values = outputs_line(facts["values"], [column for task in config.tasks for column in task.output_columns])
+    return sheet_png([f"{facts['slide_id']}{edge}", facts["model"]["source"], values], groups)

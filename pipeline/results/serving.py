@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -106,29 +106,30 @@ class SlideModel(PythonModel):
         answer = self._answer(given, limits, asked)
         if isinstance(answer, str):
             return [self._failed(one, answer) for one in given]
-        outputs, maps = answer
+        outputs = answer.outputs
         if asked.intervals:
-            outputs |= self._ends(outputs, given)
-        return [{"uri": one.uri, **outputs, **own, "error": None} for one, own in zip(given, maps, strict=True)]
+            patients = {Seen.patient(str(row.patient)) for row in given if not pd.isna(row.patient)}
+            outputs |= self._ends(outputs, answer.keys | patients)
+        return [{"uri": one.uri, **outputs, **own, "error": None} for one, own in zip(given, answer.maps, strict=True)]
 
-    def _ends(self, outputs: Mapping[str, float], given: Sequence[_Row]) -> dict[str, float]:
-        """By column, of those outputs that have an interval; none of a patient that the model has learned from."""
-        names = end_columns(self.config.tasks)
-        patients = {Seen.patient(str(row.patient)) for row in given if not pd.isna(row.patient)}
-        if self.seen is not None and not self.seen.patients.isdisjoint(patients):
+    def _ends(self, outputs: Mapping[str, float], digests: Collection[str]) -> dict[str, float]:
+        """By column, of those outputs that have an interval.
+
+        Without the cases that are of the same slides or patient, whose digests these are; none of what the model has
+        learned from (as `predictions.output.with_intervals`).
+        """
+        if self.seen is not None and self.seen.has(digests):
             return {}
-        found = intervals(self.config.tasks, self.cases, outputs, patients)
+        names, found = end_columns(self.config.tasks), intervals(self.config.tasks, self.cases, outputs, digests)
         return {name: end for column, ends in found.items() for name, end in zip(names[column], ends, strict=True)}
 
-    def _answer(
-        self, given: Sequence[_Row], limits: Limits, asked: Asked
-    ) -> tuple[dict[str, float], list[dict[str, Any]]] | str:
-        """Outputs of a bag, and the maps of each of its slides; or why there is none of it."""
+    def _answer(self, given: Sequence[_Row], limits: Limits, asked: Asked) -> _Answer | str:
+        """What is said of a bag; or why there is nothing."""
         problem = next(filter(None, map(_problem, given)), None)
         if problem is not None:
             return problem
         try:
-            values, maps = self._found([_slide(one, limits) for one in given], asked)
+            values, keys, maps = self._found([_slide(one, limits) for one in given], asked)
         except SlideError as error:
             return unpredicted(error, "in the column mpp")
         except StorageError as error:
@@ -138,16 +139,19 @@ class SlideModel(PythonModel):
         numbers = [value for task in self.config.tasks for value in values[task.name].tolist()]
         if not all(map(math.isfinite, numbers)):
             return f"the model gives {numbers}, no finite numbers; its weights are no good"
-        return dict(zip(self._outputs(), numbers, strict=True)), maps
+        return _Answer(dict(zip(self._outputs(), numbers, strict=True)), keys, maps)
 
-    def _found(self, slides: Sequence[CohortSlide], asked: Asked) -> tuple[Mapping[str, Floats], list[dict[str, Any]]]:
-        """What a bag's slides have; of several models the mean, which has no maps."""
+    def _found(
+        self, slides: Sequence[CohortSlide], asked: Asked
+    ) -> tuple[Mapping[str, Floats], frozenset[str], list[dict[str, Any]]]:
+        """Values, keys and maps of a bag's slides; of several models the mean, which has no maps and no intervals."""
         if len(self.members) > 1:  # of folds, which take slides alone
-            return predict_mean(self.members, slides[0]), [{}]
+            return predict_mean(self.members, slides[0]), frozenset(), [{}]
         found = predict_together(self.model, self.config, slides, pooled=asked.explain)
         first = found[0]
         said = explain(self.model, self.config.tasks, first.found, first.key) if asked.explain else None
-        return first.values, [self._maps(one, said, asked) for one in found]
+        keys = frozenset({first.key, *(one.own_key for one in found)})
+        return first.values, keys, [self._maps(one, said, asked) for one in found]
 
     def _maps(self, found: SlidePrediction, said: Explanation | None, asked: Asked) -> dict[str, Any]:
         """What is asked for beside the outputs.
@@ -180,6 +184,16 @@ class _Row(NamedTuple):
     series: Any
     patient: Any
     specimen: Any
+
+
+class _Answer(NamedTuple):
+    """Of a bag."""
+
+    outputs: dict[str, float]
+    keys: frozenset[str]
+    """By which the bag and its slides are known, were they tested on or learned from."""
+    maps: list[dict[str, Any]]
+    """Of each slide."""
 
 
 def _problem(row: _Row) -> str | None:

@@ -41,6 +41,11 @@ class Gate:
     session: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     """What a browser shows after it has shown the token once: the token itself is not kept there."""
 
+    @property
+    def name(self) -> str:
+        """By which a browser asks: what it listens at, but where that is every address, which is nobody's name."""
+        return socket.gethostname().lower() if _is_every(self.host) else self.host
+
     def knows(self, header: str | None) -> bool:
         """Whether a Host header names this server, at whatever port a tunnel has.
 
@@ -96,6 +101,13 @@ def _name(header: str) -> str:
         return ""
     plain = plain and parts.netloc == header and "@" not in header and not parts.path
     return (parts.hostname or "") if plain else ""
+
+
+def _is_every(host: str) -> bool:
+    try:
+        return not host or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _is_address(name: str) -> bool:

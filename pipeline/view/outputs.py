@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Output(Batch):
         kinds = {field.name: (field.metadata or {}).get(_INTERVAL, b"interval").decode() for field in rows.schema}
         self._tested = {f.name: int(found) for f in rows.schema if (found := (f.metadata or {}).get(_TESTED))}
         self.slides = [self._slide(row, numbers, ends, kinds) for row in listed]
-        self.scales = _scales(self._said)
+        self.scales = _scales(self._said, numbers)
 
     def _slide(
         self, row: Mapping[str, Any], numbers: list[str], ends: set[str], kinds: Mapping[str, str]
@@ -161,19 +162,28 @@ def _drawn(outlines: Mapping[str, Any], dimensions: tuple[int, int], origin: tup
     return np.asarray(image)
 
 
-def _scales(said: Mapping[str, Any]) -> dict[str, Scale]:
-    """By layer, from what `slide.json` says of its maps and their colours, which all slides share."""
+def _scales(said: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Scale]:
+    """By layer, from what `slide.json` says of its maps and their colours, which all slides share.
+
+    Heads first, by their numbers, then effects in the order of the outputs' `columns`: JSON has both by the alphabet.
+    """
     maps, colours = said.get("maps") or {}, said.get("colours") or {}
     found = (
         {ATTENTION: Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))} if said else {}
     )
-    for name in maps:
+    places = {_EFFECT + column: place for place, column in enumerate(columns)}
+    for name in sorted(maps, key=lambda name: (places.get(name, -1), _parts(name))):
         if name.startswith(_EFFECT):
             unit = f"what the output gains by the patch: {maps[name].get('unit', 'number')}"
             found[name] = Scale("signed", _end(colours, "effect", 1.0), unit, _whence(colours, "effect"))
         elif name.startswith(_HEAD):
             found[name] = Scale("rising", _end(colours, _SCORE, 10.0), _UNIFORM, _whence(colours, _SCORE))
     return found
+
+
+def _parts(name: str) -> list[str | int]:
+    """By which names with numbers in them are sorted: text and numbers in turn."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _end(colours: Mapping[str, Any], which: str, otherwise: float) -> float:

@@ -64,7 +64,10 @@ def view(place: str, against: str | None, *, host: str, port: int, tell: Callabl
         tell(address(server))
         if not is_loopback(host):
             log.warning(
-                "view: %s is open to the network, unencrypted; whoever has the address with its token may look", host
+                "view: %s is open to the network, unencrypted; whoever has the address with its token may look; where "
+                "%s is not known, put this machine's address there in its place",
+                host,
+                server.gate.name,
             )
         try:
             threading.Event().wait()
@@ -93,7 +96,7 @@ def serving(batches: Sequence[Batch], guard: Gate, port: int = 0) -> Iterator[Vi
 
 def address(server: ViewServer) -> str:
     """What to open: with the token, where there is one."""
-    host = server.gate.host
+    host = server.gate.name
     shown = f"[{host}]" if ":" in host else host
     token = "" if server.gate.token is None else f"?token={quote(server.gate.token)}"
     return f"http://{shown}:{server.port}/{token}"

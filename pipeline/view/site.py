@@ -113,16 +113,17 @@ class Site:
         """A tile of a slide or of a layer.
 
         Raises:
-            IndexError: there is no such slide, layer or tile.
+            IndexError: there is no such slide, layer, step or tile.
             PipelineError: the slide or its patches cannot be read.
         """
         if route.kind == "tile":
             slide, step, column, row = route.numbers
             with self.readers.borrow(self._known(slide)) as reader:
-                return tile(reader, self._look(slide, reader).steps[step], column, row)
+                return tile(reader, _one("step", self._look(slide, reader).steps, step), column, row)
         slide, layer, step, column, row = route.numbers
         opened = self._of(slide)
-        return Picture(self._painted(slide, self.layers[layer], opened, opened.layers[step], column, row), PNG)
+        laid, at = _one("layer", self.layers, layer), _one("step", opened.layers, step)
+        return Picture(self._painted(slide, laid, opened, at, column, row), PNG)
 
     def listed(self) -> bytes:
         """The slides and layers, as JSON."""
@@ -165,8 +166,7 @@ class Site:
         )
 
     def _known(self, slide: int) -> int:
-        if slide >= len(self._numbers):
-            raise IndexError(f"no slide {slide} of {len(self._numbers)}")
+        _one("slide", self._numbers, slide)
         return slide
 
     def _other(self, slide: int) -> Any:
@@ -234,6 +234,13 @@ class Site:
         assert patches is not None
         values = np.ones(len(patches.squares)) if name is None else patches.values[name]
         return painted(patches.squares, values, step, column, row)
+
+
+def _one(what: str, there: Sequence[Value], number: int) -> Value:
+    """That of a number from 0; IndexError by its name where it is not there."""
+    if number >= len(there):
+        raise IndexError(f"no {what} {number} of {len(there)}")
+    return there[number]
 
 
 def _layers(batches: Sequence[Batch]) -> list[Layer]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 import numpy as np
 
+from pipeline.slides.folders import SUFFIX, is_folder
+from pipeline.slides.names import apart, name_of
 from pipeline.storage import files
 from pipeline.store.patches import PatchStore, StoredSlide
 from pipeline.store.verify import spec_folders
@@ -23,6 +23,7 @@ class Stored(Batch):
         self.slides: list[ShownSlide] = []
         self._stored: list[StoredSlide | None] = []
         self._series: list[int | None] = []
+        taken = set[str]()  # of all specs: a link names a slide of the store
         for folder in spec_folders(self.name):
             root, _, spec = folder.rpartition("/")
             shelf = PatchStore(root, spec)
@@ -33,15 +34,18 @@ class Stored(Batch):
             keys = dict.fromkeys(row["key"] for row in sources if row["key"] is not None)
             gone = set(shelf.gone(keys))
             known = {slide.key: slide for slide in shelf.slides([key for key in keys if key not in gone])}
-            for row in sorted(sources, key=lambda row: str(row["uri"])):
-                self._add(row["uri"], row["series"], row["reason"], known.get(row["key"]), spec)
+            rows = sorted(sources, key=lambda row: str(row["uri"]))
+            for row, name in zip(rows, apart((_name(row["uri"]) for row in rows), taken), strict=True):
+                self._add(name, row["uri"], row["series"], row["reason"], known.get(row["key"]), spec)
 
-    def _add(self, uri: str, series: int | None, reason: str | None, stored: StoredSlide | None, spec: str) -> None:
+    def _add(
+        self, name: str, uri: str, series: int | None, reason: str | None, stored: StoredSlide | None, spec: str
+    ) -> None:
         facts = {"tiling": spec}
         if stored is not None:
             facts |= {"patches": f"{stored.n_patches} of {stored.patch_px} px", "key": stored.key}
         mpp = None if stored is None else stored.mpp
-        self.slides.append(ShownSlide(PurePosixPath(uri).stem, uri, mpp=mpp, reason=reason, facts=facts))
+        self.slides.append(ShownSlide(name, uri, mpp=mpp, reason=reason, facts=facts))
         self._stored.append(stored)
         self._series.append(series)
 
@@ -62,3 +66,10 @@ class Stored(Batch):
         """See `Batch.tissue`."""
         stored = self._stored[number]
         return None if stored is None else read_mask_png(stored.mask())
+
+
+def _name(uri: str) -> str:
+    """That of its file, or of its folder where it is one or its file is one of DICOM, which are mostly called alike."""
+    if uri.lower().endswith(SUFFIX):
+        return name_of(files.parent(uri), folder=True)
+    return name_of(uri, folder=is_folder(uri))

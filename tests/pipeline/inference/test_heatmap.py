@@ -130,6 +130,15 @@ def test_captions_are_broken_where_they_are_too_wide(caption: list[str]) -> None
     assert wrapped(caption, 1e6) == caption
 
 
+def test_the_rest_of_a_word_that_was_cut_shares_its_line_with_the_next_word() -> None:
+    lines = wrapped(["m" * 20 + " a b"], 90.0)
+    assert lines[-1] == "mm a b"
+    assert "".join(lines) == "m" * 20 + " a b"
+    small = wrapped(["m" * 20], 90.0, 7.25)
+    assert len(small) < len(lines)
+    assert all(typeface(7.25).getlength(line) <= 90 for line in small)
+
+
 def test_a_long_caption_is_whole_below_a_narrow_slide() -> None:
     slide = Heatmap(np.full((512, 8, 3), 220, np.uint8), 1.0, np.array([0]), np.array([0]), 8.0, np.array([1.0]), None)
     plain, told = (_pixels(overlay_png(slide, 2.0, caption=caption)) for caption in (["a"], ["word " * 60]))

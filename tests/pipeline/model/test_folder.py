@@ -86,6 +86,9 @@ def test_what_a_model_has_seen_stands_beside_it_without_names(tmp_path: Path) ->
     assert read_seen(tmp_path) == seen
     assert "Jane" not in (tmp_path / SEEN).read_text()
     assert seen.as_json()["slides"] == ["a", "b"]
+    assert seen.has({"x", "b"})
+    assert seen.has({Seen.patient("Jane Doe")})
+    assert not seen.has({"x", Seen.patient("a")})
 
 
 def test_a_model_saved_before_heads_had_names_predicts_the_same_bits(tmp_path: Path) -> None:

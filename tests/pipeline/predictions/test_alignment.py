@@ -88,7 +88,9 @@ def _hot(out: Path, at: int) -> tuple[float, float, float, float]:
     weights = np.zeros(len(table), np.float32)
     weights[at] = 1
     place.write_bytes(as_parquet(table.set_column(table.schema.get_field_index("attention"), "attention", [weights])))
-    Finishing({"score": {"low": 1.0, "high": 5.0, "quantile": float(at)}}).finish(str(folder))
+    Finishing({"score": {"low": 1.0, "high": 5.0, "quantile": float(at)}}, ["tumour_no", "tumour_yes"]).finish(
+        str(folder)
+    )
     place.write_bytes(kept)
     box, (width, height) = json.loads((folder / "slide.json").read_text())["overlay"], facts["dimensions"]
     picture = np.asarray(Image.open(folder / "overlay.png").convert("RGB")).astype(int)

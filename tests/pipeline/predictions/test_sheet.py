@@ -24,3 +24,12 @@ def test_patches_stand_in_rows_of_six_under_their_titles() -> None:
         assert np.abs(picture[y, x] - colour).max() < 12
     assert (picture[top + step, left + 170] == 255).all()
     assert (picture[10:28, 10:300] < 200).any()  # the heading
+
+
+def test_headings_wider_than_the_sheet_go_on_in_the_next_line() -> None:
+    outputs = ", ".join(f"grade_of_the_tumour_{number} 0.125" for number in range(12))
+    short, long = (np.asarray(Image.open(io.BytesIO(sheet_png([line], [])))) for line in ("a", outputs))
+    assert long.shape[0] >= short.shape[0] + 2 * 18
+    assert long.shape[1] == short.shape[1]
+    assert (long[:, -10:] == 255).all()  # nothing runs off the edge
+    assert (long[28:] < 200).any()

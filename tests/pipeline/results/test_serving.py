@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,8 +18,9 @@ from pipeline.bags import patch_bag
 from pipeline.cohort.table import CohortSlide
 from pipeline.inference.prediction import load_model, predict_slide, predict_together
 from pipeline.model.build import build_model
-from pipeline.model.calibration import CALIBRATION, Cases, calibration_json
-from pipeline.model.folder import MEMBERS, TISSUE_NETWORK, save_model
+from pipeline.model.calibration import CALIBRATION, Cases, calibration_json, intervals
+from pipeline.model.folder import MEMBERS, SEEN, TISSUE_NETWORK, Seen, save_model
+from pipeline.predictions.run import predict as write_predictions
 from tests.pipeline.segmentation.networks import Toy, scripted, small_tiling
 from tests.pipeline.small import small_config, write_model, write_sections, write_slide
 
@@ -258,6 +260,56 @@ def test_intervals_are_null_where_the_model_has_none(
     assert list(answer.columns) == ["uri", "tumour_no", "tumour_yes", "tumour_no_low", "tumour_no_high", *ends, "error"]
     assert set(answer.columns) <= set(_signature(small_config()).outputs.input_names())
     assert answer[ends].to_numpy().tolist() == [[0.0, 1.0], [None, None]]  # of two cases
+
+
+def test_intervals_of_a_slide_that_is_known_are_those_of_predict(tmp_path: Path) -> None:
+    """One that it has learned from has none, and one of the test is told without itself: known by what was read."""
+    folder, slides = write_model(tmp_path, small_config()), [str(tmp_path / f"{n}.png") for n in range(3)]
+    for number, path in enumerate(slides):
+        write_slide(Path(path), number)
+    write_predictions(str(folder), slides, None, tmp_path / "before", tracking_uri="unused")
+    keys = [json.loads((tmp_path / f"before/slides/{n}/slide.json").read_text())["key"] for n in range(3)]
+    said, came = np.linspace(0.0, 1.0, 21), np.arange(21) % 2.0
+    said[10] = pq.read_table(tmp_path / "before" / "predictions.parquet")["tumour_yes"][1].as_py()
+    names = [(Seen.patient(f"p{n}"), keys[1] if n == 10 else f"key{n}") for n in range(21)]
+    cases = Cases(np.stack([1 - said, said], axis=1), np.stack([1 - came, came], axis=1), tuple(names))
+    (folder / CALIBRATION).write_text(json.dumps(calibration_json({"tumour": cases})))
+    (folder / SEEN).write_text(json.dumps(Seen(frozenset({keys[0]}), frozenset({Seen.patient("Ann")})).as_json()))
+    write_predictions(str(folder), slides, None, tmp_path / "out", tracking_uri="unused")
+    ends = ["tumour_yes_low", "tumour_yes_high"]
+    expected = pq.read_table(tmp_path / "out" / "predictions.parquet").select(ends).to_pylist()
+    model = SlideModel()
+    model.load_context(PythonModelContext(gather_artifacts(folder, small_config(), tmp_path), None))
+    answer = model.predict(None, pd.DataFrame({"uri": slides}), {"intervals": True})
+    assert answer[ends].to_dict("records") == expected
+    assert expected[0] == dict.fromkeys(ends)
+    own, new = (intervals(small_config().tasks, {"tumour": one}, {"tumour_no": 1 - said[10], "tumour_yes": said[10]})
+                ["tumour_yes"] for one in (cases.without([keys[1]]), cases))  # fmt: skip
+    assert tuple(expected[1].values()) == own != new
+    assert None not in expected[2].values()
+    whose = pd.DataFrame({"uri": slides[2:] * 2, "patient": ["Ann", "p3"]})
+    assert model.predict(None, whose, {"intervals": True})[ends[0]].isna().tolist() == [True, False]
+
+
+def test_a_bag_is_known_by_each_of_its_slides(tmp_path: Path) -> None:
+    config = small_config(cohort={"uri": "c.csv", "bag": "patient"})
+    folder, slides = write_model(tmp_path, config), [str(tmp_path / f"{n}.png") for n in range(2)]
+    for number, path in enumerate(slides):
+        write_slide(Path(path), number)
+    model = SlideModel()
+    model.load_context(PythonModelContext(gather_artifacts(folder, config, tmp_path), None))
+    found = predict_together(model.model, config, [CohortSlide(uri, uri, "x", None, None, {}, {}) for uri in slides])
+    assert len({found[0].key, *(one.own_key for one in found)}) == 3
+    said = np.array([[0.9, 0.1], [0.1, 0.9]])
+    rows, asked = pd.DataFrame({"uri": slides, "patient": "new name"}), {"intervals": True}
+    for known, expected in ((found[0].own_key, [True, True]), ("another", [False, False])):
+        model.seen = Seen(frozenset({known}), frozenset())
+        model.cases = {"tumour": Cases(said, np.round(said), ((found[0].key,), ("b",)))}
+        answer = model.predict(None, rows, asked)
+        assert answer["tumour_yes_low"].isna().tolist() == expected
+    model.cases = {"tumour": model.cases["tumour"].without([found[0].key])}  # of which it is told anyhow
+    again = model.predict(None, rows, asked)
+    assert again.to_dict("records") == answer.to_dict("records")
 
 
 def test_a_patch_is_decoded_once_whatever_is_asked_for(

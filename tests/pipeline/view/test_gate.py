@@ -33,6 +33,13 @@ def test_on_a_network_addresses_and_the_machines_name_are_known_and_no_others() 
     assert not guard.knows("evil.example")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "127.0.0.1", "192.168.4.7", "localhost"])
+def test_the_name_that_is_told_is_one_that_it_is_known_by_and_never_every_address(host: str) -> None:
+    guard = gate(host, SECRET)
+    assert guard.knows(f"{guard.name}:8765")
+    assert guard.name == (host if host not in ("0.0.0.0", "::", "") else socket.gethostname().lower())
+
+
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_header_raises(header: str) -> None:

@@ -66,6 +66,18 @@ def test_patches_have_their_places_and_numbers(out: Path) -> None:
     assert found.sentences(1) == []
 
 
+def test_layers_stand_in_the_order_of_heads_and_outputs_not_of_the_alphabet(out: Path) -> None:
+    place = out / "slides" / "a" / "slide.json"
+    said, table = json.loads(place.read_text()), pq.read_table(out / "predictions.parquet")
+    effects, heads = [f"effect_os_{end}" for end in (2, 12, 100)], [f"attention_os_{head}" for head in (0, 2, 10)]
+    said["maps"] = {name: {"unit": "log odds"} for name in sorted([*effects, *heads, "score"])}
+    place.write_text(json.dumps(said))
+    for name in effects:
+        table = table.append_column(name.removeprefix("effect_"), pa.array([0.5, None], pa.float64()))
+    pq.write_table(table, out / "predictions.parquet")
+    assert list(Output(str(out)).scales) == [ATTENTION, *heads, *effects]
+
+
 def test_attention_of_a_head_is_shown_relative_to_uniform(out: Path) -> None:
     path = out / "slides" / "a" / "attention.parquet"
     table = pq.read_table(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,7 +66,9 @@ def test_it_ends_cleanly_when_it_is_told_to_also_with_a_browser_connected(out: P
 @pytest.mark.slow
 def test_beyond_loopback_the_address_has_a_token_which_is_not_logged(out: Path) -> None:
     with _command(str(out), "--host", "0.0.0.0") as (process, where):
-        local = where.replace("0.0.0.0", "127.0.0.1")
+        name = socket.gethostname().lower()
+        assert where.startswith(f"http://{name}:")
+        local = where.replace(name, "127.0.0.1", 1)
         assert len(where.partition("?token=")[2]) > 40
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         assert b"<title>" in opener.open(local, timeout=10).read()
@@ -73,6 +76,7 @@ def test_beyond_loopback_the_address_has_a_token_which_is_not_logged(out: Path) 
         _, said = process.communicate(timeout=10)
         assert where.partition("=")[2] not in said
         assert "unencrypted" in said
+        assert f"where {name} is not known, put this machine's address there in its place" in said
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:

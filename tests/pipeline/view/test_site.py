@@ -195,10 +195,18 @@ def test_the_difference_is_blue_where_the_second_model_looks_and_vermilion_where
 
 
 @pytest.mark.parametrize(
-    "path", ["9/tile/0/0/0", "0/tile/9/0/0", "0/tile/0/99/0", "0/layer/99/0/0/0", "0/layer/0/0/0/0"]
+    ("path", "words"),
+    [
+        ("9/tile/0/0/0", "no slide 9 of 2"),
+        ("0/tile/9/0/0", r"no step 9 of \d"),
+        ("0/tile/0/99/0", "99"),
+        ("0/layer/99/0/0/0", "no layer 99 of 7"),
+        ("0/layer/1/99/0/0", r"no step 99 of \d+"),
+        ("0/layer/0/0/0/0", "slide 0 has no layer tissue"),
+    ],
 )
-def test_what_is_not_there_is_an_index_error(two: Site, path: str) -> None:
-    with pytest.raises(IndexError):
+def test_what_is_not_there_is_an_index_error_that_names_it(two: Site, path: str, words: str) -> None:
+    with pytest.raises(IndexError, match=words):
         _pixels(two, two.tag, path)
 
 
