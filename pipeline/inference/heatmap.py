@@ -157,13 +157,21 @@ def wrapped(caption: Sequence[str], px: float, size: float = _SMALL) -> list[str
 
 def _cut(word: str, px: float, size: float) -> list[str]:
     """Pieces of a word, each as wide as `px` allows, or of one letter."""
-    face, pieces = typeface(size), []
-    while face.getlength(word) > px and len(word) > 1:
-        widths = [face.getlength(word[:many]) for many in range(2, len(word))]
-        fits = 1 + bisect_right(widths, px)
+    pieces, most = [], max(1, int(px))  # letters of a piece; to measure takes the longer the more there are
+    while len(word) > 1 and (len(word) > most or typeface(size).getlength(word) > px):
+        fits = _fitting(word[:most], px, size)
         pieces.append(word[:fits])
         word = word[fits:]
     return [*pieces, word]
+
+
+def _fitting(word: str, px: float, size: float) -> int:
+    """Of its letters, as many as are no wider than `px`; one at least, and not all."""
+
+    def width(many: int) -> float:
+        return typeface(size).getlength(word[:many])
+
+    return 1 + bisect_right(range(2, len(word)), px, key=width)
 
 
 def attention_map(
