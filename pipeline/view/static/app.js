@@ -61,11 +61,12 @@ function remember() {
   }, 150);
 }
 
-async function showSlide(index, place = {}) {
+// `words`: a trouble that is told beside it.
+async function showSlide(index, place = {}, words = "") {
   chosen.slide = index;
   chosen.patch = null;
   info = null;
-  trouble("");
+  trouble(words);
   markCurrent(at("list"), index);
   const slide = site.slides[index];
   document.title = slide.id;
@@ -85,7 +86,8 @@ async function showSlide(index, place = {}) {
   for (const pane of panes) there ? pane.go(place, true) : pane.goWhole(true);
   listLayers();
   await lay();
-  if (place.patch) showPatch(place.patch - 1, !there);
+  const { length } = model()?.top ?? [];
+  if (Number.isInteger(place.patch) && place.patch >= 1 && place.patch <= length) showPatch(place.patch - 1, !there);
   else drawPatch();
   document.documentElement.dataset.shown = slide.id;
 }
@@ -225,15 +227,13 @@ const does = {
 };
 
 function open(place) {
-  const index = Math.max(
-    0,
-    site.slides.findIndex(({ id }) => id === place.slide),
-  );
+  const index = site.slides.findIndex(({ id }) => id === place.slide);
   Object.assign(chosen, { layer: place.layer ?? "attention", pair: place.pair === "yes" && site.models.length > 1 });
   at("pair").checked = chosen.pair;
   chosen.frames = at("frames").checked = place.frames !== "no";
   setOpacity(place.opacity ?? chosen.opacity);
-  return showSlide(index, place);
+  if (place.slide === undefined || index >= 0) return showSlide(Math.max(0, index), place);
+  return showSlide(0, {}, `no slide ${place.slide} here; this is the first`); // the place is one of another slide
 }
 
 async function main() {

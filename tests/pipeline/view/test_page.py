@@ -244,6 +244,31 @@ def test_a_slide_that_is_gone_is_said_and_the_next_is_shown(browser: webdriver.C
     assert not browser.find_element(By.ID, "trouble").is_displayed()
 
 
+def test_a_link_to_a_slide_that_is_not_here_says_so_and_opens_no_place_of_it(
+    browser: webdriver.Chrome, viewer: ViewServer
+) -> None:
+    _open(browser, viewer, "#slide=absent&x=300&y=200&z=0.5&patch=3")
+    assert browser.find_element(By.ID, "trouble").text == "no slide absent here; this is the first"
+    place = _place(browser)
+    assert (place["slide"], place.get("patch")) == ("tissue", None)
+    assert float(place["x"]) == pytest.approx(WIDTH / 2, abs=1)
+    press(browser, "j")
+    shown(browser, "places")
+    assert not browser.find_element(By.ID, "trouble").is_displayed()
+    assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("patch", ["2.5", "999", "0", "-1", "x"])
+def test_a_patch_that_is_none_of_the_top_ones_is_ignored(
+    browser: webdriver.Chrome, viewer: ViewServer, patch: str
+) -> None:
+    _open(browser, viewer, f"#slide=tissue&patch={patch}")
+    assert "patch" not in _place(browser)
+    assert browser.find_element(By.ID, "patch").text.endswith("top patches")
+    assert not browser.find_element(By.ID, "trouble").is_displayed()
+    assert complaints(browser) == []
+
+
 def test_no_request_leaves_the_server(browser: webdriver.Chrome, viewer: ViewServer) -> None:
     logged(browser, "performance")
     _open(browser, viewer)
