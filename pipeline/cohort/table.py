@@ -124,13 +124,6 @@ class Cohort:
         return replace(self, slides=tuple(replace(slide, split=split_of(slide)) for slide in self.slides))
 
 
-def patients_of(slides: Sequence[CohortSlide]) -> pa.Array | pa.ChunkedArray:
-    """The patient of each, as a column."""
-    if isinstance(slides, Columnar):
-        return slides.table["patient_id"]
-    return texts([slide.patient_id for slide in slides])
-
-
 def read_cohort(uri: str, tasks: Sequence[TaskConfig] = ()) -> Cohort:
     """Read and check a cohort; labels are read for `tasks` only.
 

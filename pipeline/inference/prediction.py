@@ -24,7 +24,7 @@ from ips.selection.baselines import every_patch, random_selection
 from ips.selection.scorer import Scorer
 from ips.selection.select import select
 from ips.selection.transfer import arrived
-from pipeline.bags.sources import PatchSource, Source, open_bag
+from pipeline.bags.sources import PatchSource, Source, content_of, open_bag
 from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TaskConfig
@@ -85,6 +85,8 @@ class SlidePrediction:
     """Of the bag's patches."""
     own_key: str
     """Of the slide's."""
+    content: str
+    """Digest of what its files hold, whatever is tiled of it at which microns."""
     extent: float
     """Edge of a patch, in level-0 px."""
     mpp: float | None
@@ -271,6 +273,7 @@ def predict_together(
                 attention=attention_table(slide.slide_id, source, part_of(found, rows)),
                 key=whole.key,
                 own_key=source.key,
+                content=content_of(source),
                 extent=source.extent,
                 mpp=source.mpp,
                 n_bad_tiles=source.n_bad_tiles,

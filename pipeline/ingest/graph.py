@@ -10,10 +10,11 @@ driver's process, which costs less than starting Ray.
 from __future__ import annotations
 
 import pickle
+import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, islice
 from typing import Any, TypeVar
@@ -40,7 +41,8 @@ from pipeline.telemetry import add, drain
 from pipeline.tiling.guide import check_network
 
 TOGETHER = 64  # large slides committed by one file of the catalogue; after a kill the next run finds their folders
-LITTLE = 2**24  # bytes of slides, with `SLIDE_BYTES` each: up to some three seconds of work, and Ray takes thirteen
+LITTLE = 2**24  # bytes of slides, with `SLIDE_BYTES` each: of JPEG two to seven seconds of work, and Ray takes thirteen
+TOLD_S = 3.0  # between commits of what is done here
 WAVE = 1024  # tasks handed to Ray Data at a time: plans of 10 KB that the driver sends along
 
 Outcome = SlideStatus | LargeSlide | None
@@ -110,8 +112,7 @@ def tile_cohort(
         return in_order(known)
     check_network((slides[number] for number in fresh), spec)
     patches.forget_gone()  # what is tiled in their place may be otherwise
-    here = here and len(fresh) * SLIDE_BYTES <= LITTLE
-    here = here and sum(SLIDE_BYTES + _size(versions[number]) for number in fresh) <= LITTLE
+    here = here and _is_little(versions, fresh, spec)
     keys = np.sort(patches.view.slides["key"].to_numpy().astype("S32"))
     if here:
         job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, lambda: keys, here)
@@ -120,11 +121,18 @@ def tile_cohort(
         job = _Job(uuid.uuid4().hex, spec, store, cpus, pixels, _shared(keys), here)
 
     def tiled() -> Iterator[tuple[int, SlideStatus]]:
-        for number, status in _tile(slides, versions, fresh, job):
+        for number, status in _tile(slides, versions, fresh, job, start):
             on_status(status)
             yield number, status
 
     return in_order(known, numbered(tiled()))
+
+
+def _is_little(versions: Sequence[Looked], fresh: Sequence[int], spec: TilingConfig) -> bool:
+    """Whether tiling these slides is less work than Ray's start."""
+    if spec.tissue_model is not None or len(fresh) * SLIDE_BYTES > LITTLE:  # a network takes minutes a slide
+        return False
+    return sum(SLIDE_BYTES + _size(versions[number]) for number in fresh) <= LITTLE
 
 
 def _size(version: Looked) -> int:
@@ -139,9 +147,16 @@ def _shared(keys: Keys) -> Callable[[], Keys]:
 
 
 def _tile(
-    slides: Sequence[CohortSlide], versions: Sequence[Looked], fresh: Sequence[int], job: _Job
+    slides: Sequence[CohortSlide],
+    versions: Sequence[Looked],
+    fresh: Sequence[int],
+    job: _Job,
+    start: Callable[[], None],
 ) -> Iterator[tuple[int, SlideStatus]]:
-    """Tile the slides of these numbers; statuses come as they are final."""
+    """Tile the slides of these numbers; statuses come as they are final.
+
+    A large one goes to Ray in any case: a small file may hold many patches.
+    """
     wanted = np.zeros(len(slides), bool)
     wanted[fresh] = True
     sizes = [_size(version) for version in compress(versions, wanted)]
@@ -156,6 +171,9 @@ def _tile(
             assert outcome is not None
             yield number, outcome
     if large:
+        if job.here:
+            start()
+            job = replace(job, here=False, known=lambda: np.empty(0, "S32"))  # for shares nobody asks what is known
         yield from _tile_large(large, job)
 
 
@@ -220,7 +238,7 @@ def _grouped(work: Sequence[tuple[int, CohortSlide, SourceVersion]], job: _Job) 
 
     Slides with a final status are committed together, also those that were done before the store or node failed.
     """
-    group = Group(PatchStore(job.store, job.spec.fingerprint()), job.known())
+    group, committed = Group(PatchStore(job.store, job.spec.fingerprint()), job.known()), time.monotonic()
     try:
         for number, slide, version in work:
             read = partial(read_slide, slide, version, job.spec, job.store, pixels=job.pixels)
@@ -231,8 +249,9 @@ def _grouped(work: Sequence[tuple[int, CohortSlide, SourceVersion]], job: _Job) 
                 group.add_status(number, found, rows)
             else:
                 yield number, found
-            if group.is_full:
+            if group.is_full or (job.here and time.monotonic() - committed > TOLD_S):
                 yield from group.commit()
+                committed = time.monotonic()
     except (StorageError, ConfigError):
         yield from group.commit()
         raise

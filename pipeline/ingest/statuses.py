@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cohort.table import CohortSlide, patients_of
-from pipeline.columnar import Columnar, joined
+from pipeline.cohort.table import CohortSlide
+from pipeline.columnar import Columnar, joined, texts
 from pipeline.config.data import TilingConfig
 from pipeline.errors import SlideError
 from pipeline.ingest.tiler import may_go_further, quarantined
@@ -89,7 +89,9 @@ def outcomes(slides: Sequence[CohortSlide], statuses: Iterable[SlideStatus], ver
     for place, name in enumerate(held.column_names):
         if name in looked.column_names:
             held = held.set_column(place, name, pc.if_else(read, held[name], looked[name]))
-    return held.append_column("patient_id", patients_of(slides))
+    if isinstance(slides, Columnar):
+        return held.append_column("patient_id", slides.table["patient_id"])
+    return held.append_column("patient_id", texts([slide.patient_id for slide in slides]))
 
 
 def _status(*values: Any) -> SlideStatus:

@@ -181,7 +181,8 @@ def with_intervals(
         if isinstance(one, Failure):
             found.append(one)
             continue
-        digests = {Seen.patient(patient), *([one["key"]] if "key" in one else [])}  # folders of before tell no key
+        # folders of before tell neither
+        digests = {Seen.patient(patient), *(one[name] for name in ("key", "content") if name in one)}
         ends = {} if seen is not None and seen.has(digests) else intervals(tasks, cases, one["values"], digests)
         found.append({**one, "intervals": ends, "tested": most})
     return found

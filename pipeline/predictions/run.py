@@ -59,7 +59,7 @@ SHARD_ABOVE = 16_384
 it takes as long as to cut it (`large.cut`)."""
 _KEPT = (
     "slide_id", "folder", "dimensions", "mpp", "values", "labels", "n_patches", "n_bad_tiles", "attention_in_selected",
-    "histograms", "sentences", "selected", "model", "spread", "key",
+    "histograms", "sentences", "selected", "model", "spread", "key", "content",
 )  # fmt: skip
 
 Item = TypeVar("Item")

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.bags.images import PastedImage
-from pipeline.bags.sources import Source, open_bag, stored_of
+from pipeline.bags.sources import Source, content_of, open_bag, stored_of
 from pipeline.bags.unseen import as_one, read_together, rows_of
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.recipe import Config
@@ -219,6 +219,7 @@ class Predictor:
             "dimensions": list(size),
             "mpp": source.mpp,
             "key": source.key,
+            "content": content_of(source),
             "origin": list(origin),
             "patch": source.extent,
             "stride": source.extent if stored is None else stored.stride,

@@ -150,7 +150,7 @@ class SlideModel(PythonModel):
         found = predict_together(self.model, self.config, slides, pooled=asked.explain)
         first = found[0]
         said = explain(self.model, self.config.tasks, first.found, first.key) if asked.explain else None
-        keys = frozenset({first.key, *(one.own_key for one in found)})
+        keys = frozenset({first.key, *(name for one in found for name in (one.own_key, one.content))})
         return first.values, keys, [self._maps(one, said, asked) for one in found]
 
     def _maps(self, found: SlidePrediction, said: Explanation | None, asked: Asked) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.cohort.table import CohortSlide
 from pipeline.config.data import TilingConfig
+from pipeline.config.tissue import TissueModelConfig
 from pipeline.errors import StorageError
 from pipeline.ingest import graph
 from pipeline.ingest.balance import SLIDE_BYTES
@@ -129,8 +130,22 @@ def test_little_work_is_done_without_ray_and_gives_the_same(
     assert [(s.status, s.key, s.reason) for s in statuses] == [(s.status, s.key, s.reason) for s in alone]
     assert what_is_stored(store) == what_is_stored(tmp_path / "alone")
     assert len(list(store.glob("*/catalogue/*"))) == 1  # committed together
-    small_tasks(monkeypatch.setattr)  # what turns out to be large is cut here, too
-    assert what_is_stored(store) == (tiled(slides, tmp_path / "large") and what_is_stored(tmp_path / "large"))
+    with monkeypatch.context() as slow:
+        slow.setattr(graph, "TOLD_S", -1.0)
+        tiled(slides, tmp_path / "slow")
+        assert len(list((tmp_path / "slow").glob("*/catalogue/*"))) == 3  # each that is there, once it is done
+        assert what_is_stored(tmp_path / "slow") == what_is_stored(store)
+        small_tasks(slow.setattr)
+        begun = begin_slide(row(good), SPEC, str(tmp_path / "large"), whole=False)
+        assert isinstance(begun, LargeSlide)
+        slow.setattr(graph, "read_slide", lambda *_, **__: (begun, []))
+        with pytest.raises(AssertionError, match="Ray"):
+            tiled([row(good)], tmp_path / "large")
+    kept = {"uri": "/n.pt", "sha256": "0" * 64, "mpp": 2.0, "classes": ["no", "yes"], "tissue": ["yes"]}
+    network = SPEC.model_copy(update={"tissue": "model", "tissue_model": TissueModelConfig.model_validate(kept)})
+    monkeypatch.setattr(graph, "check_network", lambda *_: None)
+    with pytest.raises(AssertionError, match="Ray"):  # minutes a slide, whatever its bytes
+        tile_cohort(slides, network, str(store), cpus=1, on_status=print, start=started, here=True)
     monkeypatch.setattr(graph, "LITTLE", sum(Path(s.uri).stat().st_size for s in slides[:2]) + 2 * SLIDE_BYTES - 1)
     assert tiled(slides, store) == statuses  # nothing is fresh
     with pytest.raises(AssertionError, match="Ray"):

@@ -114,9 +114,13 @@ def test_a_slide_of_the_test_is_told_without_itself_and_one_of_the_training_not_
     cases = {"t": Cases(np.stack([1 - said, said], axis=1), np.stack([1 - came, came], axis=1), names)}
     facts: dict[str, Any] = {"values": {"t_no": 1 - said[3], "t_yes": said[3]}}
     of_test = {**facts, "key": "key3"}
-    whose = ["x", "x", "p3", "learned", "x", "x"]
-    outcomes: list[Outcome] = [facts, of_test, facts, facts, {**facts, "key": "learned key"}, Failure("a", "b")]
-    seen = Seen(frozenset({"learned key"}), frozenset({Seen.patient("learned")}))
+    whose = ["x", "x", "p3", "learned", "x", "x", "x"]
+    learned: list[Outcome] = [
+        {**facts, "key": "learned key"},
+        {**facts, "key": "at other microns", "content": "learned"},
+    ]
+    outcomes: list[Outcome] = [facts, of_test, facts, facts, *learned, Failure("a", "b")]
+    seen = Seen(frozenset({"learned key", "learned"}), frozenset({Seen.patient("learned")}))
     found = [
         one if isinstance(one, Failure) else one["intervals"]
         for one in with_intervals(outcomes, whose, [task], cases, seen)
@@ -124,7 +128,7 @@ def test_a_slide_of_the_test_is_told_without_itself_and_one_of_the_training_not_
     new = intervals([task], cases, facts["values"])
     own = intervals([task], {"t": cases["t"].without([names[3][0]])}, facts["values"])
     assert own != new
-    assert found == [new, own, own, {}, {}, Failure("a", "b")]
+    assert found == [new, own, own, {}, {}, {}, Failure("a", "b")]
 
 
 def test_a_spread_never_takes_the_place_of_an_output() -> None:

@@ -302,7 +302,8 @@ def test_a_bag_is_known_by_each_of_its_slides(tmp_path: Path) -> None:
     assert len({found[0].key, *(one.own_key for one in found)}) == 3
     said = np.array([[0.9, 0.1], [0.1, 0.9]])
     rows, asked = pd.DataFrame({"uri": slides, "patient": "new name"}), {"intervals": True}
-    for known, expected in ((found[0].own_key, [True, True]), ("another", [False, False])):
+    answers = ((found[0].own_key, [True, True]), (found[1].content, [True, True]), ("another", [False, False]))
+    for known, expected in answers:
         model.seen = Seen(frozenset({known}), frozenset())
         model.cases = {"tumour": Cases(said, np.round(said), ((found[0].key,), ("b",)))}
         answer = model.predict(None, rows, asked)
