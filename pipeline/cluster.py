@@ -55,11 +55,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         return
     prepare_environment()
     over, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
-    given, found = cluster.address, os.environ.get("RAY_ADDRESS")
-    if found and given in (None, "auto"):
-        address, named = found, f"RAY_ADDRESS={found}"
-    else:
-        address, named = given or "local", f"cluster.address={given}"
+    address, named = _address(cluster)
     if address == "local":
         _start(over, cluster.connect_timeout_s)
     else:
@@ -79,8 +75,15 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
 
 def is_here(cluster: ClusterConfig) -> bool:
     """Whether `connected` would start a Ray on this machine."""
-    given = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    return not ray.is_initialized() and given == "local"
+    return not ray.is_initialized() and _address(cluster)[0] == "local"
+
+
+def _address(cluster: ClusterConfig) -> tuple[str, str]:
+    """Of the Ray that `connected` takes, and what names it."""
+    given, found = cluster.address, os.environ.get("RAY_ADDRESS")
+    if found and given in (None, "auto"):
+        return found, f"RAY_ADDRESS={found}"
+    return given or "local", f"cluster.address={given}"
 
 
 def _start(over: threading.Event, seconds: float) -> None:

@@ -126,7 +126,8 @@ def test_a_session_that_is_up_is_used_and_left_up(ray_session: None) -> None:
     ("given", "found", "where"),
     [
         (None, None, "here"), ("local", None, "here"), ("local", "10.0.0.1:6379", "here"), (None, "local", "here"),
-        (None, "10.0.0.1:6379", "there"), ("auto", None, "there"), ("ray://head:10001", None, "there"),
+        (None, "10.0.0.1:6379", "there"), ("auto", None, "there"), ("auto", "local", "here"),
+        ("auto", "10.0.0.1:6379", "there"), ("ray://head:10001", None, "there"),
     ],
 )  # fmt: skip
 def test_whether_ray_would_run_here(
